@@ -1,0 +1,187 @@
+// Shared by the CPU and CUDA bindings: argument checks and the step from tensors to the plain structs of ops.h.
+// Python checks first and speaks to the user; these checks keep memory safe for callers of torch.ops.
+#pragma once
+
+#if !defined(TORCH_TARGET_VERSION)
+#error "build with -DTORCH_TARGET_VERSION=0x020b000000000000, or the library loads only on the torch it was built with"
+#endif
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "../layout.h"
+#include "../ops.h"
+
+namespace patch_kernels {
+
+using Tensor = torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using ScalarType = torch::headeronly::ScalarType;
+
+inline bool is_16_bit(ScalarType type) { return type == ScalarType::Half || type == ScalarType::BFloat16; }
+
+inline DType to_dtype(ScalarType type, const char* op) {
+  switch (type) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, op, ": expected a floating-point tensor of 16, 32 or 64 bits");
+  }
+  return DType::kFloat32;
+}
+
+inline void check_same_device(const Tensor& a, const Tensor& b, const char* op, const char* name) {
+  STD_TORCH_CHECK(a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device(), op, ": ", name,
+                  " is on another device than the first tensor");
+}
+
+// Geometry of packed tiles. The payload's size is checked where the flags can be read (CPU).
+inline TiledMatrix tiled_matrix(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols,
+                                const char* op) {
+  STD_TORCH_CHECK(rows >= 0 && cols >= 1, op, ": expected rows >= 0 and cols >= 1, got ", rows, " and ", cols);
+  STD_TORCH_CHECK(payload.scalar_type() == ScalarType::Byte && payload.dim() == 1 && payload.is_contiguous(), op,
+                  ": payload must be a contiguous 1-D uint8 tensor");
+  STD_TORCH_CHECK(tile_is_sparse.scalar_type() == ScalarType::Byte && tile_is_sparse.dim() == 2 &&
+                      tile_is_sparse.is_contiguous() && tile_is_sparse.size(0) == ceil_div(rows, kTile) &&
+                      tile_is_sparse.size(1) == ceil_div(cols, kTile),
+                  op, ": tile_is_sparse must be contiguous uint8 of shape (ceil(rows/128), ceil(cols/128))");
+  check_same_device(payload, tile_is_sparse, op, "tile_is_sparse");
+  return {static_cast<const uint8_t*>(payload.const_data_ptr()),
+          static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr()), rows, cols};
+}
+
+inline void check_payload_on_host(const Tensor& payload, const Tensor& tile_is_sparse, const char* op) {
+  const int64_t expected =
+      cpu::payload_bytes(static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr()), tile_is_sparse.numel());
+  STD_TORCH_CHECK(payload.numel() == expected, op, ": payload has ", payload.numel(),
+                  " bytes, but its tile flags need ", expected);
+}
+
+struct LinearCall {
+  Tensor x;  // contiguous
+  std::optional<Tensor> bias;
+  Tensor y;
+  TileLinearArgs args;
+};
+
+inline LinearCall linear_call(const Tensor& x_in, const Tensor& payload, const Tensor& tile_is_sparse,
+                              int64_t out_features, const OptionalTensor& bias_in, const char* op) {
+  STD_TORCH_CHECK(is_16_bit(x_in.scalar_type()), op, ": x must be float16 or bfloat16");
+  STD_TORCH_CHECK(x_in.dim() >= 1, op, ": x needs at least one dimension");
+  check_same_device(x_in, payload, op, "payload");
+  const int64_t cols = x_in.size(x_in.dim() - 1);
+  TiledMatrix weight = tiled_matrix(payload, tile_is_sparse, out_features, cols, op);
+  Tensor x = torch::stable::contiguous(x_in);
+  std::optional<Tensor> bias;
+  if (bias_in.has_value()) {
+    STD_TORCH_CHECK(bias_in->scalar_type() == x.scalar_type() && bias_in->numel() == out_features, op,
+                    ": bias must have x's dtype and out_features elements");
+    check_same_device(x, *bias_in, op, "bias");
+    bias = torch::stable::contiguous(*bias_in);
+  }
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes[i] = x.size(i);
+  sizes.back() = out_features;
+  Tensor y = torch::stable::new_empty(x, sizes);
+  const TileLinearArgs args{x.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(),
+                            x.numel() / cols,   weight, to_dtype(x.scalar_type(), op)};
+  return {x, bias, y, args};
+}
+
+struct MaskCall {
+  Tensor weight;
+  OptionalTensor pattern_logits, fixed_pattern, tile_logits;  // contiguous copies keep the pointers alive
+  MaskedWeightArgs args;
+  ScalarType logit_type;
+};
+
+// Scalars of the masked_weight schemas, in their order.
+struct MaskScalars {
+  int64_t tile_rows, tile_cols;
+  double pattern_temperature, pattern_scale, tile_temperature, tile_scale;
+  bool hard_pattern, hard_tile;
+  int64_t seed, layer, draw;
+  bool noise;
+};
+
+inline const void* optional_pointer(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+inline OptionalTensor optional_contiguous(const OptionalTensor& tensor, const Tensor& weight, ScalarType type,
+                                          int64_t numel, const char* name) {
+  if (!tensor.has_value()) return tensor;
+  STD_TORCH_CHECK(tensor->scalar_type() == type && tensor->numel() == numel, "masked_weight: ", name,
+                  " has the wrong dtype or number of elements; expected ", numel, ", got ", tensor->numel());
+  check_same_device(weight, *tensor, "masked_weight", name);
+  return torch::stable::contiguous(*tensor);
+}
+
+inline MaskCall mask_call(const Tensor& weight_in, const OptionalTensor& pattern_logits,
+                          const OptionalTensor& fixed_pattern, const OptionalTensor& tile_logits,
+                          const MaskScalars& s) {
+  STD_TORCH_CHECK(weight_in.dim() == 2 && weight_in.size(1) % kGroup == 0 && weight_in.size(1) > 0,
+                  "masked_weight: weight must be (N, K) with K a positive multiple of 4");
+  STD_TORCH_CHECK(pattern_logits.has_value() != fixed_pattern.has_value(),
+                  "masked_weight: give either pattern_logits or fixed_pattern");
+  STD_TORCH_CHECK(s.tile_rows >= 1 && s.tile_cols >= kGroup && s.tile_cols % kGroup == 0,
+                  "masked_weight: tile must have at least 1 row and a multiple of 4 columns");
+  STD_TORCH_CHECK(s.pattern_temperature > 0 && s.tile_temperature > 0, "masked_weight: temperatures must be positive");
+  const Tensor weight = torch::stable::contiguous(weight_in);
+  const int64_t rows = weight.size(0), cols = weight.size(1), groups = rows * cols / kGroup;
+  const ScalarType logit_type = weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  MaskCall call{weight,
+                optional_contiguous(pattern_logits, weight, logit_type, groups * 6, "pattern_logits"),
+                optional_contiguous(fixed_pattern, weight, ScalarType::Byte, (groups + 1) / 2, "fixed_pattern"),
+                optional_contiguous(tile_logits, weight, logit_type,
+                                    ceil_div(rows, s.tile_rows) * ceil_div(cols, s.tile_cols), "tile_logits"),
+                {},
+                logit_type};
+  call.args = {weight.const_data_ptr(),
+               optional_pointer(call.pattern_logits),
+               static_cast<const uint8_t*>(optional_pointer(call.fixed_pattern)),
+               optional_pointer(call.tile_logits),
+               rows,
+               cols,
+               s.tile_rows,
+               s.tile_cols,
+               s.pattern_temperature,
+               s.pattern_scale,
+               s.tile_temperature,
+               s.tile_scale,
+               s.hard_pattern,
+               s.hard_tile,
+               static_cast<uint64_t>(s.seed),
+               static_cast<uint32_t>(s.layer),
+               static_cast<uint32_t>(s.draw),
+               s.noise,
+               to_dtype(weight.scalar_type(), "masked_weight")};
+  return call;
+}
+
+// Gradients of the logits; an empty tensor stands for "no such logits".
+inline Tensor new_gradient(const OptionalTensor& logits, const MaskCall& call) {
+  if (!logits.has_value()) return torch::stable::new_empty(call.weight, {0}, call.logit_type);
+  return torch::stable::empty_like(*logits);
+}
+
+inline void check_gradients(const MaskCall& call, const Tensor& grad_masked, const Tensor& grad_sums) {
+  STD_TORCH_CHECK(grad_masked.scalar_type() == call.weight.scalar_type() &&
+                      grad_masked.numel() == call.weight.numel() && grad_sums.numel() == 2 &&
+                      grad_sums.scalar_type() == ScalarType::Double,
+                  "masked_weight_backward: grad_masked must be like weight and grad_sums two doubles");
+  check_same_device(call.weight, grad_masked, "masked_weight_backward", "grad_masked");
+  check_same_device(call.weight, grad_sums, "masked_weight_backward", "grad_sums");
+}
+
+}  // namespace patch_kernels

@@ -1,0 +1,112 @@
+// CPU implementations of the ops: check, allocate, call csrc/cpu with torch's threads.
+#include "common.h"
+
+#pragma weak aoti_torch_get_current_cuda_stream
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace patch_kernels {
+namespace {
+
+void torch_parallel(int64_t n, ParallelBody body, void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+Tensor pack_tiles(const Tensor& weight_in, const Tensor& keep_in, const Tensor& tile_is_sparse) {
+  const char* op = "pack_tiles";
+  STD_TORCH_CHECK(weight_in.dim() == 2 && is_16_bit(weight_in.scalar_type()), op,
+                  ": weight must be (N, K) float16 or bfloat16");
+  STD_TORCH_CHECK(keep_in.scalar_type() == ScalarType::Bool && keep_in.dim() == 2 &&
+                      keep_in.size(0) == weight_in.size(0) && keep_in.size(1) == weight_in.size(1),
+                  op, ": keep must be a bool tensor of weight's shape");
+  const Tensor weight = torch::stable::contiguous(weight_in), keep = torch::stable::contiguous(keep_in);
+  const int64_t rows = weight.size(0), cols = weight.size(1);
+  const auto* flags = static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr());
+  const Tensor payload =
+      torch::stable::new_empty(tile_is_sparse, {cpu::payload_bytes(flags, tile_is_sparse.numel())}, ScalarType::Byte);
+  tiled_matrix(payload, tile_is_sparse, rows, cols, op);
+  const PackError error = cpu::pack_tiles(
+      static_cast<const uint16_t*>(weight.const_data_ptr()), static_cast<const bool*>(keep.const_data_ptr()), flags,
+      rows, cols, static_cast<uint8_t*>(payload.mutable_data_ptr()), torch_parallel);
+  STD_TORCH_CHECK(error.count == 0, op, ": ", error.count,
+                  " groups in sparse tiles do not keep exactly 2 of 4 values, the first at row ", error.row,
+                  ", column ", error.col);
+  return payload;
+}
+
+Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols,
+                    ScalarType dtype) {
+  STD_TORCH_CHECK(is_16_bit(dtype), "unpack_tiles: dtype must be float16 or bfloat16");
+  const TiledMatrix matrix = tiled_matrix(payload, tile_is_sparse, rows, cols, "unpack_tiles");
+  check_payload_on_host(payload, tile_is_sparse, "unpack_tiles");
+  const Tensor weight = torch::stable::new_empty(payload, {rows, cols}, dtype);
+  cpu::unpack_tiles(matrix, static_cast<uint16_t*>(weight.mutable_data_ptr()), torch_parallel);
+  return weight;
+}
+
+Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, int64_t out_features,
+                   const OptionalTensor& bias) {
+  const LinearCall call = linear_call(x, payload, tile_is_sparse, out_features, bias, "tile_linear");
+  check_payload_on_host(payload, tile_is_sparse, "tile_linear");
+  cpu::tile_linear(call.args, torch_parallel);
+  return call.y;
+}
+
+std::tuple<Tensor, Tensor> masked_weight(const Tensor& weight, const OptionalTensor& pattern_logits,
+                                         const OptionalTensor& fixed_pattern, const OptionalTensor& tile_logits,
+                                         int64_t tile_rows, int64_t tile_cols, double pattern_temperature,
+                                         double pattern_scale, double tile_temperature, double tile_scale,
+                                         bool hard_pattern, bool hard_tile, int64_t seed, int64_t layer, int64_t draw,
+                                         bool noise) {
+  const MaskCall call = mask_call(weight, pattern_logits, fixed_pattern, tile_logits,
+                                  {tile_rows, tile_cols, pattern_temperature, pattern_scale, tile_temperature,
+                                   tile_scale, hard_pattern, hard_tile, seed, layer, draw, noise});
+  const Tensor masked = torch::stable::empty_like(call.weight);
+  const Tensor sums = torch::stable::new_empty(call.weight, {2}, ScalarType::Double);
+  cpu::masked_weight(call.args, masked.mutable_data_ptr(), static_cast<double*>(sums.mutable_data_ptr()),
+                     torch_parallel);
+  return {masked, sums};
+}
+
+std::tuple<Tensor, Tensor> masked_weight_backward(
+    const Tensor& grad_masked, const Tensor& grad_sums, const Tensor& weight, const OptionalTensor& pattern_logits,
+    const OptionalTensor& fixed_pattern, const OptionalTensor& tile_logits, int64_t tile_rows, int64_t tile_cols,
+    double pattern_temperature, double pattern_scale, double tile_temperature, double tile_scale, bool hard_pattern,
+    bool hard_tile, int64_t seed, int64_t layer, int64_t draw, bool noise) {
+  const MaskCall call = mask_call(weight, pattern_logits, fixed_pattern, tile_logits,
+                                  {tile_rows, tile_cols, pattern_temperature, pattern_scale, tile_temperature,
+                                   tile_scale, hard_pattern, hard_tile, seed, layer, draw, noise});
+  check_gradients(call, grad_masked, grad_sums);
+  const Tensor grad = torch::stable::contiguous(grad_masked), grad_of_sums = torch::stable::contiguous(grad_sums);
+  const Tensor grad_pattern = new_gradient(call.pattern_logits, call), grad_tile = new_gradient(call.tile_logits, call);
+  cpu::masked_weight_backward(call.args, grad.const_data_ptr(),
+                              static_cast<const double*>(grad_of_sums.const_data_ptr()),
+                              grad_pattern.mutable_data_ptr(), grad_tile.mutable_data_ptr(), torch_parallel);
+  return {grad_pattern, grad_tile};
+}
+
+bool has_cuda_shim() { return aoti_torch_get_current_cuda_stream != nullptr; }
+
+}  // namespace
+}  // namespace patch_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CPU, m) {
+  m.impl("pack_tiles", TORCH_BOX(&patch_kernels::pack_tiles));
+  m.impl("unpack_tiles", TORCH_BOX(&patch_kernels::unpack_tiles));
+  m.impl("tile_linear", TORCH_BOX(&patch_kernels::tile_linear));
+  m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear));
+  m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
+  m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CompositeExplicitAutograd, m) {
+  m.impl("has_cuda_shim", TORCH_BOX(&patch_kernels::has_cuda_shim));
+}
+
+// Facts about this build for `patch-llm info`, read through ctypes: no op returns a string without leaking it.
+extern "C" __attribute__((visibility("default"))) const char* patch_kernels_build_info() {
+  static const std::string info = std::string("{\"build_id\": \"" PK_BUILD_ID "\", \"cuda_architectures\": \""
+                                              PK_CUDA_ARCHITECTURES "\", \"cuda_version\": \"" PK_CUDA_VERSION
+                                              "\", \"torch_target\": \"2.11\", \"cpu_instruction_set\": \"") +
+                                  patch_kernels::cpu::instruction_set() + "\"}";
+  return info.c_str();
+}

@@ -1,0 +1,72 @@
+// Picks the best instruction set that this CPU has; PATCH_KERNELS_ISA=generic|avx2|avx512 asks for a lesser one.
+#include <cstdlib>
+#include <cstring>
+
+#include "isa.h"
+
+namespace patch_kernels::cpu {
+namespace {
+
+enum class Isa { kGeneric, kAvx2, kAvx512 };
+
+Isa detect() {
+#if defined(PK_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512cd");
+  const char* asked = std::getenv("PATCH_KERNELS_ISA");
+  if (asked && !std::strcmp(asked, "generic")) return Isa::kGeneric;
+  if (asked && !std::strcmp(asked, "avx2") && avx2) return Isa::kAvx2;
+  return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kGeneric;
+#else
+  return Isa::kGeneric;
+#endif
+}
+
+Isa isa() {
+  static const Isa chosen = detect();
+  return chosen;
+}
+
+}  // namespace
+
+#if defined(PK_X86)
+#define PK_CALL(function, ...)                        \
+  switch (isa()) {                                    \
+    case Isa::kAvx512:                                \
+      return avx512::function(__VA_ARGS__);           \
+    case Isa::kAvx2:                                  \
+      return avx2::function(__VA_ARGS__);             \
+    case Isa::kGeneric:                               \
+      return generic::function(__VA_ARGS__);          \
+  }
+#else
+#define PK_CALL(function, ...) return generic::function(__VA_ARGS__);
+#endif
+
+void tile_linear(const TileLinearArgs& args, ParallelFor parallel) { PK_CALL(tile_linear, args, parallel) }
+
+void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel) {
+  PK_CALL(masked_weight, args, masked, sums, parallel)
+}
+
+void masked_weight_backward(const MaskedWeightArgs& args, const void* grad_masked, const double* grad_sums,
+                            void* grad_pattern_logits, void* grad_tile_logits, ParallelFor parallel) {
+  PK_CALL(masked_weight_backward, args, grad_masked, grad_sums, grad_pattern_logits, grad_tile_logits, parallel)
+}
+
+const char* instruction_set() {
+  switch (isa()) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kGeneric:
+      return "generic";
+  }
+  return "generic";
+}
+
+}  // namespace patch_kernels::cpu

@@ -1,0 +1,77 @@
+// Every launcher on one screen: plain C++ between the torch bindings (csrc/bindings) and the kernels (csrc/cpu,
+// csrc/cuda). Pointers are to contiguous row-major memory on the launcher's device; sizes are in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace patch_kernels {
+
+enum class DType { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+// A layer's weight (rows = N = out_features, cols = K = in_features) in packed format v1 (layout.h).
+struct TiledMatrix {
+  const uint8_t* payload;
+  const uint8_t* tile_is_sparse;  // ceil(rows/128) x ceil(cols/128), 0 or 1
+  int64_t rows;
+  int64_t cols;
+};
+
+struct TileLinearArgs {
+  const void* x;     // (tokens, cols)
+  const void* bias;  // (rows) or null
+  void* y;           // (tokens, rows)
+  int64_t tokens;
+  TiledMatrix weight;
+  DType dtype;  // of x, weight, bias and y; fp16 or bf16
+};
+
+// See patch_kernels.masked_weight in Python for the mathematics.
+struct MaskedWeightArgs {
+  const void* weight;            // (rows, cols), cols % 4 == 0
+  const void* pattern_logits;    // (rows*cols/4, 6) or null
+  const uint8_t* fixed_pattern;  // two groups a byte, or null
+  const void* tile_logits;       // ceil(rows/tile_rows) x ceil(cols/tile_cols), or null
+  int64_t rows, cols, tile_rows, tile_cols;
+  double pattern_temperature, pattern_scale, tile_temperature, tile_scale;
+  bool hard_pattern, hard_tile;
+  uint64_t seed;
+  uint32_t layer, draw;
+  bool noise;
+  DType dtype;  // of weight; logits are fp64 if it is fp64, fp32 otherwise
+};
+
+// First violation found while packing: a sparse tile's group that does not keep exactly two (see pack_tiles).
+struct PackError {
+  int64_t count;  // offending groups
+  int64_t row;    // of the first
+  int64_t col;
+};
+
+// Runs body(begin, end, context) over [0, n) on the threads of the host application.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
+
+namespace cpu {
+int64_t payload_bytes(const uint8_t* tile_is_sparse, int64_t tiles);
+PackError pack_tiles(const uint16_t* weight, const bool* keep, const uint8_t* tile_is_sparse, int64_t rows,
+                     int64_t cols, uint8_t* payload, ParallelFor parallel);
+void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, ParallelFor parallel);
+void tile_linear(const TileLinearArgs& args, ParallelFor parallel);
+// masked like weight; sums (2) fp64.
+void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel);
+// grad_masked like weight, grad_sums (2) fp64; outputs like the logits, null where there are none.
+void masked_weight_backward(const MaskedWeightArgs& args, const void* grad_masked, const double* grad_sums,
+                            void* grad_pattern_logits, void* grad_tile_logits, ParallelFor parallel);
+const char* instruction_set();
+}  // namespace cpu
+
+namespace cuda {
+// stream is a cudaStream_t. All throw std::runtime_error with the CUDA error's text if a launch fails.
+void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, void* stream);
+// partial_sums: (tile rows, tile cols, 2) fp64 workspace.
+void masked_weight(const MaskedWeightArgs& args, void* masked, double* partial_sums, double* sums, void* stream);
+void masked_weight_backward(const MaskedWeightArgs& args, const void* grad_masked, const double* grad_sums,
+                            void* grad_pattern_logits, void* grad_tile_logits, void* stream);
+}  // namespace cuda
+
+}  // namespace patch_kernels

@@ -1,0 +1,204 @@
+"""The small language model of the demo: text that every machine has, a tokenizer and a Llama trained on it.
+
+The text is the Python standard library's own sources. Each file belongs to exactly one part, chosen by a hash of
+its relative path: `train` (the dense model learns it), `learn` (calibration and mask learning), `heldout` (evaluation).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("train", "learn", "heldout")
+
+# Share of the files, in 1/16: 11 for training, 4 for learning the masks, 1 for evaluation.
+_PART_OF_BUCKET = ("heldout", *("learn",) * 4, *("train",) * 11)
+
+# Folders that hold tests, installed packages or generated tables instead of program text.
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+)
+_SKIPPED_FOLDERS_PREFIX = ("config-", "__pycache__")
+_LARGEST_FILE_BYTES = 200_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of the three parts, each a list of texts, and the SHA-256 of all of them in order."""
+
+    train: list[str]
+    learn: list[str]
+    heldout: list[str]
+    sha256: str
+
+    def describe(self) -> str:
+        """One line: files and characters of each part."""
+        sizes = (f"{part} {len(docs)} files, {sum(map(len, docs)) / 1e6:.1f} M characters" for part, docs in self.parts())
+        return "; ".join(sizes)
+
+    def parts(self) -> Iterator[tuple[str, list[str]]]:
+        """(name, documents) of each part."""
+        return ((part, getattr(self, part)) for part in PARTS)
+
+
+def stdlib_files(root: Path | None = None) -> list[Path]:
+    """Python files of the standard library, sorted by relative path; tests and installed packages left out.
+
+    root    folder to read; default the `stdlib` path of this interpreter.
+    raises  FileNotFoundError when nothing usable is there (some embedded Pythons ship a zip without sources).
+    """
+    root = Path(root or sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in root.rglob("*.py"):
+        folders = path.relative_to(root).parts[:-1]
+        skipped = any(f in _SKIPPED_FOLDERS or f.startswith(_SKIPPED_FOLDERS_PREFIX) for f in folders)
+        if not skipped and 200 <= path.stat().st_size <= _LARGEST_FILE_BYTES:
+            found.append(path)
+    if not found:
+        raise FileNotFoundError(
+            f"expected Python sources (*.py) of the standard library under {root}, found none. "
+            f"Pass a folder with text as --text FOLDER."
+        )
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def load_corpus(root: Path | None = None, *, max_characters: int | None = None) -> Corpus:
+    """Read the sources and split them by file. max_characters shortens every part (for tests)."""
+    root = Path(root or sysconfig.get_paths()["stdlib"])
+    parts: dict[str, list[str]] = {part: [] for part in PARTS}
+    digest = hashlib.sha256()
+    for path in stdlib_files(root):
+        name = path.relative_to(root).as_posix()
+        part = _PART_OF_BUCKET[hashlib.sha256(name.encode()).digest()[0] % 16]
+        if max_characters is not None and sum(map(len, parts[part])) >= max_characters:
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        digest.update(f"{part} {name} {len(text)}\n".encode())
+        digest.update(text.encode())
+        parts[part].append(text)
+    empty = [part for part, documents in parts.items() if not documents]
+    if empty:
+        raise ValueError(
+            f"expected at least one file in each of the parts {', '.join(PARTS)}, got none for {', '.join(empty)} "
+            f"under {root}. Pass a folder with more text."
+        )
+    return Corpus(**parts, sha256=digest.hexdigest())
+
+
+def train_tokenizer(documents: list[str], vocab_size: int):
+    """Byte-level BPE tokenizer trained on documents, as a transformers tokenizer with <s> </s> <pad>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
+
+
+def build_model(*, vocab_size: int, hidden_size: int, intermediate_size: int, layers: int, heads: int, seed: int):
+    """Llama with random weights in fp32; the token embedding is shared with the output head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train_dense(
+    model,
+    blocks: torch.Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train all weights on blocks (B, S) of token ids, in place, and return the loss of each step.
+
+    AdamW with 5 % linear warm-up and cosine decay to a tenth; blocks are visited in a shuffled order given by seed.
+    on_step(step, loss) is called after each step. Raises ValueError on a loss that is not finite.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    warm_up = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_up_cosine(step, warm_up, steps))
+    batches = shuffled_batches(len(blocks), batch_size, seed)
+    model.train()
+    losses = []
+    for step in range(steps):
+        batch = blocks[next(batches)]
+        loss = model(input_ids=batch, labels=batch).loss
+        if not torch.isfinite(loss):
+            raise ValueError(f"expected a finite loss, got {loss.item()} in step {step}. Lower the learning rate {lr}.")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if on_step is not None:
+            on_step(step, losses[-1])
+    model.eval()
+    return losses
+
+
+def shuffled_batches(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless batches of indices below count: every index once per pass, a new order in each pass."""
+    if count < batch_size:
+        raise ValueError(f"expected at least batch_size = {batch_size} blocks of text, got {count}. Give more text.")
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        for start in range(0, count - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
+
+
+def _warm_up_cosine(step: int, warm_up: int, steps: int) -> float:
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+class Stopwatch:
+    """Seconds since the start, for stage lines such as `[ 12.3 s] training`."""
+
+    def __init__(self):
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since construction."""
+        return time.monotonic() - self._start

@@ -1,0 +1,234 @@
+"""Linear layer whose frozen weight is multiplied by a sampled mask, and the swap into and out of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import patch_kernels
+from patch.learn import LearnConfig
+from patch.mask import exact_budget, harden, nonzero_budget, tile_areas, tile_counts, tile_grid
+from patch.priors import pattern_prior, tile_prior
+from patch_kernels.reference import unpack_keep
+
+
+@dataclass
+class SamplingState:
+    """What all masked layers of a model share during training. The trainer updates it before every micro-batch.
+
+    The noise is a function of (seed, layer, draw), so a recomputed forward pass (gradient checkpointing), a resumed
+    run and a rank of a distributed run see exactly the noise that belongs to them.
+    """
+
+    seed: int
+    draw: int = 0
+    pattern_temperature: float = 1.0
+    pattern_scale: float = 1.0
+    tile_temperature: float = 1.0
+    tile_scale: float = 1.0
+    hard_pattern: bool = False
+    hard_tile: bool = False
+    # Only the first forward pass of a micro-batch stashes its sums; a recomputation in backward must not.
+    collect: bool = False
+    sums: dict[int, Tensor] = field(default_factory=dict)
+
+    def take_sums(self) -> list[Tensor]:
+        """(mask sum, sum of squared masked weights) per layer of the last forward pass, in layer order; then forget."""
+        sums = [self.sums[index] for index in sorted(self.sums)]
+        self.sums.clear()
+        return sums
+
+
+class MaskedLinear(nn.Module):
+    """y = x @ (mask * weight).T + bias with a frozen weight and bias and trainable float32 mask logits.
+
+    linear          its Parameters are shared, not copied, and are no longer trained.
+    index           position of the layer among the masked ones; part of the noise key.
+    pattern_logits  (N*K/4, 6) or None; then fixed_keep (N, K) bool gives the 2:4 mask.
+    tile_logits     (rows, cols) or None: no tile is dense.
+    In train() mode the mask is sampled with noise at the state's temperatures. In eval() mode it is the hardened
+    mask (no noise, patch.mask.harden), so that an evaluation measures the model that would be exported.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        index: int,
+        tile: tuple[int, int],
+        state: SamplingState,
+        pattern_logits: Tensor | None = None,
+        tile_logits: Tensor | None = None,
+        fixed_keep: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if (pattern_logits is None) == (fixed_keep is None):
+            raise ValueError("MaskedLinear: expected pattern_logits or fixed_keep, got both or neither; give exactly one")
+        if pattern_logits is None and tile_logits is None:
+            raise ValueError("MaskedLinear: expected logits to train, got a fixed mask without tile_logits; add them")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.index, self.tile, self.state = index, tile, state
+        self.pattern_logits = None if pattern_logits is None else nn.Parameter(pattern_logits)
+        self.tile_logits = None if tile_logits is None else nn.Parameter(tile_logits)
+        packed = None if fixed_keep is None else patch_kernels.pack_keep(fixed_keep)
+        self.register_buffer("fixed_pattern", packed, persistent=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.state
+        masked, sums = patch_kernels.masked_weight(
+            self.weight,
+            self.pattern_logits,
+            self.tile_logits,
+            tile=self.tile,
+            pattern_temperature=state.pattern_temperature,
+            pattern_scale=state.pattern_scale,
+            tile_temperature=state.tile_temperature,
+            tile_scale=state.tile_scale,
+            hard_pattern=state.hard_pattern or not self.training,
+            hard_tile=state.hard_tile or not self.training,
+            fixed_pattern=self.fixed_pattern,
+            noise=(state.seed, self.index, state.draw) if self.training else None,
+        )
+        if state.collect:
+            state.sums[self.index] = sums
+        return functional.linear(x, masked, self.bias)
+
+    @torch.no_grad()
+    def pattern_keep(self) -> Tensor:
+        """Hardened 2:4 keep mask (N, K) bool, tiles left out of account."""
+        if self.pattern_logits is not None:
+            return harden(self.pattern_logits, None, self.tile, self.shape)[0]
+        return unpack_keep(self.fixed_pattern, self.shape)
+
+    def harden(self, dense_tiles: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(keep (N, K), tile_is_sparse (rows, cols)); dense_tiles (rows, cols) bool overrules the tile logits."""
+        tile_logits = self.tile_logits if dense_tiles is None else dense_tiles.float()
+        return harden(self.pattern_keep(), tile_logits, self.tile, self.shape)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, tile={self.tile}"
+
+
+class MaskedLayers:
+    """The masked layers put into a model; `remove` puts the plain Linears back.
+
+    model       changed in place by the constructor: each Linear in `linears` (by module path) becomes a MaskedLinear.
+    prior_masks keep masks (N, K) by layer name: start of the 2:4 logits, or the fixed patterns in mode "tile".
+    tile_scores (rows, cols) by layer name: start of the tile logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        config: LearnConfig,
+        *,
+        prior_masks: Mapping[str, Tensor] | None = None,
+        tile_scores: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.model, self.config = model, config
+        self.state = SamplingState(config.seed, hard_pattern=config.hard_pattern, hard_tile=config.hard_tile)
+        self._originals = dict(linears)
+        self.layers: dict[str, MaskedLinear] = {}
+        for index, (name, linear) in enumerate(linears.items()):
+            keep = None if prior_masks is None else prior_masks[name].to(linear.weight.device)
+            scores = None if tile_scores is None else tile_scores[name]
+            pattern, tile = initial_logits(linear, index, config, keep, scores)
+            self.layers[name] = MaskedLinear(
+                linear,
+                index=index,
+                tile=config.tile,
+                state=self.state,
+                pattern_logits=pattern,
+                tile_logits=tile,
+                fixed_keep=keep if config.mode == "tile" else None,
+            )
+        # Swapped only now: an error above leaves the model untouched.
+        for name, layer in self.layers.items():
+            layer.train(model.training)
+            model.set_submodule(name, layer)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable logits by name, "<layer>.pattern_logits" and "<layer>.tile_logits", in layer order."""
+        return {
+            f"{name}.{kind}": logits
+            for name, layer in self.layers.items()
+            for kind in ("pattern_logits", "tile_logits")
+            if (logits := getattr(layer, kind)) is not None
+        }
+
+    def remove(self) -> None:
+        """Put the original nn.Linear modules back. Doing it twice does no harm."""
+        self.state.sums.clear()
+        for name, linear in self._originals.items():
+            layer = self.layers[name]
+            linear.weight, linear.bias = layer.weight, layer.bias  # may have been moved to another device
+            linear.train(layer.training)
+            self.model.set_submodule(name, linear)
+
+    @torch.no_grad()
+    def hard_density(self) -> float:
+        """Share of nonzeros if the masks were hardened now; groups keep exactly 2 of 4 by construction."""
+        kept = total = 0.0
+        for layer in self.layers.values():
+            areas = tile_areas(layer.tile, layer.shape).double()
+            total += float(areas.sum())
+            kept += 0.5 * float(areas.sum())
+            if layer.tile_logits is not None:
+                kept += 0.5 * float(areas[(layer.tile_logits > 0).cpu()].sum())
+        return kept / total
+
+    def harden(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Final (keep masks, tile_is_sparse grids) by layer name; with config.exact_budget the tiles go by rank."""
+        chosen: dict[str, Tensor] = {}
+        if self.config.exact_budget and self.config.mode != "mask_llm":
+            gains = [self._gain(layer) for layer in self.layers.values()]
+            total = sum(layer.weight.numel() for layer in self.layers.values())
+            all_dense = sum(int(gain.sum()) for gain in gains)
+            budget = nonzero_budget(total, self.config.target_sparsity) - (total - all_dense)
+            logits = [layer.tile_logits for layer in self.layers.values()]
+            chosen = dict(zip(self.layers, exact_budget(logits, gains, budget), strict=True))
+        hardened = {name: layer.harden(chosen.get(name)) for name, layer in self.layers.items()}
+        return {name: pair[0] for name, pair in hardened.items()}, {name: pair[1] for name, pair in hardened.items()}
+
+    @staticmethod
+    def _gain(layer: MaskedLinear) -> Tensor:
+        """Nonzeros that each tile gains by being dense."""
+        return tile_areas(layer.tile, layer.shape) - tile_counts(layer.pattern_keep().cpu(), layer.tile)
+
+
+def initial_logits(
+    linear: nn.Linear, index: int, config: LearnConfig, keep: Tensor | None, scores: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(pattern, tile) start logits of a layer, None where the mode has none; a function of (seed, index) and priors.
+
+    float32, because a 16-bit logit near 0.04 cannot be moved by a step of 1e-4 (half a unit in the last place);
+    float64 for a float64 weight.
+    """
+    shape = (linear.out_features, linear.in_features)
+    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + index) % (1 << 63))
+    dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
+    device = linear.weight.device
+    pattern = tile = None
+    if config.mode != "tile":
+        raw = torch.randn(shape[0] * shape[1] // 4, 6, generator=generator, dtype=dtype) * config.init_std
+        pattern = raw.to(device)
+        if keep is not None:
+            pattern = pattern_prior(pattern, keep, config.pattern_prior_strength, mode=config.prior_mode)
+    if config.mode != "mask_llm":
+        raw = torch.randn(tile_grid(config.tile, shape), generator=generator, dtype=dtype) * config.init_std
+        tile = raw.to(device)
+        if scores is not None:
+            # The nominal deviation: a layer has few tiles, so the sample's is noisy, and undefined for one tile.
+            target = 1.0 - config.target_sparsity
+            tile = tile_prior(tile, scores.to(device), target, config.tile_prior_strength, std=config.init_std)
+    return pattern, tile

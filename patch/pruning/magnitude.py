@@ -1,0 +1,27 @@
+"""Magnitude pruning: the smallest absolute values go. No calibration data, no weight update.
+
+2:4: two of every four. Unstructured: one threshold per weight matrix.
+Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from patch.pruning.selection import (
+    Pruned,
+    PruneOptions,
+    keep_above_threshold,
+    keep_two_of_four,
+    select,
+    working_dtype,
+)
+
+
+def prune(weight: torch.Tensor, statistics: None, options: PruneOptions) -> Pruned:
+    """Prune weight (N, K) by |weight|; `statistics` is unused."""
+    score = weight.detach().to(working_dtype(weight)).abs()
+    keep = (
+        keep_two_of_four(score) if options.pattern == "2:4" else keep_above_threshold(score, options.sparsity)
+    )
+    return select(weight, keep)

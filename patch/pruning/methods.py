@@ -1,0 +1,119 @@
+"""The registry of pruning methods, and pruning of a single weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from patch.pruning import magnitude, sparsegpt, wanda
+from patch.pruning.selection import (
+    DEFAULT_BLOCK_SIZE,
+    Pruned,
+    PruneOptions,
+    check_inputs,
+    check_weight,
+    working_dtype,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method: how it prunes one weight, and what it gathers from calibration data (or None)."""
+
+    prune: Callable[[torch.Tensor, Any, PruneOptions], Pruned]
+    statistics: type | None = None
+
+    def new_statistics(self, weight: torch.Tensor) -> Any:
+        """Empty statistics for the inputs of weight (N, K), on its device."""
+        return self.statistics(weight.shape[1], dtype=working_dtype(weight), device=weight.device)
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": Method(magnitude.prune),
+    "wanda": Method(wanda.prune, wanda.Statistics),
+    "sparsegpt": Method(sparsegpt.prune, sparsegpt.Statistics),
+}
+_NOT_YET = ("thanos", "prox_sparse")
+
+
+def get_method(name: str) -> Method:
+    """The registered method; raises ValueError for any other name."""
+    if name in METHODS:
+        return METHODS[name]
+    known = ", ".join(METHODS)
+    if name in _NOT_YET:
+        raise ValueError(
+            f"method: expected one of {known}, got '{name}' which is not implemented yet. Use sparsegpt."
+        )
+    raise ValueError(f"method: expected one of {known}, got {name!r}. Choose one of them.")
+
+
+def make_options(pattern, sparsity, block_size, damping, shift_zero_metrics) -> PruneOptions:
+    """Checked options; block_size None is the default."""
+    block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
+    return PruneOptions(pattern, sparsity, block_size, damping, shift_zero_metrics)
+
+
+@torch.no_grad()
+def prune_weight(
+    weight: torch.Tensor,
+    method: str,
+    *,
+    pattern: str = "2:4",
+    sparsity: float = 0.5,
+    inputs: Sequence[torch.Tensor] | None = None,
+    block_size: int | None = None,
+    damping: float = 0.01,
+    shift_zero_metrics: bool = False,
+) -> Pruned:
+    """Prune one weight (N, K); nothing is changed in place.
+
+    method      "magnitude", "wanda" or "sparsegpt".
+    pattern     "2:4": exactly two of every four consecutive columns stay, sparsity must be 0.5, K % 4 == 0.
+                "unstructured": a share `sparsity` of 0 up to 1 goes, by the method's own rule: one threshold
+                for the matrix (magnitude), int(K * sparsity) in each row (wanda), one threshold for each
+                block (sparsegpt). Sparsity 0 returns the weight as it is.
+    inputs      the layer's inputs, one (tokens, K) tensor per calibration sample, on the weight's device.
+                Samples may differ in length and weigh the same. Needed by wanda and sparsegpt, not read by
+                magnitude.
+    block_size  columns sparsegpt treats at once, 128 by default; a multiple of 4 for 2:4.
+    damping     share of the mean diagonal sparsegpt adds to the Hessian's diagonal; raised with a warning
+                when that is not enough to invert it.
+    shift_zero_metrics  wanda: lift all channel energies so that dead input channels do not score 0.
+
+    Maths in fp32, in fp64 for fp64 weights. Magnitude and wanda leave kept weights bit-identical, sparsegpt
+    updates them. Equal scores are pruned from the lower column up. Raises ValueError or TypeError before any
+    work.
+    """
+    chosen = get_method(method)
+    options = make_options(pattern, sparsity, block_size, damping, shift_zero_metrics)
+    check_weight(weight, options, "weight")
+    if chosen.statistics is not None:
+        _check_samples(inputs, weight, method)
+    if options.sparsity == 0:
+        return Pruned(weight.detach().clone(), torch.ones_like(weight, dtype=torch.bool))
+    statistics = None
+    if chosen.statistics is not None:
+        statistics = chosen.new_statistics(weight)
+        for x in inputs:
+            statistics.add(x)
+    return chosen.prune(weight, statistics, options)
+
+
+def _check_samples(inputs: Sequence[torch.Tensor] | None, weight: torch.Tensor, method: str) -> None:
+    if inputs is not None and not isinstance(inputs, (list, tuple)):
+        raise TypeError(
+            f"inputs: expected a list of (tokens, in_features) tensors, one per calibration sample, got "
+            f"{type(inputs).__name__}. Wrap a single sample in a list."
+        )
+    if not inputs:
+        raise ValueError(
+            f"inputs: expected calibration inputs for method '{method}', got "
+            f"{'none' if inputs is None else 'an empty list'}. Pass one (tokens, in_features) tensor per "
+            "sample, or use method='magnitude'."
+        )
+    for index, x in enumerate(inputs):
+        check_inputs(x, weight.shape[1], weight.device, f"inputs[{index}]")

@@ -1,0 +1,20 @@
+"""Ops on hybrid dense / 2:4 weights and the drop-in linear layer. Knows no model and no training."""
+
+from patch_kernels.layout import TiledWeight, tiles_that_are_two_of_four
+from patch_kernels.linear import TiledLinear
+from patch_kernels.ops import masked_weight, payload_bytes, tile_grid, tile_linear
+from patch_kernels.reference import PATTERNS, TILE, pack_keep, unpack_keep
+
+__all__ = [
+    "PATTERNS",
+    "TILE",
+    "TiledLinear",
+    "TiledWeight",
+    "masked_weight",
+    "pack_keep",
+    "payload_bytes",
+    "tile_grid",
+    "tile_linear",
+    "tiles_that_are_two_of_four",
+    "unpack_keep",
+]

@@ -1,0 +1,54 @@
+"""Loads libpatch_kernels_ops.so once and says in one sentence what is wrong if it cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from pathlib import Path
+
+import torch
+
+_MINIMUM_TORCH = (2, 11)
+_BUILD_COMMAND = "pip install --no-build-isolation -e ."
+
+
+def library_path() -> Path:
+    """The library in use: $PATCH_KERNELS_LIBRARY, or the one built into this package."""
+    override = os.environ.get("PATCH_KERNELS_LIBRARY")
+    return Path(override) if override else Path(__file__).parent / "libpatch_kernels_ops.so"
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def load_library() -> Path:
+    """Register the ops with torch. raises ImportError saying what was expected, what is there and what to do."""
+    path = library_path()
+    if _torch_version() < _MINIMUM_TORCH:
+        raise ImportError(
+            f"patch_kernels: expected torch 2.11 or newer, got {torch.__version__}. "
+            "Install it first: pip install 'torch>=2.11'."
+        )
+    if not path.is_file():
+        raise ImportError(
+            f"patch_kernels: expected the compiled ops at {path}, got no such file. "
+            f"Build them: {_BUILD_COMMAND} (or unset PATCH_KERNELS_LIBRARY if it points elsewhere)."
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"patch_kernels: {path} does not load into torch {torch.__version__}: {error}. "
+            f"It was probably built for another system; rebuild it here: {_BUILD_COMMAND}."
+        ) from error
+    return path
+
+
+def build_info(path: Path) -> dict[str, str]:
+    """What the library was built from and for: build_id, cuda_architectures, cuda_version, cpu_instruction_set."""
+    function = ctypes.CDLL(str(path)).patch_kernels_build_info
+    function.restype = ctypes.c_char_p
+    return json.loads(function())

@@ -1,0 +1,313 @@
+"""Typed wrappers of the compiled ops: checks with readable errors, fake kernels, autograd.
+
+The C++ schemas (csrc/schema.cpp) have no defaults, so autograd always sees every input at its place.
+tile_linear has no autograd formula on purpose: one costs 5 us a call even under no_grad. Training goes through
+tile_linear_train.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patch_kernels._library import load_library
+from patch_kernels.reference import TILE
+
+LIBRARY_PATH = load_library()
+_ops = torch.ops.patch_kernels
+
+DENSE_TILE_BYTES = 32768
+SPARSE_TILE_BYTES = 18432
+_PACKED_DTYPES = (torch.float16, torch.bfloat16)
+_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_UINT32 = (1 << 32) - 1
+
+
+def tile_grid(shape: tuple[int, int], tile: tuple[int, int] = (TILE, TILE)) -> tuple[int, int]:
+    """Number of tile rows and columns that cover a weight of shape (N, K); edge tiles may be cut."""
+    return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
+
+
+def payload_bytes(tile_is_sparse: Tensor) -> int:
+    """Bytes of the packed payload for a grid of tile flags: 18432 for a sparse tile, 32768 for a dense one."""
+    sparse = int(tile_is_sparse.bool().sum())
+    return sparse * SPARSE_TILE_BYTES + (tile_is_sparse.numel() - sparse) * DENSE_TILE_BYTES
+
+
+def two_of_four_violations(keep: Tensor, tile_is_sparse: Tensor) -> tuple[int, tuple[int, int] | None]:
+    """Groups inside sparse tiles that do not keep exactly 2 of 4: their number, and the first one's (row, column).
+
+    keep (N, K) bool; tile_is_sparse (ceil(N/128), ceil(K/128)) bool. A last group cut by the matrix edge to one or two
+    columns must keep them all.
+    """
+    rows, cols = keep.shape
+    groups = -(-cols // 4)
+    padded = torch.nn.functional.pad(keep, (0, groups * 4 - cols))
+    kept = padded.reshape(rows, groups, 4).sum(2)
+    expected = torch.full((groups,), 2, device=keep.device)
+    if cols % 4 == 1:
+        expected[-1] = 1
+    row_tile = torch.arange(rows, device=keep.device) // TILE
+    group_tile = torch.arange(groups, device=keep.device) * 4 // TILE
+    inside = tile_is_sparse.bool()[row_tile][:, group_tile]
+    wrong = (kept != expected) & inside
+    count = int(wrong.sum())
+    if count == 0:
+        return 0, None
+    row, group = divmod(int(wrong.flatten().to(torch.uint8).argmax()), groups)
+    return count, (row, 4 * group)
+
+
+def tile_flags(tile_is_sparse: Tensor) -> Tensor:
+    """Tile flags as the ops take them: uint8 0 and 1 (a view of bool flags)."""
+    return tile_is_sparse.view(torch.uint8) if tile_is_sparse.dtype == torch.bool else tile_is_sparse
+
+
+def _check_grid(op: str, tile_is_sparse: Tensor, shape: tuple[int, int]) -> None:
+    if tile_is_sparse.dtype not in (torch.bool, torch.uint8) or tuple(tile_is_sparse.shape) != tile_grid(shape):
+        raise ValueError(
+            f"{op}: expected tile_is_sparse as bool {tile_grid(shape)}, one flag per 128x128 tile of a "
+            f"{shape[0]}x{shape[1]} weight, got {tile_is_sparse.dtype} {tuple(tile_is_sparse.shape)}. "
+            "Use patch_kernels.tile_grid(shape) for its shape."
+        )
+
+
+def pack_tiles(weight: Tensor, keep: Tensor, tile_is_sparse: Tensor) -> Tensor:
+    """Pack a weight into dense and 2:4 tiles, format v1 (docs/format.md).
+
+    weight          (N, K) fp16 or bf16; any sizes, edge tiles are padded with zeros.
+    keep            (N, K) bool, True where a weight stays. Dropped weights of dense tiles are stored as zeros.
+    tile_is_sparse  (ceil(N/128), ceil(K/128)) bool; inside a sparse tile every group of four keeps exactly two.
+    returns         payload, 1-D uint8 of payload_bytes(tile_is_sparse) bytes, on weight's device.
+    raises          ValueError for wrong shapes, dtypes or devices, and for groups that are not 2 of 4 (with their
+                    number and the first row and column).
+    """
+    if weight.dim() != 2 or weight.dtype not in _PACKED_DTYPES:
+        raise ValueError(
+            f"pack_tiles: expected weight (N, K) in float16 or bfloat16, got {weight.dtype} {tuple(weight.shape)}. "
+            "Convert it first, for example weight.to(torch.bfloat16)."
+        )
+    if keep.dtype != torch.bool or keep.shape != weight.shape:
+        raise ValueError(
+            f"pack_tiles: expected keep as bool {tuple(weight.shape)}, got {keep.dtype} {tuple(keep.shape)}. "
+            "Pass the keep mask itself (True where a weight stays), not a float mask."
+        )
+    _check_grid("pack_tiles", tile_is_sparse, tuple(weight.shape))
+    if not weight.device == keep.device == tile_is_sparse.device:
+        raise ValueError(
+            f"pack_tiles: expected one device, got weight on {weight.device}, keep on {keep.device}, "
+            f"tile_is_sparse on {tile_is_sparse.device}. Move them together."
+        )
+    count, first = two_of_four_violations(keep, tile_is_sparse)
+    if count:
+        raise ValueError(
+            f"pack_tiles: expected exactly 2 of 4 kept values in every group of a sparse tile, got {count} groups "
+            f"that are not, the first at row {first[0]}, column {first[1]}. Mark their tiles dense or prune to 2:4."
+        )
+    # Packing happens once per layer: one CPU implementation serves every device.
+    payload = _ops.pack_tiles(weight.cpu(), keep.cpu(), tile_flags(tile_is_sparse.cpu()).contiguous())
+    return payload.to(weight.device)
+
+
+def unpack_tiles(payload: Tensor, tile_is_sparse: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Inverse of pack_tiles: the dense (N, K) weight, bit for bit, zeros where pruned."""
+    if dtype not in _PACKED_DTYPES:
+        raise ValueError(
+            f"unpack_tiles: expected dtype float16 or bfloat16, got {dtype}. Use the dtype given to pack_tiles."
+        )
+    _check_grid("unpack_tiles", tile_is_sparse, tuple(shape))
+    return _ops.unpack_tiles(payload, tile_flags(tile_is_sparse), shape[0], shape[1], dtype)
+
+
+def tile_linear(x: Tensor, payload: Tensor, tile_is_sparse: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+    """y = x @ weight.T + bias with the weight packed by pack_tiles.
+
+    x        (..., K) of the packed dtype (fp16 or bf16); leading sizes may be 0, strides are free.
+    bias     (N,) of x's dtype, or None.
+    returns  (..., N) in x's dtype; accumulation is fp32. On the CPU row i depends on row i of x alone, bit for bit.
+    An inf or NaN of x at a pruned position of a sparse tile does not reach y.
+    Gradients reach x and bias; the weight is frozen.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _ops.tile_linear_train(x, payload, tile_is_sparse, out_features, bias)
+    return _ops.tile_linear(x, payload, tile_is_sparse, out_features, bias)
+
+
+def masked_weight(
+    weight: Tensor,
+    pattern_logits: Tensor | None,
+    tile_logits: Tensor | None,
+    *,
+    tile: tuple[int, int] = (TILE, TILE),
+    pattern_temperature: float = 1.0,
+    pattern_scale: float = 1.0,
+    tile_temperature: float = 1.0,
+    tile_scale: float = 1.0,
+    hard_pattern: bool = False,
+    hard_tile: bool = False,
+    fixed_pattern: Tensor | None = None,
+    noise: tuple[int, int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample a PATCH mask, apply it to a frozen weight, and sum what the regularisers need, in one pass.
+
+    p = softmax((pattern_scale * pattern_logits + Gumbel) / pattern_temperature)      per group, six patterns
+    d = sigmoid((tile_scale * tile_logits + logistic) / tile_temperature)             per tile, share of "dense"
+    mask = d + (1 - d) * (p @ PATTERNS)          masked = mask * weight
+
+    weight          (N, K) fp16, bf16, fp32 or fp64, K a multiple of 4; gets no gradient.
+    pattern_logits  (N*K/4, 6) fp32 (fp64 with an fp64 weight), or None with fixed_pattern.
+    tile_logits     (ceil(N/tile[0]), ceil(K/tile[1])) of the same dtype, or None: every tile is sparse (MaskLLM).
+    fixed_pattern   pack_keep(keep) of a fixed mask (PATCH-Tile), instead of pattern_logits.
+    hard_pattern, hard_tile   forward value is the likeliest choice, gradient that of the soft one (straight-through).
+    noise           (seed, layer, draw): Philox noise that is a function of these alone, so recomputation, resuming and
+                    any sharding see the same mask; None for no noise.
+    returns         masked, like weight; sums (2,) fp64: sum of the mask, and sum of masked**2. Both are differentiable.
+                    Backward recomputes everything; nothing of the logits' size is kept.
+    raises          ValueError naming the argument, what was expected and what came.
+    Source: PATCH (arXiv 2509.23410) section 3; Gumbel-softmax, Jang et al. 2017; MaskLLM, Fang et al. 2024.
+    """
+    _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, tile)
+    for name, value in (("pattern_temperature", pattern_temperature), ("tile_temperature", tile_temperature)):
+        if not value > 0:
+            raise ValueError(
+                f"masked_weight: expected {name} > 0, got {value}. Schedules must end above 0, e.g. 0.05."
+            )
+    seed, layer, draw = noise if noise is not None else (0, 0, 0)
+    if not (-(1 << 63) <= seed < 1 << 63 and 0 <= layer < 1 << 31 and 0 <= draw <= _MAX_UINT32):
+        raise ValueError(
+            "masked_weight: expected noise=(seed, layer, draw) with a 64-bit seed, layer in [0, 2^31) and draw in "
+            f"[0, 2^32), got {noise}. Count layers and draws from 0."
+        )
+    return _ops.masked_weight(
+        weight,
+        pattern_logits,
+        fixed_pattern,
+        tile_logits,
+        tile[0],
+        tile[1],
+        pattern_temperature,
+        pattern_scale,
+        tile_temperature,
+        tile_scale,
+        hard_pattern,
+        hard_tile,
+        seed,
+        layer,
+        draw,
+        noise is not None,
+    )
+
+
+def _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, tile) -> None:
+    if weight.dim() != 2 or weight.dtype not in _WEIGHT_DTYPES or weight.shape[1] % 4 or weight.shape[1] == 0:
+        raise ValueError(
+            "masked_weight: expected weight (N, K) in floating point with K a positive multiple of 4, got "
+            f"{weight.dtype} {tuple(weight.shape)}. Exclude this layer from masking."
+        )
+    if tile[0] < 1 or tile[1] < 4 or tile[1] % 4:
+        raise ValueError(
+            f"masked_weight: expected tile=(rows >= 1, columns a multiple of 4), got {tuple(tile)}. "
+            "A group of four may not cross tiles; (128, 128) is the kernel's own tile."
+        )
+    if (pattern_logits is None) == (fixed_pattern is None):
+        raise ValueError(
+            "masked_weight: expected either pattern_logits or fixed_pattern, got "
+            f"{'neither' if pattern_logits is None else 'both'}. Learn the 2:4 pattern or fix it."
+        )
+    groups = weight.shape[0] * weight.shape[1] // 4
+    logit_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    expected = (
+        ("pattern_logits", pattern_logits, (groups, 6), logit_dtype),
+        ("fixed_pattern", fixed_pattern, ((groups + 1) // 2,), torch.uint8),
+        ("tile_logits", tile_logits, tile_grid(tuple(weight.shape), tile), logit_dtype),
+    )
+    for name, tensor, shape, dtype in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"masked_weight: expected {name} as {dtype} {shape} for a weight {tuple(weight.shape)} and tile "
+                f"{tuple(tile)}, got {tensor.dtype} {tuple(tensor.shape)}. Rebuild it for this weight and tile."
+            )
+        if tensor.device != weight.device:
+            raise ValueError(
+                f"masked_weight: expected {name} on {weight.device} like the weight, got {tensor.device}. Move it."
+            )
+
+
+def _fake_linear(x, payload, tile_is_sparse, out_features, bias):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_masked_weight_backward(grad_masked, grad_sums, weight, pattern_logits, fixed_pattern, tile_logits, *_):
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return tuple(
+        weight.new_empty(0, dtype=dtype) if logits is None else torch.empty_like(logits)
+        for logits in (pattern_logits, tile_logits)
+    )
+
+
+def _register_fakes() -> None:
+    fake = torch.library.register_fake
+    fake("patch_kernels::tile_linear", _fake_linear)
+    fake("patch_kernels::tile_linear_train", _fake_linear)
+    fake(
+        "patch_kernels::unpack_tiles",
+        lambda payload, tile_is_sparse, rows, cols, dtype: payload.new_empty((rows, cols), dtype=dtype),
+    )
+
+    @fake("patch_kernels::pack_tiles")
+    def _(weight, keep, tile_is_sparse):
+        # The size depends on the flags' values: an unbacked size for the compiler.
+        size = torch.library.get_ctx().new_dynamic_size()
+        return weight.new_empty(size, dtype=torch.uint8)
+
+    fake(
+        "patch_kernels::masked_weight",
+        lambda weight, *_: (weight.new_empty(weight.shape), weight.new_empty(2, dtype=torch.float64)),
+    )
+    fake("patch_kernels::masked_weight_backward", _fake_masked_weight_backward)
+
+
+def _setup_linear(ctx, inputs, output):
+    x, payload, tile_is_sparse, _, bias = inputs
+    ctx.save_for_backward(payload, tile_is_sparse)
+    ctx.in_features, ctx.dtype, ctx.has_bias = x.shape[-1], x.dtype, bias is not None
+
+
+def _backward_linear(ctx, grad):
+    payload, tile_is_sparse = ctx.saved_tensors
+    out_features = grad.shape[-1]
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = _ops.unpack_tiles(payload, tile_is_sparse, out_features, ctx.in_features, ctx.dtype)
+        grad_x = grad @ weight
+    if ctx.has_bias and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, out_features).sum(0)
+    return grad_x, None, None, None, grad_bias
+
+
+def _setup_masked_weight(ctx, inputs, output):
+    weight, pattern_logits, fixed_pattern, tile_logits, *ctx.scalars = inputs
+    ctx.save_for_backward(weight, pattern_logits, fixed_pattern, tile_logits)
+
+
+def _backward_masked_weight(ctx, grad_masked, grad_sums):
+    weight, pattern_logits, fixed_pattern, tile_logits = ctx.saved_tensors
+    grad_pattern, grad_tile = _ops.masked_weight_backward(
+        grad_masked, grad_sums, weight, pattern_logits, fixed_pattern, tile_logits, *ctx.scalars
+    )
+    return (
+        None,
+        None if pattern_logits is None else grad_pattern,
+        None,
+        None if tile_logits is None else grad_tile,
+        *([None] * len(ctx.scalars)),
+    )
+
+
+_register_fakes()
+torch.library.register_autograd("patch_kernels::tile_linear_train", _backward_linear, setup_context=_setup_linear)
+torch.library.register_autograd(
+    "patch_kernels::masked_weight", _backward_masked_weight, setup_context=_setup_masked_weight
+)

@@ -1,0 +1,151 @@
+"""Plain PyTorch version of every op: slow, differentiable, obvious. Tests and benchmarks compare against it.
+
+The noise is the same counter-based stream that the compiled ops use, so equal arguments give equal noise.
+"""
+
+from __future__ import annotations
+
+import torch
+
+TILE = 128
+
+# Keep patterns of 2:4 sparsity in the order of MaskLLM and PATCH: 1100 1010 1001 0110 0101 0011.
+PATTERNS = torch.tensor(
+    [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool
+)
+
+_LOW32 = 0xFFFFFFFF
+_TILE_STREAM = 1 << 31  # set in the fourth counter word for tile noise
+
+
+def _multiply_high_low(a: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32 bits of a * constant, for int64 tensors holding 32-bit words (int64 would overflow)."""
+    low_product = (a & 0xFFFF) * constant
+    high_product = (a >> 16) * constant + (low_product >> 16)
+    return high_product >> 16, ((high_product & 0xFFFF) << 16) | (low_product & 0xFFFF)
+
+
+def philox4x32(counter: list[torch.Tensor], key: int) -> list[torch.Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four counter words (int64 tensors of 32-bit values) and a 64-bit key."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _LOW32, (key >> 32) & _LOW32
+    for _ in range(10):
+        high0, low0 = _multiply_high_low(c0, 0xD2511F53)
+        high1, low1 = _multiply_high_low(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
+    return [c0, c1, c2, c3]
+
+
+def _uniform(bits: torch.Tensor) -> torch.Tensor:
+    """21 random bits to a float64 strictly inside (0, 1)."""
+    return (bits.double() + 0.5) / 2.0**21
+
+
+def pattern_noise(seed: int, layer: int, draw: int, groups: int) -> torch.Tensor:
+    """Standard Gumbel noise of a layer's 2:4 logits: (groups, 6) float64, a function of the arguments only."""
+    index = torch.arange(groups, dtype=torch.int64)
+    words = philox4x32(
+        [index & _LOW32, index >> 32, torch.full_like(index, draw & _LOW32), torch.full_like(index, layer)], seed
+    )
+    x, y, z, w = words
+    bits = [word >> 11 for word in words]
+    bits += [((x & 0x7FF) << 10) | (y & 0x3FF), ((z & 0x7FF) << 10) | (w & 0x3FF)]
+    return -torch.log(-torch.log(_uniform(torch.stack(bits, dim=1))))
+
+
+def tile_noise(seed: int, layer: int, draw: int, rows: int, cols: int) -> torch.Tensor:
+    """Standard logistic noise of a layer's tile logits: (rows, cols) float64, a function of the arguments only."""
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    words = philox4x32(
+        [row, col, torch.full_like(row, draw & _LOW32), torch.full_like(row, layer | _TILE_STREAM)], seed
+    )
+    return torch.logit(_uniform(words[0] >> 11))
+
+
+def expand_tiles(grid: torch.Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> torch.Tensor:
+    """Repeat each entry of grid (rows, cols) over its tile and cut the ragged edge: (N, K)."""
+    return grid.repeat_interleave(tile[0], 0)[: shape[0]].repeat_interleave(tile[1], 1)[:, : shape[1]]
+
+
+def pack_keep(keep: torch.Tensor) -> torch.Tensor:
+    """Keep mask (N, K) bool as four bits a group: uint8 ((N*K/4 + 1) // 2,), even group in the low nibble.
+
+    Bit j of a nibble says whether element j of the group stays. raises ValueError if K is not a multiple of 4.
+    """
+    if keep.dtype != torch.bool or keep.dim() != 2 or keep.shape[1] % 4:
+        raise ValueError(
+            f"pack_keep: expected a bool (N, K) mask with K a multiple of 4, got {keep.dtype} {tuple(keep.shape)}. "
+            "Exclude layers whose in_features is not a multiple of 4 from 2:4 sparsity."
+        )
+    bit = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=keep.device)
+    nibbles = (keep.reshape(-1, 4).to(torch.uint8) * bit).sum(1, dtype=torch.uint8)
+    if nibbles.numel() % 2:
+        nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
+    return nibbles[0::2] | (nibbles[1::2] << 4)
+
+
+def unpack_keep(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Inverse of pack_keep: bool (N, K)."""
+    nibbles = torch.stack([packed & 15, packed >> 4], dim=1).reshape(-1)[: shape[0] * shape[1] // 4]
+    bit = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=packed.device)
+    return (nibbles[:, None] & bit).ne(0).reshape(shape)
+
+
+def _straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    """Forward value of hard, gradient of soft."""
+    return hard + soft - soft.detach()
+
+
+def masked_weight(
+    weight,
+    pattern_logits,
+    tile_logits,
+    *,
+    tile=(TILE, TILE),
+    pattern_temperature=1.0,
+    pattern_scale=1.0,
+    tile_temperature=1.0,
+    tile_scale=1.0,
+    hard_pattern=False,
+    hard_tile=False,
+    fixed_pattern=None,
+    noise=None,
+):
+    """The mathematics of patch_kernels.masked_weight (see there), by autograd, every intermediate at full size."""
+    shape = tuple(weight.shape)
+    compute = weight.dtype if weight.dtype == torch.float64 else torch.float32
+    if pattern_logits is not None:
+        scores = pattern_scale * pattern_logits.to(compute)
+        if noise is not None:
+            scores = scores + pattern_noise(*noise, scores.shape[0]).to(scores)
+        probability = torch.softmax(scores / pattern_temperature, dim=1)
+        if hard_pattern:
+            one_hot = torch.zeros_like(probability).scatter_(1, probability.argmax(1, keepdim=True), 1.0)
+            probability = _straight_through(one_hot, probability)
+        mask = (probability @ PATTERNS.to(probability)).reshape(shape)
+    else:
+        mask = unpack_keep(fixed_pattern, shape).to(compute)
+    if tile_logits is not None:
+        scores = tile_scale * tile_logits.to(compute)
+        if noise is not None:
+            scores = scores + tile_noise(*noise, *scores.shape).to(scores)
+        dense = torch.sigmoid(scores / tile_temperature)
+        if hard_tile:
+            dense = _straight_through((scores > 0).to(dense), dense)
+        dense = expand_tiles(dense, tile, shape)
+        mask = dense + (1 - dense) * mask
+    dense_weight = weight.detach().to(compute)
+    # 0 * inf is NaN: a non-finite weight under a mask of exactly zero is dropped, not multiplied.
+    dropped = (mask == 0) & ~dense_weight.isfinite()
+    masked = mask * torch.where(dropped, 0.0, dense_weight)
+    sums = torch.stack([mask.double().sum(), masked.double().square().sum()])
+    return masked.to(weight.dtype), sums
+
+
+def tile_linear(x, weight, bias=None):
+    """y = x @ weight.T + bias with float64 accumulation, rounded once to x's dtype. weight is dense (N, K)."""
+    y = x.double() @ weight.double().T
+    if bias is not None:
+        y = y + bias.double()
+    return y.to(x.dtype)
