@@ -27,7 +27,7 @@ constexpr int kMetaBytes = 2048;      // 4 bits for each of 128 x 32 groups
 constexpr int kDenseTileBytes = 2 * kSlotBytes;
 constexpr int kSparseTileBytes = kSlotBytes + kMetaBytes;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Byte b in [0,128) of row r of a slot.
 PK_HD constexpr int swizzle128(int r, int b) { return 128 * r + (b ^ ((r & 7) << 4)); }

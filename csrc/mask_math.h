@@ -21,9 +21,6 @@ constexpr uint32_t kTileStreamBit = 1u << 31;  // of the fourth counter word: ti
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// Column pairs kept by the patterns 1100 1010 1001 0110 0101 0011.
-constexpr int kPatternColumns[kPatterns][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};
-
 struct NoiseKey {
   uint64_t seed;
   uint32_t layer;
@@ -251,11 +248,13 @@ PK_HD void mask_gradient(const Real (&g)[kGroup][kLanes], const Real (&w)[kGroup
 template <class Real, int kLanes>
 PK_HD void pattern_logit_gradient(const Real (&p)[kPatterns][kLanes], const Real (&pattern_grad)[kGroup][kLanes],
                                   Real factor, Real (&logit_grad)[kPatterns][kLanes]) {
+  // Column pairs kept by the patterns 1100 1010 1001 0110 0101 0011.
+  constexpr int kColumns[kPatterns][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}};
   Real mean[kLanes];
   for (int l = 0; l < kLanes; ++l) mean[l] = 0;
   for (int k = 0; k < kPatterns; ++k) {
     for (int l = 0; l < kLanes; ++l) {
-      logit_grad[k][l] = pattern_grad[kPatternColumns[k][0]][l] + pattern_grad[kPatternColumns[k][1]][l];
+      logit_grad[k][l] = pattern_grad[kColumns[k][0]][l] + pattern_grad[kColumns[k][1]][l];
       mean[l] += p[k][l] * logit_grad[k][l];
     }
   }

@@ -1,4 +1,4 @@
-"""`learn_mask`: mask learning with the argument names of the original PATCH code, on top of patch.trainer.learn."""
+"""`learn_mask`: mask learning with the argument names of the original PATCH code."""
 
 from __future__ import annotations
 
@@ -72,10 +72,12 @@ def learn_mask(
 ) -> tuple[nn.Module, Any]:
     """Learn a PATCH mask for a dense model, starting from a one-shot compressed copy of it.
 
-    model_name        path or hub id of the dense model; its weights are used, only masks come from compressed_model.
-    compressed_model  what patch.utils.prepare_pruned_model returned: `keep_mask` and `distribution_scores` on its layers.
-    mask_args         dict or namespace with the keys of the original (see config_from_mask_args); missing ones get
-                      the published value of the variant chosen by joint_optim and mask_llm.
+    model_name        path or hub id of the dense model; its weights are used, only masks come from
+                      compressed_model.
+    compressed_model  what patch.utils.prepare_pruned_model returned: `keep_mask` and `distribution_scores` on
+                      its layers.
+    mask_args         dict or namespace with the keys of the original (see config_from_mask_args); missing
+                      ones get the published value of the variant chosen by joint_optim and mask_llm.
     train_data        local .txt, .jsonl or .parquet file, a named set, or packed blocks (B, S) int64; default
                       SlimPajama as in the paper.
     output_dir        folder for checkpoints and metrics.jsonl.
@@ -89,13 +91,19 @@ def learn_mask(
     known = (*_config_fields(), *_DATA_OPTIONS, *_LEARN_OPTIONS)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(f"learn_mask: expected known options, got {', '.join(unknown)}; valid: {', '.join(sorted(known))}")
+        raise TypeError(
+            f"learn_mask: expected known options, got {', '.join(unknown)}; valid: {', '.join(sorted(known))}"
+        )
     config = config_from_mask_args(mask_args, **config_options)
     sequence_length = _sequence_length(mask_args)
     masks, scores = _read_compressed(compressed_model, config)
     if wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb: expected the package to be installed, it is not; pip install wandb or pass wandb=False")
-    blocks = _blocks(tokenizer, train_data, sequence_length, {k: v for k, v in options.items() if k in _DATA_OPTIONS})
+        raise ValueError(
+            "wandb: expected the package to be installed, it is not; pip install wandb or pass wandb=False"
+        )
+    blocks = _blocks(
+        tokenizer, train_data, sequence_length, {k: v for k, v in options.items() if k in _DATA_OPTIONS}
+    )
     config.total_steps(blocks.shape[0])
 
     from transformers import AutoModelForCausalLM
@@ -123,10 +131,11 @@ def learn_mask(
 def config_from_mask_args(mask_args: Mapping[str, Any] | Any, **overrides: Any) -> LearnConfig:
     """LearnConfig of the original's mask_args (dict or namespace); overrides name LearnConfig fields and win.
 
-    Variant: mask_llm=True is MaskLLM (2:4 everywhere, whatever target_sparsity_ratio says), else joint_optim=True is
-    PATCH-Joint, else PATCH-Tile. target_sparsity_ratio defaults to 0.45. A weight_reg given for MaskLLM multiplies the
-    kept share of the norm as in PATCH, not the sum of norms: the original's default of 10 would drown the token loss.
-    raises ValueError or TypeError for unknown keys, both variants at once, an unknown optimizer, bad values.
+    Variant: mask_llm=True is MaskLLM (2:4 everywhere, whatever target_sparsity_ratio says), else
+    joint_optim=True is PATCH-Joint, else PATCH-Tile. target_sparsity_ratio defaults to 0.45. A weight_reg
+    given for MaskLLM multiplies the kept share of the norm as in PATCH, not the sum of norms: the original's
+    default of 10 would drown the token loss. raises ValueError or TypeError for unknown keys, both variants
+    at once, an unknown optimizer, bad values.
     """
     given = _as_dict(mask_args)
     unknown = sorted(set(given) - set(_CONFIG_KEYS) - set(_OTHER_KEYS))
@@ -137,19 +146,23 @@ def config_from_mask_args(mask_args: Mapping[str, Any] | Any, **overrides: Any) 
         )
     for key in ("learnable_mask", "joint_optim", "mask_llm"):
         if not isinstance(given.get(key, False), bool):
-            raise ValueError(f"mask_args[{key!r}]: expected True or False, got {given[key]!r}; write a Python bool")
+            raise ValueError(
+                f"mask_args[{key!r}]: expected True or False, got {given[key]!r}; write a Python bool"
+            )
     if given.get("learnable_mask") is False:
         raise ValueError(
-            "mask_args['learnable_mask']: expected True or no such key, got False; do not call learn_mask to keep the "
-            "one-shot mask"
+            "mask_args['learnable_mask']: expected True or no such key, got False; do not call learn_mask to "
+            "keep the one-shot mask"
         )
     if given.get("mask_llm") and given.get("joint_optim"):
-        raise ValueError("mask_args: expected mask_llm or joint_optim, got both True; mask_llm has no tiles, drop one")
+        raise ValueError(
+            "mask_args: expected mask_llm or joint_optim, got both True; mask_llm has no tiles, drop one"
+        )
     optimizer = given.get("optimizer", _OPTIMIZERS[0])
     if optimizer not in _OPTIMIZERS:
         raise ValueError(
-            f"mask_args['optimizer']: expected one of {', '.join(_OPTIMIZERS)}, got {optimizer!r}; it is the AdamW that "
-            "the paper uses"
+            f"mask_args['optimizer']: expected one of {', '.join(_OPTIMIZERS)}, got {optimizer!r}; it is the "
+            "AdamW that the paper uses"
         )
     values = {field: given[key] for key, field in _CONFIG_KEYS.items() if key in given} | overrides
     if given.get("mask_llm"):
@@ -160,7 +173,8 @@ def config_from_mask_args(mask_args: Mapping[str, Any] | Any, **overrides: Any) 
     sparsity = given.get("target_sparsity_ratio", DEFAULT_SPARSITY)
     if not isinstance(sparsity, (int, float)) or isinstance(sparsity, bool):
         raise ValueError(
-            f"mask_args['target_sparsity_ratio']: expected a share of zeros from 0 to 0.5, got {sparsity!r}; write 0.45"
+            f"mask_args['target_sparsity_ratio']: expected a share of zeros from 0 to 0.5, got {sparsity!r}; "
+            "write 0.45"
         )
     return LearnConfig.from_preset(mode, sparsity, **values)
 
@@ -184,12 +198,15 @@ def _sequence_length(mask_args: Mapping[str, Any] | Any) -> int:
     length = _as_dict(mask_args).get("fine_tuning_sequence_length", DEFAULT_SEQUENCE_LENGTH)
     if not isinstance(length, int) or isinstance(length, bool) or length < 2:
         raise ValueError(
-            f"mask_args['fine_tuning_sequence_length']: expected an integer >= 2, got {length!r}; the paper uses 4096"
+            f"mask_args['fine_tuning_sequence_length']: expected an integer >= 2, got {length!r}; the paper "
+            "uses 4096"
         )
     return length
 
 
-def _read_compressed(compressed_model: nn.Module, config: LearnConfig) -> tuple[dict[str, Tensor], dict | None]:
+def _read_compressed(
+    compressed_model: nn.Module, config: LearnConfig
+) -> tuple[dict[str, Tensor], dict | None]:
     """Explicit keep masks and tile scores of the one-shot model; never read off the zeros of its weights."""
     if not isinstance(compressed_model, nn.Module):
         raise TypeError(
@@ -199,8 +216,8 @@ def _read_compressed(compressed_model: nn.Module, config: LearnConfig) -> tuple[
     masks = keep_masks(compressed_model)
     if not masks:
         raise ValueError(
-            "compressed_model: expected keep masks on its layers, found none; pass what patch.utils.prepare_pruned_model "
-            "returned"
+            "compressed_model: expected keep masks on its layers, found none; pass what "
+            "patch.utils.prepare_pruned_model returned"
         )
     modules = {name: compressed_model.get_submodule(name) for name in masks}
     scores = {
@@ -211,8 +228,8 @@ def _read_compressed(compressed_model: nn.Module, config: LearnConfig) -> tuple[
     if config.mode != "mask_llm" and scores and len(scores) != len(masks):
         missing = [name for name in masks if name not in scores]
         raise ValueError(
-            f"compressed_model: expected distribution_scores on every pruned layer, {missing[0]} has none; prepare the "
-            "model again"
+            f"compressed_model: expected distribution_scores on every pruned layer, {missing[0]} has none; "
+            "prepare the model again"
         )
     return masks, {name: score.float() for name, score in scores.items()} or None
 
@@ -221,14 +238,17 @@ def _blocks(tokenizer: Any, train_data: Any, sequence_length: int, options: dict
     if isinstance(train_data, Tensor):
         if options:
             raise ValueError(
-                f"{', '.join(options)}: expected only with text, got packed blocks as train_data; cut the blocks yourself"
+                f"{', '.join(options)}: expected only with text, got packed blocks as train_data; cut the "
+                "blocks yourself"
             )
         return train_data
     from patch.data import training_blocks
 
     limit = getattr(tokenizer, "model_max_length", None)
     if isinstance(limit, int) and limit < sequence_length:
-        logger.warning("fine_tuning_sequence_length %d cut to the tokenizer's limit %d", sequence_length, limit)
+        logger.warning(
+            "fine_tuning_sequence_length %d cut to the tokenizer's limit %d", sequence_length, limit
+        )
         sequence_length = limit
     if train_data is None:
         train_data = DEFAULT_TRAIN_DATA

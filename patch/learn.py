@@ -1,4 +1,4 @@
-"""What is learned and how: hyper-parameters with the published presets, schedules, and the two regulariser terms."""
+"""What is learned and how: hyper-parameters with the published presets, schedules, regulariser terms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"Schedule: expected at least 1 step, got {self.steps}; use the number of optimiser steps")
+            raise ValueError(
+                f"Schedule: expected at least 1 step, got {self.steps}; use the number of optimiser steps"
+            )
 
     def at(self, step: int) -> float:
         """Value at an optimiser step; the first step is 0."""
@@ -55,17 +57,18 @@ def weight_norm_ratio(
 ) -> Tensor:
     """How much of the weights' norm the masks keep: sum_l ||M*W||_F / sum_l ||W||_F, float64 scalar.
 
-    masks, weights  matching lists (or mappings in the same order); gradients flow to the masks, not to the weights.
-    squared         use squared norms in numerator and denominator (the paper's equation; the published numbers
-                    come from the unsquared form).
+    masks, weights  matching lists (or mappings in the same order); gradients flow to the masks, not to the
+                    weights.
+    squared         use squared norms in numerator and denominator (the paper's equation; the published
+                    numbers come from the unsquared form).
     raises          ValueError for different numbers or shapes.
     """
     masks, weights = _as_list("weight_norm_ratio", masks), _as_list("weight_norm_ratio", weights)
     if len(masks) != len(weights) or any(m.shape != w.shape for m, w in zip(masks, weights, strict=True)):
         raise ValueError(
             f"weight_norm_ratio: expected one weight per mask and equal shapes, got {len(masks)} masks "
-            f"{[tuple(m.shape) for m in masks[:3]]} and {len(weights)} weights {[tuple(w.shape) for w in weights[:3]]}"
-            "; pass both in the same layer order"
+            f"{[tuple(m.shape) for m in masks[:3]]} and {len(weights)} weights "
+            f"{[tuple(w.shape) for w in weights[:3]]}; pass both in the same layer order"
         )
     power = 2 if squared else 1
     kept = sum(_norm(_select(mask, weight)) ** power for mask, weight in zip(masks, weights, strict=True))
@@ -73,7 +76,7 @@ def weight_norm_ratio(
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, min_ratio: float = 0.0) -> float:
-    """Share of the peak learning rate at a step: linear from 0 (so step 0 does not move), then cosine to min_ratio."""
+    """Share of the peak learning rate: linear from 0 (step 0 does not move), then cosine to min_ratio."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = min((step - warmup_steps) / max(1, total_steps - warmup_steps), 1.0)
@@ -84,21 +87,26 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, min_rat
 class LearnConfig:
     """All hyper-parameters of mask learning; `LearnConfig.from_preset` gives the published ones.
 
-    mode             "joint": 2:4 patterns and tiles; "tile": tiles, patterns fixed; "mask_llm": patterns only.
+    mode             "joint": 2:4 patterns and tiles; "tile": tiles, patterns fixed; "mask_llm": patterns
+                     only.
     target_sparsity  share of zeros, 0..0.5 (mask_llm: always 0.5).
     tile             (rows, columns) of a tile; columns a multiple of 4.
-    lr ... max_grad_norm  AdamW with warm-up and cosine decay to lr * min_lr_ratio, gradients clipped together.
+    lr ... max_grad_norm  AdamW with warm-up and cosine decay to lr * min_lr_ratio, gradients clipped
+                          together.
     sparse_reg       factor of |density - target|.
     weight_reg       factor of the kept weight norm's reward, which decays linearly to 0; 0 switches it off.
     weight_reg_form  "norm" (published code) or "squared" (the papers' equations).
-    weight_reg_normalized  divide by the dense model's norm; MaskLLM's own term is not divided and then needs a
+    weight_reg_normalized  divide by the dense model's norm; MaskLLM's own term is not divided and then needs
+                           a
                      weight_reg of 1e-5 to 1e-2, because it is hundreds to thousands large.
     pattern_*, tile_*  (start, end) of temperature and logit scale; hard_* straight-through samples;
                      *_prior_strength in standard deviations of the initial logits, 0 = none.
     prior_mode       "add" or "overwrite", see patch.priors.pattern_prior.
-    layer_target     a density target per decoder block instead of one for the model; layer_target_reduction says
-                     whether the blocks' penalties are averaged or summed (published; acts as sparse_reg * blocks).
-    exact_budget     at the end choose the dense tiles by rank so that the target is met exactly, not in expectation.
+    layer_target     a density target per decoder block instead of one for the model; layer_target_reduction
+                     says whether the blocks' penalties are averaged or summed (published; acts as sparse_reg
+                     * blocks).
+    exact_budget     at the end choose the dense tiles by rank so that the target is met exactly, not in
+                     expectation.
     local_batch_size, global_batch_size  blocks per forward pass / per optimiser step over all processes.
     """
 
@@ -143,7 +151,9 @@ class LearnConfig:
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or len(value) != 2:
                 raise ValueError(f"{name}: expected two values, got {value!r}; for example {_default(name)}")
-            object.__setattr__(self, name, tuple(value))  # files give lists; a frozen config must stay hashable
+            object.__setattr__(
+                self, name, tuple(value)
+            )  # files give lists; a frozen config must stay hashable
         self._check_types()
         self._check_choices()
         self._check_numbers()
@@ -151,13 +161,16 @@ class LearnConfig:
 
     @classmethod
     def from_preset(cls, name: str, sparsity: float | None = None, **overrides: Any) -> LearnConfig:
-        """Published hyper-parameters of "joint", "tile" (PATCH) or "mask_llm" (MaskLLM), with overrides by name.
+        """Published hyper-parameters of "joint", "tile" (PATCH) or "mask_llm" (MaskLLM), with overrides by
+        name.
 
         sparsity  target, needed for joint and tile; for mask_llm it is 0.5 and may be left out.
         raises    ValueError for an unknown preset, a missing or impossible sparsity, unknown overrides.
         """
         if name not in MODES:
-            raise ValueError(f"preset: expected one of {', '.join(MODES)}, got {name!r}; use 'joint' for best quality")
+            raise ValueError(
+                f"preset: expected one of {', '.join(MODES)}, got {name!r}; use 'joint' for best quality"
+            )
         unknown = sorted(set(overrides) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(
@@ -166,7 +179,9 @@ class LearnConfig:
             )
         if sparsity is None:
             if name != "mask_llm":
-                raise ValueError(f"preset {name}: expected a target sparsity of 0 to 0.5, got none; 0.45 is common")
+                raise ValueError(
+                    f"preset {name}: expected a target sparsity of 0 to 0.5, got none; 0.45 is common"
+                )
             sparsity = 0.5
         values: dict[str, Any] = {"mode": name, "target_sparsity": sparsity} | _PRESETS[name]
         if name == "joint":
@@ -175,21 +190,22 @@ class LearnConfig:
         return cls(**(values | overrides))
 
     def accumulation_steps(self, world_size: int = 1) -> int:
-        """Micro-batches per optimiser step. raises ValueError when the global batch cannot be split evenly."""
+        """Micro-batches per optimiser step. raises ValueError when the global batch cannot be split."""
         per_pass = self.local_batch_size * world_size
         if self.global_batch_size % per_pass:
             raise ValueError(
-                f"global_batch_size: expected a multiple of local_batch_size * processes = {self.local_batch_size} * "
-                f"{world_size} = {per_pass}, got {self.global_batch_size}; change one of them"
+                "global_batch_size: expected a multiple of local_batch_size * processes = "
+                f"{self.local_batch_size} * {world_size} = {per_pass}, got {self.global_batch_size}; change "
+                "one of them"
             )
         return self.global_batch_size // per_pass
 
     def total_steps(self, blocks: int) -> int:
-        """Optimiser steps for a number of training blocks. raises ValueError when they do not fill one batch."""
+        """Optimiser steps for a number of blocks. raises ValueError when they do not fill one batch."""
         if blocks < self.global_batch_size:
             raise ValueError(
-                f"training blocks: expected at least global_batch_size = {self.global_batch_size}, got {blocks}; give "
-                "more text, shorter blocks or a smaller global_batch_size"
+                f"training blocks: expected at least global_batch_size = {self.global_batch_size}, got "
+                f"{blocks}; give more text, shorter blocks or a smaller global_batch_size"
             )
         return blocks // self.global_batch_size * self.epochs
 
@@ -207,8 +223,8 @@ class LearnConfig:
                 good = isinstance(value, kind)
             if not good:
                 raise ValueError(
-                    f"{field.name}: expected {'two of ' if expected is tuple else ''}{kind.__name__} (finite), got "
-                    f"{value!r}; the default is {field.default!r}"
+                    f"{field.name}: expected {'two of ' if expected is tuple else ''}{kind.__name__} "
+                    f"(finite), got {value!r}; the default is {field.default!r}"
                 )
 
     def _check_choices(self) -> None:
@@ -220,44 +236,62 @@ class LearnConfig:
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
-                raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}; choose one")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}; choose one"
+                )
         if self.mode == "mask_llm" and self.target_sparsity != 0.5:
             raise ValueError(
-                f"target_sparsity: expected 0.5 with mode mask_llm (2:4 everywhere), got {self.target_sparsity}; use "
-                "mode joint or tile for less"
+                "target_sparsity: expected 0.5 with mode mask_llm (2:4 everywhere), got "
+                f"{self.target_sparsity}; use mode joint or tile for less"
             )
 
     def _check_numbers(self) -> None:
         if not 0 <= self.target_sparsity <= 0.5:
             raise ValueError(
-                f"target_sparsity: expected a share of zeros from 0 to 0.5, got {self.target_sparsity}; write 0.45 for "
-                "45 percent"
+                f"target_sparsity: expected a share of zeros from 0 to 0.5, got {self.target_sparsity}; "
+                "write 0.45 for 45 percent"
             )
         if min(self.tile) < 1 or self.tile[1] % 4:
             raise ValueError(
-                f"tile: expected positive (rows, columns) with columns a multiple of 4, got {self.tile}; a group of 4 "
-                "must not straddle two tiles, use (128, 128)"
+                f"tile: expected positive (rows, columns) with columns a multiple of 4, got {self.tile}; a "
+                "group of 4 must not straddle two tiles, use (128, 128)"
             )
         for name in ("lr", "eps", "init_std"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}; try {_default(name)}")
+                raise ValueError(
+                    f"{name}: expected a number > 0, got {getattr(self, name)}; try {_default(name)}"
+                )
         for name in (*_NOT_NEGATIVE, "seed"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}; 0 switches it off")
+                raise ValueError(
+                    f"{name}: expected a number >= 0, got {getattr(self, name)}; 0 switches it off"
+                )
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}; the paper uses (0.9, 0.95)")
+            raise ValueError(
+                f"betas: expected two numbers in [0, 1), got {self.betas}; the paper uses (0.9, 0.95)"
+            )
         if self.min_lr_ratio > 1:
             raise ValueError(f"min_lr_ratio: expected 0 to 1, got {self.min_lr_ratio}; 0 decays to nothing")
         for name in _SCHEDULES:
             if min(getattr(self, name)) <= 0:
                 raise ValueError(
-                    f"{name}: expected (start, end) values > 0, got {getattr(self, name)}; for example {_default(name)}"
+                    f"{name}: expected (start, end) values > 0, got {getattr(self, name)}; for example "
+                    f"{_default(name)}"
                 )
 
     def _check_batches(self) -> None:
-        for name in ("local_batch_size", "global_batch_size", "epochs", "save_steps", "save_total_limit", "log_steps"):
+        for name in (
+            "local_batch_size",
+            "global_batch_size",
+            "epochs",
+            "save_steps",
+            "save_total_limit",
+            "log_steps",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}; try {_default(name)}")
+                raise ValueError(
+                    f"{name}: expected an integer >= 1, got {getattr(self, name)}; try {_default(name)}"
+                )
         self.accumulation_steps()
 
 
@@ -273,7 +307,8 @@ _NOT_NEGATIVE = (
     "tile_prior_strength",
 )
 
-# PATCH: appendix of Hourri, Mozaffari, Mehri Dehnavi 2025. MaskLLM: its released training code (Fang et al. 2024).
+# PATCH: appendix of Hourri, Mozaffari, Mehri Dehnavi 2025. MaskLLM: its released training code (Fang et al.
+# 2024).
 _PRESETS: dict[str, dict[str, Any]] = {
     "joint": {"lr": 1e-3, "sparse_reg": 7.0, "weight_reg": 10.0, "tile_scale": (25.0, 350.0)},
     "tile": {

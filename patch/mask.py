@@ -1,9 +1,9 @@
 """Sampling, combining and hardening of masks: pure functions, the definition of PATCH's mask distribution.
 
 A weight (N, K) has one categorical distribution over the six 2:4 patterns per group of 4 and one dense/sparse
-distribution per tile. The mask is m + (1 - m) * M, m the tile's probability of being dense and M the 2:4 mask.
-Everything is computed in float32 (float64 for float64 logits). Shapes: N rows, K columns, G = N*K/4 groups,
-(rows, cols) = (ceil(N / tile[0]), ceil(K / tile[1])) tiles; edge tiles may be ragged.
+distribution per tile. The mask is m + (1 - m) * M, m the tile's probability of being dense and M the 2:4
+mask. Everything is computed in float32 (float64 for float64 logits). Shapes: N rows, K columns, G = N*K/4
+groups, (rows, cols) = (ceil(N / tile[0]), ceil(K / tile[1])) tiles; edge tiles may be ragged.
 
 Source: PATCH (Hourri, Mozaffari, Mehri Dehnavi 2025), section 3; the 2:4 part is MaskLLM (Fang et al. 2024).
 """
@@ -53,7 +53,8 @@ def sample_pattern_mask(
     rows, columns = _check_shape(shape)
     if columns % 4:
         raise ValueError(
-            f"2:4 patterns: expected K to be a multiple of 4, got weight shape {tuple(shape)}; exclude this layer"
+            f"2:4 patterns: expected K to be a multiple of 4, got weight shape {tuple(shape)}; exclude this "
+            "layer"
         )
     _check_tensor("pattern logits", logits, (rows * columns // 4, 6))
     _check_temperature(temperature)
@@ -78,7 +79,8 @@ def sample_tile_mask(
     hard: bool = False,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Sample of each tile's share of dense, sigmoid((scale * logits + noise) / temperature), spread over the tiles.
+    """Sample of each tile's share of dense, sigmoid((scale * logits + noise) / temperature), spread over the
+    tiles.
 
     logits  (rows, cols) float, one per tile, positive means dense.
     noise   (rows, cols) standard logistic (difference of two Gumbels, dense - sparse); drawn if None.
@@ -105,8 +107,8 @@ def combine(tile_mask: Tensor, pattern_mask: Tensor) -> Tensor:
     """Joint mask m + (1 - m) * M of a tile mask m and a 2:4 mask M, both (N, K) (bool counts as 0/1)."""
     if tile_mask.shape != pattern_mask.shape:
         raise ValueError(
-            f"combine: expected two masks of one shape, got tile mask {tuple(tile_mask.shape)} and pattern mask "
-            f"{tuple(pattern_mask.shape)}; sample both for the same weight"
+            f"combine: expected two masks of one shape, got tile mask {tuple(tile_mask.shape)} and pattern "
+            f"mask {tuple(pattern_mask.shape)}; sample both for the same weight"
         )
     if tile_mask.dtype == torch.bool and pattern_mask.dtype == torch.bool:
         return tile_mask | pattern_mask
@@ -134,7 +136,8 @@ def harden(
     else:
         if columns % 4:
             raise ValueError(
-                f"harden: expected K to be a multiple of 4, got weight shape {tuple(shape)}; exclude this layer"
+                f"harden: expected K to be a multiple of 4, got weight shape {tuple(shape)}; exclude this "
+                "layer"
             )
         _check_tensor("pattern logits", pattern, (rows * columns // 4, 6))
         keep = PATTERNS.to(pattern.device)[pattern.argmax(1)].reshape(rows, columns)
@@ -149,7 +152,9 @@ def tile_grid(tile: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
     """(rows, cols) of the tile grid of a weight, edge tiles included. raises ValueError for sizes < 1."""
     rows, columns = _check_shape(shape)
     if len(tile) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in tile):
-        raise ValueError(f"tile: expected two positive integers (rows, columns), got {tuple(tile)}; use (128, 128)")
+        raise ValueError(
+            f"tile: expected two positive integers (rows, columns), got {tuple(tile)}; use (128, 128)"
+        )
     return -(-rows // tile[0]), -(-columns // tile[1])
 
 
@@ -165,7 +170,8 @@ def tile_counts(keep: Tensor, tile: tuple[int, int]) -> Tensor:
     """Number of kept weights in each tile of a bool (N, K) mask: int64 (rows, cols)."""
     if keep.dtype != torch.bool or keep.dim() != 2:
         raise ValueError(
-            f"tile_counts: expected a bool (N, K) keep mask, got {keep.dtype} {tuple(keep.shape)}; masks are explicit"
+            f"tile_counts: expected a bool (N, K) keep mask, got {keep.dtype} {tuple(keep.shape)}; masks are "
+            "explicit"
         )
     rows, cols = tile_grid(tile, tuple(keep.shape))
     padding = (0, cols * tile[1] - keep.shape[1], 0, rows * tile[0] - keep.shape[0])
@@ -181,24 +187,30 @@ def nonzero_budget(total: int, sparsity: float) -> int:
 
 @torch.no_grad()
 def exact_budget(tile_logits: Sequence[Tensor], gains: Sequence[Tensor], budget: int) -> list[Tensor]:
-    """Choose the dense tiles of a whole model by logit so that the nonzero budget is met, not only in expectation.
+    """Choose the dense tiles of a whole model by logit so that the nonzero budget is met, not only in
+    expectation.
 
     tile_logits  one (rows, cols) grid per layer.
-    gains        matching int64 grids: nonzeros that a tile gains by being dense (its area minus its 2:4 nonzeros).
+    gains        matching int64 grids: nonzeros that a tile gains by being dense (its area minus its 2:4
+                 nonzeros).
     budget       nonzeros that may be added to the all-sparse model.
-    returns      bool grids, True where dense: the longest prefix of all tiles in descending order of their logits
-                 (ties in layer order) whose gains fit. Never exceeds the budget; falls short by less than one tile.
+    returns      bool grids, True where dense: the longest prefix of all tiles in descending order of their
+                 logits (ties in layer order) whose gains fit. Never exceeds the budget; falls short by less
+                 than one tile.
     raises       ValueError for mismatched grids or a negative budget.
     """
-    if len(tile_logits) != len(gains) or any(a.shape != b.shape for a, b in zip(tile_logits, gains, strict=True)):
+    if len(tile_logits) != len(gains) or any(
+        a.shape != b.shape for a, b in zip(tile_logits, gains, strict=True)
+    ):
         raise ValueError(
-            f"exact_budget: expected one grid of gains per grid of logits and equal shapes, got "
-            f"{[tuple(t.shape) for t in tile_logits]} and {[tuple(t.shape) for t in gains]}; compute both per layer"
+            "exact_budget: expected one grid of gains per grid of logits and equal shapes, got "
+            f"{[tuple(t.shape) for t in tile_logits]} and {[tuple(t.shape) for t in gains]}; compute both "
+            "per layer"
         )
     if budget < 0:
         raise ValueError(
-            f"exact_budget: expected a budget of at least 0 nonzeros, got {budget}; the 2:4 masks alone keep more "
-            "than the target allows, lower the target sparsity"
+            f"exact_budget: expected a budget of at least 0 nonzeros, got {budget}; the 2:4 masks alone keep "
+            "more than the target allows, lower the target sparsity"
         )
     if not tile_logits:
         return []
@@ -228,18 +240,22 @@ def _compute_dtype(tensor: Tensor) -> Tensor:
 
 def _check_shape(shape: tuple[int, int]) -> tuple[int, int]:
     if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"weight shape: expected (N, K) with N, K >= 1, got {tuple(shape)}; pass a 2-D weight's shape")
+        raise ValueError(
+            f"weight shape: expected (N, K) with N, K >= 1, got {tuple(shape)}; pass a 2-D weight's shape"
+        )
     return int(shape[0]), int(shape[1])
 
 
 def _check_tensor(what: str, tensor: Tensor, shape: Sequence[int]) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
-            f"{what}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}; it must belong to the same weight "
-            "and tile size"
+            f"{what}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}; it must belong to the same "
+            "weight and tile size"
         )
 
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0 or not math.isfinite(temperature):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}; the paper ends at 0.05")
+        raise ValueError(
+            f"temperature: expected a finite number > 0, got {temperature}; the paper ends at 0.05"
+        )

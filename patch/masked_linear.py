@@ -18,10 +18,11 @@ from patch_kernels.reference import unpack_keep
 
 @dataclass
 class SamplingState:
-    """What all masked layers of a model share during training. The trainer updates it before every micro-batch.
+    """What all masked layers of a model share during training. The trainer updates it before every
+    micro-batch.
 
-    The noise is a function of (seed, layer, draw), so a recomputed forward pass (gradient checkpointing), a resumed
-    run and a rank of a distributed run see exactly the noise that belongs to them.
+    The noise is a function of (seed, layer, draw), so a recomputed forward pass (gradient checkpointing), a
+    resumed run and a rank of a distributed run see exactly the noise that belongs to them.
     """
 
     seed: int
@@ -37,7 +38,7 @@ class SamplingState:
     sums: dict[int, Tensor] = field(default_factory=dict)
 
     def take_sums(self) -> list[Tensor]:
-        """(mask sum, sum of squared masked weights) per layer of the last forward pass, in layer order; then forget."""
+        """(mask sum, sum of squared masked weights) per layer of the last forward pass; then forget."""
         sums = [self.sums[index] for index in sorted(self.sums)]
         self.sums.clear()
         return sums
@@ -50,8 +51,9 @@ class MaskedLinear(nn.Module):
     index           position of the layer among the masked ones; part of the noise key.
     pattern_logits  (N*K/4, 6) or None; then fixed_keep (N, K) bool gives the 2:4 mask.
     tile_logits     (rows, cols) or None: no tile is dense.
-    In train() mode the mask is sampled with noise at the state's temperatures. In eval() mode it is the hardened
-    mask (no noise, patch.mask.harden), so that an evaluation measures the model that would be exported.
+    In train() mode the mask is sampled with noise at the state's temperatures. In eval() mode it is the
+    hardened mask (no noise, patch.mask.harden), so that an evaluation measures the model that would be
+    exported.
     """
 
     def __init__(
@@ -67,9 +69,13 @@ class MaskedLinear(nn.Module):
     ) -> None:
         super().__init__()
         if (pattern_logits is None) == (fixed_keep is None):
-            raise ValueError("MaskedLinear: expected pattern_logits or fixed_keep, got both or neither; give exactly one")
+            raise ValueError(
+                "MaskedLinear: expected pattern_logits or fixed_keep, got both or neither; give exactly one"
+            )
         if pattern_logits is None and tile_logits is None:
-            raise ValueError("MaskedLinear: expected logits to train, got a fixed mask without tile_logits; add them")
+            raise ValueError(
+                "MaskedLinear: expected logits to train, got a fixed mask without tile_logits; add them"
+            )
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.index, self.tile, self.state = index, tile, state
@@ -110,7 +116,7 @@ class MaskedLinear(nn.Module):
         return unpack_keep(self.fixed_pattern, self.shape)
 
     def harden(self, dense_tiles: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(keep (N, K), tile_is_sparse (rows, cols)); dense_tiles (rows, cols) bool overrules the tile logits."""
+        """(keep (N, K), tile_is_sparse (rows, cols)); dense_tiles, a bool grid, overrules the logits."""
         tile_logits = self.tile_logits if dense_tiles is None else dense_tiles.float()
         return harden(self.pattern_keep(), tile_logits, self.tile, self.shape)
 
@@ -121,9 +127,10 @@ class MaskedLinear(nn.Module):
 class MaskedLayers:
     """The masked layers put into a model; `remove` puts the plain Linears back.
 
-    model       changed in place by the constructor: each Linear in `linears` (by module path) becomes a MaskedLinear.
-    prior_masks keep masks (N, K) by layer name: start of the 2:4 logits, or the fixed patterns in mode "tile".
-    tile_scores (rows, cols) by layer name: start of the tile logits.
+    model       changed in place by the constructor: each Linear in `linears` (by module path) becomes a
+                MaskedLinear.
+    prior_masks keep masks (N, K) by layer name: start of the 2:4 logits, or the fixed patterns in mode
+    "tile". tile_scores (rows, cols) by layer name: start of the tile logits.
     """
 
     def __init__(
@@ -188,7 +195,7 @@ class MaskedLayers:
         return kept / total
 
     def harden(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Final (keep masks, tile_is_sparse grids) by layer name; with config.exact_budget the tiles go by rank."""
+        """Final (keep masks, tile_is_sparse grids) by layer; with config.exact_budget tiles go by rank."""
         chosen: dict[str, Tensor] = {}
         if self.config.exact_budget and self.config.mode != "mask_llm":
             gains = [self._gain(layer) for layer in self.layers.values()]
@@ -198,7 +205,9 @@ class MaskedLayers:
             logits = [layer.tile_logits for layer in self.layers.values()]
             chosen = dict(zip(self.layers, exact_budget(logits, gains, budget), strict=True))
         hardened = {name: layer.harden(chosen.get(name)) for name, layer in self.layers.items()}
-        return {name: pair[0] for name, pair in hardened.items()}, {name: pair[1] for name, pair in hardened.items()}
+        return {name: pair[0] for name, pair in hardened.items()}, {
+            name: pair[1] for name, pair in hardened.items()
+        }
 
     @staticmethod
     def _gain(layer: MaskedLinear) -> Tensor:
@@ -209,10 +218,11 @@ class MaskedLayers:
 def initial_logits(
     linear: nn.Linear, index: int, config: LearnConfig, keep: Tensor | None, scores: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(pattern, tile) start logits of a layer, None where the mode has none; a function of (seed, index) and priors.
+    """(pattern, tile) start logits of a layer, None where the mode has none; a function of (seed, index) and
+    priors.
 
-    float32, because a 16-bit logit near 0.04 cannot be moved by a step of 1e-4 (half a unit in the last place);
-    float64 for a float64 weight.
+    float32, because a 16-bit logit near 0.04 cannot be moved by a step of 1e-4 (half a unit in the last
+    place); float64 for a float64 weight.
     """
     shape = (linear.out_features, linear.in_features)
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + index) % (1 << 63))
@@ -228,7 +238,10 @@ def initial_logits(
         raw = torch.randn(tile_grid(config.tile, shape), generator=generator, dtype=dtype) * config.init_std
         tile = raw.to(device)
         if scores is not None:
-            # The nominal deviation: a layer has few tiles, so the sample's is noisy, and undefined for one tile.
+            # The nominal deviation: a layer has few tiles, so the sample's is noisy, and undefined for one
+            # tile.
             target = 1.0 - config.target_sparsity
-            tile = tile_prior(tile, scores.to(device), target, config.tile_prior_strength, std=config.init_std)
+            tile = tile_prior(
+                tile, scores.to(device), target, config.tile_prior_strength, std=config.init_std
+            )
     return pattern, tile

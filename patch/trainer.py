@@ -1,20 +1,12 @@
-"""Learning of masks on transformers' Trainer: `learn` takes a dense model and gives it back masked.
-
-The loss of an optimiser step with A micro-batches is the mean token loss of the whole batch plus the mean over the
-micro-batches of
-    sparse_reg * |density - target|  -  weight_reg * (1 - t/T) * (share of the weights' norm that the mask keeps)
-with a new mask per micro-batch. Source: PATCH (Hourri, Mozaffari, Mehri Dehnavi 2025), training objective.
-"""
+"""Learning of masks: `learn` takes a dense model and gives it back masked, whatever happens on the way."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from patch import training_state
 from patch.checkpoint import load_artifact, save_artifact
 from patch.folder import resolve_folder
-from patch.learn import LearnConfig, Schedule, learning_rate_factor
+from patch.learn import LearnConfig
+from patch.mask_trainer import MaskTrainer, ShuffledBlocks
 from patch.masked_linear import MaskedLayers
-from patch.models import apply_keep_masks, decoder_blocks, maskable_linears, measured_sparsity
+from patch.models import apply_keep_masks, maskable_linears, measured_sparsity
 from patch.training_checks import check_inputs
 
 logger = logging.getLogger(__name__)
@@ -44,8 +35,8 @@ class LearnResult:
     masks           keep masks (N, K) bool by layer name.
     tile_is_sparse  (rows, cols) bool grids by layer name.
     metrics         the records of metrics.jsonl, in order.
-    hard_density    share of nonzeros of the final masks; soft_density the mean of the last step's sampled masks,
-                    which is what the penalty controls.
+    hard_density    share of nonzeros of the final masks; soft_density the mean of the last step's sampled
+                    masks, which is what the penalty controls.
     """
 
     masks: dict[str, Tensor]
@@ -71,28 +62,33 @@ def learn(
 ) -> LearnResult:
     """Learn masks on the frozen weights of a causal language model and apply them.
 
-    model         transformers causal LM in float32, bfloat16 or float64 with its dense weights; changed in place and
-                  back as plain nn.Linear with pruned weights set to 0 and `keep_mask` attached, on the device, with
-                  the train mode, requires_grad flags and use_cache that it came with. After an error it is dense
-                  again.
-    train_blocks  (blocks, tokens) int64 token ids; the labels are the ids themselves. Shuffled by config.seed; what
-                  does not fill a global batch is left out.
-    prior_masks   keep masks (N, K) bool by layer name, from one-shot 2:4 pruning; required (exactly 2 of 4) in mode
-                  "tile", where they are the fixed patterns.
+    model         transformers causal LM in float32, bfloat16 or float64 with its dense weights; changed in
+                  place and back as plain nn.Linear with pruned weights set to 0 and `keep_mask` attached, on
+                  the device, with the train mode, requires_grad flags and use_cache that it came with. After
+                  an error it is dense again.
+    train_blocks  (blocks, tokens) int64 token ids; the labels are the ids themselves. Shuffled by
+                  config.seed; what does not fill a global batch is left out.
+    prior_masks   keep masks (N, K) bool by layer name, from one-shot 2:4 pruning; required (exactly 2 of 4)
+                  in mode "tile", where they are the fixed patterns.
     tile_scores   (rows, cols) by layer name, from patch.priors.tile_scores of an unstructured mask.
     output_dir    folder for checkpoints, metrics.jsonl and the result; None keeps nothing.
-    resume        go on from the newest complete checkpoint in output_dir (or start, if there is none). A finished
-                  run is not trained again, its masks are applied. The result equals an uninterrupted run's bits.
+    resume        go on from the newest complete checkpoint in output_dir (or start, if there is none). A
+                  finished run is not trained again, its masks are applied. The result equals an uninterrupted
+                  run's bits.
     exclude       fnmatch patterns of layers left dense.
     callbacks, report_to  passed to transformers' Trainer.
-    raises        ValueError or TypeError before any work for bad input; FloatingPointError naming the step when the
-                  loss or a gradient is not finite (checkpoints stay).
+    raises        ValueError or TypeError before any work for bad input; FloatingPointError naming the step
+                  when the loss or a gradient is not finite (checkpoints stay).
     """
     linears = maskable_linears(model, exclude)
     if resume and output_dir is None:
-        raise ValueError("resume: expected an output_dir to resume from, got none; pass the folder of the earlier run")
+        raise ValueError(
+            "resume: expected an output_dir to resume from, got none; pass the folder of the earlier run"
+        )
     check_inputs(model, train_blocks, config, linears, prior_masks, tile_scores)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size, rank = (
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0))
+    )
     config.accumulation_steps(world_size)
     if prior_masks is None and config.pattern_prior_strength > 0:
         logger.info("no prior_masks given: the 2:4 logits start from the random draw alone")
@@ -109,21 +105,30 @@ def learn(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patch-learn-")))
         else:
             folder = Path(output_dir).resolve()
-            if not resume:
+            if not resume and rank == 0:
                 training_state.refuse_used_folder(folder)
             folder.mkdir(parents=True, exist_ok=True)
         result_dir = resolve_folder(folder / training_state.RESULT, must_exist=False)
         if resume and result_dir.exists():
             return _finished_result(model, folder, identity, exclude)
-        checkpoint = training_state.newest_checkpoint(folder) if resume else None
+        checkpoint = training_state.newest_checkpoint(folder, may_rename=rank == 0) if resume else None
         if checkpoint is not None:
             training_state.check_identity(checkpoint, training_state.read_identity(checkpoint), identity)
             logger.info("resuming from %s", checkpoint)
-        run = _Run(folder, identity, checkpoint, output_dir is not None, progress, tuple(callbacks), tuple(report_to))
+        run = _Run(
+            folder,
+            identity,
+            checkpoint,
+            output_dir is not None,
+            rank,
+            progress,
+            tuple(callbacks),
+            tuple(report_to),
+        )
         masks, grids, log = _train(model, train_blocks, config, linears, prior_masks, tile_scores, run)
         apply_keep_masks(model, masks, exclude=exclude)
         result = _result(masks, grids, log, config)
-        if output_dir is not None and int(os.environ.get("RANK", "0")) == 0:
+        if output_dir is not None and rank == 0:
             _save_result(folder, result, config, identity)
         return result
 
@@ -136,22 +141,25 @@ class _Run:
     identity: dict[str, Any]
     checkpoint: Path | None
     saves: bool
+    rank: int
     progress: bool
     callbacks: tuple[TrainerCallback, ...]
     report_to: tuple[str, ...]
 
 
 def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
-    """Train the logits; (keep masks, tile grids, metrics records). The model is dense and plain again afterwards."""
+    """Train the logits: (keep masks, tile grids, metrics). The model is dense and plain again afterwards."""
     total_steps = config.total_steps(train_blocks.shape[0])
     steps_done = 0 if run.checkpoint is None else int(run.checkpoint.name.rsplit("-", 1)[1])
     with _prepared(model, config):
         layers = MaskedLayers(model, linears, config, prior_masks=prior_masks, tile_scores=tile_scores)
-        metrics = training_state.MetricsLog(run.folder / training_state.METRICS if run.saves else None, steps_done)
+        metrics = training_state.MetricsLog(
+            run.folder / training_state.METRICS if run.saves and run.rank == 0 else None, steps_done
+        )
         try:
             trainer = MaskTrainer(
                 model,
-                _ShuffledBlocks(train_blocks, config),
+                ShuffledBlocks(train_blocks, config),
                 layers,
                 metrics=metrics,
                 arguments=_arguments(config, total_steps, run),
@@ -162,8 +170,8 @@ def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
             trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
             if trainer.state.global_step != total_steps:
                 raise RuntimeError(
-                    f"learning was stopped at step {trainer.state.global_step} of {total_steps} by a callback; call "
-                    "learn again with resume=True"
+                    f"learning was stopped at step {trainer.state.global_step} of {total_steps} by a "
+                    "callback; call learn again with resume=True"
                 )
             masks, grids = layers.harden()
         finally:
@@ -171,288 +179,6 @@ def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
             metrics.close()
             layers.remove()
     return masks, grids, metrics.lines
-
-
-class MaskTrainer(Trainer):
-    """transformers' Trainer for mask logits: own objective, optimiser, schedules, data order and checkpoints."""
-
-    def __init__(self, model, dataset, layers, *, metrics, arguments, identity, callbacks=(), progress=True) -> None:
-        self.layers, self.config, self.metrics_log, self.identity = layers, layers.config, metrics, identity
-        self._logits = layers.parameters()
-        self._objective = _Objective(model, layers)
-        steps = arguments.max_steps
-        config = self.config
-        self._schedules = {
-            name: Schedule(*getattr(config, name), steps)
-            for name in ("pattern_temperature", "pattern_scale", "tile_temperature", "tile_scale")
-        }
-        self._micro_step = 0
-        self._step_values: Tensor | None = None
-        self._clock = (0, time.monotonic())
-        super().__init__(
-            model=model, args=arguments, train_dataset=dataset, data_collator=_collate, callbacks=list(callbacks)
-        )
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
-        if progress and sys.stderr.isatty():
-            self.add_callback(_Progress())
-        self.add_callback(_Guard(self))
-
-    # -- objective ----------------------------------------------------------------------------------------------
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Token loss plus the regularisers of this micro-batch's masks."""
-        state, step = self.layers.state, self.state.global_step
-        accumulation = self.args.gradient_accumulation_steps
-        state.draw = (step * accumulation + self._micro_step) * self.args.world_size + self.args.process_index
-        state.sums.clear()
-        state.collect = True
-        try:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        finally:
-            state.collect = False
-        penalty, density, ratio = self._objective(state.take_sums(), step / self.args.max_steps)
-        # Where the model's own loss is divided by the tokens of the whole accumulated batch, Trainer does not divide
-        # by the number of micro-batches, and the penalty has to be; elsewhere Trainer divides both.
-        is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        share = 1.0 / accumulation
-        token_loss = loss.detach().double() * (1.0 if is_scaled else share)
-        loss = loss + penalty.to(loss.dtype) * (share if is_scaled else 1.0)
-        values = torch.stack([token_loss, penalty.detach() * share, density * share, ratio * share])
-        self._step_values = values if self._micro_step == 0 else self._step_values + values
-        self._micro_step += 1
-        return (loss, outputs) if return_outputs else loss
-
-    def begin_step(self) -> None:
-        """Set what is constant during an optimiser step."""
-        self._micro_step = 0
-        for name, schedule in self._schedules.items():
-            setattr(self.layers.state, name, schedule.at(self.state.global_step))
-
-    def check_finite(self) -> None:
-        """Stop before the optimiser turns a broken step into broken logits."""
-        norms = [logits.grad.norm() for logits in self._logits.values() if logits.grad is not None]
-        if not torch.stack([self._step_values.sum(), *(norm.double() for norm in norms)]).isfinite().all():
-            loss = self._step_values.tolist()
-            raise FloatingPointError(
-                f"step {self.state.global_step + 1}: expected a finite loss and finite gradients, got token loss "
-                f"{loss[0]}, penalty {loss[1]}; the logits of step {self.state.global_step} and earlier checkpoints are "
-                "unharmed, lower lr or the logit scales, or check the data and weights"
-            )
-
-    # -- optimiser and data ---------------------------------------------------------------------------------------
-
-    def create_optimizer(self, model=None):
-        """AdamW over the logits alone, one group."""
-        if self.optimizer is None:
-            config = self.config
-            self.optimizer = torch.optim.AdamW(
-                list(self._logits.values()),
-                lr=config.lr,
-                betas=config.betas,
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-            )
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        """Linear warm-up from 0, then cosine."""
-        config, steps = self.config, num_training_steps
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer if optimizer is None else optimizer,
-            lambda step: learning_rate_factor(step, steps, config.warmup_steps, config.min_lr_ratio),
-        )
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def _get_train_sampler(self, train_dataset=None):
-        # The dataset is shuffled already, as a function of the seed alone.
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
-
-    # -- metrics --------------------------------------------------------------------------------------------------
-
-    def log(self, logs, start_time=None):
-        """Replace Trainer's interval averages by the values of the step, and append them to metrics.jsonl."""
-        if "loss" in logs and self._step_values is not None:
-            logs = self._record(logs)
-            if self.is_world_process_zero():
-                self.metrics_log.write({"step": self.state.global_step} | logs)
-        super().log(logs, start_time)
-
-    def _record(self, logs: dict[str, Any]) -> dict[str, Any]:
-        gathered = self.accelerator.gather(self._step_values[None].float()).double().mean(0)
-        values = self._step_values if self.args.world_size == 1 else gathered
-        token_loss, penalty, density, ratio = values.tolist()
-        step = self.state.global_step
-        last_step, last_time = self._clock
-        self._clock = (step, time.monotonic())
-        tokens = (step - last_step) * self.config.global_batch_size * self.train_dataset.block_size
-        record = {
-            "loss": token_loss + penalty,
-            "lm_loss": token_loss,
-            "soft_density": density,
-            "hard_density": self.layers.hard_density(),
-            "norm_ratio": ratio,
-            "lr": logs["learning_rate"],
-            "grad_norm": logs.get("grad_norm"),
-        }
-        record |= {name: getattr(self.layers.state, name) for name in self._schedules}
-        return record | {"tokens_per_second": round(tokens / max(self._clock[1] - last_time, 1e-9), 1)}
-
-    def start_clock(self) -> None:
-        self._clock = (self.state.global_step, time.monotonic())
-
-    # -- checkpoints: safetensors and JSON, complete or absent, instead of Trainer's pickles written in place -------
-
-    def _save_checkpoint(self, model, trial=None) -> None:
-        device = self.args.device
-        states = training_state.random_states(device)
-        if self.args.world_size > 1:
-            states = {
-                name: self.accelerator.gather(value.to(device)[None]).cpu() for name, value in states.items()
-            }
-        else:
-            states = {name: value[None] for name, value in states.items()}
-        if not self.is_world_process_zero():
-            return
-        self.metrics_log.sync()
-        state = self.optimizer.state_dict()["state"]
-        training_state.save_checkpoint(
-            Path(self.args.output_dir),
-            self.state.global_step,
-            identity=self.identity,
-            logits=self._logits,
-            moments={name: state[index] for index, name in enumerate(self._logits)},
-            random_states=states,
-            save_trainer_state=self.state.save_to_json,
-            keep=self.config.save_total_limit,
-        )
-
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        """Trainer.save_model would write the whole frozen model; the masks are saved by `learn`."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        loaded = training_state.load_tensors(Path(resume_from_checkpoint, training_state.LOGITS), self._logits)
-        with torch.no_grad():
-            for name, logits in self._logits.items():
-                logits.copy_(loaded[name])
-
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        if checkpoint is None:
-            return
-        moments = training_state.load_moments(Path(checkpoint, training_state.OPTIMIZER), self._logits)
-        self.optimizer.load_state_dict(
-            self.optimizer.state_dict() | {"state": {i: moments[name] for i, name in enumerate(self._logits)}}
-        )
-        # The schedule is a function of the step, so there is nothing to read for it.
-        scheduler, step = self.lr_scheduler, self.state.global_step
-        scheduler.last_epoch = step
-        scheduler._last_lr = [base * scheduler.lr_lambdas[0](step) for base in scheduler.base_lrs]
-        for group, lr in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = lr
-
-    def _load_scaler(self, checkpoint) -> None:
-        """No gradient scaler: float16 models are refused."""
-
-    def _load_rng_state(self, checkpoint) -> None:
-        if checkpoint is not None:
-            path = Path(checkpoint, training_state.RANDOM)
-            training_state.restore_random_states(path, self.args.process_index, self.args.device)
-
-
-class _Objective:
-    """The two regulariser terms from the layers' fused sums."""
-
-    def __init__(self, model: nn.Module, layers: MaskedLayers) -> None:
-        self.config = config = layers.config
-        masked = list(layers.layers.values())
-        device = masked[0].weight.device
-        self.elems = torch.tensor([layer.weight.numel() for layer in masked], dtype=torch.float64, device=device)
-        norms = [layer.weight.detach().double().square().sum() for layer in masked]
-        self.squared_norms = torch.stack(norms).to(device)
-        groups = _block_of_layer(model, list(layers.layers)) if config.layer_target else [0] * len(masked)
-        self.groups = torch.tensor(groups, device=device)
-        self.group_elems = self._pool(self.elems)
-
-    def __call__(self, sums: list[Tensor], progress: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(penalty with gradient, density, kept share of the norm) of one micro-batch; progress = t / T."""
-        if len(sums) != len(self.elems):
-            raise RuntimeError(
-                f"expected every masked layer to run once per forward pass, {len(sums)} of {len(self.elems)} did; "
-                "exclude layers that the model does not use"
-            )
-        config = self.config
-        table = torch.stack([pair.to(self.elems.device) for pair in sums])
-        penalty = table.new_zeros(())
-        if config.mode != "mask_llm":
-            gap = (self._pool(table[:, 0]) / self.group_elems - (1.0 - config.target_sparsity)).abs()
-            total = gap.mean() if config.layer_target_reduction == "mean" else gap.sum()
-            penalty = penalty + config.sparse_reg * total
-        if config.weight_reg > 0:
-            kept, dense = self._norms(table[:, 1])
-            kept = kept / dense if config.weight_reg_normalized else kept
-            penalty = penalty - config.weight_reg * (1.0 - progress) * kept
-        with torch.no_grad():
-            density = table[:, 0].sum() / self.elems.sum()
-            kept, dense = self._norms(table[:, 1])
-        return penalty, density, kept / dense
-
-    def _norms(self, kept_squares: Tensor) -> tuple[Tensor, Tensor]:
-        if self.config.weight_reg_form == "squared":
-            return kept_squares.sum(), self.squared_norms.sum()
-        # The clamp keeps the gradient of sqrt finite for a layer whose kept weights are all zero.
-        return kept_squares.clamp_min(1e-30).sqrt().sum(), self.squared_norms.sqrt().sum()
-
-    def _pool(self, values: Tensor) -> Tensor:
-        return values.new_zeros(int(self.groups.max()) + 1).index_add(0, self.groups, values)
-
-
-class _ShuffledBlocks(Dataset):
-    """The blocks in training order: per epoch a permutation given by (seed, epoch), cut to whole global batches."""
-
-    def __init__(self, blocks: Tensor, config: LearnConfig) -> None:
-        self._blocks = blocks
-        usable = blocks.shape[0] // config.global_batch_size * config.global_batch_size
-        epochs = []
-        for epoch in range(config.epochs):
-            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % (1 << 63))
-            epochs.append(torch.randperm(blocks.shape[0], generator=generator)[:usable])
-        self.order = torch.cat(epochs)
-
-    @property
-    def block_size(self) -> int:
-        return self._blocks.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._blocks[self.order[index]]
-
-
-class _Guard(TrainerCallback):
-    """Calls the trainer at the two instants that Trainer only tells callbacks about."""
-
-    def __init__(self, trainer: MaskTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._trainer.start_clock()
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._trainer.begin_step()
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self._trainer.check_finite()
-
-
-class _Progress(ProgressCallback):
-    """Trainer's progress bar with the last values behind it instead of one printed line per step."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self.training_bar is not None and logs and "lm_loss" in logs:
-            shown = {key: f"{logs[key]:.3f}" for key in ("lm_loss", "soft_density", "hard_density")}
-            self.training_bar.set_postfix(shown, refresh=False)
 
 
 def _arguments(config: LearnConfig, total_steps: int, run: _Run) -> TrainingArguments:
@@ -477,8 +203,8 @@ def _arguments(config: LearnConfig, total_steps: int, run: _Run) -> TrainingArgu
         ddp_find_unused_parameters=False,
         bf16=False,  # the model computes in its own dtype; the logits stay float32
     )
-    # One process drives one device. Trainer's fallback for more, DataParallel, copies the modules on every forward
-    # pass, and the sums that the layers stash would be lost in the copies.
+    # One process drives one device. Trainer's fallback for more, DataParallel, copies the modules on every
+    # forward pass, and the sums that the layers stash would be lost in the copies.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
@@ -520,8 +246,13 @@ def _is_checkpointing(model: nn.Module) -> bool:
 
 
 def _set_checkpointing(model: nn.Module, enabled: bool) -> None:
-    # transformers 5.20 renamed the methods of activation checkpointing; the older name goes away in version 6.
-    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    # transformers 5.20 renamed the methods of activation checkpointing; the older name goes away in version
+    # 6.
+    name = (
+        "activation_checkpointing"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient_checkpointing"
+    )
     if enabled:
         # Reentrant checkpointing needs an input with gradient, which frozen embeddings do not give.
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
@@ -572,19 +303,7 @@ def _save_result(folder: Path, result: LearnResult, config: LearnConfig, identit
     )
 
 
-def _block_of_layer(model: nn.Module, names: Sequence[str]) -> list[int]:
-    """Index of the decoder block of each layer, renumbered without gaps; layers outside the blocks form one group."""
-    prefix, _ = decoder_blocks(model)
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    found = [int(match[1]) if (match := pattern.match(name)) else -1 for name in names]
-    positions = {block: position for position, block in enumerate(sorted(set(found)))}
-    return [positions[block] for block in found]
-
-
-def _ordered(tensors: Mapping[str, Tensor] | None, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor] | None:
+def _ordered(
+    tensors: Mapping[str, Tensor] | None, linears: Mapping[str, nn.Linear]
+) -> dict[str, Tensor] | None:
     return None if tensors is None else {name: tensors[name] for name in linears}
-
-
-def _collate(blocks: list[Tensor]) -> dict[str, Tensor]:
-    ids = torch.stack(blocks)
-    return {"input_ids": ids, "labels": ids.clone()}

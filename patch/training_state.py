@@ -1,8 +1,9 @@
-"""What a learning run keeps on disk: checkpoints, the metrics log, and the identity of the run they belong to.
+"""What a learning run keeps on disk: checkpoints, the metrics log, and the identity of the run they belong
+to.
 
 OUTPUT_DIR/
-    checkpoint-N/      logits, AdamW moments and random state after N optimiser steps (safetensors + JSON); written
-                       as a whole or not at all (patch.folder)
+    checkpoint-N/      logits, AdamW moments and random state after N optimiser steps (safetensors + JSON);
+                       written as a whole or not at all (patch.folder)
     metrics.jsonl      one JSON object per logged step
     result/            artifact with the hardened masks, only when the run has finished
 """
@@ -51,7 +52,7 @@ def run_identity(
     tensors: Mapping[str, Mapping[str, Tensor] | None],
     world_size: int,
 ) -> dict[str, Any]:
-    """JSON values that must agree before a run may go on: model, data, priors, settings, number of processes."""
+    """JSON values that must agree before a run may go on: model, data, priors, settings, processes."""
     settings = {key: value for key, value in asdict(config).items() if key not in _FREE_SETTINGS}
     return {
         "model": model_fingerprint(model),
@@ -65,7 +66,9 @@ def run_identity(
 def check_identity(folder: Path, found: Any, expected: Mapping[str, Any]) -> None:
     """raises ValueError naming what differs between the stored run and the one asked for."""
     if not isinstance(found, dict) or set(found) != set(expected):
-        raise ValueError(f"{folder}: expected the identity of a learning run, got something else; choose another folder")
+        raise ValueError(
+            f"{folder}: expected the identity of a learning run, got something else; choose another folder"
+        )
     what = {
         "model": "the model's weights",
         "data": "the training blocks",
@@ -82,8 +85,8 @@ def check_identity(folder: Path, found: Any, expected: Mapping[str, Any]) -> Non
         before = found["config"].get(key) if isinstance(found["config"], dict) else None
         if before != value:
             raise ValueError(
-                f"{folder}: expected {key}={before!r} as in the run that wrote it, got {value!r}; resume with the same "
-                "setting or choose another output_dir"
+                f"{folder}: expected {key}={before!r} as in the run that wrote it, got {value!r}; resume "
+                "with the same setting or choose another output_dir"
             )
 
 
@@ -93,8 +96,8 @@ def refuse_used_folder(output_dir: Path) -> None:
     present = [name for name in used if (output_dir / name).exists()]
     if present:
         raise ValueError(
-            f"output_dir {output_dir}: expected no earlier learning run, found {', '.join(sorted(present))}; pass "
-            "resume=True to go on with it, or choose another folder"
+            f"output_dir {output_dir}: expected no earlier learning run, found {', '.join(sorted(present))}; "
+            "pass resume=True to go on with it, or choose another folder"
         )
 
 
@@ -113,7 +116,9 @@ def save_checkpoint(
 
     def write(directory: Path) -> None:
         save_file({name: _plain(value) for name, value in logits.items()}, directory / LOGITS)
-        flat = {f"{name}|{key}": _plain(value) for name, state in moments.items() for key, value in state.items()}
+        flat = {
+            f"{name}|{key}": _plain(value) for name, state in moments.items() for key, value in state.items()
+        }
         save_file(flat, directory / OPTIMIZER)
         save_file({name: _plain(value) for name, value in random_states.items()}, directory / RANDOM)
         save_trainer_state(str(directory / TRAINER_STATE))
@@ -125,8 +130,8 @@ def save_checkpoint(
         _remove_checkpoint(path)
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """Newest checkpoint that verifies. Damaged newer ones are renamed to damaged-* and reported, never deleted."""
+def newest_checkpoint(output_dir: Path, *, may_rename: bool = True) -> Path | None:
+    """Newest checkpoint that verifies. Damaged newer ones are renamed to damaged-* and reported."""
     for path in reversed(_checkpoints(output_dir)):
         try:
             verify_folder(path)
@@ -140,20 +145,21 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a file after checking names, shapes and dtypes against `expected`, before any is allocated."""
+    """Tensors of a file, after checking names and shapes against `expected` before any is allocated."""
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         if names != set(expected):
             differing = sorted(names ^ set(expected))[:3]
             raise ValueError(
-                f"{path}: expected the tensors of this model's masked layers, got others (for example {differing}); "
-                "resume with the same model, mode and exclude"
+                f"{path}: expected the tensors of this model's masked layers, got others (for example "
+                f"{differing}); resume with the same model, mode and exclude"
             )
         for name, tensor in expected.items():
             shape = tuple(file.get_slice(name).get_shape())
             if shape != tuple(tensor.shape):
                 raise ValueError(
-                    f"{path}: expected shape {tuple(tensor.shape)} for {name}, got {shape}; resume with the same tile"
+                    f"{path}: expected shape {tuple(tensor.shape)} for {name}, got {shape}; resume with the "
+                    "same tile"
                 )
         return {name: file.get_tensor(name) for name in expected}
 
@@ -175,8 +181,8 @@ def load_moments(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, dict
 class MetricsLog:
     """metrics.jsonl of a run. `lines` holds every record, from before a resume too.
 
-    Records after the step that the run resumes from, and a half-written last line, are dropped on opening, so the
-    file of a resumed run has the lines of an uninterrupted one, each once.
+    Records after the step that the run resumes from, and a half-written last line, are dropped on opening, so
+    the file of a resumed run has the lines of an uninterrupted one, each once.
     """
 
     def __init__(self, path: Path | None, resume_step: int = 0) -> None:
@@ -193,7 +199,7 @@ class MetricsLog:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        self._file = open(path, "a", encoding="ascii")  # noqa: SIM115 - closed by close()
+        self._file = open(path, "a", encoding="ascii")
 
     def write(self, record: dict[str, Any]) -> None:
         self.lines.append(record)
@@ -213,7 +219,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl. A damaged last line (a kill while writing) is dropped; another raises ValueError."""
+    """Records of a metrics.jsonl. A damaged last line (killed while writing) is dropped, another refused."""
     lines = path.read_text(encoding="ascii", errors="replace").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
@@ -223,7 +229,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             # Complete lines end in a newline, so what follows the last one is unfinished or empty.
             if number == len(lines):
                 break
-            raise ValueError(f"{path}: line {number} is not JSON; move the file away to resume without it") from None
+            raise ValueError(
+                f"{path}: line {number} is not JSON; move the file away to resume without it"
+            ) from None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise ValueError(f"{path}: line {number} has no step; move the file away to resume without it")
         records.append(record)
@@ -235,7 +243,7 @@ def read_identity(folder: Path) -> Any:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """State of the generators that training may use (dropout): torch's on the CPU and on the training device."""
+    """State of the generators that training may use (dropout): the CPU's and the training device's."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -245,7 +253,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 def restore_random_states(path: Path, rank: int, device: torch.device) -> None:
     with safe_open(path, framework="pt") as file:
         torch.set_rng_state(file.get_tensor("cpu")[rank])
-        if device.type == "cuda" and "cuda" in file.keys():  # noqa: SIM118 - safe_open is no mapping
+        if device.type == "cuda" and "cuda" in file.keys():
             torch.cuda.set_rng_state(file.get_tensor("cuda")[rank], device)
 
 
@@ -253,7 +261,9 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     if not output_dir.is_dir():
         return []
-    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in output_dir.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 

@@ -41,7 +41,7 @@ _NOT_YET = ("thanos", "prox_sparse")
 
 def get_method(name: str) -> Method:
     """The registered method; raises ValueError for any other name."""
-    if name in METHODS:
+    if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     known = ", ".join(METHODS)
     if name in _NOT_YET:

@@ -1,0 +1,329 @@
+"""The training loop of the mask logits: transformers' Trainer with PATCH's objective and its own checkpoints.
+
+The loss of an optimiser step with A micro-batches is the mean token loss of the whole batch plus the mean
+over the micro-batches of
+    sparse_reg * |density - target|  -  weight_reg * (1 - t/T) * (kept share of the weights' norm)
+with a new mask per micro-batch. Source: PATCH (Hourri, Mozaffari, Mehri Dehnavi 2025), training objective.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from patch import training_state
+from patch.learn import LearnConfig, Schedule, learning_rate_factor
+from patch.masked_linear import MaskedLayers
+from patch.models import decoder_blocks
+
+
+class MaskTrainer(Trainer):
+    """Trainer for mask logits: own objective, optimiser, schedules, data order and checkpoints.
+
+    Checkpoints are safetensors and JSON, complete or absent, instead of Trainer's pickles written in place.
+    """
+
+    def __init__(
+        self, model, dataset, layers, *, metrics, arguments, identity, callbacks=(), progress=True
+    ) -> None:
+        self.layers, self.config, self.metrics_log, self.identity = layers, layers.config, metrics, identity
+        self._logits = layers.parameters()
+        steps = arguments.max_steps
+        config = self.config
+        self._schedules = {
+            name: Schedule(*getattr(config, name), steps)
+            for name in ("pattern_temperature", "pattern_scale", "tile_temperature", "tile_scale")
+        }
+        self._micro_step = 0
+        self._step_values: Tensor | None = None
+        self._clock = (0, time.monotonic())
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=_collate,
+            callbacks=list(callbacks),
+        )
+        self._objective = Objective(model, layers)  # after Trainer has moved the model to its device
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        if progress and sys.stderr.isatty():
+            self.add_callback(_Progress())
+        self.add_callback(_Guard(self))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Token loss plus the regularisers of this micro-batch's masks."""
+        state, step = self.layers.state, self.state.global_step
+        accumulation = self.args.gradient_accumulation_steps
+        state.draw = (step * accumulation + self._micro_step) * self.args.world_size + self.args.process_index
+        state.sums.clear()
+        state.collect = True
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        finally:
+            state.collect = False
+        penalty, density, ratio = self._objective(state.take_sums(), step / self.args.max_steps)
+        # Where the model's own loss is divided by the tokens of the whole accumulated batch, Trainer does not
+        # divide by the number of micro-batches, and the penalty has to be; elsewhere Trainer divides both.
+        is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        share = 1.0 / accumulation
+        token_loss = loss.detach().double() * (1.0 if is_scaled else share)
+        loss = loss + penalty.to(loss.dtype) * (share if is_scaled else 1.0)
+        values = torch.stack([token_loss, penalty.detach() * share, density * share, ratio * share])
+        self._step_values = values if self._micro_step == 0 else self._step_values + values
+        self._micro_step += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def begin_step(self) -> None:
+        """Set what is constant during an optimiser step."""
+        self._micro_step = 0
+        for name, schedule in self._schedules.items():
+            setattr(self.layers.state, name, schedule.at(self.state.global_step))
+
+    def check_finite(self) -> None:
+        """Stop before the optimiser turns a broken step into broken logits."""
+        norms = [logits.grad.norm() for logits in self._logits.values() if logits.grad is not None]
+        if not torch.stack([self._step_values.sum(), *(norm.double() for norm in norms)]).isfinite().all():
+            loss = self._step_values.tolist()
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: expected a finite loss and finite gradients, got token "
+                f"loss {loss[0]}, penalty {loss[1]}; the logits of step {self.state.global_step} and earlier "
+                "checkpoints are unharmed, lower lr or the logit scales, or check the data and weights"
+            )
+
+    def create_optimizer(self, model=None):
+        """AdamW over the logits alone, one group."""
+        if self.optimizer is None:
+            config = self.config
+            self.optimizer = torch.optim.AdamW(
+                list(self._logits.values()),
+                lr=config.lr,
+                betas=config.betas,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Linear warm-up from 0, then cosine."""
+        config, steps = self.config, num_training_steps
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            lambda step: learning_rate_factor(step, steps, config.warmup_steps, config.min_lr_ratio),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset=None):
+        # The dataset is shuffled already, as a function of the seed alone.
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def log(self, logs, start_time=None):
+        """Replace Trainer's interval averages by the values of the step, and append them to metrics.jsonl."""
+        if "loss" in logs and self._step_values is not None:
+            logs = self._record(logs)
+            if self.is_world_process_zero():
+                self.metrics_log.write({"step": self.state.global_step} | logs)
+        super().log(logs, start_time)
+
+    def _record(self, logs: dict[str, Any]) -> dict[str, Any]:
+        gathered = self.accelerator.gather(self._step_values[None].float()).double().mean(0)
+        values = self._step_values if self.args.world_size == 1 else gathered
+        token_loss, penalty, density, ratio = values.tolist()
+        step = self.state.global_step
+        last_step, last_time = self._clock
+        self._clock = (step, time.monotonic())
+        tokens = (step - last_step) * self.config.global_batch_size * self.train_dataset.block_size
+        record = {
+            "loss": token_loss + penalty,
+            "lm_loss": token_loss,
+            "soft_density": density,
+            "hard_density": self.layers.hard_density(),
+            "norm_ratio": ratio,
+            "lr": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+        }
+        record |= {name: getattr(self.layers.state, name) for name in self._schedules}
+        return record | {"tokens_per_second": round(tokens / max(self._clock[1] - last_time, 1e-9), 1)}
+
+    def start_clock(self) -> None:
+        self._clock = (self.state.global_step, time.monotonic())
+
+    def _save_checkpoint(self, model, trial=None) -> None:
+        device = self.args.device
+        states = training_state.random_states(device)
+        if self.args.world_size > 1:
+            states = {
+                name: self.accelerator.gather(value.to(device)[None]).cpu() for name, value in states.items()
+            }
+        else:
+            states = {name: value[None] for name, value in states.items()}
+        if not self.is_world_process_zero():
+            return
+        self.metrics_log.sync()
+        state = self.optimizer.state_dict()["state"]
+        training_state.save_checkpoint(
+            Path(self.args.output_dir),
+            self.state.global_step,
+            identity=self.identity,
+            logits=self._logits,
+            moments={name: state[index] for index, name in enumerate(self._logits)},
+            random_states=states,
+            save_trainer_state=self.state.save_to_json,
+            keep=self.config.save_total_limit,
+        )
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        """Trainer.save_model would write the whole frozen model; the masks are saved by `learn`."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        loaded = training_state.load_tensors(
+            Path(resume_from_checkpoint, training_state.LOGITS), self._logits
+        )
+        with torch.no_grad():
+            for name, logits in self._logits.items():
+                logits.copy_(loaded[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None:
+            return
+        moments = training_state.load_moments(Path(checkpoint, training_state.OPTIMIZER), self._logits)
+        self.optimizer.load_state_dict(
+            self.optimizer.state_dict() | {"state": {i: moments[name] for i, name in enumerate(self._logits)}}
+        )
+        # The schedule is a function of the step, so there is nothing to read for it.
+        scheduler, step = self.lr_scheduler, self.state.global_step
+        scheduler.last_epoch = step
+        scheduler._last_lr = [base * scheduler.lr_lambdas[0](step) for base in scheduler.base_lrs]
+        for group, lr in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = lr
+
+    def _load_scaler(self, checkpoint) -> None:
+        """No gradient scaler: float16 models are refused."""
+
+    def _load_rng_state(self, checkpoint) -> None:
+        if checkpoint is not None:
+            path = Path(checkpoint, training_state.RANDOM)
+            training_state.restore_random_states(path, self.args.process_index, self.args.device)
+
+
+class Objective:
+    """The two regulariser terms from the layers' fused sums."""
+
+    def __init__(self, model: nn.Module, layers: MaskedLayers) -> None:
+        self.config = config = layers.config
+        masked = list(layers.layers.values())
+        device = masked[0].weight.device
+        self.elems = torch.tensor(
+            [layer.weight.numel() for layer in masked], dtype=torch.float64, device=device
+        )
+        norms = [layer.weight.detach().double().square().sum() for layer in masked]
+        self.squared_norms = torch.stack(norms).to(device)
+        groups = _block_of_layer(model, list(layers.layers)) if config.layer_target else [0] * len(masked)
+        self.groups = torch.tensor(groups, device=device)
+        self.group_count = max(groups) + 1
+        self.group_elems = self._pool(self.elems)
+
+    def __call__(self, sums: list[Tensor], progress: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(penalty with gradient, density, kept share of the norm) of one micro-batch; progress = t / T."""
+        if len(sums) != len(self.elems):
+            raise RuntimeError(
+                f"expected every masked layer to run once per forward pass, {len(sums)} of {len(self.elems)} "
+                "did; exclude layers that the model does not use"
+            )
+        config = self.config
+        table = torch.stack([pair.to(self.elems.device) for pair in sums])
+        penalty = table.new_zeros(())
+        if config.mode != "mask_llm":
+            gap = (self._pool(table[:, 0]) / self.group_elems - (1.0 - config.target_sparsity)).abs()
+            total = gap.mean() if config.layer_target_reduction == "mean" else gap.sum()
+            penalty = penalty + config.sparse_reg * total
+        if config.weight_reg > 0:
+            kept, dense = self._norms(table[:, 1])
+            kept = kept / dense if config.weight_reg_normalized else kept
+            penalty = penalty - config.weight_reg * (1.0 - progress) * kept
+        with torch.no_grad():
+            density = table[:, 0].sum() / self.elems.sum()
+            kept, dense = self._norms(table[:, 1])
+        return penalty, density, kept / dense
+
+    def _norms(self, kept_squares: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.weight_reg_form == "squared":
+            return kept_squares.sum(), self.squared_norms.sum()
+        # The clamp keeps the gradient of sqrt finite for a layer whose kept weights are all zero.
+        return kept_squares.clamp_min(1e-30).sqrt().sum(), self.squared_norms.sqrt().sum()
+
+    def _pool(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self.group_count).index_add(0, self.groups, values)
+
+
+class ShuffledBlocks(Dataset):
+    """The blocks in training order: per epoch a permutation by (seed, epoch), cut to whole global batches."""
+
+    def __init__(self, blocks: Tensor, config: LearnConfig) -> None:
+        self._blocks = blocks
+        usable = blocks.shape[0] // config.global_batch_size * config.global_batch_size
+        epochs = []
+        for epoch in range(config.epochs):
+            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % (1 << 63))
+            epochs.append(torch.randperm(blocks.shape[0], generator=generator)[:usable])
+        self.order = torch.cat(epochs)
+
+    @property
+    def block_size(self) -> int:
+        return self._blocks.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._blocks[self.order[index]]
+
+
+class _Guard(TrainerCallback):
+    """Calls the trainer at the two instants that Trainer only tells callbacks about."""
+
+    def __init__(self, trainer: MaskTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._trainer.start_clock()
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._trainer.begin_step()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self._trainer.check_finite()
+
+
+class _Progress(ProgressCallback):
+    """Trainer's progress bar with the last values behind it instead of one printed line per step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is not None and logs and "lm_loss" in logs:
+            shown = {key: f"{logs[key]:.3f}" for key in ("lm_loss", "soft_density", "hard_density")}
+            self.training_bar.set_postfix(shown, refresh=False)
+
+
+def _block_of_layer(model: nn.Module, names: Sequence[str]) -> list[int]:
+    """Index of each layer's decoder block, renumbered without gaps; layers outside the blocks form one."""
+    prefix, _ = decoder_blocks(model)
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    found = [int(match[1]) if (match := pattern.match(name)) else -1 for name in names]
+    positions = {block: position for position, block in enumerate(sorted(set(found)))}
+    return [positions[block] for block in found]
+
+
+def _collate(blocks: list[Tensor]) -> dict[str, Tensor]:
+    ids = torch.stack(blocks)
+    return {"input_ids": ids, "labels": ids.clone()}

@@ -1,0 +1,451 @@
+"""One-shot pruning of one weight: each method against a loop-wise fp64 reading of its formula, and bad input."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+
+import pytest
+import torch
+
+from patch.pruning import METHODS, prune_weight, sparsegpt, wanda
+from patch.pruning.selection import PruneOptions, keep_above_threshold, keep_in_rows, keep_two_of_four
+
+SHAPES = [(6, 16), (5, 24), (9, 40)]
+
+
+def make_case(n, k, *, seed=0, samples=3, dtype=torch.float32):
+    """A weight (n, k) and calibration inputs of different lengths and channel scales."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator).to(dtype)
+    scale = torch.rand(k, generator=generator) * 3 + 0.1
+    mix = torch.eye(k) + 0.2 * torch.randn(k, k, generator=generator) / math.sqrt(k)
+    inputs = [
+        ((torch.randn(k + 7 * j, k, generator=generator) * scale) @ mix).to(dtype) for j in range(samples)
+    ]
+    return weight, inputs
+
+
+# Loop-wise references. They share no code with the package and work on Python numbers or fp64 tensors.
+
+
+def smallest(values, count):
+    """Indices of the `count` smallest, equal values from the lower index up."""
+    return sorted(range(len(values)), key=lambda i: (values[i], i))[:count]
+
+
+def two_of_four(scores):
+    keep = [[True] * len(row) for row in scores]
+    for row, kept in zip(scores, keep, strict=True):
+        for start in range(0, len(row), 4):
+            for i in smallest(row[start : start + 4], 2):
+                kept[start + i] = False
+    return torch.tensor(keep)
+
+
+def channel_energy(inputs):
+    k = inputs[0].shape[1]
+    total = [0.0] * k
+    for x in inputs:
+        for row in x.double().tolist():
+            for c in range(k):
+                total[c] += row[c] ** 2
+    return [value / len(inputs) for value in total]
+
+
+def wanda_reference(weight, inputs, pattern, sparsity, shift=False):
+    energy = channel_energy(inputs)
+    if shift:
+        least = min(1.0 if value == 0 else value for value in energy)
+        energy = [value + least for value in energy]
+    scores = [[abs(w) * math.sqrt(e) for w, e in zip(row, energy, strict=True)] for row in weight.double().tolist()]
+    if pattern == "2:4":
+        return two_of_four(scores)
+    keep = []
+    for row in scores:
+        gone = set(smallest(row, int(len(row) * sparsity)))
+        keep.append([i not in gone for i in range(len(row))])
+    return torch.tensor(keep)
+
+
+def magnitude_reference(weight, pattern, sparsity):
+    scores = weight.double().abs().tolist()
+    if pattern == "2:4":
+        return two_of_four(scores)
+    flat = sorted(itertools.chain(*scores))
+    threshold = flat[int(len(flat) * sparsity)]
+    return torch.tensor([[value > threshold for value in row] for row in scores])
+
+
+def sparsegpt_reference(weight, inputs, pattern, sparsity, block_size=128, damping=0.01):
+    """Optimal brain surgeon, column by column, with the inverse of the remaining Hessian formed afresh each time."""
+    w = weight.double().clone()
+    n, k = w.shape
+    hessian = sum(2 * x.double().T @ x.double() for x in inputs) / len(inputs)
+    for c in range(k):
+        if hessian[c, c] == 0:
+            hessian[c, c] = 1
+            w[:, c] = 0
+    hessian = hessian + torch.eye(k, dtype=torch.float64) * (damping * hessian.diagonal().mean())
+    rows = [torch.linalg.inv(hessian[c:, c:])[0] for c in range(k)]
+    keep = torch.ones(n, k, dtype=torch.bool)
+    for c in range(k):
+        if pattern == "unstructured" and c % block_size == 0:
+            columns = range(c, min(c + block_size, k))
+            cost = {(r, j): float(w[r, j] ** 2 / rows[j][0]) for r in range(n) for j in columns}
+            threshold = sorted(cost.values())[int(len(cost) * sparsity)]
+            for (r, j), value in cost.items():
+                keep[r, j] = value > threshold
+        if pattern == "2:4" and c % 4 == 0:
+            for r in range(n):
+                for i in smallest([float(w[r, c + i] ** 2 / rows[c + i][0]) for i in range(4)], 2):
+                    keep[r, c + i] = False
+        for r in range(n):
+            if not keep[r, c]:
+                w[r, c:] -= w[r, c] / rows[c][0] * rows[c]
+                w[r, c] = 0
+    return w, keep
+
+
+def reference_keep(method, weight, inputs, pattern, sparsity):
+    if method == "magnitude":
+        return magnitude_reference(weight, pattern, sparsity)
+    if method == "wanda":
+        return wanda_reference(weight, inputs, pattern, sparsity)
+    return sparsegpt_reference(weight, inputs, pattern, sparsity)[1]
+
+
+@pytest.mark.parametrize("pattern, sparsity", [("2:4", 0.5), ("unstructured", 0.3), ("unstructured", 0.45)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_mask_equals_the_formula(method, shape, pattern, sparsity):
+    weight, inputs = make_case(*shape, seed=sum(shape))
+    pruned = prune_weight(weight, method, pattern=pattern, sparsity=sparsity, inputs=inputs)
+    assert torch.equal(pruned.keep, reference_keep(method, weight, inputs, pattern, sparsity))
+    assert pruned.keep.dtype == torch.bool
+    assert not pruned.weight[~pruned.keep].any()
+
+
+@pytest.mark.parametrize("pattern, sparsity", [("2:4", 0.5), ("unstructured", 0.45)])
+@pytest.mark.parametrize("block_size", [None, 4, 20])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_sparsegpt_weights_equal_the_formula(shape, block_size, pattern, sparsity):
+    weight, inputs = make_case(*shape, seed=7 + sum(shape))
+    options = {"pattern": pattern, "sparsity": sparsity, "inputs": inputs, "block_size": block_size}
+    expected, keep = sparsegpt_reference(weight, inputs, pattern, sparsity, block_size or 128)
+    pruned = prune_weight(weight, "sparsegpt", **options)
+    assert torch.equal(pruned.keep, keep)
+    torch.testing.assert_close(pruned.weight.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_sparsegpt_default_block_is_128_columns():
+    weight, inputs = make_case(3, 136)
+    expected, keep = sparsegpt_reference(weight, inputs, "unstructured", 0.45, block_size=128)
+    pruned = prune_weight(weight, "sparsegpt", pattern="unstructured", sparsity=0.45, inputs=inputs)
+    assert torch.equal(pruned.keep, keep)
+    torch.testing.assert_close(pruned.weight.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_sparsegpt_in_fp64_equals_the_formula_to_rounding():
+    weight, inputs = make_case(6, 32, dtype=torch.float64)
+    expected, keep = sparsegpt_reference(weight, inputs, "2:4", 0.5)
+    pruned = prune_weight(weight, "sparsegpt", inputs=inputs)
+    assert pruned.weight.dtype == torch.float64
+    assert torch.equal(pruned.keep, keep)
+    torch.testing.assert_close(pruned.weight, expected, rtol=0, atol=1e-11)
+
+
+def test_sparsegpt_damping_is_used():
+    weight, inputs = make_case(6, 32)
+    expected, _ = sparsegpt_reference(weight, inputs, "2:4", 0.5, damping=0.5)
+    pruned = prune_weight(weight, "sparsegpt", inputs=inputs, damping=0.5)
+    torch.testing.assert_close(pruned.weight.double(), expected, rtol=0, atol=1e-5)
+    usual = prune_weight(weight, "sparsegpt", inputs=inputs)
+    assert (pruned.weight - usual.weight).abs().max() > 1e-3
+
+
+def test_sparsegpt_loses_less_than_wanda_and_magnitude():
+    weight, inputs = make_case(32, 64, samples=8)
+    x = torch.cat(inputs)
+    loss = {
+        method: ((prune_weight(weight, method, inputs=inputs).weight - weight) @ x.T).square().sum().item()
+        for method in METHODS
+    }
+    assert loss["sparsegpt"] < loss["wanda"] < loss["magnitude"]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_two_of_four_is_the_best_of_all_six_patterns(method):
+    weight, inputs = make_case(16, 24, seed=3)
+    energy = torch.ones(24) if method == "magnitude" else torch.tensor(channel_energy(inputs)).sqrt()
+    score = (weight.abs() * energy).view(-1, 4).double()
+    pruned = prune_weight(weight, method, inputs=inputs)
+    kept = (score * pruned.keep.view(-1, 4)).sum(1)
+    best = torch.stack([score[:, list(pair)].sum(1) for pair in itertools.combinations(range(4), 2)]).amax(0)
+    torch.testing.assert_close(kept, best, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fill", [0.0, -0.0, 1.0, -2.5])
+def test_two_of_four_is_exact_with_ties(method, fill):
+    weight = torch.full((8, 16), fill)
+    weight[:4] = torch.randint(0, 2, (4, 16), generator=torch.Generator().manual_seed(0)).float()
+    _, inputs = make_case(8, 16)
+    keep = prune_weight(weight, method, inputs=inputs).keep
+    assert torch.equal(keep.view(-1, 4).sum(1), torch.full((32,), 2))
+
+
+def test_every_tie_is_resolved_as_a_stable_sort_would():
+    rows = torch.tensor(list(itertools.product([0.0, 1.0, 2.0, 3.0], repeat=4)))
+    assert torch.equal(keep_two_of_four(rows), two_of_four(rows.tolist()))
+    assert keep_two_of_four(torch.ones(1, 4)).tolist() == [[False, False, True, True]]
+
+
+def test_unstructured_rules_with_ties():
+    score = torch.tensor([[1.0, 1.0, 2.0, 2.0], [3.0, 1.0, 4.0, 2.0]])
+    # Threshold: the value at rank int(8 * 0.25) is 1; all three ones go.
+    assert keep_above_threshold(score, 0.25).tolist() == [[False, False, True, True], [True, False, True, True]]
+    # By rows: int(4 * 0.25) = 1 each, the first of equals.
+    assert keep_in_rows(score, 0.25).tolist() == [[False, True, True, True], [True, False, True, True]]
+
+
+def test_unstructured_counts():
+    weight, inputs = make_case(4, 384)
+    wanda_keep = prune_weight(weight, "wanda", pattern="unstructured", sparsity=0.45, inputs=inputs).keep
+    assert ((~wanda_keep).sum(1) == 172).all()  # int(384 * 0.45)
+    keep = prune_weight(weight, "magnitude", pattern="unstructured", sparsity=0.45).keep
+    assert int((~keep).sum()) == int(4 * 384 * 0.45) + 1
+
+
+def test_sparsity_a_hair_below_one_is_still_a_legal_rank():
+    weight, _ = make_case(4, 16)
+    keep = prune_weight(weight, "magnitude", pattern="unstructured", sparsity=math.nextafter(1.0, 0.0)).keep
+    assert not keep.any()
+
+
+def test_wanda_weighs_samples_not_tokens():
+    weight, inputs = make_case(4, 16, samples=2)
+    statistics = wanda.Statistics(16)
+    for x in inputs:
+        statistics.add(x)
+    expected = sum(x.double().square().sum(0) for x in inputs) / 2
+    torch.testing.assert_close(statistics.channel_energy.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(expected, torch.tensor(channel_energy(inputs), dtype=torch.float64))
+    assert statistics.samples == 2
+
+
+def test_sparsegpt_weighs_samples_not_tokens():
+    _, inputs = make_case(4, 16, samples=3)
+    statistics = sparsegpt.Statistics(16)
+    for x in inputs:
+        statistics.add(x)
+    expected = 2 * sum(x.double().T @ x.double() for x in inputs) / 3
+    torch.testing.assert_close(statistics.hessian.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern, sparsity", [("2:4", 0.5), ("unstructured", 0.5)])
+@pytest.mark.parametrize("dead", [0, 3])
+def test_shift_zero_metrics(dead, pattern, sparsity):
+    weight, inputs = make_case(24, 32, seed=11)
+    inputs = [x / 60 for x in inputs]  # energies on both sides of 1, where the rule changes
+    for x in inputs:
+        x[:, :dead] = 0
+    options = {"pattern": pattern, "sparsity": sparsity, "inputs": inputs}
+    shifted = prune_weight(weight, "wanda", shift_zero_metrics=True, **options)
+    assert torch.equal(shifted.keep, wanda_reference(weight, inputs, pattern, sparsity, shift=True))
+    plain = prune_weight(weight, "wanda", **options)
+    assert torch.equal(plain.keep, wanda_reference(weight, inputs, pattern, sparsity))
+    if dead:
+        # Three of the first four channels are dead: unshifted they tie at zero, shifted the larger weight wins.
+        assert not torch.equal(shifted.keep, plain.keep)
+
+
+def test_shift_rule_by_hand():
+    assert wanda.shifted(torch.tensor([0.5, 2.0])).tolist() == [1.0, 2.5]
+    assert wanda.shifted(torch.tensor([0.0, 0.25])).tolist() == [0.25, 0.5]
+    assert wanda.shifted(torch.tensor([0.0, 7.0])).tolist() == [1.0, 8.0]
+    assert wanda.shifted(torch.zeros(2)).tolist() == [1.0, 1.0]
+
+
+def test_shift_changes_only_wanda():
+    weight, inputs = make_case(8, 16)
+    for method in ("magnitude", "sparsegpt"):
+        plain = prune_weight(weight, method, inputs=inputs)
+        shifted = prune_weight(weight, method, inputs=inputs, shift_zero_metrics=True)
+        assert torch.equal(plain.weight, shifted.weight)
+
+
+def test_sparsegpt_zeroes_dead_columns_and_keeps_two_of_four():
+    weight, inputs = make_case(8, 16)
+    for x in inputs:
+        x[:, 4:7] = 0
+    expected, keep = sparsegpt_reference(weight, inputs, "2:4", 0.5)
+    pruned = prune_weight(weight, "sparsegpt", inputs=inputs)
+    assert not pruned.weight[:, 4:7].any()
+    # Three dead columns in one group: one of them is kept by the mask although its weight is zero.
+    assert (pruned.keep[:, 4:8].sum(1) == 2).all()
+    assert pruned.keep[:, 7].all()
+    assert torch.equal(pruned.keep, keep)
+    torch.testing.assert_close(pruned.weight.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_dtype_is_kept_and_nothing_changes_in_place(method, dtype):
+    weight, inputs = make_case(8, 16, dtype=dtype)
+    weight[0, :4] = torch.tensor([-0.0, -0.0, 0.0, 0.0], dtype=dtype)
+    before, inputs_before = weight.clone(), [x.clone() for x in inputs]
+    pruned = prune_weight(torch.nn.Parameter(weight), method, inputs=inputs)
+    assert pruned.weight.dtype == dtype
+    assert not pruned.weight.requires_grad
+    assert pruned.weight.data_ptr() != weight.data_ptr()
+    assert torch.equal(weight, before)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, inputs_before, strict=True))
+    if method != "sparsegpt":
+        kept, original = pruned.weight[pruned.keep], weight[pruned.keep]
+        assert torch.equal(kept, original)
+        assert torch.equal(kept.signbit(), original.signbit())
+    assert not pruned.weight[~pruned.keep].signbit().any()
+
+
+def test_a_kept_zero_stays_in_the_mask():
+    weight = torch.tensor([[0.0, 0.0, 0.0, 5.0]])
+    keep = prune_weight(weight, "magnitude").keep
+    assert keep.tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_input_same_result_whatever_the_strides(method):
+    weight, inputs = make_case(12, 32)
+    strided = torch.empty(32, 12).T.copy_(weight)
+    views = [torch.empty(x.shape[1], x.shape[0]).T.copy_(x) for x in inputs]
+    first = prune_weight(weight, method, inputs=inputs)
+    second = prune_weight(weight, method, inputs=inputs)
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.keep, prune_weight(strided, method, inputs=views).keep)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparsity_zero_changes_nothing(method):
+    weight, inputs = make_case(4, 16)
+    pruned = prune_weight(weight, method, pattern="unstructured", sparsity=0, inputs=inputs)
+    assert torch.equal(pruned.weight, weight)
+    assert pruned.keep.all()
+    assert pruned.weight.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unstructured_takes_any_width(method):
+    weight, inputs = make_case(3, 7)
+    keep = prune_weight(weight, method, pattern="unstructured", sparsity=0.4, inputs=inputs, block_size=5).keep
+    assert keep.shape == (3, 7)
+    if method == "sparsegpt":
+        assert torch.equal(keep, sparsegpt_reference(weight, inputs, "unstructured", 0.4, block_size=5)[1])
+
+
+def test_singular_hessian_is_damped_more_and_said(caplog):
+    weight, inputs = make_case(6, 32)
+    inputs = [x[:4] for x in inputs[:1]]  # rank 4 of 32
+    with caplog.at_level(logging.WARNING, logger="patch.pruning.sparsegpt"):
+        pruned = prune_weight(weight, "sparsegpt", inputs=inputs, damping=0)
+    assert "not positive definite with damping 0; retrying with 0.0001" in caplog.text
+    assert torch.isfinite(pruned.weight).all()
+    assert (pruned.keep.view(-1, 4).sum(1) == 2).all()
+
+
+def test_damping_retries_are_bounded(caplog):
+    statistics = sparsegpt.Statistics(8)
+    statistics.hessian.copy_(-torch.eye(8))
+    statistics.samples = 1
+    with pytest.raises(ValueError, match="expected a Hessian that becomes positive definite.*Give more calibration"):
+        sparsegpt.prune(torch.ones(4, 8), statistics, PruneOptions())
+    assert len(caplog.records) == 4
+
+
+def test_updated_weights_must_fit_their_dtype():
+    # Two equal inputs: what is pruned from one column is added to its twin, beyond the range of fp16.
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    inputs = [torch.cat([x, x], dim=1)]
+    weight = torch.full((2, 4), 60000.0, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"within the range of torch.float16, got NaN or infinite.*fp32 or bf16"):
+        prune_weight(weight, "sparsegpt", inputs=inputs, damping=1e-4)
+    assert torch.isfinite(prune_weight(weight.bfloat16(), "sparsegpt", inputs=inputs, damping=1e-4).weight).all()
+
+
+def test_reduced_matmul_precision_is_not_used_and_comes_back():
+    weight, inputs = make_case(16, 64)
+    expected = prune_weight(weight, "sparsegpt", inputs=inputs)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        pruned = prune_weight(weight, "sparsegpt", inputs=inputs)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        with sparsegpt._full_precision():
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(pruned.weight, expected.weight)
+
+
+W = torch.ones(4, 8)
+X = [torch.ones(3, 8)]
+NAN = torch.full((4, 8), math.nan)
+INF = torch.ones(3, 8).index_fill(0, torch.tensor([1]), math.inf)
+BAD = {
+    "unknown method": ((W, "wander"), {}, ValueError, "magnitude, wanda, sparsegpt, got 'wander'"),
+    "thanos": ((W, "thanos"), {}, ValueError, "'thanos' which is not implemented yet. Use sparsegpt"),
+    "prox_sparse": ((W, "prox_sparse"), {}, ValueError, "'prox_sparse' which is not implemented yet"),
+    "method None": ((W, None), {}, ValueError, "got None. Choose one"),
+    "unhashable method": ((W, ["wanda"]), {}, ValueError, r"got \['wanda'\]. Choose one"),
+    "unknown pattern": ((W, "magnitude"), {"pattern": "4:8"}, ValueError, "expected one of 2:4, unstructured, got '4:8'"),
+    "2:4 at 0.45": ((W, "magnitude"), {"sparsity": 0.45}, ValueError, "expected 0.5 for pattern 2:4.*got 0.45.*Use pat"),
+    "sparsity 1": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": 1.0}, ValueError, "not including 1, got 1.0"),
+    "sparsity percent": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": 45}, ValueError, "got 45. Write 0.45"),
+    "sparsity negative": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": -0.1}, ValueError, "got -0.1"),
+    "sparsity NaN": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": math.nan}, ValueError, "got nan"),
+    "sparsity text": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": "0.5"}, ValueError, "got '0.5'"),
+    "sparsity bool": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": False}, ValueError, "got False"),
+    "block 0": ((W, "sparsegpt"), {"block_size": 0, "inputs": X}, ValueError, "positive number of columns, got 0"),
+    "block 6": ((W, "sparsegpt"), {"block_size": 6, "inputs": X}, ValueError, "multiple of 4 for pattern 2:4, got 6"),
+    "block float": ((W, "sparsegpt"), {"block_size": 8.0, "inputs": X}, ValueError, "number of columns, got 8.0"),
+    "damping negative": ((W, "sparsegpt"), {"damping": -1, "inputs": X}, ValueError, "damping: expected.*got -1"),
+    "damping inf": ((W, "sparsegpt"), {"damping": math.inf, "inputs": X}, ValueError, "damping: expected.*got inf"),
+    "shift int": ((W, "wanda"), {"shift_zero_metrics": 1, "inputs": X}, TypeError, "True or False, got 1"),
+    "weight list": (([[1.0]], "magnitude"), {}, TypeError, "floating-point weight.*got list"),
+    "weight int8": ((W.to(torch.int8), "magnitude"), {}, TypeError, "got a torch.int8 tensor. Prune before quantizing"),
+    "weight fp8": ((W.to(torch.float8_e4m3fn), "magnitude"), {}, TypeError, "got a torch.float8_e4m3fn tensor"),
+    "weight 1-D": ((W[0], "magnitude"), {}, ValueError, r"\(out_features, in_features\), got \(8,\)"),
+    "weight empty": ((W[:0], "magnitude"), {}, ValueError, r"got \(0, 8\)"),
+    "weight meta": ((W.to("meta"), "magnitude"), {}, ValueError, "meta device. Load the model first"),
+    "weight NaN": ((NAN, "magnitude"), {}, ValueError, "finite weights, got 32 that are NaN"),
+    "width 6": ((W[:, :6], "magnitude"), {}, ValueError, "divisible by 4 for pattern 2:4, got 6.*unstructured"),
+    "no inputs": ((W, "wanda"), {}, ValueError, "calibration inputs for method 'wanda', got none"),
+    "empty inputs": ((W, "sparsegpt"), {"inputs": []}, ValueError, "got an empty list"),
+    "bare tensor": ((W, "wanda"), {"inputs": X[0]}, TypeError, "expected a list of .* got Tensor. Wrap"),
+    "inputs generator": ((W, "wanda"), {"inputs": iter(X)}, TypeError, "got list_iterator"),
+    "input width": ((W, "wanda"), {"inputs": [X[0], torch.ones(3, 4)]}, ValueError, r"inputs\[1\]: expected shape .*got \(3, 4"),
+    "input 3-D": ((W, "wanda"), {"inputs": [torch.ones(1, 3, 8)]}, ValueError, r"got \(1, 3, 8\). Pass one 2-D"),
+    "input no tokens": ((W, "wanda"), {"inputs": [torch.ones(0, 8)]}, ValueError, "at least one token"),
+    "input ints": ((W, "wanda"), {"inputs": [torch.ones(3, 8).long()]}, TypeError, r"inputs\[0\]: .*got a torch.int64"),
+    "input inf": ((W, "sparsegpt"), {"inputs": [X[0], INF]}, ValueError, r"inputs\[1\]: expected finite.*got 8 NaN or inf"),
+    "input device": ((W, "wanda"), {"inputs": [X[0].to("meta")]}, ValueError, "device cpu, got meta. Move one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused(name):
+    args, kwargs, kind, match = BAD[name]
+    with pytest.raises(kind, match=match):
+        prune_weight(*args, **kwargs)
+
+
+def test_all_inputs_are_checked_before_any_is_used(monkeypatch):
+    def add(self, x):
+        raise AssertionError("work started before the check of all inputs")
+
+    monkeypatch.setattr(wanda.Statistics, "add", add)
+    with pytest.raises(ValueError, match=r"inputs\[1\]"):
+        prune_weight(W, "wanda", inputs=[X[0], INF])
