@@ -1,8 +1,8 @@
 """Perplexity with its protocol, and zero-shot accuracy through lm-eval.
 
-Perplexity: the text is tokenized once and cut into non-overlapping windows (the tail is dropped, no special token
-per window); each window gives the mean cross-entropy of its window-1 predictions, and the result is exp of the
-mean over windows. This is the protocol of the pruning literature.
+Perplexity: the text is tokenized once and cut into non-overlapping windows (the tail is dropped, no special
+token per window); each window gives the mean cross-entropy of its window-1 predictions, and the result is exp
+of the mean over windows. This is the protocol of the pruning literature.
 """
 
 from __future__ import annotations
@@ -159,10 +159,12 @@ def zero_shot(
     limit: int | None = None,
     task_manager: Any = None,
     metric: str = "acc,none",
+    wrapped: Any = None,
 ) -> dict[str, float]:
     """Accuracy per task and their plain mean under "average", by lm-eval with its default settings.
 
     tasks     names known to lm-eval, or task configs as dicts
+    wrapped   the model as lm-eval's HFLM when the caller has it already
     metric    "acc,none" for every task, as in the tables of the paper (never acc_norm)
     returns   shares in 0..1
     raises    ImportError with the pip command when lm-eval is not installed; ValueError when a task has no
@@ -171,7 +173,8 @@ def zero_shot(
     if not tasks:
         raise ValueError(f"expected at least one task, got none; use for example {list(ZERO_SHOT_TASKS)}")
     with _evaluating(model):  # around HFLM too: it switches the model to evaluation mode for good
-        wrapped = lm_eval_model(model, tokenizer, batch_size=batch_size)
+        if wrapped is None:
+            wrapped = lm_eval_model(model, tokenizer, batch_size=batch_size)
         import lm_eval
 
         output = lm_eval.simple_evaluate(

@@ -163,7 +163,8 @@ def parse_json(data: bytes) -> Any:
 
 def dump_json(value: Any) -> bytes:
     """JSON text of `value`; raises ValueError for NaN and TypeError for what JSON cannot hold."""
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("utf-8")
+    # No line end after it: then a file cut by one byte is no longer valid JSON.
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode("utf-8")
 
 
 def is_count(value: Any) -> bool:

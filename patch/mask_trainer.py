@@ -156,6 +156,10 @@ class MaskTrainer(Trainer):
         record |= {name: getattr(self.layers.state, name) for name in self._schedules}
         return record | {"tokens_per_second": round(tokens / max(self._clock[1] - last_time, 1e-9), 1)}
 
+    def soft_density(self) -> float | None:
+        """Mean density of the last step's sampled masks; None when this call trained no step."""
+        return None if self._step_values is None else self._step_values[2].item()
+
     def start_clock(self) -> None:
         self._clock = (self.state.global_step, time.monotonic())
 

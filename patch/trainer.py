@@ -125,9 +125,11 @@ def learn(
             tuple(callbacks),
             tuple(report_to),
         )
-        masks, grids, log = _train(model, train_blocks, config, linears, prior_masks, tile_scores, run)
+        masks, grids, log, soft = _train(model, train_blocks, config, linears, prior_masks, tile_scores, run)
+        masks = {name: mask.to(linears[name].weight.device) for name, mask in masks.items()}
+        grids = {name: grid.to(linears[name].weight.device) for name, grid in grids.items()}
         apply_keep_masks(model, masks, exclude=exclude)
-        result = _result(masks, grids, log, config)
+        result = _result(masks, grids, log, soft, config)
         if output_dir is not None and rank == 0:
             _save_result(folder, result, config, identity)
         return result
@@ -148,15 +150,16 @@ class _Run:
 
 
 def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
-    """Train the logits: (keep masks, tile grids, metrics). The model is dense and plain again afterwards."""
+    """Train the logits: (keep masks, tile grids, metrics, soft density). The model is plain and dense afterwards."""
     total_steps = config.total_steps(train_blocks.shape[0])
     steps_done = 0 if run.checkpoint is None else int(run.checkpoint.name.rsplit("-", 1)[1])
     with _prepared(model, config):
         layers = MaskedLayers(model, linears, config, prior_masks=prior_masks, tile_scores=tile_scores)
-        metrics = training_state.MetricsLog(
-            run.folder / training_state.METRICS if run.saves and run.rank == 0 else None, steps_done
-        )
+        metrics = None
         try:
+            metrics = training_state.MetricsLog(
+                run.folder / training_state.METRICS if run.saves and run.rank == 0 else None, steps_done
+            )
             trainer = MaskTrainer(
                 model,
                 ShuffledBlocks(train_blocks, config),
@@ -174,11 +177,12 @@ def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
                     "callback; call learn again with resume=True"
                 )
             masks, grids = layers.harden()
+            soft_density = trainer.soft_density()
         finally:
-            metrics.sync()
-            metrics.close()
             layers.remove()
-    return masks, grids, metrics.lines
+            if metrics is not None:
+                metrics.close()
+    return masks, grids, metrics.lines, soft_density
 
 
 def _arguments(config: LearnConfig, total_steps: int, run: _Run) -> TrainingArguments:
@@ -212,7 +216,7 @@ def _arguments(config: LearnConfig, total_steps: int, run: _Run) -> TrainingArgu
 
 @contextlib.contextmanager
 def _prepared(model: nn.Module, config: LearnConfig) -> Iterator[None]:
-    """Frozen weights, train mode, no key-value cache, gradient checkpointing if asked; all undone at the end."""
+    """Frozen weights, train mode, no key-value cache, checkpointing if asked; all undone at the end."""
     device = next(model.parameters()).device
     training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -278,9 +282,10 @@ def _finished_result(model, folder: Path, identity: dict[str, Any], exclude: Seq
     )
 
 
-def _result(masks, grids, metrics, config: LearnConfig) -> LearnResult:
+def _result(masks, grids, metrics, soft: float | None, config: LearnConfig) -> LearnResult:
     hard = 1.0 - measured_sparsity(masks)
-    soft = metrics[-1]["soft_density"] if metrics else hard
+    if soft is None:  # resumed after the last step: nothing was sampled in this call
+        soft = metrics[-1]["soft_density"] if metrics else hard
     target = 1.0 - config.target_sparsity
     level = logging.WARNING if abs(hard - target) > 0.02 else logging.INFO
     logger.log(level, "density: target %.4f, sampled masks %.4f, final masks %.4f", target, soft, hard)

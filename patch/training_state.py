@@ -131,11 +131,16 @@ def save_checkpoint(
 
 
 def newest_checkpoint(output_dir: Path, *, may_rename: bool = True) -> Path | None:
-    """Newest checkpoint that verifies. Damaged newer ones are renamed to damaged-* and reported."""
+    """Newest checkpoint that verifies. Damaged newer ones are renamed to damaged-* and reported.
+
+    may_rename  False on all but the first of several processes.
+    """
     for path in reversed(_checkpoints(output_dir)):
         try:
             verify_folder(path)
         except (ValueError, OSError) as error:
+            if not may_rename:
+                continue
             aside = _free_name(path.with_name(f"damaged-{path.name}"))
             os.rename(path, aside)
             logger.warning("ignoring an unusable checkpoint (kept as %s): %s", aside.name, error)

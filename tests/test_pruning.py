@@ -1,4 +1,4 @@
-"""One-shot pruning of one weight: each method against a loop-wise fp64 reading of its formula, and bad input."""
+"""One-shot pruning of one weight: each method against its formula in loops and fp64, and bad input."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from patch.pruning import METHODS, prune_weight, sparsegpt, wanda
 from patch.pruning.selection import PruneOptions, keep_above_threshold, keep_in_rows, keep_two_of_four
 
 SHAPES = [(6, 16), (5, 24), (9, 40)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The tensors are tiny: on a busy machine threads that wait for each other make this ten times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_case(n, k, *, seed=0, samples=3, dtype=torch.float32):
@@ -59,7 +68,9 @@ def wanda_reference(weight, inputs, pattern, sparsity, shift=False):
     if shift:
         least = min(1.0 if value == 0 else value for value in energy)
         energy = [value + least for value in energy]
-    scores = [[abs(w) * math.sqrt(e) for w, e in zip(row, energy, strict=True)] for row in weight.double().tolist()]
+    scores = [
+        [abs(w) * math.sqrt(e) for w, e in zip(row, energy, strict=True)] for row in weight.double().tolist()
+    ]
     if pattern == "2:4":
         return two_of_four(scores)
     keep = []
@@ -79,7 +90,7 @@ def magnitude_reference(weight, pattern, sparsity):
 
 
 def sparsegpt_reference(weight, inputs, pattern, sparsity, block_size=128, damping=0.01):
-    """Optimal brain surgeon, column by column, with the inverse of the remaining Hessian formed afresh each time."""
+    """Optimal brain surgeon, column by column, inverting the remaining Hessian afresh each time."""
     w = weight.double().clone()
     n, k = w.shape
     hessian = sum(2 * x.double().T @ x.double() for x in inputs) / len(inputs)
@@ -205,7 +216,10 @@ def test_every_tie_is_resolved_as_a_stable_sort_would():
 def test_unstructured_rules_with_ties():
     score = torch.tensor([[1.0, 1.0, 2.0, 2.0], [3.0, 1.0, 4.0, 2.0]])
     # Threshold: the value at rank int(8 * 0.25) is 1; all three ones go.
-    assert keep_above_threshold(score, 0.25).tolist() == [[False, False, True, True], [True, False, True, True]]
+    assert keep_above_threshold(score, 0.25).tolist() == [
+        [False, False, True, True],
+        [True, False, True, True],
+    ]
     # By rows: int(4 * 0.25) = 1 each, the first of equals.
     assert keep_in_rows(score, 0.25).tolist() == [[False, True, True, True], [True, False, True, True]]
 
@@ -225,7 +239,7 @@ def test_sparsity_a_hair_below_one_is_still_a_legal_rank():
 
 
 def test_wanda_weighs_samples_not_tokens():
-    weight, inputs = make_case(4, 16, samples=2)
+    _, inputs = make_case(4, 16, samples=2)
     statistics = wanda.Statistics(16)
     for x in inputs:
         statistics.add(x)
@@ -257,7 +271,7 @@ def test_shift_zero_metrics(dead, pattern, sparsity):
     plain = prune_weight(weight, "wanda", **options)
     assert torch.equal(plain.keep, wanda_reference(weight, inputs, pattern, sparsity))
     if dead:
-        # Three of the first four channels are dead: unshifted they tie at zero, shifted the larger weight wins.
+        # Three of the first four channels are dead: unshifted they tie at 0, shifted the larger wins.
         assert not torch.equal(shifted.keep, plain.keep)
 
 
@@ -338,7 +352,9 @@ def test_sparsity_zero_changes_nothing(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_unstructured_takes_any_width(method):
     weight, inputs = make_case(3, 7)
-    keep = prune_weight(weight, method, pattern="unstructured", sparsity=0.4, inputs=inputs, block_size=5).keep
+    keep = prune_weight(
+        weight, method, pattern="unstructured", sparsity=0.4, inputs=inputs, block_size=5
+    ).keep
     assert keep.shape == (3, 7)
     if method == "sparsegpt":
         assert torch.equal(keep, sparsegpt_reference(weight, inputs, "unstructured", 0.4, block_size=5)[1])
@@ -358,7 +374,9 @@ def test_damping_retries_are_bounded(caplog):
     statistics = sparsegpt.Statistics(8)
     statistics.hessian.copy_(-torch.eye(8))
     statistics.samples = 1
-    with pytest.raises(ValueError, match="expected a Hessian that becomes positive definite.*Give more calibration"):
+    with pytest.raises(
+        ValueError, match=r"expected a Hessian that becomes positive definite.*Give more calibration"
+    ):
         sparsegpt.prune(torch.ones(4, 8), statistics, PruneOptions())
     assert len(caplog.records) == 4
 
@@ -368,9 +386,13 @@ def test_updated_weights_must_fit_their_dtype():
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
     inputs = [torch.cat([x, x], dim=1)]
     weight = torch.full((2, 4), 60000.0, dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"within the range of torch.float16, got NaN or infinite.*fp32 or bf16"):
+    with pytest.raises(
+        ValueError, match=r"within the range of torch.float16, got NaN or infinite.*fp32 or bf16"
+    ):
         prune_weight(weight, "sparsegpt", inputs=inputs, damping=1e-4)
-    assert torch.isfinite(prune_weight(weight.bfloat16(), "sparsegpt", inputs=inputs, damping=1e-4).weight).all()
+    assert torch.isfinite(
+        prune_weight(weight.bfloat16(), "sparsegpt", inputs=inputs, damping=1e-4).weight
+    ).all()
 
 
 def test_reduced_matmul_precision_is_not_used_and_comes_back():
@@ -400,39 +422,144 @@ BAD = {
     "prox_sparse": ((W, "prox_sparse"), {}, ValueError, "'prox_sparse' which is not implemented yet"),
     "method None": ((W, None), {}, ValueError, "got None. Choose one"),
     "unhashable method": ((W, ["wanda"]), {}, ValueError, r"got \['wanda'\]. Choose one"),
-    "unknown pattern": ((W, "magnitude"), {"pattern": "4:8"}, ValueError, "expected one of 2:4, unstructured, got '4:8'"),
-    "2:4 at 0.45": ((W, "magnitude"), {"sparsity": 0.45}, ValueError, "expected 0.5 for pattern 2:4.*got 0.45.*Use pat"),
-    "sparsity 1": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": 1.0}, ValueError, "not including 1, got 1.0"),
-    "sparsity percent": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": 45}, ValueError, "got 45. Write 0.45"),
-    "sparsity negative": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": -0.1}, ValueError, "got -0.1"),
-    "sparsity NaN": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": math.nan}, ValueError, "got nan"),
-    "sparsity text": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": "0.5"}, ValueError, "got '0.5'"),
-    "sparsity bool": ((W, "magnitude"), {"pattern": "unstructured", "sparsity": False}, ValueError, "got False"),
-    "block 0": ((W, "sparsegpt"), {"block_size": 0, "inputs": X}, ValueError, "positive number of columns, got 0"),
-    "block 6": ((W, "sparsegpt"), {"block_size": 6, "inputs": X}, ValueError, "multiple of 4 for pattern 2:4, got 6"),
-    "block float": ((W, "sparsegpt"), {"block_size": 8.0, "inputs": X}, ValueError, "number of columns, got 8.0"),
-    "damping negative": ((W, "sparsegpt"), {"damping": -1, "inputs": X}, ValueError, "damping: expected.*got -1"),
-    "damping inf": ((W, "sparsegpt"), {"damping": math.inf, "inputs": X}, ValueError, "damping: expected.*got inf"),
+    "unknown pattern": (
+        (W, "magnitude"),
+        {"pattern": "4:8"},
+        ValueError,
+        "expected one of 2:4, unstructured, got '4:8'",
+    ),
+    "2:4 at 0.45": (
+        (W, "magnitude"),
+        {"sparsity": 0.45},
+        ValueError,
+        "expected 0.5 for pattern 2:4.*got 0.45.*Use pat",
+    ),
+    "sparsity 1": (
+        (W, "magnitude"),
+        {"pattern": "unstructured", "sparsity": 1.0},
+        ValueError,
+        "not including 1, got 1.0",
+    ),
+    "sparsity percent": (
+        (W, "magnitude"),
+        {"pattern": "unstructured", "sparsity": 45},
+        ValueError,
+        "got 45. Write 0.45",
+    ),
+    "sparsity negative": (
+        (W, "magnitude"),
+        {"pattern": "unstructured", "sparsity": -0.1},
+        ValueError,
+        "got -0.1",
+    ),
+    "sparsity NaN": (
+        (W, "magnitude"),
+        {"pattern": "unstructured", "sparsity": math.nan},
+        ValueError,
+        "got nan",
+    ),
+    "sparsity text": (
+        (W, "magnitude"),
+        {"pattern": "unstructured", "sparsity": "0.5"},
+        ValueError,
+        "got '0.5'",
+    ),
+    "sparsity bool": (
+        (W, "magnitude"),
+        {"pattern": "unstructured", "sparsity": False},
+        ValueError,
+        "got False",
+    ),
+    "block 0": (
+        (W, "sparsegpt"),
+        {"block_size": 0, "inputs": X},
+        ValueError,
+        "positive number of columns, got 0",
+    ),
+    "block 6": (
+        (W, "sparsegpt"),
+        {"block_size": 6, "inputs": X},
+        ValueError,
+        "multiple of 4 for pattern 2:4, got 6",
+    ),
+    "block float": (
+        (W, "sparsegpt"),
+        {"block_size": 8.0, "inputs": X},
+        ValueError,
+        "number of columns, got 8.0",
+    ),
+    "damping negative": (
+        (W, "sparsegpt"),
+        {"damping": -1, "inputs": X},
+        ValueError,
+        "damping: expected.*got -1",
+    ),
+    "damping inf": (
+        (W, "sparsegpt"),
+        {"damping": math.inf, "inputs": X},
+        ValueError,
+        "damping: expected.*got inf",
+    ),
     "shift int": ((W, "wanda"), {"shift_zero_metrics": 1, "inputs": X}, TypeError, "True or False, got 1"),
     "weight list": (([[1.0]], "magnitude"), {}, TypeError, "floating-point weight.*got list"),
-    "weight int8": ((W.to(torch.int8), "magnitude"), {}, TypeError, "got a torch.int8 tensor. Prune before quantizing"),
-    "weight fp8": ((W.to(torch.float8_e4m3fn), "magnitude"), {}, TypeError, "got a torch.float8_e4m3fn tensor"),
+    "weight int8": (
+        (W.to(torch.int8), "magnitude"),
+        {},
+        TypeError,
+        "got a torch.int8 tensor. Prune before quantizing",
+    ),
+    "weight fp8": (
+        (W.to(torch.float8_e4m3fn), "magnitude"),
+        {},
+        TypeError,
+        "got a torch.float8_e4m3fn tensor",
+    ),
     "weight 1-D": ((W[0], "magnitude"), {}, ValueError, r"\(out_features, in_features\), got \(8,\)"),
     "weight empty": ((W[:0], "magnitude"), {}, ValueError, r"got \(0, 8\)"),
     "weight meta": ((W.to("meta"), "magnitude"), {}, ValueError, "meta device. Load the model first"),
     "weight NaN": ((NAN, "magnitude"), {}, ValueError, "finite weights, got 32 that are NaN"),
-    "width 6": ((W[:, :6], "magnitude"), {}, ValueError, "divisible by 4 for pattern 2:4, got 6.*unstructured"),
+    "width 6": (
+        (W[:, :6], "magnitude"),
+        {},
+        ValueError,
+        "divisible by 4 for pattern 2:4, got 6.*unstructured",
+    ),
     "no inputs": ((W, "wanda"), {}, ValueError, "calibration inputs for method 'wanda', got none"),
     "empty inputs": ((W, "sparsegpt"), {"inputs": []}, ValueError, "got an empty list"),
     "bare tensor": ((W, "wanda"), {"inputs": X[0]}, TypeError, "expected a list of .* got Tensor. Wrap"),
     "inputs generator": ((W, "wanda"), {"inputs": iter(X)}, TypeError, "got list_iterator"),
-    "input width": ((W, "wanda"), {"inputs": [X[0], torch.ones(3, 4)]}, ValueError, r"inputs\[1\]: expected shape .*got \(3, 4"),
-    "input 3-D": ((W, "wanda"), {"inputs": [torch.ones(1, 3, 8)]}, ValueError, r"got \(1, 3, 8\). Pass one 2-D"),
+    "input width": (
+        (W, "wanda"),
+        {"inputs": [X[0], torch.ones(3, 4)]},
+        ValueError,
+        r"inputs\[1\]: expected shape .*got \(3, 4",
+    ),
+    "input 3-D": (
+        (W, "wanda"),
+        {"inputs": [torch.ones(1, 3, 8)]},
+        ValueError,
+        r"got \(1, 3, 8\). Pass one 2-D",
+    ),
     "input no tokens": ((W, "wanda"), {"inputs": [torch.ones(0, 8)]}, ValueError, "at least one token"),
-    "input ints": ((W, "wanda"), {"inputs": [torch.ones(3, 8).long()]}, TypeError, r"inputs\[0\]: .*got a torch.int64"),
-    "input inf": ((W, "sparsegpt"), {"inputs": [X[0], INF]}, ValueError, r"inputs\[1\]: expected finite.*got 8 NaN or inf"),
-    "input device": ((W, "wanda"), {"inputs": [X[0].to("meta")]}, ValueError, "device cpu, got meta. Move one"),
-}  # fmt: skip
+    "input ints": (
+        (W, "wanda"),
+        {"inputs": [torch.ones(3, 8).long()]},
+        TypeError,
+        r"inputs\[0\]: .*got a torch.int64",
+    ),
+    "input inf": (
+        (W, "sparsegpt"),
+        {"inputs": [X[0], INF]},
+        ValueError,
+        r"inputs\[1\]: expected finite.*got 8 NaN or inf",
+    ),
+    "input device": (
+        (W, "wanda"),
+        {"inputs": [X[0].to("meta")]},
+        ValueError,
+        "device cpu, got meta. Move one",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.bench_<op>`. Each prints a table and can save it as CSV."""

@@ -1,0 +1,162 @@
+"""The command `patch-llm`: parser, configuration and the one place where errors become messages."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import logging
+import sys
+import typing
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from patch import __version__
+from patch.config import load_config
+
+PROGRAM = "patch-llm"
+COMMANDS = {
+    "prune": "patch.commands.prune",
+    "learn": "patch.commands.learn",
+    "export": "patch.commands.export",
+    "eval": "patch.commands.evaluate",
+    "generate": "patch.commands.generate",
+    "info": "patch.commands.info",
+    "demo": "patch.commands.demo",
+}
+# Errors of the user or the environment; their text says what to do. Others are our mistakes.
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError)
+USAGE_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 1, 130
+
+DESCRIPTION = """\
+Prune language models into a mix of dense and 2:4 sparse tiles, learned by PATCH.
+
+A usual sequence: prune (a one-shot mask as the prior) -> learn (the PATCH mask) -> export (a smaller model)
+-> eval / generate. `patch-llm demo` shows all of it in a few minutes on a CPU.
+"""
+EPILOG = """\
+Every command takes --config FILE (YAML or JSON) and --set KEY=VALUE; flags win over --set over the file.
+`patch-llm COMMAND --help` shows a command's flags with examples.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0, 2 for a user's error, 130 for an interrupt, else 1)."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    command: ModuleType = arguments.command
+    options = None
+    try:
+        options = load_config(
+            command.Options, file=arguments.config, overrides=arguments.overrides, flags=_given_flags(arguments)
+        )
+        command.run(options)
+    except KeyboardInterrupt:
+        kept = command.on_interrupt(options) if options is not None else "nothing was started"
+        print(f"\n{PROGRAM}: interrupted: {kept}", file=sys.stderr)
+        return INTERRUPTED
+    except EXPECTED_ERRORS as error:
+        if arguments.debug:
+            raise
+        _print_error(_one_line(error))
+        return USAGE_ERROR
+    except Exception as error:
+        if arguments.debug:
+            raise
+        _print_error(f"unexpected {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)")
+        return INTERNAL_ERROR
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all sub-commands; reads the commands' settings, imports nothing heavy."""
+    parser = _Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG, formatter_class=_Formatter)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands", parser_class=_Parser)
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        sub = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.SUMMARY,
+            epilog=module.EXAMPLES,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+        _add_settings(sub, module)
+        _add_common(sub)
+        sub.set_defaults(command=module)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, module: ModuleType) -> None:
+    """Flags of a command: one per setting, then those for settings inside a section."""
+    hints = typing.get_type_hints(module.Options)
+    required = parser.add_argument_group("required (here, in --config or by --set)")
+    optional = parser.add_argument_group("settings")
+    for field in dataclasses.fields(module.Options):
+        if "help" not in field.metadata:
+            continue
+        group = required if field.default is dataclasses.MISSING else optional
+        _add_flag(
+            group, f"--{field.name.replace('_', '-')}", field.name, field.metadata, is_bool=hints[field.name] is bool
+        )
+    for flag, (key, metavar, text) in module.SECTION_FLAGS.items():
+        _add_flag(optional, flag, key, {"metavar": metavar, "help": text}, is_bool=not metavar)
+
+
+def _add_flag(group: Any, flag: str, key: str, metadata: Any, *, is_bool: bool) -> None:
+    options: dict[str, Any] = {"dest": f"setting {key}", "default": None, "help": metadata["help"]}
+    if is_bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        # Values stay text here: the configuration converts and checks them, with the same messages for all sources.
+        options["metavar"] = metadata["metavar"]
+    group.add_argument(flag, **options)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("common")
+    group.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings by name")
+    group.add_argument(
+        "--set", metavar="KEY=VALUE", dest="overrides", action="append", default=[], help="one setting; may be repeated"
+    )
+    group.add_argument("-v", "--verbose", action="store_true", help="more messages")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """{dotted key: value} of the flags that were given."""
+    prefix = "setting "
+    values = ((name, value) for name, value in vars(arguments).items() if name.startswith(prefix))
+    return {name.removeprefix(prefix): value for name, value in values if value is not None}
+
+
+def _print_error(text: str) -> None:
+    print(f"{PROGRAM}: error: {text}", file=sys.stderr)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parser whose errors are one line in the form of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        _print_error(f"{message}. See `{self.prog} --help`.")
+        raise SystemExit(USAGE_ERROR)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with room for long flags."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

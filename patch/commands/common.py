@@ -1,0 +1,212 @@
+"""What several commands share: flags from dataclass fields, folders, models, tokenizers, artifacts."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from patch.checkpoint import Artifact
+
+logger = logging.getLogger(__name__)
+
+MODEL_HELP = "model folder or Hugging Face id"
+DATA_HELP = "text: a .txt, .jsonl or .parquet file, or c4, wikitext2, ptb, slimpajama"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def setting(default: Any = dataclasses.MISSING, help: str = "", *, metavar: str | None = None) -> Any:
+    """A dataclass field that becomes the flag --its-name; without a default it is required."""
+    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+def check_new_folder(path: str | os.PathLike, *, overwrite: bool, what: str) -> Path:
+    """An output folder that may be written, as a path; nothing is changed.
+
+    raises  ValueError when it exists with content and overwrite is off, or holds files that are not ours.
+    """
+    from patch.folder import MANIFEST
+
+    folder = Path(path)
+    if not os.path.lexists(folder):
+        return folder
+    if not folder.is_dir():
+        raise ValueError(f"--out: expected a folder, {folder} is a file. Choose another --out.")
+    if not any(folder.iterdir()):
+        return folder
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"--out: expected a new folder, {folder} holds other files. Choose another --out; files that this "
+            "program did not write are never replaced."
+        )
+    if not overwrite:
+        raise ValueError(
+            f"--out: expected a new folder, {folder} exists already (a complete {what}). Choose another --out, or "
+            "replace it with --overwrite."
+        )
+    return folder
+
+
+def check_text_source(source: str | None, flag: str = "--data") -> str:
+    """A named set or an existing local file; raises before any model is loaded."""
+    from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
+
+    if source is None:
+        raise ValueError(f"{flag}: expected a text, got none. Give {DATA_HELP.removeprefix('text: ')}.")
+    path = Path(source)
+    if source not in NAMED_SETS and not path.is_file():
+        raise FileNotFoundError(
+            f"{flag}: expected a file ({', '.join(LOCAL_SUFFIXES)}) or one of {', '.join(NAMED_SETS)}, got {source!r}, "
+            "which is no file. Check the path."
+        )
+    return source
+
+
+def dtype_of(name: str, flag: str = "--dtype") -> torch.dtype | str:
+    """torch dtype by name, or "auto"; raises ValueError for another one."""
+    import torch
+
+    name = _SHORT_DTYPES.get(name, name)
+    if name not in DTYPES:
+        raise ValueError(f"{flag}: expected one of {', '.join(DTYPES)} (or bf16, fp16, fp32), got {name!r}. Use bf16.")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def device_of(name: str | None) -> torch.device:
+    """Device by name; None takes the GPU if there is one. raises ValueError when it is not there."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}. Use --device cpu.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: expected a GPU that is there, got {name!r} with {torch.cuda.device_count()} GPUs visible to "
+            "torch. Use --device cpu, or see `patch-llm info`."
+        )
+    return device
+
+
+def load_model(path: str, *, dtype: str = "auto", device: str | None = None) -> nn.Module:
+    """Causal language model (dense or packed) in evaluation mode."""
+    import patch
+
+    _check_model_path(path)
+    where = device_of(device)
+    wanted = dtype_of(dtype)
+    try:
+        model = patch.load(path, dtype=wanted)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"--model: expected a model folder or a Hugging Face id, got {path!r} which cannot be loaded ({reason}). "
+            "Check the name, and the network or the cache."
+        ) from error
+    return model.to(where).eval()
+
+
+def load_tokenizer(path: str) -> Any:
+    """Tokenizer saved beside a model."""
+    from transformers import AutoTokenizer
+
+    _check_model_path(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"--model: expected a tokenizer in {path!r}, got none that loads ({reason}). Save the tokenizer into the "
+            "model's folder."
+        ) from error
+
+
+def load_masks(path: str | os.PathLike, model: nn.Module, flag: str = "--masks") -> Artifact:
+    """Artifact of prune, or of learn (its folder or the result inside), checked against the model."""
+    from patch.checkpoint import config_fingerprint, load_artifact
+
+    artifact = load_artifact(artifact_folder(path, flag), model=model)
+    made_for = artifact.meta.get("config_fingerprint")
+    if made_for is not None and made_for != config_fingerprint(model.config):
+        raise ValueError(
+            f"{flag}: expected masks of this model, {path} was made from {artifact.meta.get('model')!r} whose "
+            "configuration differs. Give that model, or make the masks again."
+        )
+    return artifact
+
+
+def artifact_folder(path: str | os.PathLike, flag: str = "--masks") -> Path:
+    """The artifact at `path`: the folder itself, or `result` in the folder of a learning run."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{flag}: expected a folder made by prune or learn, found none at {folder}. Check the path."
+        )
+    if (folder / "result").is_dir():
+        return folder / "result"
+    if any(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"{flag}: expected a finished learning run, {folder} has checkpoints but no result. Finish it with "
+            "`patch-llm learn ... --resume`."
+        )
+    return folder
+
+
+def apply_artifact(model: nn.Module, artifact: Artifact) -> None:
+    """Put an artifact's masks (and the weights its method updated) on the dense model it was made from."""
+    import torch
+
+    from patch.models import apply_keep_masks, maskable_linears
+
+    left_dense = [name for name in maskable_linears(model) if name not in artifact.masks]
+    with torch.no_grad():
+        for name, weight in artifact.weights.items():
+            model.get_submodule(name).weight.copy_(weight)
+    apply_keep_masks(model, artifact.masks, exclude=left_dense)
+
+
+def clear_learning_run(folder: Path) -> None:
+    """Remove what an earlier learning run wrote into `folder`, and nothing else."""
+    for name in ("metrics.jsonl", "config.resolved.yaml"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (folder / "result", *folder.glob("checkpoint-*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def provenance(source: str | None, text_sha256: str | None, **values: Any) -> Mapping[str, Any]:
+    """Values every artifact carries about its making."""
+    from patch.evaluate import versions
+
+    return {"data": source, "text_sha256": text_sha256, "versions": versions(), **values}
+
+
+def print_written(path: Path, what: str, next_step: str) -> None:
+    """Last lines of a command: what was written and what one usually does with it."""
+    print(f"wrote {what} to {path}")
+    print(f"next: {next_step}")
+
+
+def _check_model_path(path: str) -> None:
+    folder = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise FileNotFoundError(f"--model: expected a model folder, found none at {path!r}. Check the path.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--model: expected a transformers model, {path!r} has no config.json. Give the folder of the dense model; "
+            "folders made by prune or learn hold masks and belong to --masks."
+        )

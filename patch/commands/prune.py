@@ -1,0 +1,159 @@
+"""`patch-llm prune`: one-shot pruning; writes the masks (and updated weights) as an artifact."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from patch.commands import common
+from patch.commands.common import setting
+from patch.config import RESOLVED_NAME, dump_yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NAME = "prune"
+SUMMARY = "prune a model one-shot (magnitude, Wanda, SparseGPT)"
+EXAMPLES = """\
+examples:
+  patch-llm prune --model ./llama --method wanda --data calibration.txt --out wanda
+  patch-llm prune --model ./llama --method sparsegpt --data c4 --target-sparsity 0.45 --out prior
+      the second also scores the tiles, which `patch-llm learn --prior prior` starts from
+"""
+SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
+DEFAULT_SEQLEN = 2048
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `prune`."""
+
+    model: str = setting(help=common.MODEL_HELP, metavar="MODEL")
+    out: Path = setting(help="folder to write", metavar="DIR")
+    method: str = setting("wanda", "magnitude, wanda or sparsegpt (default wanda)", metavar="METHOD")
+    pattern: Literal["2:4", "unstructured"] = setting(
+        "2:4", "2:4 keeps two of four consecutive weights; or unstructured", metavar="PATTERN"
+    )
+    sparsity: float = setting(0.5, "share of zeros, 0 to 0.5; 2:4 is always 0.5", metavar="SHARE")
+    data: str | None = setting(None, common.DATA_HELP + " (not needed by magnitude)", metavar="TEXT")
+    text_field: str | None = setting(None, "column of a .jsonl or .parquet file (default text)", metavar="NAME")
+    nsamples: int = setting(128, "calibration samples (default 128)", metavar="N")
+    seqlen: int | None = setting(
+        None, "tokens per sample (default 2048, or what the model allows)", metavar="N"
+    )
+    target_sparsity: float | None = setting(
+        None, "also score tiles from an unstructured reference with this share of zeros", metavar="SHARE"
+    )
+    tile: tuple[int, int] = setting((128, 128), "rows,columns of a scored tile (default 128,128)", metavar="R,C")
+    shift_zero_metrics: bool = setting(False, "Wanda: raise the statistics of inputs that are always zero")
+    exclude: tuple[str, ...] = setting((), "layers to leave dense, as patterns such as '*.k_proj'", metavar="A,B")
+    seed: int = setting(0, "seed of the calibration samples (default 0)", metavar="N")
+    dtype: str = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
+    device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
+    overwrite: bool = setting(False, "replace an earlier result in --out")
+
+    def __post_init__(self) -> None:
+        for name in ("sparsity", "target_sparsity"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 0.5:
+                raise ValueError(f"{name}: expected a share of zeros from 0 to 0.5, got {value}. 45 percent is 0.45.")
+        if self.pattern == "2:4" and self.sparsity != 0.5:
+            raise ValueError(
+                f"sparsity: expected 0.5 with pattern 2:4, got {self.sparsity}. Use --pattern unstructured, or "
+                "`patch-llm learn` for 2:4 tiles at less sparsity."
+            )
+        for name in ("nsamples", "seqlen"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value}. Leave it out for the default.")
+        if min(self.tile) < 1 or self.tile[1] % 4:
+            raise ValueError(f"tile: expected rows,columns > 0 with columns a multiple of 4, got {self.tile}. Use 128,128.")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected an integer >= 0, got {self.seed}. Use 0.")
+
+
+def run(options: Options) -> None:
+    """Prune and save; see the module's docstring."""
+    out = common.check_new_folder(options.out, overwrite=options.overwrite, what="result")
+    from patch.checkpoint import config_fingerprint, save_artifact
+    from patch.models import maskable_linears, measured_sparsity
+    from patch.pruning import get_method, prune_model
+
+    method = get_method(options.method)
+    if method.statistics is not None:
+        common.check_text_source(options.data)
+    model = common.load_model(options.model, dtype=options.dtype, device=options.device)
+    calibration, text_sha256 = _calibration(options, model) if method.statistics is not None else (None, None)
+    # The reference is made from the dense model, so before that is pruned.
+    scores = None if options.target_sparsity is None else _tile_scores(options, model, calibration)
+    masks = prune_model(
+        model, options.method, pattern=options.pattern, sparsity=options.sparsity, **_shared(options, calibration)
+    )
+    linears = maskable_linears(model, options.exclude)
+    weights = {name: linear.weight for name, linear in linears.items()} if options.method == "sparsegpt" else None
+    meta = common.provenance(
+        options.data if calibration is not None else None,
+        text_sha256,
+        model=options.model,
+        config_fingerprint=config_fingerprint(model.config),
+        method=options.method,
+        pattern=options.pattern,
+        sparsity=options.sparsity,
+        tile=options.tile,
+        target_sparsity=options.target_sparsity,
+        seed=options.seed,
+        nsamples=options.nsamples,
+        seqlen=None if calibration is None else calibration.shape[1],
+        shift_zero_metrics=options.shift_zero_metrics,
+        exclude=options.exclude,
+    )
+    resolved = dump_yaml(options, header="patch-llm prune --config THIS_FILE")
+    save_artifact(out, masks, meta=meta, tile_scores=scores, weights=weights, extra={RESOLVED_NAME: resolved})
+    print(f"pruned {len(masks)} layers with {options.method}: sparsity {measured_sparsity(masks):.4f}")
+    common.print_written(out, "masks", f"patch-llm eval --model {options.model} --masks {out} --data TEXT")
+
+
+def on_interrupt(options: Options) -> str:
+    """Pruning keeps nothing of a part."""
+    return f"nothing was written to {options.out}; run the same command again"
+
+
+def _calibration(options: Options, model: nn.Module) -> tuple[Tensor, str]:
+    from patch.data import calibration_windows
+    from patch.evaluate import context_length
+
+    seqlen = options.seqlen or min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN)
+    return calibration_windows(
+        common.load_tokenizer(options.model),
+        options.data,
+        nsamples=options.nsamples,
+        seqlen=seqlen,
+        seed=options.seed,
+        text_field=options.text_field,
+    )
+
+
+def _tile_scores(options: Options, model: nn.Module, calibration: Tensor | None) -> dict[str, Tensor]:
+    """Share of weights that an unstructured reference keeps in each tile."""
+    from patch.priors import tile_scores
+    from patch.pruning import prune_model
+
+    reference = copy.deepcopy(model)
+    masks = prune_model(
+        reference,
+        options.method,
+        pattern="unstructured",
+        sparsity=options.target_sparsity,
+        **_shared(options, calibration),
+    )
+    return {name: tile_scores(keep, options.tile) for name, keep in masks.items()}
+
+
+def _shared(options: Options, calibration: Tensor | None) -> dict[str, Any]:
+    return {
+        "calibration": calibration,
+        "shift_zero_metrics": options.shift_zero_metrics,
+        "exclude": options.exclude,
+    }

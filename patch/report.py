@@ -1,0 +1,206 @@
+"""Tables, CSV files and plots of results. Plots need matplotlib and no display."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patch.config import write_text_atomic
+
+DENSE_COLOR, SPARSE_COLOR = "#1f4e79", "#f2b872"
+_ONE_SHOT_COLORS = ("#7f7f7f", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
+
+
+def format_table(rows: Sequence[Mapping[str, Any]], *, markdown: bool = False) -> str:
+    """Rows with the same keys as an aligned table; texts to the left, numbers as given to the right.
+
+    markdown  with | between the columns, for a README.
+    raises    ValueError when there is no row or the keys differ.
+    """
+    header = _columns(rows)
+    cells = [[str(row[name]) for name in header] for row in rows]
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    is_text = [any(not _is_number(line[i]) for line in cells) for i in range(len(header))]
+    lines = [_line(header, widths, is_text, markdown)]
+    if markdown:
+        rule = ("-" * width if text else "-" * (width - 1) + ":" for width, text in zip(widths, is_text, strict=True))
+        lines.append("| " + " | ".join(rule) + " |")
+    else:
+        lines.append("  ".join("-" * width for width in widths))
+    lines += [_line(line, widths, is_text, markdown) for line in cells]
+    return "\n".join(lines)
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the same keys as CSV, atomically; the keys are the header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=_columns(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomic(path, text.getvalue())
+
+
+def plot_perplexity(
+    path: str | os.PathLike,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    dense: float,
+    levels: Mapping[str, float] | None = None,
+    title: str = "",
+) -> None:
+    """PNG of perplexity against sparsity.
+
+    curves  {label: points of (sparsity 0..0.5, perplexity)}; a curve of one point is a marker
+    dense   perplexity of the dense model, drawn as a line
+    levels  {label: perplexity} of other methods, drawn as dashed lines
+    """
+    figure, axes = _figure(8.0, 4.6)
+    axes.axhline(dense, color="black", linewidth=1.2, linestyle=":", label=f"dense: {dense:.2f}")
+    for (label, value), color in zip((levels or {}).items(), _endless(_ONE_SHOT_COLORS), strict=False):
+        axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=f"{label}: {value:.2f}")
+    for (label, points), marker, color in zip(
+        curves.items(), _endless("osD^v"), _endless((DENSE_COLOR, "#c44e1c", "#2a9d8f")), strict=False
+    ):
+        ordered = sorted(points)
+        axes.plot(*zip(*ordered, strict=True), marker=marker, color=color, linewidth=1.8, label=label, zorder=3)
+        for sparsity, value in ordered:
+            axes.annotate(
+                f"{value:.2f}", (sparsity, value), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8
+            )
+    axes.set_xlim(-0.02, 0.54)
+    axes.set_xticks(np.arange(0, 0.51, 0.1), [f"{share:.0%}" for share in np.arange(0, 0.51, 0.1)])
+    axes.margins(y=0.12)
+    axes.set_xlabel("zeros in the pruned layers")
+    axes.set_ylabel("held-out perplexity (lower is better)")
+    axes.grid(alpha=0.25)
+    axes.set_title(title, fontsize=11)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def plot_tile_maps(
+    path: str | os.PathLike, maps: Mapping[str, Mapping[str, Any]], *, title: str = "dense and 2:4 sparse tiles"
+) -> None:
+    """PNG with one panel per model: the tile grid of every layer, blocks downwards, kinds of layer to the right.
+
+    maps    {panel label: {layer name: (rows, cols) bool grid, True where sparse}}
+    raises  ValueError when there is nothing to draw.
+    """
+    if not maps or not all(maps.values()):
+        raise ValueError("maps: expected at least one panel with layers, got none. Pass tile_is_sparse of a result.")
+    layouts = {label: _layout(grids) for label, grids in maps.items()}
+    rows, cols = (max(layout[0].shape[axis] for layout in layouts.values()) for axis in (0, 1))
+    cell = min(0.16, 40.0 / max(cols, rows))
+    width, height = max(4.2, cols * cell) * len(maps) + 0.8, max(2.4, rows * cell) + 1.7
+    figure, panels = _figure(min(width, 40), min(height, 40), columns=len(maps))
+    for axes, (label, (canvas, x_ticks, y_ticks)) in zip(np.ravel(panels), layouts.items(), strict=True):
+        axes.imshow(canvas, cmap=_tile_colors(), vmin=0, vmax=2, interpolation="nearest", aspect="equal")
+        axes.set_xticks(list(x_ticks.values()), list(x_ticks), rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(list(y_ticks.values()), list(y_ticks), fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_title(label, fontsize=10)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    _tile_legend(figure)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def _layout(grids: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, float], dict[str, float]]:
+    """One canvas of all grids (0 empty, 1 dense, 2 sparse) and the tick positions of kinds and blocks."""
+    arrays = {name: np.asarray(grid, dtype=bool) for name, grid in grids.items()}
+    places = {name: _place(name) for name in arrays}
+    blocks = sorted({block for block, _ in places.values()})
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    heights = {b: max(a.shape[0] for n, a in arrays.items() if places[n][0] == b) for b in blocks}
+    widths = {k: max(a.shape[1] for n, a in arrays.items() if places[n][1] == k) for k in kinds}
+    tops, lefts = _offsets(heights), _offsets(widths)
+    canvas = np.zeros((sum(heights.values()) + len(blocks) - 1, sum(widths.values()) + len(kinds) - 1), dtype=int)
+    for name, array in arrays.items():
+        block, kind = places[name]
+        top, left = tops[block], lefts[kind]
+        canvas[top : top + array.shape[0], left : left + array.shape[1]] = np.where(array, 2, 1)
+    x_ticks = {kind: lefts[kind] + (widths[kind] - 1) / 2 for kind in kinds}
+    y_ticks = {f"block {block}" if block >= 0 else "": tops[block] + (heights[block] - 1) / 2 for block in blocks}
+    return canvas, x_ticks, y_ticks
+
+
+def _place(name: str) -> tuple[int, str]:
+    """(block number or -1, kind of layer) of a module path such as model.layers.3.mlp.up_proj."""
+    parts = name.split(".")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    return (numbers[0] if numbers else -1), parts[-1].removesuffix("_proj")
+
+
+def _offsets(sizes: Mapping[Any, int]) -> dict[Any, int]:
+    """Start of each part when they are laid side by side with one cell between."""
+    offsets, position = {}, 0
+    for key, size in sizes.items():
+        offsets[key] = position
+        position += size + 1
+    return offsets
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        raise ValueError("rows: expected at least one result, got none. Evaluate a model first.")
+    header = list(rows[0])
+    for number, row in enumerate(rows):
+        if list(row) != header:
+            raise ValueError(f"rows: expected the columns {header}, row {number} has {list(row)}. Give all rows the same.")
+    return header
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], is_text: Sequence[bool], markdown: bool) -> str:
+    padded = [
+        cell.ljust(width) if text else cell.rjust(width) for cell, width, text in zip(cells, widths, is_text, strict=True)
+    ]
+    return f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip()
+
+
+def _is_number(text: str) -> bool:
+    return text in ("", "-") or text.rstrip("%x").replace(",", "").replace(".", "", 1).lstrip("-").isdigit()
+
+
+def _figure(width: float, height: float, *, columns: int = 1):
+    # The object interface with the Agg canvas: no pyplot state, no display, safe beside a user's own plots.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns)
+
+
+def _tile_colors():
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(["white", DENSE_COLOR, SPARSE_COLOR])
+
+
+def _tile_legend(figure) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=DENSE_COLOR, label="dense tile"), Patch(color=SPARSE_COLOR, label="2:4 sparse tile")]
+    figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+
+
+def _save(figure, path: str | os.PathLike) -> None:
+    path = Path(path)
+    staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        figure.savefig(staging, format="png")
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _endless(values: Sequence[str]):
+    while True:
+        yield from values

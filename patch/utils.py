@@ -1,0 +1,310 @@
+"""The functions of the original PATCH code under their names and arguments, on top of this package.
+
+    model, lm_eval_model = get_llm("Qwen/Qwen2.5-0.5B")
+    model = prepare_pruned_model(model, tokenizer, "checkpoints/qwen-wanda", prune_args, (128, 128), 0.45)
+    ppl, accuracy = evaluate(model, lm_eval_model, tokenizer)
+
+Differences on purpose: an existing checkpoint is loaded and verified (it used to be ignored and the dense
+model returned), missing prune_args have defaults, unknown ones are refused, sets without data are an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patch.checkpoint import (
+    Artifact,
+    config_fingerprint,
+    load_artifact,
+    model_fingerprint,
+    save_artifact,
+)
+from patch.data import calibration_windows
+from patch.evaluate import (
+    ZERO_SHOT_TASKS,
+    context_length,
+    lm_eval_model,
+    perplexity_report,
+    versions,
+    zero_shot,
+)
+from patch.folder import file_sha256, resolve_folder
+from patch.models import apply_keep_masks
+from patch.priors import tile_scores
+from patch.pruning import get_method, prune_model
+from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SEQLEN = 2048
+PRUNE_DEFAULTS: dict[str, Any] = {
+    "prune_method": "wanda",
+    "sparsity_type": "2:4",
+    "sparsity_ratio": 0.5,
+    "nsamples": 128,
+    "maskllm_checkpoint": None,
+    "optimizer_FT_pruning": "adamw_torch",
+    "calibration_dataset": "c4",
+    "eval_dataset": "wikitext2",
+    "shift_zero_metrics": False,
+    "fine_tune": False,
+}
+
+
+def prepare_pruned_model(
+    model: nn.Module,
+    tokenizer: Any,
+    checkpoint_name: str | os.PathLike,
+    prune_args: Mapping[str, Any] | Any,
+    mask_tile_size: tuple[int, int],
+    target_sparsity_ratio: float,
+    seed: int = 0,
+) -> nn.Module:
+    """One-shot prune the model in place, or load an earlier result; returns the model.
+
+    checkpoint_name        folder of the result. If it exists it is loaded, after checking that it was made from
+                           this model, method, ratio, tile size, calibration set and seed.
+    prune_args             dict or namespace with keys of PRUNE_DEFAULTS
+    mask_tile_size         (rows, cols) of the tiles that will be learned
+    target_sparsity_ratio  0..0.5, of the unstructured reference model that gives the tile scores
+    Every pruned layer gets its keep mask (patch.models.keep_masks) and a buffer `distribution_scores`
+    (rows, cols), the share of weights that the reference keeps in each tile.
+    raises  ValueError or TypeError before any work.
+    """
+    args = _prune_args(prune_args)
+    tile = _tile(mask_tile_size)
+    _check_ratio("target_sparsity_ratio", target_sparsity_ratio)
+    meta = _meta(model, args, tile, target_sparsity_ratio, seed)
+    folder = resolve_folder(checkpoint_name, must_exist=False)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(
+            f"{folder}: expected a folder or a new path, found a file; choose another checkpoint_name"
+        )
+    if folder.is_dir() and os.listdir(folder):
+        logger.info("loading the pruned model from %s", folder)
+        return _apply(model, load_artifact(folder, expect=meta, model=model))
+
+    calibration, text_hash = None, None
+    if get_method(args["prune_method"]).statistics is not None:
+        calibration, text_hash = calibration_windows(
+            tokenizer,
+            args["calibration_dataset"],
+            nsamples=args["nsamples"],
+            seqlen=_seqlen(model),
+            seed=seed,
+        )
+    options = {"calibration": calibration, "shift_zero_metrics": args["shift_zero_metrics"]}
+    reference = copy.deepcopy(model)
+    reference_masks = prune_model(
+        reference, args["prune_method"], pattern="unstructured", sparsity=target_sparsity_ratio, **options
+    )
+    scores = {name: tile_scores(keep, tile) for name, keep in reference_masks.items()}
+    del reference, reference_masks
+    masks = prune_model(
+        model, args["prune_method"], pattern=args["sparsity_type"], sparsity=args["sparsity_ratio"], **options
+    )
+    weights = {name: model.get_submodule(name).weight.detach() for name in masks}
+    save_artifact(
+        folder,
+        masks,
+        meta=meta | {"model": _name(model), "calibration_text_sha256": text_hash, "versions": versions()},
+        tile_scores=scores,
+        weights=weights,
+    )
+    _attach_scores(model, scores)
+    return model
+
+
+def load_compressed_model(
+    model: nn.Module, mask_tile_size: tuple[int, int], checkpoint_name: str | os.PathLike
+) -> nn.Module:
+    """Put the result of prepare_pruned_model into a dense model of the same architecture, in place.
+
+    raises  FileNotFoundError; ValueError when the tile size, the config, a layer or a shape differs.
+    """
+    expect = {"tile": list(_tile(mask_tile_size)), "config_fingerprint": config_fingerprint(model.config)}
+    return _apply(model, load_artifact(checkpoint_name, expect=expect, model=model))
+
+
+def evaluate(
+    model: nn.Module,
+    lm_eval_model: Any,
+    tokenizer: Any,
+    evaluate_perplexity: bool = True,
+    eval_dataset: str | os.PathLike = "wikitext2",
+    eval_batch_size: int = 1,
+    test_lmharness: bool = True,
+) -> tuple[float, dict[str, float]]:
+    """(perplexity, zero-shot accuracies with their mean under "average").
+
+    lm_eval_model   the model's HFLM from get_llm or learn_mask; None: made here
+    eval_dataset    named set or local file; windows of 4096 tokens or of the model's context, if shorter
+    What is switched off is returned as 0.0 and {}.
+    """
+    value, results = 0.0, {}
+    if evaluate_perplexity:
+        report = perplexity_report(model, tokenizer, eval_dataset, batch_size=eval_batch_size)
+        logger.info("perplexity %.4f (%s)", report["perplexity"], report)
+        value = report["perplexity"]
+    if test_lmharness:
+        results = zero_shot(model, tokenizer, ZERO_SHOT_TASKS, wrapped=lm_eval_model)
+    return value, results
+
+
+def get_llm(
+    model_name: str | os.PathLike,
+    local_files_only: bool = False,
+    hf_token: str | None = None,
+    seqlen: int = DEFAULT_SEQLEN,
+    *,
+    dtype: torch.dtype | str = "auto",
+) -> tuple[nn.Module, Any]:
+    """(causal language model on the CPU, its lm-eval wrapper or None when lm-eval is not installed).
+
+    seqlen  length of calibration samples, cut to the model's context; kept as model.seqlen
+    dtype   "auto": that of the checkpoint, so that no small weight is rounded to zero
+    """
+    if isinstance(seqlen, bool) or not isinstance(seqlen, int) or seqlen < 1:
+        raise ValueError(f"expected seqlen >= 1, got {seqlen!r}; the paper uses {DEFAULT_SEQLEN}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"local_files_only": local_files_only, "token": hf_token}
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, **options).eval()
+    model.seqlen = min(seqlen, context_length(model) or seqlen)
+    try:
+        wrapped = lm_eval_model(model, AutoTokenizer.from_pretrained(model_name, **options))
+    except ImportError:
+        logger.info("lm-eval is not installed: no zero-shot evaluation")
+        wrapped = None
+    return model, wrapped
+
+
+def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
+    values = (
+        dict(given)
+        if isinstance(given, Mapping)
+        else dict(vars(given))
+        if hasattr(given, "__dict__")
+        else None
+    )
+    if values is None:
+        raise TypeError(f"prune_args: expected a dict or a namespace, got {type(given).__name__}")
+    if unknown := sorted(set(values) - set(PRUNE_DEFAULTS)):
+        raise ValueError(f"prune_args: unknown keys {unknown}; expected only {sorted(PRUNE_DEFAULTS)}")
+    args = PRUNE_DEFAULTS | values
+    get_method(args["prune_method"])
+    _check_ratio("prune_args['sparsity_ratio']", args["sparsity_ratio"])
+    if args["sparsity_type"] not in ("2:4", "unstructured"):
+        raise ValueError(
+            f"prune_args: expected sparsity_type '2:4' or 'unstructured', got {args['sparsity_type']!r}"
+        )
+    if args["sparsity_type"] == "2:4" and args["sparsity_ratio"] != 0.5:
+        raise ValueError(
+            f"prune_args: expected sparsity_ratio 0.5 for 2:4, got {args['sparsity_ratio']}; set it to 0.5"
+        )
+    if isinstance(args["nsamples"], bool) or not isinstance(args["nsamples"], int) or args["nsamples"] < 1:
+        raise ValueError(f"prune_args: expected nsamples >= 1, got {args['nsamples']!r}; the paper uses 128")
+    if args["optimizer_FT_pruning"] != "adamw_torch":
+        raise ValueError(
+            f"prune_args: expected optimizer_FT_pruning 'adamw_torch', got {args['optimizer_FT_pruning']!r}; "
+            "no other "
+            "optimizer is available"
+        )
+    for key in ("shift_zero_metrics", "fine_tune"):
+        if not isinstance(args[key], bool):
+            raise TypeError(f"prune_args: expected {key} True or False, got {args[key]!r}")
+    if args["fine_tune"]:
+        raise ValueError(
+            "prune_args: fine_tune is not available; mask learning starts from the dense weights, so it "
+            "would not "
+            "change the result. Leave it out"
+        )
+    if args["maskllm_checkpoint"] is not None:
+        raise ValueError(
+            "prune_args: maskllm_checkpoint is not available; leave it out and learn the mask instead"
+        )
+    for key in ("calibration_dataset", "eval_dataset"):
+        source = args[key]
+        if not isinstance(source, str | os.PathLike):
+            raise TypeError(f"prune_args: expected {key} as a name or path, got {type(source).__name__}")
+        if os.fspath(source) not in NAMED_SETS and not Path(source).is_file():
+            raise FileNotFoundError(
+                f"prune_args: expected {key} to be one of {sorted(NAMED_SETS)} or a local file "
+                f"({', '.join(LOCAL_SUFFIXES)}), got {os.fspath(source)!r}; check the path"
+            )
+    return args
+
+
+def _tile(size: Any) -> tuple[int, int]:
+    valid = isinstance(size, tuple | list) and len(size) == 2
+    if not valid or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
+        raise ValueError(
+            f"mask_tile_size: expected (rows, cols), two integers > 0, got {size!r}; the paper uses (128, "
+            "128)"
+        )
+    if size[1] % 4:
+        raise ValueError(f"mask_tile_size: expected columns in multiples of 4 (2:4 groups), got {size[1]}")
+    return size[0], size[1]
+
+
+def _check_ratio(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 0.5:
+        raise ValueError(f"{name}: expected a share of zeros of 0 to 0.5, got {value!r}; 45 % is 0.45")
+
+
+def _meta(
+    model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target: float, seed: int
+) -> dict[str, Any]:
+    """What a checkpoint must have been made with to be reused."""
+    method = args["prune_method"]
+    meta = {
+        "config_fingerprint": config_fingerprint(model.config),
+        "model_fingerprint": model_fingerprint(model),
+        "method": method,
+        "pattern": args["sparsity_type"],
+        "sparsity": args["sparsity_ratio"],
+        "target_sparsity": target,
+        "tile": list(tile),
+    }
+    if get_method(method).statistics is not None:
+        source = args["calibration_dataset"]
+        named = os.fspath(source) in NAMED_SETS
+        meta |= {
+            "calibration": os.fspath(source) if named else file_sha256(Path(os.path.realpath(source))),
+            "nsamples": args["nsamples"],
+            "seqlen": _seqlen(model),
+            "seed": seed,
+            "shift_zero_metrics": args["shift_zero_metrics"],
+        }
+    return meta
+
+
+def _seqlen(model: nn.Module) -> int:
+    given = getattr(model, "seqlen", None)
+    return given if isinstance(given, int) else min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN)
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+
+@torch.no_grad()
+def _apply(model: nn.Module, artifact: Artifact) -> nn.Module:
+    apply_keep_masks(model, artifact.masks)  # refuses a wrong set of layers before it changes any
+    for name, weight in artifact.weights.items():
+        model.get_submodule(name).weight.copy_(weight.masked_fill(~artifact.masks[name], 0))
+    _attach_scores(model, artifact.tile_scores)
+    return model
+
+
+def _attach_scores(model: nn.Module, scores: Mapping[str, Tensor]) -> None:
+    for name, score in scores.items():
+        model.get_submodule(name).register_buffer("distribution_scores", score, persistent=False)

@@ -1,0 +1,281 @@
+"""masked_weight: arithmetic, gradients, noise and refusals, against the plain PyTorch reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from strategies import two_of_four_keep
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from patch_kernels import masked_weight, pack_keep, reference, tile_grid
+
+NOISE = (5, 7, 9)
+MODES = ("joint", "tile", "pattern")
+
+
+def make_case(rows, cols, tile, mode, dtype=torch.float32, seed=0):
+    """(weight, pattern_logits | None, tile_logits | None, fixed_pattern | None)"""
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.randn(rows, cols, generator=generator, dtype=torch.float64).to(dtype)
+    pattern = torch.randn(rows * cols // 4, 6, generator=generator, dtype=torch.float64).to(real)
+    tiles = torch.randn(tile_grid((rows, cols), tile), generator=generator, dtype=torch.float64).to(real)
+    fixed = pack_keep(two_of_four_keep(rows, cols, generator))
+    return (
+        weight,
+        None if mode == "tile" else pattern,
+        None if mode == "pattern" else tiles,
+        fixed if mode == "tile" else None,
+    )
+
+
+def run(function, case, grad, **kwargs):
+    weight, pattern, tiles, fixed = case
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (pattern, tiles)]
+    masked, sums = function(weight, *leaves, fixed_pattern=fixed, **kwargs)
+    ((masked * grad).sum().double() + 0.3 * sums[0] + 0.01 * sums[1]).backward()
+    return masked.detach(), sums.detach(), *(None if t is None else t.grad for t in leaves)
+
+
+def assert_matches(case, relative, **kwargs):
+    grad = torch.randn(case[0].shape, generator=torch.Generator().manual_seed(99)).to(case[0].dtype)
+    names = ("masked", "sums", "pattern gradient", "tile gradient")
+    results = run(masked_weight, case, grad, **kwargs), run(reference.masked_weight, case, grad, **kwargs)
+    for name, got, expected in zip(names, *results, strict=True):
+        if expected is None:
+            assert got is None
+            continue
+        difference = (got.double() - expected.double()).abs().max()
+        rounding = torch.finfo(got.dtype).eps if name == "masked" else 0
+        assert difference <= (relative + rounding) * max(expected.double().abs().max(), 1), name
+
+
+@pytest.mark.parametrize("noise", [None, NOISE])
+@pytest.mark.parametrize("hard", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("shape", "tile"), [((128, 128), (128, 128)), ((33, 52), (16, 16)), ((9, 68), (4, 12)), ((130, 260), (64, 128))]
+)
+def test_equals_reference_in_fp64(shape, tile, mode, hard, noise):
+    case = make_case(*shape, tile, mode, torch.float64)
+    settings = dict(pattern_temperature=0.7, pattern_scale=2.0, tile_temperature=1.3, tile_scale=3.0)
+    assert_matches(case, 1e-12, tile=tile, hard_pattern=hard[0], hard_tile=hard[1], noise=noise, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_reference_in_working_precision(mode, dtype):
+    case = make_case(130, 260, (64, 128), mode, dtype)
+    assert_matches(case, 4e-6, tile=(64, 128), pattern_scale=2.0, tile_scale=3.0, noise=NOISE)
+
+
+@pytest.mark.parametrize(("mode", "hard", "noise"), itertools.product(MODES, (False,), (None, NOISE)))
+@pytest.mark.parametrize("tile", [(4, 4), (3, 8), (16, 16)])
+@pytest.mark.parametrize("shape", [(4, 8), (7, 20)])
+def test_gradcheck(shape, tile, mode, hard, noise):
+    weight, pattern, tiles, fixed = make_case(*shape, tile, mode, torch.float64)
+    leaves = [t.requires_grad_() for t in (pattern, tiles) if t is not None]
+
+    def function(*logits):
+        logits = list(logits)
+        p = logits.pop(0) if pattern is not None else None
+        t = logits.pop(0) if tiles is not None else None
+        return masked_weight(
+            weight, p, t, tile=tile, fixed_pattern=fixed, noise=noise, pattern_temperature=1.5, tile_scale=2.0
+        )
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def philox_python(counter, key):
+    """Philox4x32-10 by its definition, on Python integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [product1 >> 32 ^ c[1] ^ k[0], product1 & 0xFFFFFFFF, product0 >> 32 ^ c[3] ^ k[1], product0 & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # known-answer vectors of the Random123 distribution
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    assert tuple(philox_python(counter, key)) == words
+    tensors = [torch.tensor([c], dtype=torch.int64) for c in counter]
+    assert tuple(int(w) for w in reference.philox4x32(tensors, key[0] | key[1] << 32)) == words
+
+
+def test_noise_statistics():
+    """10^6 Gumbel draws: mean 0.57722, variance pi^2/6, and the right share beyond 5; logistic: variance pi^2/3."""
+    gumbel = reference.pattern_noise(1, 2, 3, 170_000)
+    assert abs(gumbel.mean() - 0.57722) < 0.005
+    assert abs(gumbel.var() - torch.pi**2 / 6) < 0.01
+    tail = (gumbel > 5).double().mean()
+    assert abs(tail - (1 - torch.exp(-torch.exp(torch.tensor(-5.0))))) < 3e-4
+    assert abs(torch.corrcoef(gumbel.T) - torch.eye(6)).max() < 0.01
+    logistic = reference.tile_noise(1, 2, 3, 1000, 300)
+    assert abs(logistic.mean()) < 0.02 and abs(logistic.var() - torch.pi**2 / 3) < 0.05
+
+
+def test_hard_samples_follow_the_softmax():
+    """The op's own noise: one logit vector, 65536 groups, frequencies of the six patterns against the law."""
+    logits = torch.tensor([0.5, -0.3, 0.0, 1.0, -1.0, 0.2]).repeat(65536, 1)
+    mask, _ = masked_weight(torch.ones(512, 512), logits, None, hard_pattern=True, noise=(0, 0, 0))
+    codes = (mask.reshape(-1, 4) * torch.tensor([8.0, 4.0, 2.0, 1.0])).sum(1).int()
+    counts = torch.stack([(codes == code).sum() for code in (0b1100, 0b1010, 0b1001, 0b0110, 0b0101, 0b0011)])
+    expected = torch.softmax(logits[0], 0) * 65536
+    assert counts.sum() == 65536
+    assert ((counts - expected) ** 2 / expected).sum() < 20.5  # chi-squared, 5 degrees of freedom, p = 0.001
+
+
+def test_noise_is_a_function_of_its_key():
+    case = make_case(64, 64, (32, 32), "joint")
+    call = lambda noise: masked_weight(*case[:3], tile=(32, 32), noise=noise)[0]  # noqa: E731
+    assert torch.equal(call(NOISE), call(NOISE))
+    for other in ((6, 7, 9), (5, 8, 9), (5, 7, 10), (5 + (1 << 32), 7, 9), (-5, 7, 9)):
+        assert not torch.equal(call(NOISE), call(other))
+
+
+def test_threads_do_not_change_the_result():
+    case = make_case(500, 516, (64, 64), "joint")
+    grad = torch.randn(500, 516)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(masked_weight, case, grad, tile=(64, 64), noise=NOISE)
+        torch.set_num_threads(4)
+        four = run(masked_weight, case, grad, tile=(64, 64), noise=NOISE)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 500.0])
+def test_no_nan_over_the_schedules(temperature, scale):
+    case = make_case(128, 128, (32, 32), "joint", torch.bfloat16)
+    kwargs = dict(
+        tile=(32, 32), pattern_temperature=temperature, pattern_scale=scale, tile_temperature=temperature,
+        tile_scale=scale, noise=NOISE,
+    )  # fmt: skip
+    results = run(masked_weight, case, torch.ones(128, 128).bfloat16(), **kwargs)
+    assert all(t.isfinite().all() for t in results)
+
+
+def test_soft_masks_have_density_one_half_per_group():
+    weight, pattern, _, _ = make_case(64, 64, (32, 32), "pattern")
+    masked, sums = masked_weight(torch.ones_like(weight), pattern, None, noise=NOISE)
+    assert torch.allclose(masked.reshape(-1, 4).sum(1), torch.full((1024,), 2.0), atol=1e-5)
+    assert abs(sums[0] - 64 * 32) < 1e-3
+
+
+def test_dropped_infinity_stays_dropped():
+    keep = torch.tensor([[True, True, False, False]])
+    weight = torch.tensor([[1.0, 2.0, float("inf"), float("nan")]])
+    tiles = torch.tensor([[-1.0]], requires_grad=True)
+    masked, sums = masked_weight(weight, None, tiles, tile=(4, 4), hard_tile=True, fixed_pattern=pack_keep(keep))
+    assert masked.tolist() == [[1.0, 2.0, 0.0, 0.0]] and sums.tolist() == [2.0, 5.0]
+    masked.sum().backward()
+    assert tiles.grad.isfinite().all()
+
+
+def test_nothing_of_the_logits_size_is_saved():
+    """Backward recomputes: autograd keeps the inputs themselves, no other tensor."""
+    case = make_case(64, 64, (32, 32), "joint")
+    pattern, tiles = case[1].requires_grad_(), case[2].requires_grad_()
+    inputs = {t.data_ptr() for t in (case[0], pattern, tiles)}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        masked_weight(case[0], pattern, tiles, tile=(32, 32), noise=NOISE)
+    assert {t.data_ptr() for t in saved} == inputs
+
+
+def op_arguments(mode, shape=(12, 20), tile=(8, 8), dtype=torch.float32, noise=True, hard=False, contiguous=True):
+    weight, pattern, tiles, fixed = make_case(*shape, tile, mode, dtype)
+    if not contiguous:
+        weight = weight.T.contiguous().T
+    grads = [None if t is None else t.requires_grad_() for t in (pattern, tiles)]
+    return (weight, grads[0], fixed, grads[1], *tile, 0.7, 2.0, 1.3, 3.0, hard, hard, 1, 2, 3, noise)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        op_arguments("joint"),
+        op_arguments("tile"),
+        op_arguments("pattern"),
+        op_arguments("joint", noise=False),
+        op_arguments("joint", hard=True),
+        op_arguments("joint", dtype=torch.bfloat16),
+        op_arguments("joint", contiguous=False),
+        op_arguments("tile", shape=(5, 4)),
+        op_arguments("joint", dtype=torch.float64),
+    ],
+)
+def test_opcheck(arguments):
+    torch.library.opcheck(torch.ops.patch_kernels.masked_weight.default, arguments)
+    weight, pattern, fixed, tiles, *scalars = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+    grads = torch.randn_like(weight), torch.ones(2, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.patch_kernels.masked_weight_backward.default, (*grads, weight, pattern, fixed, tiles, *scalars)
+    )
+
+
+def test_compile_fullgraph_with_changing_schedule():
+    weight, pattern, tiles, _ = make_case(64, 64, (32, 32), "joint")
+
+    def step(temperature, draw):
+        masked, sums = masked_weight(
+            weight, pattern, tiles, tile=(32, 32), pattern_temperature=temperature, noise=(1, 2, draw)
+        )
+        return masked.sum() + sums.sum()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for draw in range(6):
+        temperature = 4.0 - 0.5 * draw
+        assert torch.allclose(compiled(temperature, draw), step(temperature, draw))
+    assert counter.frame_count <= 4
+
+
+WEIGHT, PATTERN, TILES, _ = make_case(8, 8, (4, 4), "joint")
+FIXED = make_case(8, 8, (4, 4), "tile")[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(weight=WEIGHT[0]), r"weight \(N, K\).*got torch.float32 \(8,\)"),
+        (dict(weight=WEIGHT.int()), "got torch.int32"),
+        (dict(weight=torch.zeros(8, 6)), r"K a positive multiple of 4, got torch.float32 \(8, 6\)"),
+        (dict(tile=(0, 4)), r"tile=\(rows >= 1.*got \(0, 4\)"),
+        (dict(tile=(4, 6)), r"columns a multiple of 4\), got \(4, 6\)"),
+        (dict(pattern_logits=None), "either pattern_logits or fixed_pattern, got neither"),
+        (dict(fixed_pattern=FIXED), "either pattern_logits or fixed_pattern, got both"),
+        (dict(pattern_logits=PATTERN[:3]), r"pattern_logits as torch.float32 \(16, 6\).*got .*\(3, 6\)"),
+        (dict(pattern_logits=PATTERN.bfloat16()), "pattern_logits as torch.float32 .* got torch.bfloat16"),
+        (dict(tile_logits=TILES[:1]), r"tile_logits as torch.float32 \(2, 2\).*got .*\(1, 2\)"),
+        (dict(tile_logits=TILES.to("meta")), "tile_logits on cpu like the weight, got meta"),
+        (dict(pattern_temperature=0.0), "pattern_temperature > 0, got 0.0"),
+        (dict(tile_temperature=float("nan")), "tile_temperature > 0, got nan"),
+        (dict(noise=(1, -1, 0)), r"layer in \[0, 2\^31\)"),
+        (dict(noise=(1, 0, 1 << 32)), r"draw in \[0, 2\^32\)"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message):
+    call = dict(weight=WEIGHT, pattern_logits=PATTERN, tile_logits=TILES, tile=(4, 4)) | arguments
+    with pytest.raises(ValueError, match=message):
+        masked_weight(**call)

@@ -1,0 +1,266 @@
+"""tile_linear and TiledLinear: exact on integers, within the two-times rule on real data, refusing bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import SHAPES, TOKENS, hybrid_mask
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from patch_kernels import TiledLinear, TiledWeight, ops, reference
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def integer_case(rows, cols, tokens, sparse_share, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keep, tile_is_sparse = hybrid_mask(rows, cols, sparse_share, generator)
+    weight = torch.randint(-2, 3, (rows, cols), generator=generator).to(dtype)
+    x = torch.randint(-2, 3, (tokens, cols), generator=generator).to(dtype)
+    bias = torch.randint(-3, 4, (rows,), generator=generator).to(dtype)
+    return weight, keep, tile_is_sparse, x, bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_integers_are_exact(shape, tokens, dtype):
+    for sparse_share in (0.0, 0.5, 1.0):
+        weight, keep, tiles, x, bias = integer_case(*shape, tokens, sparse_share, dtype, seed=tokens)
+        y = TiledWeight.pack(weight, keep, tiles).matmul(x, bias)
+        assert torch.equal(y, reference.tile_linear(x, torch.where(keep, weight, 0), bias))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 300),
+    cols=st.integers(1, 300),
+    tokens=st.integers(0, 140),
+    sparse_share=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_is_exact(rows, cols, tokens, sparse_share, dtype, with_bias, seed):
+    weight, keep, tiles, x, bias = integer_case(rows, cols, tokens, sparse_share, dtype, seed)
+    bias = bias if with_bias else None
+    y = TiledWeight.pack(weight, keep, tiles).matmul(x, bias)
+    assert torch.equal(y, reference.tile_linear(x, torch.where(keep, weight, 0), bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 17, 200])
+@pytest.mark.parametrize("shape", [(256, 2048), (1000, 777)])
+def test_real_data_two_times_rule(shape, tokens, dtype):
+    generator = torch.Generator().manual_seed(0)
+    keep, tiles = hybrid_mask(*shape, 0.6, generator)
+    weight = torch.where(keep, torch.randn(shape, generator=generator) * 0.05, 0).to(dtype)
+    x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
+    bias = torch.randn(shape[0], generator=generator).to(dtype)
+    exact = x.double() @ weight.double().T + bias.double()
+    error = (TiledWeight.pack(weight, keep, tiles).matmul(x, bias).double() - exact).abs()
+    torch_error = (F.linear(x, weight, bias).double() - exact).abs()
+    assert error.max() <= 2 * torch_error.max()
+    # Element bound: one rounding to the output type and K fp32 operations.
+    unit = 2.0**-10 if dtype == torch.float16 else 2.0**-7
+    magnitude = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    assert (error <= unit * exact.abs() + 2 * shape[1] * 2.0**-24 * magnitude + torch.finfo(dtype).tiny).all()
+
+
+def test_a_row_does_not_depend_on_the_others():
+    generator = torch.Generator().manual_seed(1)
+    keep, tiles = hybrid_mask(200, 500, 0.5, generator)
+    tiled = TiledWeight.pack(torch.randn(200, 500, generator=generator).bfloat16(), keep, tiles)
+    x = torch.randn(1500, 500, generator=generator).bfloat16()
+    whole = tiled.matmul(x)
+    for tokens in (1, 2, 16, 17, 63, 64, 65, 100, 1024, 1025):
+        assert torch.equal(tiled.matmul(x[:tokens]), whole[:tokens])
+
+
+def test_leading_dimensions_and_strides():
+    weight, keep, tiles, x, bias = integer_case(130, 132, 24, 0.5, torch.bfloat16, 3)
+    tiled = TiledWeight.pack(weight, keep, tiles)
+    expected = reference.tile_linear(x, torch.where(keep, weight, 0), bias)
+    assert torch.equal(tiled.matmul(x.reshape(2, 3, 4, 132), bias), expected.reshape(2, 3, 4, 130))
+    assert torch.equal(tiled.matmul(x[0], bias), expected[0])
+    assert torch.equal(tiled.matmul(x.T.contiguous().T, bias), expected)
+    wide = torch.zeros(24, 264, dtype=torch.bfloat16)
+    wide[:, ::2] = x
+    assert torch.equal(tiled.matmul(wide[:, ::2], bias), expected)
+    assert tiled.matmul(x.new_empty(0, 5, 132)).shape == (0, 5, 130)
+
+
+def test_special_values():
+    """inf and NaN pass kept positions as in a dense layer and never leave pruned positions of sparse tiles."""
+    keep = torch.tensor([[True, True, False, False]] * 2)
+    weight = torch.tensor([[1.0, 2.0, float("inf"), float("nan")], [0.0, -0.0, 1.0, 1.0]], dtype=torch.bfloat16)
+    tiled = TiledWeight.pack(weight, keep, torch.ones(1, 1, dtype=torch.bool))
+    x = torch.tensor([[1.0, 1.0, float("nan"), float("inf")], [float("inf"), 1.0, 1.0, 1.0]], dtype=torch.bfloat16)
+    y = tiled.matmul(x)
+    assert y[0].tolist() == [3.0, 0.0]
+    assert y[1, 0] == float("inf") and y[1, 1].isnan()
+    large = TiledWeight.pack(torch.full((1, 4), 65504.0).half(), keep[:1], torch.ones(1, 1, dtype=torch.bool))
+    assert large.matmul(torch.full((1, 4), 2.0).half()).item() == float("inf")
+
+
+def test_gradients_reach_x_and_bias():
+    weight, keep, tiles, x, bias = integer_case(130, 132, 20, 0.5, torch.bfloat16, 4)
+    tiled = TiledWeight.pack(weight, keep, tiles)
+    grad = torch.randint(-2, 3, (20, 130)).bfloat16()
+    results = []
+    for function in (
+        lambda a, b: tiled.matmul(a, b),
+        lambda a, b: F.linear(a, torch.where(keep, weight, 0), b),
+    ):
+        a, b = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        function(a, b).backward(grad)
+        results.append((a.grad, b.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def linear_samples():
+    weight, keep, tiles, x, bias = integer_case(130, 132, 6, 0.5, torch.bfloat16, 5)
+    payload, flags = TiledWeight.pack(weight, keep, tiles).payload, ops.tile_flags(tiles)
+    yield x, payload, flags, 130, bias
+    yield x, payload, flags, 130, None
+    yield x.reshape(2, 3, 132), payload, flags, 130, bias
+    yield x.T.contiguous().T, payload, flags, 130, None
+    yield x[:0], payload, flags, 130, bias
+    yield x[0], payload, flags, 130, None
+    yield x[::2], payload, flags, 130, bias
+    yield x.half().bfloat16(), payload, flags, 130, bias
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_opcheck_linear(index):
+    sample = list(linear_samples())[index]
+    torch.library.opcheck(torch.ops.patch_kernels.tile_linear.default, sample)
+    x, *rest = sample
+    torch.library.opcheck(torch.ops.patch_kernels.tile_linear_train.default, sample)
+    torch.library.opcheck(torch.ops.patch_kernels.tile_linear_train.default, (x.clone().requires_grad_(), *rest))
+
+
+def test_opcheck_pack_and_unpack():
+    weight, keep, tiles, *_ = integer_case(130, 132, 6, 0.5, torch.float16, 6)
+    flags = ops.tile_flags(tiles)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # output size depends on the flags' values
+    torch.library.opcheck(torch.ops.patch_kernels.pack_tiles.default, (weight, keep, flags), test_utils=tests)
+    payload = ops.pack_tiles(weight, keep, tiles)
+    torch.library.opcheck(
+        torch.ops.patch_kernels.unpack_tiles.default, (payload, flags, 130, 132, torch.float16)
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_fullgraph(backend):
+    weight, keep, tiles, x, bias = integer_case(130, 132, 24, 0.5, torch.bfloat16, 7)
+    linear = torch.nn.Linear(132, 130, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
+    layer = TiledLinear.from_linear(linear, keep, tiles)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=None, backend=counter)
+    for tokens in (24, 1, 2, 7, 16):
+        assert torch.equal(compiled(x[:tokens]), layer(x[:tokens]))
+    assert counter.frame_count <= 3  # static, dynamic, and the special size 1
+    trained = x.clone().requires_grad_()
+    torch.compile(layer, fullgraph=True, backend=backend)(trained).sum().backward()
+    assert trained.grad.abs().sum() > 0
+
+
+def test_fake_cuda_kernels_need_no_gpu():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(4, 7, 300, dtype=torch.float16, device="cuda")
+        payload = torch.empty(6 * 32768, dtype=torch.uint8, device="cuda")
+        flags = torch.empty(2, 3, dtype=torch.uint8, device="cuda")
+        y = torch.ops.patch_kernels.tile_linear(x, payload, flags, 200, None)
+        assert (y.shape, y.device.type, y.dtype) == ((4, 7, 200), "cuda", torch.float16)
+
+
+def test_tiled_linear_is_a_drop_in():
+    linear = torch.nn.Linear(132, 130, dtype=torch.float16)
+    keep, tiles = hybrid_mask(130, 132, 0.5, torch.Generator().manual_seed(8))
+    layer = TiledLinear.from_linear(linear, keep, tiles)
+    assert (layer.in_features, layer.out_features, layer.bias.dtype) == (132, 130, torch.float16)
+    back = layer.to_linear()
+    assert torch.equal(back.weight, torch.where(keep, linear.weight, 0))
+    assert torch.equal(back.bias, linear.bias)
+    assert "payload_bytes" in repr(layer)
+    other = TiledLinear(132, 130, payload_bytes=layer.payload.numel(), dtype=torch.float16)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 132).half()
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(layer.to(torch.float16)(x), other(x))
+
+
+def test_pack_refuses_groups_that_are_not_two_of_four():
+    keep = torch.ones(130, 132, dtype=torch.bool)
+    keep[:, 2::4] = keep[:, 3::4] = False
+    keep[5, 6] = True
+    keep[129, 131] = True
+    tiles = torch.ones(2, 2, dtype=torch.bool)
+    weight = torch.randn(130, 132).half()
+    with pytest.raises(ValueError, match="got 2 groups that are not, the first at row 5, column 4"):
+        ops.pack_tiles(weight, keep, tiles)
+    with pytest.raises(RuntimeError, match="2 groups in sparse tiles.*first at row 5, column 4"):
+        torch.ops.patch_kernels.pack_tiles(weight, keep, ops.tile_flags(tiles))
+
+
+W, KEEP, TILES = torch.zeros(130, 132).half(), torch.ones(130, 132, dtype=torch.bool), torch.zeros(2, 2).bool()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.pack_tiles(W.float(), KEEP, TILES), r"float16 or bfloat16, got torch.float32 \(130, 132\)"),
+        (lambda: ops.pack_tiles(W[0], KEEP, TILES), r"weight \(N, K\).*got torch.float16 \(132,\)"),
+        (lambda: ops.pack_tiles(W, KEEP.float(), TILES), r"keep as bool \(130, 132\), got torch.float32"),
+        (lambda: ops.pack_tiles(W, KEEP[:1], TILES), r"keep as bool \(130, 132\), got torch.bool \(1, 132\)"),
+        (lambda: ops.pack_tiles(W, KEEP, TILES[:1]), r"tile_is_sparse as bool \(2, 2\).*got torch.bool \(1, 2\)"),
+        (lambda: ops.pack_tiles(W, KEEP, TILES.float()), "tile_is_sparse as bool .* got torch.float32"),
+        (
+            lambda: ops.pack_tiles(W, KEEP.to("meta"), TILES),
+            "expected one device, got weight on cpu, keep on meta",
+        ),
+        (
+            lambda: ops.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, (130, 132), torch.float32),
+            "dtype float16 or bfloat16, got torch.float32",
+        ),
+        (
+            lambda: ops.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, (130, 300), torch.half),
+            r"tile_is_sparse as bool \(2, 3\)",
+        ),
+        (lambda: TiledLinear(0, 5), "in_features and out_features >= 1, got 0 and 5"),
+        (lambda: TiledLinear(128, 128, dtype=torch.float32), "dtype float16 or bfloat16, got torch.float32"),
+        (lambda: TiledLinear(128, 128, payload_bytes=7), "payload_bytes between 18432 .* and 32768 .* got 7"),
+        (lambda: TiledLinear(128, 128)(torch.zeros(2, 128)), "x as torch.bfloat16 .*got torch.float32"),
+        (lambda: TiledLinear(128, 128)(torch.zeros(2, 64).bfloat16()), r"\(\.\.\., 128\), got .*\(2, 64\)"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((W, torch.zeros(7, dtype=torch.uint8), ops.tile_flags(TILES), 130, None), "payload has 7 bytes"),
+        ((W.float(), torch.zeros(7, dtype=torch.uint8), ops.tile_flags(TILES), 130, None), "x must be float16"),
+        ((W, torch.zeros(7), ops.tile_flags(TILES), 130, None), "1-D uint8"),
+        ((W, torch.zeros(7, dtype=torch.uint8), TILES, 130, None), "contiguous uint8 of shape"),
+        ((W, torch.zeros(7, dtype=torch.uint8), ops.tile_flags(TILES), 900, None), "contiguous uint8 of shape"),
+        ((W, torch.zeros(7, dtype=torch.uint8), ops.tile_flags(TILES), 130, W[0]), "bias must have"),
+    ],
+)
+def test_the_op_itself_keeps_memory_safe(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.patch_kernels.tile_linear(*arguments)
