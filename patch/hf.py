@@ -317,7 +317,7 @@ def _check_module(model: nn.Module, name: str, layer: Mapping[str, Any]) -> None
         )
     if module.weight.dtype != _DTYPES[layer["dtype"]]:
         raise ValueError(
-            f"quantization_config: layer {name!r}: expected dtype {layer['dtype']} (of the packed weight), got "
+            f"quantization_config: layer {name!r}: expected dtype {layer['dtype']} (as packed), got "
             f"{module.weight.dtype}; leave dtype out, or load and call model.dequantize() for another dtype"
         )
 

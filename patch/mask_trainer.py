@@ -8,15 +8,13 @@ with a new mask per micro-batch. Source: PATCH (Hourri, Mozaffari, Mehri Dehnavi
 
 from __future__ import annotations
 
-import re
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -24,7 +22,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from patch import training_state
 from patch.learn import LearnConfig, Schedule, learning_rate_factor
 from patch.masked_linear import MaskedLayers
-from patch.models import decoder_blocks
 
 
 class MaskTrainer(Trainer):
@@ -54,7 +51,7 @@ class MaskTrainer(Trainer):
             data_collator=_collate,
             callbacks=list(callbacks),
         )
-        self._objective = Objective(model, layers)  # after Trainer has moved the model to its device
+        self._objective = Objective(layers)  # after Trainer has moved the model to its device
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if progress and sys.stderr.isatty():
@@ -224,7 +221,7 @@ class MaskTrainer(Trainer):
 class Objective:
     """The two regulariser terms from the layers' fused sums."""
 
-    def __init__(self, model: nn.Module, layers: MaskedLayers) -> None:
+    def __init__(self, layers: MaskedLayers) -> None:
         self.config = config = layers.config
         masked = list(layers.layers.values())
         device = masked[0].weight.device
@@ -233,7 +230,7 @@ class Objective:
         )
         norms = [layer.weight.detach().double().square().sum() for layer in masked]
         self.squared_norms = torch.stack(norms).to(device)
-        groups = _block_of_layer(model, list(layers.layers)) if config.layer_target else [0] * len(masked)
+        groups = layers.block_of_layer if config.layer_target else [0] * len(masked)
         self.groups = torch.tensor(groups, device=device)
         self.group_count = max(groups) + 1
         self.group_elems = self._pool(self.elems)
@@ -317,15 +314,6 @@ class _Progress(ProgressCallback):
         if self.training_bar is not None and logs and "lm_loss" in logs:
             shown = {key: f"{logs[key]:.3f}" for key in ("lm_loss", "soft_density", "hard_density")}
             self.training_bar.set_postfix(shown, refresh=False)
-
-
-def _block_of_layer(model: nn.Module, names: Sequence[str]) -> list[int]:
-    """Index of each layer's decoder block, renumbered without gaps; layers outside the blocks form one."""
-    prefix, _ = decoder_blocks(model)
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    found = [int(match[1]) if (match := pattern.match(name)) else -1 for name in names]
-    positions = {block: position for position, block in enumerate(sorted(set(found)))}
-    return [positions[block] for block in found]
 
 
 def _collate(blocks: list[Tensor]) -> dict[str, Tensor]:

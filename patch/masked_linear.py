@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 import patch_kernels
 from patch.learn import LearnConfig
 from patch.mask import exact_budget, harden, nonzero_budget, tile_areas, tile_counts, tile_grid
+from patch.models import decoder_blocks
 from patch.priors import pattern_prior, tile_prior
 from patch_kernels.reference import unpack_keep
 
@@ -145,6 +147,8 @@ class MaskedLayers:
         self.model, self.config = model, config
         self.state = SamplingState(config.seed, hard_pattern=config.hard_pattern, hard_tile=config.hard_tile)
         self._originals = dict(linears)
+        # Read now: decoder_blocks recognises the blocks by their nn.Linear layers.
+        self.block_of_layer = _block_of_layer(model, list(linears)) if config.layer_target else None
         self.layers: dict[str, MaskedLinear] = {}
         for index, (name, linear) in enumerate(linears.items()):
             keep = None if prior_masks is None else prior_masks[name].to(linear.weight.device)
@@ -245,3 +249,12 @@ def initial_logits(
                 tile, scores.to(device), target, config.tile_prior_strength, std=config.init_std
             )
     return pattern, tile
+
+
+def _block_of_layer(model: nn.Module, names: Sequence[str]) -> list[int]:
+    """Index of each layer's decoder block, renumbered without gaps; layers outside the blocks form one."""
+    prefix, _ = decoder_blocks(model)
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    found = [int(match[1]) if (match := pattern.match(name)) else -1 for name in names]
+    positions = {block: position for position, block in enumerate(sorted(set(found)))}
+    return [positions[block] for block in found]

@@ -150,7 +150,7 @@ class _Run:
 
 
 def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
-    """Train the logits: (keep masks, tile grids, metrics, soft density). The model is plain and dense afterwards."""
+    """Train the logits: (keep masks, tile grids, metrics, soft density). Leaves the model plain and dense."""
     total_steps = config.total_steps(train_blocks.shape[0])
     steps_done = 0 if run.checkpoint is None else int(run.checkpoint.name.rsplit("-", 1)[1])
     with _prepared(model, config):

@@ -70,8 +70,8 @@ def prepare_pruned_model(
 ) -> nn.Module:
     """One-shot prune the model in place, or load an earlier result; returns the model.
 
-    checkpoint_name        folder of the result. If it exists it is loaded, after checking that it was made from
-                           this model, method, ratio, tile size, calibration set and seed.
+    checkpoint_name        folder of the result. If it exists it is loaded, after checking that it was made
+                           from this model, method, ratio, tile size, calibration set and seed.
     prune_args             dict or namespace with keys of PRUNE_DEFAULTS
     mask_tile_size         (rows, cols) of the tiles that will be learned
     target_sparsity_ratio  0..0.5, of the unstructured reference model that gives the tile scores

@@ -329,7 +329,7 @@ def test_interruption_leaves_no_trace(tiny_model, monkeypatch, where, error, dev
 
 
 def test_statistics_live_for_one_block_only(tiny_model, monkeypatch):
-    alive, most = weakref.WeakSet(), []
+    alive, most, left = weakref.WeakSet(), [], []
 
     class Counted(wanda.Statistics):
         def __init__(self, *args, **kwargs):
@@ -337,11 +337,16 @@ def test_statistics_live_for_one_block_only(tiny_model, monkeypatch):
             alive.add(self)
             most.append(len(alive))
 
-    monkeypatch.setitem(METHODS, "wanda", Method(wanda.prune, Counted))
+    def prune(weight, statistics, options):
+        left.append(len(alive))
+        return wanda.prune(weight, statistics, options)
+
+    monkeypatch.setitem(METHODS, "wanda", Method(prune, Counted))
     prune_model(build(tiny_model, "llama", num_hidden_layers=4), "wanda", calibration=token_ids())
     # The last statistics of a block go when its function returns, so never more than one block's seven.
     assert len(most) == 28
     assert max(most) == 7
+    assert left == [7, 6, 5, 4, 3, 2, 1] * 4
     assert len(alive) == 0
 
 
@@ -384,6 +389,8 @@ class ToyDecoder(nn.Module):
         for index, block in enumerate(order):
             if self.style == "token_dependent":
                 h = block(h, self.per_token(ids) * (index + 1))
+            elif self.style == "late":
+                h = block(h, self.per_token(ids) * (index > 0))
             elif self.style == "keyword":
                 h = block(hidden_states=h, extra=torch.ones(8) * index)
             elif self.style == "mutated":
@@ -432,6 +439,13 @@ def test_other_ways_to_call_blocks(style, repeats):
     ids = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(1))
     ids[1 : 1 + repeats] = ids[0]
     model = ToyDecoder(style)
+    expected = toy_reference(model, ids)
+    assert_same(model, prune_model(model, "sparsegpt", calibration=ids), *expected)
+
+
+def test_dependence_on_tokens_in_later_blocks_only():
+    ids = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(1))
+    model = ToyDecoder("late")
     expected = toy_reference(model, ids)
     assert_same(model, prune_model(model, "sparsegpt", calibration=ids), *expected)
 

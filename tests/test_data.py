@@ -170,7 +170,7 @@ def test_named_set_offline_says_what_to_do(monkeypatch):
         ConnectionError, match=r"Salesforce/wikitext.*no route.*unset HF_HUB_OFFLINE.*local \.txt"
     ):
         load_documents("wikitext2")
-    with pytest.raises(ValueError, match="one of the splits .* got 'dev'"):
+    with pytest.raises(ValueError, match=r"one of the splits .* got 'dev'"):
         load_documents("wikitext2", "dev")
 
 

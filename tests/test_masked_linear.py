@@ -1,4 +1,4 @@
-"""MaskedLinear and MaskedLayers: forward and gradients against the pure functions, noise keys, swap in and out."""
+"""MaskedLinear and MaskedLayers: forward and gradients by the pure functions, noise keys, swap in and out."""
 
 from __future__ import annotations
 

@@ -106,6 +106,25 @@ def test_body_without_blocks_counts_whole():
     assert list(maskable_linears(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))) == ["0", "2"]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_of_a_model_without_blocks_is_not_masked(tied):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body, self.head = (
+                nn.Embedding(6, 4),
+                nn.Linear(4, 4),
+                nn.Linear(4, 6, bias=False),
+            )
+            if tied:
+                self.head.weight = self.embed.weight
+
+        def get_output_embeddings(self):
+            return None if tied else self.head
+
+    assert list(maskable_linears(Flat())) == ["body"]
+
+
 def test_exclude(tiny_model):
     model = tiny_model("llama")
     names = list(maskable_linears(model))

@@ -304,6 +304,17 @@ def test_sparsegpt_zeroes_dead_columns_and_keeps_two_of_four():
     torch.testing.assert_close(pruned.weight.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_dead_columns_count_in_the_damping():
+    weight, inputs = make_case(8, 16)
+    inputs = [x / 50 for x in inputs]  # energies far below the 1 that stands for a dead column
+    for x in inputs:
+        x[:, 4:7] = 0
+    expected, keep = sparsegpt_reference(weight, inputs, "2:4", 0.5, damping=0.1)
+    pruned = prune_weight(weight, "sparsegpt", inputs=inputs, damping=0.1)
+    assert torch.equal(pruned.keep, keep)
+    torch.testing.assert_close(pruned.weight.double(), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_dtype_is_kept_and_nothing_changes_in_place(method, dtype):
