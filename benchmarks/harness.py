@@ -59,7 +59,7 @@ def _measure_memory(function: Callable[[], Callable[[], object]], connection) ->
 
 
 def peak_bytes(prepare: Callable[[], Callable[[], object]]) -> int:
-    """Growth of the peak resident memory by one call of the function that prepare() returns, in a process of its own."""
+    """Growth of the peak resident memory by one call of the function that prepare() returns, in its own process."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_memory, args=(prepare, sender))

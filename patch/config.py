@@ -276,7 +276,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    # YAML writes plain str only; some versions are subclasses of it.
+    return str(value) if isinstance(value, (Path, str)) else value
 
 
 def _nearest(given: str, legal: Iterable[Any]) -> str:

@@ -142,18 +142,29 @@ def train_dense(
     *,
     steps: int,
     batch_size: int,
-    lr: float,
+    matrix_lr: float,
+    vector_lr: float,
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train all weights on blocks (B, S) of token ids, in place, and return the loss of each step.
 
-    AdamW with 5 % linear warm-up and cosine decay to a tenth; blocks are visited in a shuffled order given by seed.
+    Muon for the linear layers and AdamW for embedding and norms: at this size Muon reaches a given loss in less than
+    half of AdamW's time. 5 % linear warm-up and cosine decay to a hundredth; the order of the blocks is given by seed.
     on_step(step, loss) is called after each step. Raises ValueError on a loss that is not finite.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    taken = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    optimizers = (
+        torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=vector_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    )
     warm_up = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_up_cosine(step, warm_up, steps))
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_up_cosine(step, warm_up, steps))
+        for optimizer in optimizers
+    ]
     batches = shuffled_batches(len(blocks), batch_size, seed)
     model.train()
     losses = []
@@ -161,12 +172,16 @@ def train_dense(
         batch = blocks[next(batches)]
         loss = model(input_ids=batch, labels=batch).loss
         if not torch.isfinite(loss):
-            raise ValueError(f"expected a finite loss, got {loss.item()} in step {step}. Lower the learning rate {lr}.")
-        optimizer.zero_grad(set_to_none=True)
+            raise ValueError(
+                f"expected a finite loss, got {loss.item()} in step {step}. Lower matrix_lr {matrix_lr} and vector_lr "
+                f"{vector_lr}."
+            )
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         losses.append(loss.item())
         if on_step is not None:
             on_step(step, losses[-1])
@@ -189,7 +204,7 @@ def _warm_up_cosine(step: int, warm_up: int, steps: int) -> float:
     if step < warm_up:
         return (step + 1) / warm_up
     progress = (step - warm_up) / max(1, steps - warm_up)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+    return 0.01 + 0.495 * (1 + math.cos(math.pi * progress))
 
 
 class Stopwatch:

@@ -100,8 +100,12 @@ def plot_tile_maps(
     width, height = max(4.2, cols * cell) * len(maps) + 0.8, max(2.4, rows * cell) + 1.7
     figure, panels = _figure(min(width, 40), min(height, 40), columns=len(maps))
     for axes, (label, (canvas, x_ticks, y_ticks)) in zip(np.ravel(panels), layouts.items(), strict=True):
-        axes.imshow(canvas, cmap=_tile_colors(), vmin=0, vmax=2, interpolation="nearest", aspect="equal")
-        axes.set_xticks(list(x_ticks.values()), list(x_ticks), rotation=60, ha="right", fontsize=8)
+        # White lines between tiles, as long as the tiles are large enough to see them.
+        line_width = 0.8 if cell > 0.08 else 0.0
+        axes.pcolormesh(canvas, cmap=_tile_colors(), vmin=0, vmax=2, edgecolors="white", linewidth=line_width)
+        axes.set_aspect("equal")
+        axes.invert_yaxis()
+        axes.set_xticks(list(x_ticks.values()), list(x_ticks), fontsize=8)
         axes.set_yticks(list(y_ticks.values()), list(y_ticks), fontsize=8)
         axes.tick_params(length=0)
         axes.set_title(label, fontsize=10)
@@ -126,8 +130,8 @@ def _layout(grids: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, float], dic
         block, kind = places[name]
         top, left = tops[block], lefts[kind]
         canvas[top : top + array.shape[0], left : left + array.shape[1]] = np.where(array, 2, 1)
-    x_ticks = {kind: lefts[kind] + (widths[kind] - 1) / 2 for kind in kinds}
-    y_ticks = {f"block {block}" if block >= 0 else "": tops[block] + (heights[block] - 1) / 2 for block in blocks}
+    x_ticks = {kind: lefts[kind] + widths[kind] / 2 for kind in kinds}
+    y_ticks = {f"block {block}" if block >= 0 else "": tops[block] + heights[block] / 2 for block in blocks}
     return canvas, x_ticks, y_ticks
 
 

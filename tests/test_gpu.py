@@ -1,4 +1,4 @@
-"""The CUDA paths against the CPU definition. Deselected by default; run with `pytest -m gpu` on a machine with a GPU."""
+"""The CUDA paths against the CPU definition. Deselected by default; `pytest -m gpu` runs it."""
 
 from __future__ import annotations
 

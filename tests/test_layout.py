@@ -36,7 +36,7 @@ def test_metadata_covers_every_bit_once():
 
 @pytest.mark.parametrize("row", range(128))
 def test_metadata_lane_and_selector(row):
-    """PTX ISA, sparse m16n8k32: lane 4*(row%8) + pair holds row and row+8; selector 0 reads pairs 0,1, selector 1 2,3."""
+    """PTX ISA, sparse m16n8k32: lane 4*(row%8) + pair holds row and row+8; selector s reads pairs 2s, 2s+1."""
     for group in range(32):
         word, shift = host.meta_word(row, group), host.meta_shift(row, group)
         lane, half = divmod(word % 64, 2)

@@ -210,7 +210,7 @@ def test_pack_refuses_groups_that_are_not_two_of_four():
     weight = torch.randn(130, 132).half()
     with pytest.raises(ValueError, match="got 2 groups that are not, the first at row 5, column 4"):
         ops.pack_tiles(weight, keep, tiles)
-    with pytest.raises(RuntimeError, match="2 groups in sparse tiles.*first at row 5, column 4"):
+    with pytest.raises(RuntimeError, match=r"2 groups in sparse tiles.*first at row 5, column 4"):
         torch.ops.patch_kernels.pack_tiles(weight, keep, ops.tile_flags(tiles))
 
 

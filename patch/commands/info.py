@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from patch import __version__
 from patch.commands.common import setting
-from patch.config import dump_yaml
 
 NAME = "info"
 SUMMARY = "report the environment, and whether each op works on each device here"
@@ -15,6 +17,7 @@ examples:
   patch-llm info
   patch-llm info --json > report.json      # attach this to a bug report
 """
+PROGRAM_NAME = "patch-llm"
 SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
 
 
@@ -30,11 +33,25 @@ def run(options: Options) -> None:
     from patch_kernels import support
 
     report = support.report()
-    print(json_module.dumps(report, indent=1, default=str) if options.json else dump_yaml(report), end="")
-    if options.json:
-        print()
+    print(json_module.dumps(report, indent=1, default=str) if options.json else as_text(report))
 
 
 def on_interrupt(options: Options) -> str:
     """Nothing to keep."""
     return "the report was stopped"
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report as lines: facts, then one line per op and device with what to do where it fails."""
+    lines = [f"{PROGRAM_NAME} {__version__}"]
+    for key, value in report.items():
+        if key not in ("checks", "build", "gpus"):
+            lines.append(f"  {key.replace('_', ' ')}: {'none' if value is None else value}")
+    lines += [f"  {key.replace('_', ' ')}: {value}" for key, value in report["build"].items()]
+    lines += [f"  GPU: {', '.join(f'{k} {v}' for k, v in gpu.items())}" for gpu in report["gpus"]] or ["  GPU: none"]
+    lines.append("ops")
+    for check in report["checks"]:
+        lines.append(f"  {check['device']:<8} {check['op']:<28} {'works' if check['ok'] else 'FAILS'}")
+        if not check["ok"]:
+            lines += [f"           {check['error']}", f"           what to do: {check['advice']}"]
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""Tables, CSV and plots."""
+
+from __future__ import annotations
+
+import csv
+import struct
+
+import numpy as np
+import pytest
+
+from patch import report
+
+ROWS = [
+    {"method": "dense", "perplexity": "20.10", "bytes": "1,024"},
+    {"method": "PATCH 45%", "perplexity": "9.05", "bytes": "640"},
+]
+
+
+def test_plain_table_aligns_texts_left_and_numbers_right():
+    assert report.format_table(ROWS).splitlines() == [
+        "method     perplexity  bytes",
+        "---------  ----------  -----",
+        "dense           20.10  1,024",
+        "PATCH 45%        9.05    640",
+    ]
+
+
+def test_markdown_table():
+    assert report.format_table(ROWS, markdown=True).splitlines()[:3] == [
+        "| method    | perplexity | bytes |",
+        "| --------- | ---------: | ----: |",
+        "| dense     |      20.10 | 1,024 |",
+    ]
+
+
+def test_csv_round_trips(tmp_path):
+    report.write_csv(tmp_path / "r.csv", [{"a": "x, y", "b": 1.5}, {"a": 'q"', "b": 2}])
+    with open(tmp_path / "r.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [{"a": "x, y", "b": "1.5"}, {"a": 'q"', "b": "2"}]
+
+
+@pytest.mark.parametrize("rows", [[], [{"a": 1}, {"b": 1}]])
+def test_rows_without_common_columns_are_refused(tmp_path, rows):
+    with pytest.raises(ValueError, match="rows: expected"):
+        report.format_table(rows)
+    with pytest.raises(ValueError, match="rows: expected"):
+        report.write_csv(tmp_path / "r.csv", rows)
+
+
+def png_size(path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_perplexity_plot(tmp_path):
+    curves = {"PATCH": [(0.45, 12.0), (0.25, 11.0)], "MaskLLM": [(0.5, 13.0)]}
+    report.plot_perplexity(tmp_path / "p.png", curves, dense=10.0, levels={"magnitude": 15.0}, title="t")
+    width, height = png_size(tmp_path / "p.png")
+    assert width > height > 300
+    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_tile_map(tmp_path):
+    grids = {
+        "model.layers.0.self_attn.q_proj": np.ones((2, 2), bool),
+        "model.layers.0.mlp.up_proj": np.zeros((3, 2), bool),
+        "model.layers.1.mlp.up_proj": np.eye(3, 2).astype(bool),
+    }
+    report.plot_tile_maps(tmp_path / "t.png", {"one": grids, "two": grids})
+    assert min(png_size(tmp_path / "t.png")) > 200
+    with pytest.raises(ValueError, match="maps: expected at least one panel"):
+        report.plot_tile_maps(tmp_path / "t.png", {"one": {}})
+
+
+def test_layout_puts_blocks_downwards_and_kinds_to_the_right():
+    grids = {
+        "model.layers.0.q_proj": np.array([[True, False]]),
+        "model.layers.0.up_proj": np.array([[True], [True]]),
+        "model.layers.1.up_proj": np.array([[False], [True]]),
+    }
+    canvas, x_ticks, y_ticks = report._layout(grids)
+    assert canvas.tolist() == [[2, 1, 0, 2], [0, 0, 0, 2], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]
+    assert x_ticks == {"q": 1.0, "up": 3.5}
+    assert y_ticks == {"block 0": 1.0, "block 1": 4.0}
