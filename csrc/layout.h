@@ -17,13 +17,13 @@
 
 namespace patch_kernels {
 
-constexpr int kTile = 128;            // rows and columns of a tile
-constexpr int kGroup = 4;             // consecutive columns of which a sparse tile keeps two
+constexpr int kTile = 128;  // rows and columns of a tile
+constexpr int kGroup = 4;   // consecutive columns of which a sparse tile keeps two
 constexpr int kGroupsPerRow = kTile / kGroup;
 constexpr int kKeptPerRow = kTile / 2;
-constexpr int kValueBytes = 2;        // fp16 or bf16
-constexpr int kSlotBytes = 16384;     // 128 rows of 128 bytes
-constexpr int kMetaBytes = 2048;      // 4 bits for each of 128 x 32 groups
+constexpr int kValueBytes = 2;     // fp16 or bf16
+constexpr int kSlotBytes = 16384;  // 128 rows of 128 bytes
+constexpr int kMetaBytes = 2048;   // 4 bits for each of 128 x 32 groups
 constexpr int kDenseTileBytes = 2 * kSlotBytes;
 constexpr int kSparseTileBytes = kSlotBytes + kMetaBytes;
 
@@ -33,9 +33,7 @@ PK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 PK_HD constexpr int swizzle128(int r, int b) { return 128 * r + (b ^ ((r & 7) << 4)); }
 
 // Dense tile: row r, column k.
-PK_HD constexpr int dense_offset(int r, int k) {
-  return kSlotBytes * (k >> 6) + swizzle128(r, kValueBytes * (k & 63));
-}
+PK_HD constexpr int dense_offset(int r, int k) { return kSlotBytes * (k >> 6) + swizzle128(r, kValueBytes * (k & 63)); }
 
 // Sparse tile: kept value p of row r. Group c owns p = 2c and 2c+1, in increasing column order.
 PK_HD constexpr int value_offset(int r, int p) { return swizzle128(r, kValueBytes * p); }

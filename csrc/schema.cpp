@@ -1,14 +1,12 @@
-// Schemas of all ops. Implementations: bindings/cpu.cpp and bindings/cuda.cpp; fakes and autograd: patch_kernels/ops.py.
-// No default arguments: Python passes everything, so autograd sees every input at its place.
+// Schemas of all ops. Implementations: bindings/cpu.cpp and bindings/cuda.cpp; fakes and autograd:
+// patch_kernels/ops.py. No default arguments: Python passes everything, so autograd sees every input at its place.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(patch_kernels, m) {
   m.def("pack_tiles(Tensor weight, Tensor keep, Tensor tile_is_sparse) -> Tensor");
   m.def("unpack_tiles(Tensor payload, Tensor tile_is_sparse, int rows, int cols, ScalarType dtype) -> Tensor");
-  m.def(
-      "tile_linear(Tensor x, Tensor payload, Tensor tile_is_sparse, int out_features, Tensor? bias) -> Tensor");
-  m.def(
-      "tile_linear_train(Tensor x, Tensor payload, Tensor tile_is_sparse, int out_features, Tensor? bias) -> Tensor");
+  m.def("tile_linear(Tensor x, Tensor payload, Tensor tile_is_sparse, int out_features, Tensor? bias) -> Tensor");
+  m.def("tile_linear_train(Tensor x, Tensor payload, Tensor tile_is_sparse, int out_features, Tensor? bias) -> Tensor");
   m.def(
       "masked_weight(Tensor weight, Tensor? pattern_logits, Tensor? fixed_pattern, Tensor? tile_logits, "
       "int tile_rows, int tile_cols, float pattern_temperature, float pattern_scale, float tile_temperature, "

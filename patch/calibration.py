@@ -65,14 +65,11 @@ def check_calibration(model: nn.Module, token_ids: torch.Tensor) -> None:
     """Refuse calibration data the model cannot read: it must be (samples, seqlen) int64 token ids."""
     advice = "Pass token windows, for example patch.data.sample_windows(...)."
     if not isinstance(token_ids, torch.Tensor) or token_ids.dtype != torch.int64:
-        kind = (
-            f"a {token_ids.dtype} tensor" if isinstance(token_ids, torch.Tensor) else type(token_ids).__name__
-        )
+        kind = f"a {token_ids.dtype} tensor" if isinstance(token_ids, torch.Tensor) else type(token_ids).__name__
         raise TypeError(f"expected calibration as an int64 tensor of token ids, got {kind}. {advice}")
     if token_ids.dim() != 2 or token_ids.numel() == 0:
         raise ValueError(
-            "expected calibration of shape (samples, seqlen), both at least 1, got "
-            f"{tuple(token_ids.shape)}. {advice}"
+            f"expected calibration of shape (samples, seqlen), both at least 1, got {tuple(token_ids.shape)}. {advice}"
         )
     config = getattr(decoder_of(model), "config", None)
     vocab_size = getattr(config, "vocab_size", None)
@@ -80,8 +77,7 @@ def check_calibration(model: nn.Module, token_ids: torch.Tensor) -> None:
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         limit = "" if vocab_size is None else f" below the vocabulary size {vocab_size}"
         raise ValueError(
-            f"expected calibration token ids from 0{limit}, got {low} to {high}. Use the model's own "
-            "tokenizer."
+            f"expected calibration token ids from 0{limit}, got {low} to {high}. Use the model's own tokenizer."
         )
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and token_ids.shape[1] > longest:

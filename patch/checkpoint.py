@@ -123,9 +123,7 @@ def save_artifact(
         (directory / DESCRIPTION).write_bytes(text)
         save_file(tensors, directory / MASKS)
         if updated:
-            save_file(
-                {f"{name}.weight": _plain(weight) for name, weight in updated.items()}, directory / WEIGHTS
-            )
+            save_file({f"{name}.weight": _plain(weight) for name, weight in updated.items()}, directory / WEIGHTS)
         for name, content in (extra or {}).items():
             (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -146,9 +144,7 @@ def load_artifact(
     manifest = verify_folder(folder)
     for name in (DESCRIPTION, MASKS):
         if name not in manifest["files"]:
-            raise ValueError(
-                f"{folder / name}: missing; expected an artifact made by prune or learn, save it again"
-            )
+            raise ValueError(f"{folder / name}: missing; expected an artifact made by prune or learn, save it again")
     description = _read_description(folder / DESCRIPTION)
     layers, meta = description["layers"], description["meta"]
     if expect:
@@ -232,9 +228,7 @@ def _check_masks(masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2 or mask.numel() == 0:
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
-                f"masks[{name!r}]: expected a 2-D bool tensor, True where a weight stays, got {got}"
-            )
+            raise TypeError(f"masks[{name!r}]: expected a 2-D bool tensor, True where a weight stays, got {got}")
 
 
 def _check_parts(what: str, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
@@ -264,9 +258,7 @@ def _check_meta(meta: dict[str, Any]) -> dict[str, Any]:
         "method": lambda v: isinstance(v, str) and v != "",
         "pattern": lambda v: isinstance(v, str) and v != "",
         "sparsity": lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 0.5,
-        "tile": lambda v: (
-            isinstance(v, list) and len(v) == 2 and all(is_count(x) and 0 < x < 1 << 31 for x in v)
-        ),
+        "tile": lambda v: isinstance(v, list) and len(v) == 2 and all(is_count(x) and 0 < x < 1 << 31 for x in v),
         "seed": is_count,
     }
     for key, is_valid in rules.items():
@@ -299,20 +291,14 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected meta to be an object; save the artifact again")
     for name, layer in layers.items():
         shape = layer.get("shape") if isinstance(layer, dict) else None
-        valid = (
-            isinstance(shape, list)
-            and len(shape) == 2
-            and all(is_count(x) and 0 < x < 1 << 31 for x in shape)
-        )
+        valid = isinstance(shape, list) and len(shape) == 2 and all(is_count(x) and 0 < x < 1 << 31 for x in shape)
         if not valid or set(layer) != {"shape", "kept"}:
             raise ValueError(
-                f"{path}: layer {name[:200]!r}: expected shape (two sizes > 0) and kept, got "
-                f"{str(layer)[:120]}"
+                f"{path}: layer {name[:200]!r}: expected shape (two sizes > 0) and kept, got {str(layer)[:120]}"
             )
         if not is_count(layer["kept"]) or layer["kept"] > shape[0] * shape[1]:
             raise ValueError(
-                f"{path}: layer {name[:200]!r}: expected kept of 0 to {shape[0] * shape[1]}, got "
-                f"{layer['kept']}"
+                f"{path}: layer {name[:200]!r}: expected kept of 0 to {shape[0] * shape[1]}, got {layer['kept']}"
             )
     try:
         _check_meta(value["meta"])
@@ -373,15 +359,11 @@ def _check_mask_header(path: Path, header: dict[str, TensorInfo], shapes: dict[s
         raise ValueError(f"{path}: tensors of no known layer: {sorted(header)[:5]}; save the artifact again")
 
 
-def _check_weight_header(
-    path: Path, header: dict[str, TensorInfo], shapes: dict[str, tuple[int, int]]
-) -> None:
+def _check_weight_header(path: Path, header: dict[str, TensorInfo], shapes: dict[str, tuple[int, int]]) -> None:
     for name, info in header.items():
         layer = name.removesuffix(".weight")
         if layer == name or layer not in shapes:
-            raise ValueError(
-                f"{path}: tensor {name!r} belongs to no layer of {DESCRIPTION}; save the artifact again"
-            )
+            raise ValueError(f"{path}: tensor {name!r} belongs to no layer of {DESCRIPTION}; save the artifact again")
         if info.shape != shapes[layer] or info.dtype not in _WEIGHT_DTYPES:
             raise ValueError(
                 f"{path}: {name}: expected one of {sorted(_WEIGHT_DTYPES)} {shapes[layer]}, got {info.dtype} "

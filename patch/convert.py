@@ -60,8 +60,7 @@ def unpack_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Mo
     names = [name for name, _ in packed_layers(model)]
     if not names:
         raise ValueError(
-            f"expected a model with packed layers, got {type(model).__name__} without one; pack_model makes "
-            "them"
+            f"expected a model with packed layers, got {type(model).__name__} without one; pack_model makes them"
         )
     for name in names:
         linear = model.get_submodule(name).to_linear()
@@ -110,23 +109,18 @@ def _check_masks(model: nn.Module, masks: dict[str, Tensor], dtype: torch.dtype 
             "first, or pass masks="
         )
     if dtype is not None and dtype not in PACKED_DTYPES:
-        raise ValueError(
-            f"expected dtype float16 or bfloat16, got {dtype}; the packed format holds 16-bit weights"
-        )
+        raise ValueError(f"expected dtype float16 or bfloat16, got {dtype}; the packed format holds 16-bit weights")
     modules = dict(model.named_modules())
     shared = _shared_weights(model)
     for name, keep in masks.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             found = "nothing" if linear is None else type(linear).__name__
-            raise ValueError(
-                f"masks: expected an nn.Linear at {name!r}, found {found}; use masks of this model"
-            )
+            raise ValueError(f"masks: expected an nn.Linear at {name!r}, found {found}; use masks of this model")
         _check_keep(name, linear, keep)
         if id(linear.weight) in shared:
             raise ValueError(
-                f"{name}: its weight is shared with another module (tied embeddings?); leave this layer out "
-                "of masks"
+                f"{name}: its weight is shared with another module (tied embeddings?); leave this layer out of masks"
             )
         if dtype is None and linear.weight.dtype not in PACKED_DTYPES:
             raise ValueError(
@@ -135,9 +129,7 @@ def _check_masks(model: nn.Module, masks: dict[str, Tensor], dtype: torch.dtype 
                 "the model"
             )
     if dtype is None and len({modules[name].weight.dtype for name in masks}) > 1:
-        raise ValueError(
-            "expected one dtype for all masked layers, got fp16 and bf16; pass dtype= to cast the model"
-        )
+        raise ValueError("expected one dtype for all masked layers, got fp16 and bf16; pass dtype= to cast the model")
 
 
 def _check_keep(name: str, linear: nn.Linear, keep: Any) -> None:

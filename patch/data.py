@@ -46,9 +46,7 @@ def tokenize(tokenizer: Any, documents: Iterable[str]) -> list[list[int]]:
     return ids
 
 
-def pack_blocks(
-    documents: Iterable[Sequence[int]], block_size: int, *, max_blocks: int | None = None
-) -> Tensor:
+def pack_blocks(documents: Iterable[Sequence[int]], block_size: int, *, max_blocks: int | None = None) -> Tensor:
     """Concatenate token id sequences and cut them into blocks; the incomplete tail is dropped.
 
     returns  (blocks, block_size) int64, at most max_blocks
@@ -64,9 +62,7 @@ def pack_blocks(
             raise TypeError("expected sequences of token ids, got text; tokenize the documents first")
         ids = np.asarray(document)
         if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
-            raise TypeError(
-                f"expected 1-D sequences of integer token ids, got {ids.dtype} of shape {ids.shape}"
-            )
+            raise TypeError(f"expected 1-D sequences of integer token ids, got {ids.dtype} of shape {ids.shape}")
         parts.append(ids.astype(np.int64).reshape(-1))
         total += ids.size
         if wanted is not None and total >= wanted:
@@ -74,8 +70,7 @@ def pack_blocks(
     blocks = min(total if wanted is None else wanted, total) // block_size
     if blocks == 0:
         raise ValueError(
-            f"expected at least one block of {block_size} tokens, got {total} tokens; give more text or a "
-            "smaller block"
+            f"expected at least one block of {block_size} tokens, got {total} tokens; give more text or a smaller block"
         )
     return torch.from_numpy(np.concatenate(parts)[: blocks * block_size]).reshape(blocks, block_size)
 
@@ -151,9 +146,7 @@ def calibration_windows(
     documents = load_documents(source, text_field=text_field)
     named = NAMED_SETS.get(os.fspath(source))
     if named is not None and named.calibration_join is None:
-        windows = sample_windows(
-            documents, nsamples, seqlen, seed, encode=lambda text: tokenize(tokenizer, [text])[0]
-        )
+        windows = sample_windows(documents, nsamples, seqlen, seed, encode=lambda text: tokenize(tokenizer, [text])[0])
     else:
         joined = (LOCAL_JOIN if named is None else named.calibration_join).join(documents)
         windows = sample_joined(tokenize(tokenizer, [joined])[0], nsamples, seqlen, seed)

@@ -34,9 +34,7 @@ ZERO_SHOT_TASKS = (
 _LOSS_CHUNK = 1024
 
 
-def perplexity(
-    model: nn.Module, token_ids: Any, window: int, *, batch_size: int = 1, progress: bool = False
-) -> float:
+def perplexity(model: nn.Module, token_ids: Any, window: int, *, batch_size: int = 1, progress: bool = False) -> float:
     """Perplexity of a causal language model over non-overlapping windows.
 
     token_ids   integers, (tokens,) or (1, tokens); the incomplete last window is dropped
@@ -121,8 +119,7 @@ def format_reports(reports: Mapping[str, Mapping[str, Any]], *, dense: str = "de
     """
     if dense not in reports:
         raise ValueError(
-            f"expected the dense model's report under {dense!r}, got {sorted(reports)}; evaluate the dense "
-            "model too"
+            f"expected the dense model's report under {dense!r}, got {sorted(reports)}; evaluate the dense model too"
         )
     base = reports[dense]
     for label, report in reports.items():
@@ -192,9 +189,7 @@ def zero_shot(
         value = output["results"].get(name, {}).get(metric)
         if value is None:
             found = sorted(output["results"].get(name, {}))
-            raise ValueError(
-                f"task {name}: expected the metric {metric!r}, lm-eval gave {found}; leave the task out"
-            )
+            raise ValueError(f"task {name}: expected the metric {metric!r}, lm-eval gave {found}; leave the task out")
         results[name] = float(value)
     return results | {"average": math.fsum(results.values()) / len(results)}
 
@@ -207,9 +202,7 @@ def lm_eval_model(model: nn.Module, tokenizer: Any, *, batch_size: int = 1) -> A
         raise ImportError("zero-shot evaluation needs lm-eval; run: pip install 'patch-llm[eval]'") from None
     device = str(next(model.parameters()).device)
     length = context_length(model) or DEFAULT_WINDOW
-    return HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length, device=device
-    )
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length, device=device)
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -243,20 +236,14 @@ def _windows(model: nn.Module, token_ids: Any, window: int, batch_size: int) -> 
     if ids.dim() == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids.dim() != 1:
-        raise ValueError(
-            f"expected token ids of shape (tokens,) or (1, tokens), got {tuple(ids.shape)}; join them"
-        )
+        raise ValueError(f"expected token ids of shape (tokens,) or (1, tokens), got {tuple(ids.shape)}; join them")
     if isinstance(window, bool) or not isinstance(window, int) or window < 2:
-        raise ValueError(
-            f"expected a window of at least 2 tokens, got {window!r}; the paper uses {DEFAULT_WINDOW}"
-        )
+        raise ValueError(f"expected a window of at least 2 tokens, got {window!r}; the paper uses {DEFAULT_WINDOW}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size!r}; use 1 when memory is short")
     limit = context_length(model)
     if limit is not None and window > limit:
-        raise ValueError(
-            f"expected a window of at most {limit} (the model's context), got {window}; use {limit}"
-        )
+        raise ValueError(f"expected a window of at most {limit} (the model's context), got {window}; use {limit}")
     if len(ids) < window:
         raise ValueError(
             f"expected at least one window of {window} tokens, got {len(ids)} tokens; give more text or a "

@@ -33,8 +33,7 @@ def save_dense(
         _save(model, tokenizer, directory, max_shard_size)
         if "quantization_config" in read_json(directory / "config.json"):
             raise ValueError(
-                "expected a dense model, its config has a quantization_config of another method; dequantize "
-                "it first"
+                "expected a dense model, its config has a quantization_config of another method; dequantize it first"
             )
 
     write_folder(path, write)

@@ -101,9 +101,7 @@ def learn_mask(
         raise ValueError(
             "wandb: expected the package to be installed, it is not; pip install wandb or pass wandb=False"
         )
-    blocks = _blocks(
-        tokenizer, train_data, sequence_length, {k: v for k, v in options.items() if k in _DATA_OPTIONS}
-    )
+    blocks = _blocks(tokenizer, train_data, sequence_length, {k: v for k, v in options.items() if k in _DATA_OPTIONS})
     config.total_steps(blocks.shape[0])
 
     from transformers import AutoModelForCausalLM
@@ -146,18 +144,14 @@ def config_from_mask_args(mask_args: Mapping[str, Any] | Any, **overrides: Any) 
         )
     for key in ("learnable_mask", "joint_optim", "mask_llm"):
         if not isinstance(given.get(key, False), bool):
-            raise ValueError(
-                f"mask_args[{key!r}]: expected True or False, got {given[key]!r}; write a Python bool"
-            )
+            raise ValueError(f"mask_args[{key!r}]: expected True or False, got {given[key]!r}; write a Python bool")
     if given.get("learnable_mask") is False:
         raise ValueError(
             "mask_args['learnable_mask']: expected True or no such key, got False; do not call learn_mask to "
             "keep the one-shot mask"
         )
     if given.get("mask_llm") and given.get("joint_optim"):
-        raise ValueError(
-            "mask_args: expected mask_llm or joint_optim, got both True; mask_llm has no tiles, drop one"
-        )
+        raise ValueError("mask_args: expected mask_llm or joint_optim, got both True; mask_llm has no tiles, drop one")
     optimizer = given.get("optimizer", _OPTIMIZERS[0])
     if optimizer not in _OPTIMIZERS:
         raise ValueError(
@@ -173,8 +167,7 @@ def config_from_mask_args(mask_args: Mapping[str, Any] | Any, **overrides: Any) 
     sparsity = given.get("target_sparsity_ratio", DEFAULT_SPARSITY)
     if not isinstance(sparsity, (int, float)) or isinstance(sparsity, bool):
         raise ValueError(
-            f"mask_args['target_sparsity_ratio']: expected a share of zeros from 0 to 0.5, got {sparsity!r}; "
-            "write 0.45"
+            f"mask_args['target_sparsity_ratio']: expected a share of zeros from 0 to 0.5, got {sparsity!r}; write 0.45"
         )
     return LearnConfig.from_preset(mode, sparsity, **values)
 
@@ -198,15 +191,12 @@ def _sequence_length(mask_args: Mapping[str, Any] | Any) -> int:
     length = _as_dict(mask_args).get("fine_tuning_sequence_length", DEFAULT_SEQUENCE_LENGTH)
     if not isinstance(length, int) or isinstance(length, bool) or length < 2:
         raise ValueError(
-            f"mask_args['fine_tuning_sequence_length']: expected an integer >= 2, got {length!r}; the paper "
-            "uses 4096"
+            f"mask_args['fine_tuning_sequence_length']: expected an integer >= 2, got {length!r}; the paper uses 4096"
         )
     return length
 
 
-def _read_compressed(
-    compressed_model: nn.Module, config: LearnConfig
-) -> tuple[dict[str, Tensor], dict | None]:
+def _read_compressed(compressed_model: nn.Module, config: LearnConfig) -> tuple[dict[str, Tensor], dict | None]:
     """Explicit keep masks and tile scores of the one-shot model; never read off the zeros of its weights."""
     if not isinstance(compressed_model, nn.Module):
         raise TypeError(
@@ -246,9 +236,7 @@ def _blocks(tokenizer: Any, train_data: Any, sequence_length: int, options: dict
 
     limit = getattr(tokenizer, "model_max_length", None)
     if isinstance(limit, int) and limit < sequence_length:
-        logger.warning(
-            "fine_tuning_sequence_length %d cut to the tokenizer's limit %d", sequence_length, limit
-        )
+        logger.warning("fine_tuning_sequence_length %d cut to the tokenizer's limit %d", sequence_length, limit)
         sequence_length = limit
     if train_data is None:
         train_data = DEFAULT_TRAIN_DATA

@@ -45,9 +45,7 @@ def write_folder(path: str | os.PathLike, write: Callable[[Path], None]) -> None
     """
     target = Path(os.path.abspath(path))
     if not target.name:
-        raise ValueError(
-            f"expected a path for a new folder, got the root {target}; choose a folder inside it"
-        )
+        raise ValueError(f"expected a path for a new folder, got the root {target}; choose a folder inside it")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _only_writer(target):
         resolve_folder(target, must_exist=False)
@@ -76,9 +74,7 @@ def resolve_folder(path: str | os.PathLike, *, must_exist: bool = True) -> Path:
             for aside, _ in sorted(asides, key=lambda item: item[0].stat().st_mtime, reverse=True):
                 if not (aside / MANIFEST).is_file():
                     continue
-                logger.warning(
-                    "%s was being replaced when its writer stopped; using the earlier copy", target
-                )
+                logger.warning("%s was being replaced when its writer stopped; using the earlier copy", target)
                 try:
                     os.rename(aside, target)
                 except OSError:
@@ -104,9 +100,7 @@ def verify_folder(path: str | os.PathLike) -> dict[str, Any]:
     for name in sorted(listed.keys() - present):
         raise ValueError(f"{folder / name}: listed in {MANIFEST} but missing; copy the whole folder again")
     for name in sorted(present - listed.keys()):
-        raise ValueError(
-            f"{folder / name}: not listed in {MANIFEST}; remove the file or save the folder again"
-        )
+        raise ValueError(f"{folder / name}: not listed in {MANIFEST}; remove the file or save the folder again")
     for name, entry in listed.items():
         size = os.lstat(folder / name).st_size
         if size != entry["size"]:
@@ -117,8 +111,7 @@ def verify_folder(path: str | os.PathLike) -> dict[str, Any]:
     for name, entry in listed.items():
         if file_sha256(folder / name) != entry["sha256"]:
             raise ValueError(
-                f"{folder / name}: SHA-256 differs from {MANIFEST}; the file was changed, copy or save it "
-                "again"
+                f"{folder / name}: SHA-256 differs from {MANIFEST}; the file was changed, copy or save it again"
             )
     return manifest
 
@@ -198,9 +191,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     files = manifest.get("files")
     if set(manifest) != {"format", "version", "files"} or not isinstance(files, dict):
-        raise ValueError(
-            f"{path}: expected the keys format, version, files, got {sorted(manifest)}; save it again"
-        )
+        raise ValueError(f"{path}: expected the keys format, version, files, got {sorted(manifest)}; save it again")
     if not 0 < len(files) <= MAX_FILES:
         raise ValueError(f"{path}: expected 1 to {MAX_FILES} files, got {len(files)}; save it again")
     for name, entry in files.items():
@@ -216,9 +207,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
     if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
         raise ValueError(f"{path}: expected size and sha256 for {name!r}; save the folder again")
     if not is_count(entry["size"]):
-        raise ValueError(
-            f"{path}: expected a size of 0 to 2^63-1 for {name!r}, got {str(entry['size'])[:40]}"
-        )
+        raise ValueError(f"{path}: expected a size of 0 to 2^63-1 for {name!r}, got {str(entry['size'])[:40]}")
     if not isinstance(entry["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
         raise ValueError(f"{path}: expected a SHA-256 of 64 hex digits for {name!r}; save the folder again")
 
@@ -253,9 +242,7 @@ def _read_regular(path: Path, limit: int) -> bytes:
     with open(_open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise ValueError(
-                f"{path}: expected at most {limit} bytes, found {size}; this is not a file we wrote"
-            )
+            raise ValueError(f"{path}: expected at most {limit} bytes, found {size}; this is not a file we wrote")
         return file.read(limit)
 
 
@@ -264,15 +251,12 @@ def _refuse_foreign_target(target: Path) -> None:
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
-        raise ValueError(
-            f"{target}: expected a new path or a folder, found a file or link; choose another path"
-        )
+        raise ValueError(f"{target}: expected a new path or a folder, found a file or link; choose another path")
     if not os.listdir(target):
         return
     if not (target / MANIFEST).is_file():
         raise ValueError(
-            f"{target}: expected a new or empty folder or one written before, found other files; choose "
-            "another path"
+            f"{target}: expected a new or empty folder or one written before, found other files; choose another path"
         )
     try:
         listed = set(_read_manifest(target)["files"])
@@ -281,8 +265,7 @@ def _refuse_foreign_target(target: Path) -> None:
         return  # ours but damaged: may be replaced
     if foreign:
         raise ValueError(
-            f"{target}: expected only files written before, found also {sorted(foreign)[:5]}; move them away "
-            "first"
+            f"{target}: expected only files written before, found also {sorted(foreign)[:5]}; move them away first"
         )
 
 
@@ -290,9 +273,7 @@ def _siblings(target: Path, kind: str) -> list[tuple[Path, int]]:
     """(path, pid) of the directories NAME.<kind>-<pid> beside the target."""
     pattern = re.compile(re.escape(f"{target.name}.{kind}-") + r"(\d{1,10})")
     found = ((target.parent / name, pattern.fullmatch(name)) for name in os.listdir(target.parent))
-    return [
-        (path, int(match[1])) for path, match in found if match and path.is_dir() and not path.is_symlink()
-    ]
+    return [(path, int(match[1])) for path, match in found if match and path.is_dir() and not path.is_symlink()]
 
 
 def _remove_stale(target: Path) -> None:

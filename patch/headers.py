@@ -67,9 +67,7 @@ def read_header(path: str | os.PathLike) -> dict[str, TensorInfo]:
     try:
         header = parse_json(data)
     except ValueError as error:
-        raise ValueError(
-            f"{path}: safetensors header is not valid JSON ({error}); copy the file again"
-        ) from None
+        raise ValueError(f"{path}: safetensors header is not valid JSON ({error}); copy the file again") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: expected a JSON object as safetensors header; copy the file again")
     metadata = header.pop("__metadata__", {})
@@ -108,9 +106,7 @@ def _check_tensor(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, i
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(f"{where}: unknown dtype {str(dtype)[:40]!r}, expected one of {sorted(ITEM_BYTES)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(is_count, shape)):
-        raise ValueError(
-            f"{where}: expected a shape of at most {MAX_DIMENSIONS} sizes >= 0, got {str(shape)[:80]}"
-        )
+        raise ValueError(f"{where}: expected a shape of at most {MAX_DIMENSIONS} sizes >= 0, got {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
         raise ValueError(f"{where}: expected two data offsets >= 0, got {str(offsets)[:80]}")
     nbytes = ITEM_BYTES[dtype]

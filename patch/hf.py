@@ -57,9 +57,7 @@ class PatchConfig(QuantizationConfigMixin):
         **unknown: Any,
     ):
         if quant_method != METHOD:
-            raise ValueError(
-                f"quantization_config: expected quant_method {METHOD!r}, got {str(quant_method)[:80]!r}"
-            )
+            raise ValueError(f"quantization_config: expected quant_method {METHOD!r}, got {str(quant_method)[:80]!r}")
         if not is_count(format_version) or format_version != FORMAT_VERSION:
             raise ValueError(
                 f"quantization_config: expected format_version {FORMAT_VERSION}, got "
@@ -67,9 +65,7 @@ class PatchConfig(QuantizationConfigMixin):
                 "was written by another version of patch-llm, install that one or export again"
             )
         if unknown:
-            raise ValueError(
-                f"quantization_config: unknown keys {sorted(unknown)[:5]}; export the model again"
-            )
+            raise ValueError(f"quantization_config: unknown keys {sorted(unknown)[:5]}; export the model again")
         if not isinstance(tile, list | tuple) or list(tile) != [TILE, TILE] or not all(map(is_count, tile)):
             raise ValueError(f"quantization_config: expected tile [{TILE}, {TILE}], got {str(tile)[:80]}")
         if not isinstance(layers, Mapping) or not 0 < len(layers) <= MAX_LAYERS:
@@ -98,9 +94,7 @@ class PatchHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                "expected a device_map without 'disk', packed layers cannot be offloaded; use cpu or cuda"
-            )
+            raise ValueError("expected a device_map without 'disk', packed layers cannot be offloaded; use cpu or cuda")
 
     def _process_model_before_weight_loading(
         self,
@@ -237,17 +231,11 @@ def check_files(files: Sequence[str | os.PathLike], config: PatchConfig) -> None
         _check_tensor(where, f"{name}.payload", tensors, "U8", (layer["payload_bytes"],))
         _check_tensor(where, f"{name}.tile_is_sparse", tensors, "U8", tuple(grid))
         if layer["bias"]:
-            _check_tensor(
-                where, f"{name}.bias", tensors, _HEADER_DTYPES[layer["dtype"]], (layer["out_features"],)
-            )
+            _check_tensor(where, f"{name}.bias", tensors, _HEADER_DTYPES[layer["dtype"]], (layer["out_features"],))
         elif f"{name}.bias" in tensors:
-            raise ValueError(
-                f"{where}: {name}.bias is present, config.json says the layer has none; export again"
-            )
+            raise ValueError(f"{where}: {name}.bias is present, config.json says the layer has none; export again")
         if f"{name}.weight" in tensors:
-            raise ValueError(
-                f"{where}: {name} has a dense weight beside the packed one; export the model again"
-            )
+            raise ValueError(f"{where}: {name} has a dense weight beside the packed one; export the model again")
 
 
 def _check_tensor(
@@ -267,9 +255,7 @@ def _check_layer(name: Any, layer: Any) -> None:
         raise ValueError(f"{where}: expected a module path such as model.layers.0.mlp.up_proj")
     if not isinstance(layer, Mapping) or set(layer) != _LAYER_KEYS:
         got = sorted(map(str, layer))[:10] if isinstance(layer, Mapping) else type(layer).__name__
-        raise ValueError(
-            f"{where}: expected the keys {sorted(_LAYER_KEYS)}, got {got}; export the model again"
-        )
+        raise ValueError(f"{where}: expected the keys {sorted(_LAYER_KEYS)}, got {got}; export the model again")
     for key in ("out_features", "in_features"):
         if not is_count(layer[key]) or not 0 < layer[key] < 1 << 31:
             raise ValueError(f"{where}: expected {key} of 1 to 2^31-1, got {str(layer[key])[:40]!r}")
@@ -328,9 +314,7 @@ def _check_loaded(name: str, layer: Mapping[str, Any], module: TiledLinear | Non
     flags = module.tile_is_sparse
     grid = tuple(tile_grid((module.out_features, module.in_features)))
     if tuple(flags.shape) != grid or flags.dtype != torch.uint8 or int(flags.max()) > 1:
-        raise ValueError(
-            f"{name}: expected tile_is_sparse of 0 and 1 with shape {grid}; the file was damaged"
-        )
+        raise ValueError(f"{name}: expected tile_is_sparse of 0 and 1 with shape {grid}; the file was damaged")
     expected = payload_bytes(flags.bool())
     if module.payload.numel() != layer["payload_bytes"] or expected != layer["payload_bytes"]:
         raise ValueError(
@@ -349,9 +333,7 @@ def _check_loaded(name: str, layer: Mapping[str, Any], module: TiledLinear | Non
 def _check_folder(folder: Path) -> None:
     """What transformers would answer with an obscure error, or follow out of the folder."""
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: expected config.json of a model, found none; give a folder made by export"
-        )
+        raise FileNotFoundError(f"{folder}: expected config.json of a model, found none; give a folder made by export")
     config = read_json(Path(os.path.realpath(folder / "config.json")))
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'}: expected a JSON object; export the model again")
@@ -365,9 +347,7 @@ def _check_folder(folder: Path) -> None:
         shards = set(weight_map.values())
     for shard in sorted(shards):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(
-                f"{index}: expected plain names of safetensors files, got {shard[:200]!r}; do not load it"
-            )
+            raise ValueError(f"{index}: expected plain names of safetensors files, got {shard[:200]!r}; do not load it")
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{folder / shard}: missing; copy the whole folder again")
         read_header(os.path.realpath(folder / shard))

@@ -27,9 +27,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(
-                f"Schedule: expected at least 1 step, got {self.steps}; use the number of optimiser steps"
-            )
+            raise ValueError(f"Schedule: expected at least 1 step, got {self.steps}; use the number of optimiser steps")
 
     def at(self, step: int) -> float:
         """Value at an optimiser step; the first step is 0."""
@@ -151,9 +149,7 @@ class LearnConfig:
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or len(value) != 2:
                 raise ValueError(f"{name}: expected two values, got {value!r}; for example {_default(name)}")
-            object.__setattr__(
-                self, name, tuple(value)
-            )  # files give lists; a frozen config must stay hashable
+            object.__setattr__(self, name, tuple(value))  # files give lists; a frozen config must stay hashable
         self._check_types()
         self._check_choices()
         self._check_numbers()
@@ -168,9 +164,7 @@ class LearnConfig:
         raises    ValueError for an unknown preset, a missing or impossible sparsity, unknown overrides.
         """
         if name not in MODES:
-            raise ValueError(
-                f"preset: expected one of {', '.join(MODES)}, got {name!r}; use 'joint' for best quality"
-            )
+            raise ValueError(f"preset: expected one of {', '.join(MODES)}, got {name!r}; use 'joint' for best quality")
         unknown = sorted(set(overrides) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(
@@ -179,9 +173,7 @@ class LearnConfig:
             )
         if sparsity is None:
             if name != "mask_llm":
-                raise ValueError(
-                    f"preset {name}: expected a target sparsity of 0 to 0.5, got none; 0.45 is common"
-                )
+                raise ValueError(f"preset {name}: expected a target sparsity of 0 to 0.5, got none; 0.45 is common")
             sparsity = 0.5
         values: dict[str, Any] = {"mode": name, "target_sparsity": sparsity} | _PRESETS[name]
         if name == "joint":
@@ -236,9 +228,7 @@ class LearnConfig:
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}; choose one"
-                )
+                raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}; choose one")
         if self.mode == "mask_llm" and self.target_sparsity != 0.5:
             raise ValueError(
                 "target_sparsity: expected 0.5 with mode mask_llm (2:4 everywhere), got "
@@ -258,25 +248,18 @@ class LearnConfig:
             )
         for name in ("lr", "eps", "init_std"):
             if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"{name}: expected a number > 0, got {getattr(self, name)}; try {_default(name)}"
-                )
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}; try {_default(name)}")
         for name in (*_NOT_NEGATIVE, "seed"):
             if getattr(self, name) < 0:
-                raise ValueError(
-                    f"{name}: expected a number >= 0, got {getattr(self, name)}; 0 switches it off"
-                )
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}; 0 switches it off")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(
-                f"betas: expected two numbers in [0, 1), got {self.betas}; the paper uses (0.9, 0.95)"
-            )
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}; the paper uses (0.9, 0.95)")
         if self.min_lr_ratio > 1:
             raise ValueError(f"min_lr_ratio: expected 0 to 1, got {self.min_lr_ratio}; 0 decays to nothing")
         for name in _SCHEDULES:
             if min(getattr(self, name)) <= 0:
                 raise ValueError(
-                    f"{name}: expected (start, end) values > 0, got {getattr(self, name)}; for example "
-                    f"{_default(name)}"
+                    f"{name}: expected (start, end) values > 0, got {getattr(self, name)}; for example {_default(name)}"
                 )
 
     def _check_batches(self) -> None:
@@ -289,9 +272,7 @@ class LearnConfig:
             "log_steps",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}: expected an integer >= 1, got {getattr(self, name)}; try {_default(name)}"
-                )
+                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}; try {_default(name)}")
         self.accumulation_steps()
 
 

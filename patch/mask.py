@@ -53,8 +53,7 @@ def sample_pattern_mask(
     rows, columns = _check_shape(shape)
     if columns % 4:
         raise ValueError(
-            f"2:4 patterns: expected K to be a multiple of 4, got weight shape {tuple(shape)}; exclude this "
-            "layer"
+            f"2:4 patterns: expected K to be a multiple of 4, got weight shape {tuple(shape)}; exclude this layer"
         )
     _check_tensor("pattern logits", logits, (rows * columns // 4, 6))
     _check_temperature(temperature)
@@ -136,8 +135,7 @@ def harden(
     else:
         if columns % 4:
             raise ValueError(
-                f"harden: expected K to be a multiple of 4, got weight shape {tuple(shape)}; exclude this "
-                "layer"
+                f"harden: expected K to be a multiple of 4, got weight shape {tuple(shape)}; exclude this layer"
             )
         _check_tensor("pattern logits", pattern, (rows * columns // 4, 6))
         keep = PATTERNS.to(pattern.device)[pattern.argmax(1)].reshape(rows, columns)
@@ -152,9 +150,7 @@ def tile_grid(tile: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
     """(rows, cols) of the tile grid of a weight, edge tiles included. raises ValueError for sizes < 1."""
     rows, columns = _check_shape(shape)
     if len(tile) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in tile):
-        raise ValueError(
-            f"tile: expected two positive integers (rows, columns), got {tuple(tile)}; use (128, 128)"
-        )
+        raise ValueError(f"tile: expected two positive integers (rows, columns), got {tuple(tile)}; use (128, 128)")
     return -(-rows // tile[0]), -(-columns // tile[1])
 
 
@@ -170,8 +166,7 @@ def tile_counts(keep: Tensor, tile: tuple[int, int]) -> Tensor:
     """Number of kept weights in each tile of a bool (N, K) mask: int64 (rows, cols)."""
     if keep.dtype != torch.bool or keep.dim() != 2:
         raise ValueError(
-            f"tile_counts: expected a bool (N, K) keep mask, got {keep.dtype} {tuple(keep.shape)}; masks are "
-            "explicit"
+            f"tile_counts: expected a bool (N, K) keep mask, got {keep.dtype} {tuple(keep.shape)}; masks are explicit"
         )
     rows, cols = tile_grid(tile, tuple(keep.shape))
     padding = (0, cols * tile[1] - keep.shape[1], 0, rows * tile[0] - keep.shape[0])
@@ -199,9 +194,7 @@ def exact_budget(tile_logits: Sequence[Tensor], gains: Sequence[Tensor], budget:
                  than one tile.
     raises       ValueError for mismatched grids or a negative budget.
     """
-    if len(tile_logits) != len(gains) or any(
-        a.shape != b.shape for a, b in zip(tile_logits, gains, strict=True)
-    ):
+    if len(tile_logits) != len(gains) or any(a.shape != b.shape for a, b in zip(tile_logits, gains, strict=True)):
         raise ValueError(
             "exact_budget: expected one grid of gains per grid of logits and equal shapes, got "
             f"{[tuple(t.shape) for t in tile_logits]} and {[tuple(t.shape) for t in gains]}; compute both "
@@ -240,9 +233,7 @@ def _compute_dtype(tensor: Tensor) -> Tensor:
 
 def _check_shape(shape: tuple[int, int]) -> tuple[int, int]:
     if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(
-            f"weight shape: expected (N, K) with N, K >= 1, got {tuple(shape)}; pass a 2-D weight's shape"
-        )
+        raise ValueError(f"weight shape: expected (N, K) with N, K >= 1, got {tuple(shape)}; pass a 2-D weight's shape")
     return int(shape[0]), int(shape[1])
 
 
@@ -256,6 +247,4 @@ def _check_tensor(what: str, tensor: Tensor, shape: Sequence[int]) -> None:
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0 or not math.isfinite(temperature):
-        raise ValueError(
-            f"temperature: expected a finite number > 0, got {temperature}; the paper ends at 0.05"
-        )
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}; the paper ends at 0.05")

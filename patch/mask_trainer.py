@@ -30,9 +30,7 @@ class MaskTrainer(Trainer):
     Checkpoints are safetensors and JSON, complete or absent, instead of Trainer's pickles written in place.
     """
 
-    def __init__(
-        self, model, dataset, layers, *, metrics, arguments, identity, callbacks=(), progress=True
-    ) -> None:
+    def __init__(self, model, dataset, layers, *, metrics, arguments, identity, callbacks=(), progress=True) -> None:
         self.layers, self.config, self.metrics_log, self.identity = layers, layers.config, metrics, identity
         self._logits = layers.parameters()
         steps = arguments.max_steps
@@ -164,9 +162,7 @@ class MaskTrainer(Trainer):
         device = self.args.device
         states = training_state.random_states(device)
         if self.args.world_size > 1:
-            states = {
-                name: self.accelerator.gather(value.to(device)[None]).cpu() for name, value in states.items()
-            }
+            states = {name: self.accelerator.gather(value.to(device)[None]).cpu() for name, value in states.items()}
         else:
             states = {name: value[None] for name, value in states.items()}
         if not self.is_world_process_zero():
@@ -188,9 +184,7 @@ class MaskTrainer(Trainer):
         """Trainer.save_model would write the whole frozen model; the masks are saved by `learn`."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        loaded = training_state.load_tensors(
-            Path(resume_from_checkpoint, training_state.LOGITS), self._logits
-        )
+        loaded = training_state.load_tensors(Path(resume_from_checkpoint, training_state.LOGITS), self._logits)
         with torch.no_grad():
             for name, logits in self._logits.items():
                 logits.copy_(loaded[name])
@@ -225,9 +219,7 @@ class Objective:
         self.config = config = layers.config
         masked = list(layers.layers.values())
         device = masked[0].weight.device
-        self.elems = torch.tensor(
-            [layer.weight.numel() for layer in masked], dtype=torch.float64, device=device
-        )
+        self.elems = torch.tensor([layer.weight.numel() for layer in masked], dtype=torch.float64, device=device)
         norms = [layer.weight.detach().double().square().sum() for layer in masked]
         self.squared_norms = torch.stack(norms).to(device)
         groups = layers.block_of_layer if config.layer_target else [0] * len(masked)

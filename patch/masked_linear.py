@@ -75,9 +75,7 @@ class MaskedLinear(nn.Module):
                 "MaskedLinear: expected pattern_logits or fixed_keep, got both or neither; give exactly one"
             )
         if pattern_logits is None and tile_logits is None:
-            raise ValueError(
-                "MaskedLinear: expected logits to train, got a fixed mask without tile_logits; add them"
-            )
+            raise ValueError("MaskedLinear: expected logits to train, got a fixed mask without tile_logits; add them")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.index, self.tile, self.state = index, tile, state
@@ -209,9 +207,7 @@ class MaskedLayers:
             logits = [layer.tile_logits for layer in self.layers.values()]
             chosen = dict(zip(self.layers, exact_budget(logits, gains, budget), strict=True))
         hardened = {name: layer.harden(chosen.get(name)) for name, layer in self.layers.items()}
-        return {name: pair[0] for name, pair in hardened.items()}, {
-            name: pair[1] for name, pair in hardened.items()
-        }
+        return {name: pair[0] for name, pair in hardened.items()}, {name: pair[1] for name, pair in hardened.items()}
 
     @staticmethod
     def _gain(layer: MaskedLinear) -> Tensor:
@@ -245,9 +241,7 @@ def initial_logits(
             # The nominal deviation: a layer has few tiles, so the sample's is noisy, and undefined for one
             # tile.
             target = 1.0 - config.target_sparsity
-            tile = tile_prior(
-                tile, scores.to(device), target, config.tile_prior_strength, std=config.init_std
-            )
+            tile = tile_prior(tile, scores.to(device), target, config.tile_prior_strength, std=config.init_std)
     return pattern, tile
 
 

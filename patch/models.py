@@ -73,8 +73,7 @@ def set_keep_mask(linear: nn.Linear, keep: torch.Tensor) -> None:
     """
     if not isinstance(linear, nn.Linear):
         raise TypeError(
-            f"set_keep_mask expected an nn.Linear, got {type(linear).__name__}. Convert packed layers back "
-            "first."
+            f"set_keep_mask expected an nn.Linear, got {type(linear).__name__}. Convert packed layers back first."
         )
     _check_keep(keep, linear, "the layer")
     linear.register_buffer("keep_mask", keep.to(linear.weight.device), persistent=False)
@@ -90,9 +89,7 @@ def keep_masks(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def apply_keep_masks(
-    model: nn.Module, masks: Mapping[str, torch.Tensor], *, exclude: Sequence[str] = ()
-) -> None:
+def apply_keep_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, exclude: Sequence[str] = ()) -> None:
     """Zero the weights that `masks` prunes, in place, and attach the masks.
 
     masks    {module path: (N, K) bool}; the names must be those of `maskable_linears(model, exclude)`.
@@ -119,9 +116,7 @@ def apply_keep_masks(
 def measured_sparsity(masks: Mapping[str, torch.Tensor]) -> float:
     """Share of pruned weights over all masks together, 0..1, from exact counts."""
     if not masks:
-        raise ValueError(
-            "expected at least one keep mask, got none. Prune or learn first, or pass keep_masks(model)."
-        )
+        raise ValueError("expected at least one keep mask, got none. Prune or learn first, or pass keep_masks(model).")
     for name, keep in masks.items():
         if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool:
             raise TypeError(f"expected bool keep masks, got {_kind(keep)} for '{name}'. Use keep.bool().")
@@ -180,9 +175,7 @@ def _embedding_weights(model: nn.Module) -> list[torch.Tensor]:
 
 def _check_patterns(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
     if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
-        raise TypeError(
-            f'expected exclude as a list of patterns, got {exclude!r}. Write exclude=["*.k_proj"].'
-        )
+        raise TypeError(f'expected exclude as a list of patterns, got {exclude!r}. Write exclude=["*.k_proj"].')
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -22,9 +22,7 @@ PRIOR_MODES = ("add", "overwrite")
 
 
 @torch.no_grad()
-def pattern_prior(
-    raw: Tensor, keep: Tensor, strength: float, *, std: float | None = None, mode: str = "add"
-) -> Tensor:
+def pattern_prior(raw: Tensor, keep: Tensor, strength: float, *, std: float | None = None, mode: str = "add") -> Tensor:
     """2:4 logits that favour a given keep mask: (overlap - 1) * std * strength per pattern.
 
     raw       (G, 6) random draw.
@@ -38,9 +36,7 @@ def pattern_prior(
     raises    ValueError for shapes that do not match, a non-bool mask, a negative strength, an unknown mode.
     """
     if raw.dim() != 2 or raw.shape[1] != 6:
-        raise ValueError(
-            f"pattern_prior: expected raw logits (groups, 6), got {tuple(raw.shape)}; draw them per group"
-        )
+        raise ValueError(f"pattern_prior: expected raw logits (groups, 6), got {tuple(raw.shape)}; draw them per group")
     _check_keep("pattern_prior", keep)
     if keep.numel() != 4 * raw.shape[0] or keep.shape[1] % 4:
         raise ValueError(
@@ -84,9 +80,7 @@ def tile_prior(
         )
     _check_strength("tile_prior", strength)
     if tile_scores.isnan().any():
-        raise ValueError(
-            "tile_prior: expected finite tile scores, got NaN; compute them again from a keep mask"
-        )
+        raise ValueError("tile_prior: expected finite tile scores, got NaN; compute them again from a keep mask")
     if strength == 0:
         return raw.clone()
     dense_tiles = round(2 * raw.numel() * (density - 0.5))
@@ -108,9 +102,7 @@ def _deviation(raw: Tensor, std: float | None) -> float:
     """The given standard deviation, else the sample's; a single value has none (torch.std is NaN)."""
     if std is not None:
         if not std > 0 or not math.isfinite(std):
-            raise ValueError(
-                f"std: expected a finite number > 0, got {std}; leave it out to use the sample's"
-            )
+            raise ValueError(f"std: expected a finite number > 0, got {std}; leave it out to use the sample's")
         return std
     if raw.numel() < 2:
         return NOMINAL_STD

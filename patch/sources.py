@@ -115,14 +115,10 @@ def load_documents(
         documents = _load_named(name, split or "train", limit)
     else:
         if split is not None:
-            raise ValueError(
-                f"expected no split for the local file {name}, got {split!r}; give the file of that split"
-            )
+            raise ValueError(f"expected no split for the local file {name}, got {split!r}; give the file of that split")
         documents = _load_local(Path(name), text_field or "text", limit)
     if not any(document.strip() for document in documents):
-        raise ValueError(
-            f"{name}: expected text, found only empty documents; check the file and its text field"
-        )
+        raise ValueError(f"{name}: expected text, found only empty documents; check the file and its text field")
     return documents
 
 
@@ -134,9 +130,7 @@ def _load_local(path: Path, text_field: str, limit: int | None) -> list[str]:
             "which is no file; check the path"
         )
     if path.suffix not in LOCAL_SUFFIXES:
-        raise ValueError(
-            f"{path}: expected a file ending in {', '.join(LOCAL_SUFFIXES)}; rename or convert it"
-        )
+        raise ValueError(f"{path}: expected a file ending in {', '.join(LOCAL_SUFFIXES)}; rename or convert it")
     if path.suffix == ".parquet":
         return _load_parquet(path, text_field, limit)
     try:
@@ -209,9 +203,7 @@ def _load_named(name: str, split: str, limit: int | None) -> list[str]:
     try:
         import datasets
     except ImportError:
-        raise ImportError(
-            f"the named set {name!r} needs the datasets package; run: pip install datasets"
-        ) from None
+        raise ImportError(f"the named set {name!r} needs the datasets package; run: pip install datasets") from None
     try:
         rows = datasets.load_dataset(named.hub_id, named.config, **named.splits[split])
     except Exception as error:

@@ -82,13 +82,9 @@ def learn(
     """
     linears = maskable_linears(model, exclude)
     if resume and output_dir is None:
-        raise ValueError(
-            "resume: expected an output_dir to resume from, got none; pass the folder of the earlier run"
-        )
+        raise ValueError("resume: expected an output_dir to resume from, got none; pass the folder of the earlier run")
     check_inputs(model, train_blocks, config, linears, prior_masks, tile_scores)
-    world_size, rank = (
-        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0))
-    )
+    world_size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     config.accumulation_steps(world_size)
     if prior_masks is None and config.pattern_prior_strength > 0:
         logger.info("no prior_masks given: the 2:4 logits start from the random draw alone")
@@ -252,11 +248,7 @@ def _is_checkpointing(model: nn.Module) -> bool:
 def _set_checkpointing(model: nn.Module, enabled: bool) -> None:
     # transformers 5.20 renamed the methods of activation checkpointing; the older name goes away in version
     # 6.
-    name = (
-        "activation_checkpointing"
-        if hasattr(model, "activation_checkpointing_enable")
-        else "gradient_checkpointing"
-    )
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
     if enabled:
         # Reentrant checkpointing needs an input with gradient, which frozen embeddings do not give.
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
@@ -303,12 +295,8 @@ def _save_result(folder: Path, result: LearnResult, config: LearnConfig, identit
         "soft_density": result.soft_density,
         "run": identity,
     }
-    save_artifact(
-        folder / training_state.RESULT, result.masks, meta=meta, tile_is_sparse=result.tile_is_sparse
-    )
+    save_artifact(folder / training_state.RESULT, result.masks, meta=meta, tile_is_sparse=result.tile_is_sparse)
 
 
-def _ordered(
-    tensors: Mapping[str, Tensor] | None, linears: Mapping[str, nn.Linear]
-) -> dict[str, Tensor] | None:
+def _ordered(tensors: Mapping[str, Tensor] | None, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor] | None:
     return None if tensors is None else {name: tensors[name] for name in linears}

@@ -24,8 +24,7 @@ def check_inputs(
     """raises TypeError or ValueError with what was expected, what came and what to do."""
     if not isinstance(config, LearnConfig):
         raise TypeError(
-            f"config: expected a LearnConfig, got {type(config).__name__}; use "
-            "LearnConfig.from_preset('joint', 0.45)"
+            f"config: expected a LearnConfig, got {type(config).__name__}; use LearnConfig.from_preset('joint', 0.45)"
         )
     _check_model(linears)
     _check_blocks(model, blocks, config)
@@ -63,8 +62,7 @@ def _check_model(linears: Mapping[str, nn.Linear]) -> None:
             )
         if not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(
-                f"model: expected finite weights, got NaN or infinity in {name}; load the dense checkpoint "
-                "again"
+                f"model: expected finite weights, got NaN or infinity in {name}; load the dense checkpoint again"
             )
         if getattr(linear, "keep_mask", None) is not None and not bool(linear.keep_mask.all()):
             raise ValueError(
@@ -76,9 +74,7 @@ def _check_model(linears: Mapping[str, nn.Linear]) -> None:
 def _check_blocks(model: nn.Module, blocks: Tensor, config: LearnConfig) -> None:
     if not isinstance(blocks, Tensor) or blocks.dtype != torch.int64:
         got = f"a {blocks.dtype} tensor" if isinstance(blocks, Tensor) else type(blocks).__name__
-        raise TypeError(
-            f"train_blocks: expected an int64 tensor of token ids, got {got}; use patch.data.pack_blocks"
-        )
+        raise TypeError(f"train_blocks: expected an int64 tensor of token ids, got {got}; use patch.data.pack_blocks")
     if blocks.dim() != 2 or blocks.shape[0] < 1 or blocks.shape[1] < 2:
         raise ValueError(
             "train_blocks: expected shape (blocks, tokens) with at least 2 tokens, got "
@@ -117,9 +113,7 @@ def _check_names(what: str, tensors: Mapping[str, Tensor], linears: Mapping[str,
 def _check_mask(name: str, keep: Tensor, linear: nn.Linear, *, exact: bool) -> None:
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
         got = f"a {keep.dtype} tensor" if isinstance(keep, Tensor) else type(keep).__name__
-        raise TypeError(
-            f"prior_masks: expected a bool keep mask for {name}, got {got}; masks are explicit booleans"
-        )
+        raise TypeError(f"prior_masks: expected a bool keep mask for {name}, got {got}; masks are explicit booleans")
     if keep.shape != linear.weight.shape:
         raise ValueError(
             f"prior_masks: expected shape {tuple(linear.weight.shape)} for {name}, got {tuple(keep.shape)}; "
@@ -144,6 +138,4 @@ def _check_scores(name: str, scores: Tensor, grid: tuple[int, int]) -> None:
             "them with patch.priors.tile_scores and the same tile"
         )
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError(
-            f"tile_scores: expected finite scores for {name}, got NaN or infinity; compute them again"
-        )
+        raise ValueError(f"tile_scores: expected finite scores for {name}, got NaN or infinity; compute them again")

@@ -116,9 +116,7 @@ def save_checkpoint(
 
     def write(directory: Path) -> None:
         save_file({name: _plain(value) for name, value in logits.items()}, directory / LOGITS)
-        flat = {
-            f"{name}|{key}": _plain(value) for name, state in moments.items() for key, value in state.items()
-        }
+        flat = {f"{name}|{key}": _plain(value) for name, state in moments.items() for key, value in state.items()}
         save_file(flat, directory / OPTIMIZER)
         save_file({name: _plain(value) for name, value in random_states.items()}, directory / RANDOM)
         save_trainer_state(str(directory / TRAINER_STATE))
@@ -163,8 +161,7 @@ def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
             shape = tuple(file.get_slice(name).get_shape())
             if shape != tuple(tensor.shape):
                 raise ValueError(
-                    f"{path}: expected shape {tuple(tensor.shape)} for {name}, got {shape}; resume with the "
-                    "same tile"
+                    f"{path}: expected shape {tuple(tensor.shape)} for {name}, got {shape}; resume with the same tile"
                 )
         return {name: file.get_tensor(name) for name in expected}
 
@@ -234,9 +231,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             # Complete lines end in a newline, so what follows the last one is unfinished or empty.
             if number == len(lines):
                 break
-            raise ValueError(
-                f"{path}: line {number} is not JSON; move the file away to resume without it"
-            ) from None
+            raise ValueError(f"{path}: line {number} is not JSON; move the file away to resume without it") from None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise ValueError(f"{path}: line {number} has no step; move the file away to resume without it")
         records.append(record)
@@ -266,9 +261,7 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     if not output_dir.is_dir():
         return []
-    found = [
-        (int(match[1]), path) for path in output_dir.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 

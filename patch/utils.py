@@ -85,9 +85,7 @@ def prepare_pruned_model(
     meta = _meta(model, args, tile, target_sparsity_ratio, seed)
     folder = resolve_folder(checkpoint_name, must_exist=False)
     if os.path.lexists(folder) and not folder.is_dir():
-        raise ValueError(
-            f"{folder}: expected a folder or a new path, found a file; choose another checkpoint_name"
-        )
+        raise ValueError(f"{folder}: expected a folder or a new path, found a file; choose another checkpoint_name")
     if folder.is_dir() and os.listdir(folder):
         logger.info("loading the pruned model from %s", folder)
         return _apply(model, load_artifact(folder, expect=meta, model=model))
@@ -188,13 +186,7 @@ def get_llm(
 
 
 def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
-    values = (
-        dict(given)
-        if isinstance(given, Mapping)
-        else dict(vars(given))
-        if hasattr(given, "__dict__")
-        else None
-    )
+    values = dict(given) if isinstance(given, Mapping) else dict(vars(given)) if hasattr(given, "__dict__") else None
     if values is None:
         raise TypeError(f"prune_args: expected a dict or a namespace, got {type(given).__name__}")
     if unknown := sorted(set(values) - set(PRUNE_DEFAULTS)):
@@ -203,9 +195,7 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     get_method(args["prune_method"])
     _check_ratio("prune_args['sparsity_ratio']", args["sparsity_ratio"])
     if args["sparsity_type"] not in ("2:4", "unstructured"):
-        raise ValueError(
-            f"prune_args: expected sparsity_type '2:4' or 'unstructured', got {args['sparsity_type']!r}"
-        )
+        raise ValueError(f"prune_args: expected sparsity_type '2:4' or 'unstructured', got {args['sparsity_type']!r}")
     if args["sparsity_type"] == "2:4" and args["sparsity_ratio"] != 0.5:
         raise ValueError(
             f"prune_args: expected sparsity_ratio 0.5 for 2:4, got {args['sparsity_ratio']}; set it to 0.5"
@@ -228,9 +218,7 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
             "change the result. Leave it out"
         )
     if args["maskllm_checkpoint"] is not None:
-        raise ValueError(
-            "prune_args: maskllm_checkpoint is not available; leave it out and learn the mask instead"
-        )
+        raise ValueError("prune_args: maskllm_checkpoint is not available; leave it out and learn the mask instead")
     for key in ("calibration_dataset", "eval_dataset"):
         source = args[key]
         if not isinstance(source, str | os.PathLike):
@@ -247,8 +235,7 @@ def _tile(size: Any) -> tuple[int, int]:
     valid = isinstance(size, tuple | list) and len(size) == 2
     if not valid or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
         raise ValueError(
-            f"mask_tile_size: expected (rows, cols), two integers > 0, got {size!r}; the paper uses (128, "
-            "128)"
+            f"mask_tile_size: expected (rows, cols), two integers > 0, got {size!r}; the paper uses (128, 128)"
         )
     if size[1] % 4:
         raise ValueError(f"mask_tile_size: expected columns in multiples of 4 (2:4 groups), got {size[1]}")
@@ -260,9 +247,7 @@ def _check_ratio(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a share of zeros of 0 to 0.5, got {value!r}; 45 % is 0.45")
 
 
-def _meta(
-    model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target: float, seed: int
-) -> dict[str, Any]:
+def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target: float, seed: int) -> dict[str, Any]:
     """What a checkpoint must have been made with to be reused."""
     method = args["prune_method"]
     meta = {

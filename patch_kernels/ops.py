@@ -169,9 +169,7 @@ def masked_weight(
     _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, tile)
     for name, value in (("pattern_temperature", pattern_temperature), ("tile_temperature", tile_temperature)):
         if not value > 0:
-            raise ValueError(
-                f"masked_weight: expected {name} > 0, got {value}. Schedules must end above 0, e.g. 0.05."
-            )
+            raise ValueError(f"masked_weight: expected {name} > 0, got {value}. Schedules must end above 0, e.g. 0.05.")
     seed, layer, draw = noise if noise is not None else (0, 0, 0)
     if not (-(1 << 63) <= seed < 1 << 63 and 0 <= layer < 1 << 31 and 0 <= draw <= _MAX_UINT32):
         raise ValueError(

@@ -162,11 +162,7 @@ def test_only_maskable_weights_change_and_masks_are_attached(tiny_model, method)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     masks = prune_model(model, method, calibration=token_ids(), exclude=["*.k_proj", "model.layers.0.mlp.*"])
     assert len(masks) == 14 - 2 - 3
-    changed = {
-        key.removesuffix(".weight")
-        for key, value in model.state_dict().items()
-        if not value.equal(before[key])
-    }
+    changed = {key.removesuffix(".weight") for key, value in model.state_dict().items() if not value.equal(before[key])}
     assert changed == set(masks)
     attached = keep_masks(model)
     assert all(attached[name] is keep for name, keep in masks.items())
@@ -531,17 +527,13 @@ def test_missing_gpu_is_said(tiny_model):
 
 
 def test_damaged_weight_is_named(tiny_model):
-    with pytest.raises(
-        ValueError, match=r"layer 'model.layers.1.mlp.up_proj': expected finite weights, got 1 that"
-    ):
+    with pytest.raises(ValueError, match=r"layer 'model.layers.1.mlp.up_proj': expected finite weights, got 1 that"):
         prune_model(poison(tiny_model("llama")), "magnitude")
 
 
 def test_odd_width_is_named_before_any_work(tiny_model):
     model = tiny_model("llama", intermediate_size=190)
-    with pytest.raises(
-        ValueError, match=r"'model.layers.0.mlp.down_proj': expected in_features divisible.*got 190"
-    ):
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.down_proj': expected in_features divisible.*got 190"):
         prune_model(model, "magnitude")
     assert keep_masks(model) == {}
     prune_model(model, "magnitude", exclude=["*.down_proj"])

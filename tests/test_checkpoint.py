@@ -502,9 +502,7 @@ def test_artifact_is_checked_against_the_model(tmp_path, tiny_model):
     assert load_artifact(tmp_path / "a", model=model).masks[name].all()
     with pytest.raises(ValueError, match=r"has shape \(192, 128\), the model's weight has \(200, 128\)"):
         load_artifact(tmp_path / "a", model=tiny_model(intermediate_size=200))
-    with pytest.raises(
-        ValueError, match=r"'model\.layers\.0\.mlp\.up_proj' is not in the model OPTForCausalLM"
-    ):
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.up_proj' is not in the model OPTForCausalLM"):
         load_artifact(tmp_path / "a", model=tiny_model("opt"))
 
 
@@ -743,9 +741,7 @@ def test_header_agrees_with_safetensors(tmp_path):
     }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     header = headers.read_header(tmp_path / "x.safetensors")
-    assert {name: info.shape for name, info in header.items()} == {
-        n: tuple(t.shape) for n, t in tensors.items()
-    }
+    assert {name: info.shape for name, info in header.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
     assert all(info.nbytes == tensors[n].numel() * tensors[n].element_size() for n, info in header.items())
     assert [header[n].dtype for n in "abcdef"] == ["BF16", "F32", "I64", "U8", "BOOL", "F8_E4M3"]
 
@@ -829,11 +825,7 @@ def test_importing_the_package_is_cheap():
 def test_fingerprints(tiny_model):
     model = tiny_model()
     fingerprint, config = checkpoint.model_fingerprint(model), checkpoint.config_fingerprint(model.config)
-    assert (
-        checkpoint.model_fingerprint(tiny_model())
-        == fingerprint
-        != checkpoint.model_fingerprint(tiny_model(seed=1))
-    )
+    assert checkpoint.model_fingerprint(tiny_model()) == fingerprint != checkpoint.model_fingerprint(tiny_model(seed=1))
     model.config.use_cache = False
     model.config._name_or_path = "elsewhere"
     assert checkpoint.config_fingerprint(model.config) == config

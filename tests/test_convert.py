@@ -30,9 +30,7 @@ def random_keep(shape, share_sparse, generator):
 def mask_model(model, share_sparse=0.5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     linears = maskable_linears(model)
-    apply_keep_masks(
-        model, {n: random_keep(m.weight.shape, share_sparse, generator) for n, m in linears.items()}
-    )
+    apply_keep_masks(model, {n: random_keep(m.weight.shape, share_sparse, generator) for n, m in linears.items()})
     return model
 
 
@@ -40,9 +38,7 @@ def mask_model(model, share_sparse=0.5, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_pack_keeps_every_weight_bit_and_unpack_returns_them(tiny_model, arch, dtype):
     model = mask_model(
-        tiny_model(arch, dtype=dtype, hidden_size=160, head_dim=40)
-        if arch != "opt"
-        else tiny_model(arch, dtype=dtype)
+        tiny_model(arch, dtype=dtype, hidden_size=160, head_dim=40) if arch != "opt" else tiny_model(arch, dtype=dtype)
     )
     masked = {name: model.get_submodule(name).weight.clone() for name in keep_masks(model)}
     biases = {name: model.get_submodule(name).bias for name in masked}
@@ -207,9 +203,7 @@ def test_dense_export_opens_with_plain_transformers(tmp_path, tiny_model, tokeni
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "dense")("ab")["input_ids"] == tokenizer("ab")["input_ids"]
-    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense")("ab")["input_ids"] == tokenizer("ab")["input_ids"]
 
 
 def test_export_refuses(tmp_path, tiny_model, tokenizer):
@@ -218,9 +212,7 @@ def test_export_refuses(tmp_path, tiny_model, tokenizer):
         save_packed(model, tokenizer, tmp_path / "a")
     name = "model.layers.0.mlp.up_proj"
     model.get_submodule(name).weight.data.fill_(1)
-    with pytest.raises(
-        ValueError, match=f"{name}: expected zeros where the keep mask prunes, got 12288 other values"
-    ):
+    with pytest.raises(ValueError, match=f"{name}: expected zeros where the keep mask prunes, got 12288 other values"):
         save_dense(model, tokenizer, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 

@@ -166,9 +166,7 @@ def test_named_set_offline_says_what_to_do(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(
-        ConnectionError, match=r"Salesforce/wikitext.*no route.*unset HF_HUB_OFFLINE.*local \.txt"
-    ):
+    with pytest.raises(ConnectionError, match=r"Salesforce/wikitext.*no route.*unset HF_HUB_OFFLINE.*local \.txt"):
         load_documents("wikitext2")
     with pytest.raises(ValueError, match=r"one of the splits .* got 'dev'"):
         load_documents("wikitext2", "dev")

@@ -35,9 +35,7 @@ def test_uniform_model_has_the_vocabulary_size_as_perplexity(vocabulary, dtype):
 def test_known_distribution():
     # Always predicts token 0 with probability 3/4 and token 1 with 1/4.
     model = Fixed(lambda ids: torch.tensor([math.log(3.0), 0.0]).expand(*ids.shape, 2))
-    ids = torch.tensor(
-        [1, 0, 0, 1, 1, 1, 0, 0, 1]
-    )  # windows 1001 1100, tail 1 dropped; first tokens unscored
+    ids = torch.tensor([1, 0, 0, 1, 1, 1, 0, 0, 1])  # windows 1001 1100, tail 1 dropped; first tokens unscored
     mean = -(4 * math.log(0.75) + 2 * math.log(0.25)) / 6
     assert [int(t) for t in ids[:8].reshape(2, 4)[:, 1:].sum(0)] == [1, 0, 1]
     assert evaluate.perplexity(model, ids, 4) == pytest.approx(math.exp(mean), rel=1e-6)
@@ -139,10 +137,7 @@ def test_report_holds_the_protocol(tiny_model, tokenizer, text_file):
     with pytest.raises(ValueError, match="max_windows >= 1, got 0"):
         evaluate.perplexity_report(model, tokenizer, text_file, max_windows=0)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
-    assert (
-        evaluate.perplexity_report(model, tokenizer, text_file)["model_fingerprint"]
-        != report["model_fingerprint"]
-    )
+    assert evaluate.perplexity_report(model, tokenizer, text_file)["model_fingerprint"] != report["model_fingerprint"]
 
 
 def test_reports_print_the_dense_model_first(tiny_model, tokenizer, text_file):

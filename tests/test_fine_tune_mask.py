@@ -58,8 +58,7 @@ def local_model(tiny_model, tmp_path):
 
 def compressed(model, *, with_scores=True):
     masks = {
-        name: prune_weight(linear.weight.detach(), "magnitude").keep
-        for name, linear in maskable_linears(model).items()
+        name: prune_weight(linear.weight.detach(), "magnitude").keep for name, linear in maskable_linears(model).items()
     }
     apply_keep_masks(model, masks)
     for name, keep in masks.items() if with_scores else ():

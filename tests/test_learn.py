@@ -31,9 +31,7 @@ def test_learning_rate_is_transformers_cosine_with_warmup(total, warmup):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, total)
     for step in range(total):
-        assert learning_rate_factor(step, total, warmup) == pytest.approx(
-            scheduler.get_last_lr()[0], abs=1e-12
-        )
+        assert learning_rate_factor(step, total, warmup) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
     if warmup:
@@ -66,13 +64,9 @@ def test_density_gradient_is_one_over_the_total():
 def test_weight_norm_ratio(squared):
     masks, weights = masks_and_weights()
     power = 2 if squared else 1
-    top = sum(
-        (m.double() * w.double()).square().sum().sqrt() ** power for m, w in zip(masks, weights, strict=True)
-    )
+    top = sum((m.double() * w.double()).square().sum().sqrt() ** power for m, w in zip(masks, weights, strict=True))
     bottom = sum(w.double().square().sum().sqrt() ** power for w in weights)
-    assert weight_norm_ratio(masks, weights, squared).item() == pytest.approx(
-        (top / bottom).item(), rel=1e-12
-    )
+    assert weight_norm_ratio(masks, weights, squared).item() == pytest.approx((top / bottom).item(), rel=1e-12)
     ones = [torch.ones_like(mask) for mask in masks]
     assert weight_norm_ratio(ones, weights, squared).item() == pytest.approx(1.0)
 

@@ -123,9 +123,7 @@ def test_gradients_by_finite_differences():
 @pytest.mark.parametrize("temperature", [4.0, 0.05])
 def test_extreme_schedules_give_no_nan_and_16_bit_logits_are_widened(temperature):
     for dtype in (torch.bfloat16, torch.float16):
-        mask = sample_pattern_mask(
-            (pattern_logits() * 100).to(dtype), SHAPE, temperature=temperature, scale=500.0
-        )
+        mask = sample_pattern_mask((pattern_logits() * 100).to(dtype), SHAPE, temperature=temperature, scale=500.0)
         assert mask.dtype == torch.float32
         assert mask.isfinite().all()
 
@@ -185,14 +183,9 @@ def test_areas_and_counts_are_true_on_ragged_edges():
 def test_exact_budget_is_never_exceeded_and_missed_by_less_than_a_tile(seed):
     shapes, tile = [(10, 24), (16, 16), (5, 8)], (4, 8)
     sparsity = (seed % 11) / 20
-    keeps = [
-        harden(torch.randn(n * k // 4, 6, generator=generator(seed)), None, tile, (n, k))[0]
-        for n, k in shapes
-    ]
+    keeps = [harden(torch.randn(n * k // 4, 6, generator=generator(seed)), None, tile, (n, k))[0] for n, k in shapes]
     grids = [tile_areas(tile, shape) for shape in shapes]
-    logits = [
-        torch.randn(g.shape, generator=generator(seed + i)).round(decimals=1) for i, g in enumerate(grids)
-    ]
+    logits = [torch.randn(g.shape, generator=generator(seed + i)).round(decimals=1) for i, g in enumerate(grids)]
     gains = [area - tile_counts(keep, tile) for area, keep in zip(grids, keeps, strict=True)]
     total = sum(n * k for n, k in shapes)
     budget = nonzero_budget(total, sparsity)

@@ -46,9 +46,7 @@ class Sandwich(nn.Module):
         super().__init__()
         self.project_in = nn.Linear(8, 8)
         self.adapters = nn.ModuleList([nn.Linear(2, 2)])
-        self.blocks = nn.ModuleList(
-            [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])}) for _ in "ab"]
-        )
+        self.blocks = nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])}) for _ in "ab"])
         self.norms = nn.ModuleList([nn.LayerNorm(8)])
 
 
@@ -207,9 +205,7 @@ def gpt2():
 
 
 def test_gpt2_is_refused_with_its_reason():
-    with pytest.raises(
-        ValueError, match=r"expected a model with nn.Linear.*GPT2LMHeadModel.*Conv1D, as in GPT-2"
-    ):
+    with pytest.raises(ValueError, match=r"expected a model with nn.Linear.*GPT2LMHeadModel.*Conv1D, as in GPT-2"):
         maskable_linears(gpt2())
     with pytest.raises(ValueError, match=r"list of blocks that contain nn.Linear.*Conv1D.*Use a causal"):
         decoder_blocks(gpt2())

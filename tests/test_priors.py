@@ -55,9 +55,7 @@ def test_undefined_deviation_falls_back_to_the_nominal_one(raw):
     torch.testing.assert_close(logits, raw + 3 * NOMINAL_STD)
 
 
-@pytest.mark.parametrize(
-    ("density", "dense"), [(0.5, 0), (0.55, 1), (0.625, 2), (0.65, 2), (0.75, 4), (1.0, 8)]
-)
+@pytest.mark.parametrize(("density", "dense"), [(0.5, 0), (0.55, 1), (0.625, 2), (0.65, 2), (0.75, 4), (1.0, 8)])
 def test_tile_prior_marks_the_best_tiles_for_the_density(density, dense):
     # round(2 * 8 * (density - 0.5)) with half to even, as in the published code.
     scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.3, 0.2, 0.8, 0.4]])

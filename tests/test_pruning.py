@@ -30,9 +30,7 @@ def make_case(n, k, *, seed=0, samples=3, dtype=torch.float32):
     weight = torch.randn(n, k, generator=generator).to(dtype)
     scale = torch.rand(k, generator=generator) * 3 + 0.1
     mix = torch.eye(k) + 0.2 * torch.randn(k, k, generator=generator) / math.sqrt(k)
-    inputs = [
-        ((torch.randn(k + 7 * j, k, generator=generator) * scale) @ mix).to(dtype) for j in range(samples)
-    ]
+    inputs = [((torch.randn(k + 7 * j, k, generator=generator) * scale) @ mix).to(dtype) for j in range(samples)]
     return weight, inputs
 
 
@@ -68,9 +66,7 @@ def wanda_reference(weight, inputs, pattern, sparsity, shift=False):
     if shift:
         least = min(1.0 if value == 0 else value for value in energy)
         energy = [value + least for value in energy]
-    scores = [
-        [abs(w) * math.sqrt(e) for w, e in zip(row, energy, strict=True)] for row in weight.double().tolist()
-    ]
+    scores = [[abs(w) * math.sqrt(e) for w, e in zip(row, energy, strict=True)] for row in weight.double().tolist()]
     if pattern == "2:4":
         return two_of_four(scores)
     keep = []
@@ -363,9 +359,7 @@ def test_sparsity_zero_changes_nothing(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_unstructured_takes_any_width(method):
     weight, inputs = make_case(3, 7)
-    keep = prune_weight(
-        weight, method, pattern="unstructured", sparsity=0.4, inputs=inputs, block_size=5
-    ).keep
+    keep = prune_weight(weight, method, pattern="unstructured", sparsity=0.4, inputs=inputs, block_size=5).keep
     assert keep.shape == (3, 7)
     if method == "sparsegpt":
         assert torch.equal(keep, sparsegpt_reference(weight, inputs, "unstructured", 0.4, block_size=5)[1])
@@ -385,9 +379,7 @@ def test_damping_retries_are_bounded(caplog):
     statistics = sparsegpt.Statistics(8)
     statistics.hessian.copy_(-torch.eye(8))
     statistics.samples = 1
-    with pytest.raises(
-        ValueError, match=r"expected a Hessian that becomes positive definite.*Give more calibration"
-    ):
+    with pytest.raises(ValueError, match=r"expected a Hessian that becomes positive definite.*Give more calibration"):
         sparsegpt.prune(torch.ones(4, 8), statistics, PruneOptions())
     assert len(caplog.records) == 4
 
@@ -397,13 +389,9 @@ def test_updated_weights_must_fit_their_dtype():
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
     inputs = [torch.cat([x, x], dim=1)]
     weight = torch.full((2, 4), 60000.0, dtype=torch.float16)
-    with pytest.raises(
-        ValueError, match=r"within the range of torch.float16, got NaN or infinite.*fp32 or bf16"
-    ):
+    with pytest.raises(ValueError, match=r"within the range of torch.float16, got NaN or infinite.*fp32 or bf16"):
         prune_weight(weight, "sparsegpt", inputs=inputs, damping=1e-4)
-    assert torch.isfinite(
-        prune_weight(weight.bfloat16(), "sparsegpt", inputs=inputs, damping=1e-4).weight
-    ).all()
+    assert torch.isfinite(prune_weight(weight.bfloat16(), "sparsegpt", inputs=inputs, damping=1e-4).weight).all()
 
 
 def test_reduced_matmul_precision_is_not_used_and_comes_back():

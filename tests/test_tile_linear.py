@@ -150,9 +150,7 @@ def test_opcheck_pack_and_unpack():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # output size depends on the flags' values
     torch.library.opcheck(torch.ops.patch_kernels.pack_tiles.default, (weight, keep, flags), test_utils=tests)
     payload = ops.pack_tiles(weight, keep, tiles)
-    torch.library.opcheck(
-        torch.ops.patch_kernels.unpack_tiles.default, (payload, flags, 130, 132, torch.float16)
-    )
+    torch.library.opcheck(torch.ops.patch_kernels.unpack_tiles.default, (payload, flags, 130, 132, torch.float16))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -84,10 +84,7 @@ def assert_same_bits(a, b):
 
 def metrics_without_speed(folder):
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
-        for line in lines
-    ]
+    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"} for line in lines]
 
 
 def plain_loop(model, blocks, settings, prior_masks, tile_scores):
@@ -190,9 +187,7 @@ def test_trajectory_is_that_of_an_independent_plain_loop(tiny_model, tmp_path, m
     assert got.keys() == expected.keys()
     start = {}
     for index, (name, linear) in enumerate(maskable_linears(tiny_model(dtype=torch.float64)).items()):
-        pattern, tile = initial_logits(
-            linear, index, settings, given["prior_masks"][name], given["tile_scores"][name]
-        )
+        pattern, tile = initial_logits(linear, index, settings, given["prior_masks"][name], given["tile_scores"][name])
         start |= {f"{name}.pattern_logits": pattern, f"{name}.tile_logits": tile}
     moved = 0.0
     for name, value in expected.items():
@@ -265,9 +260,7 @@ def test_result_is_a_plain_masked_model(tiny_model, arch, mode):
         assert (keep.reshape(-1, 4).sum(1)[spread.reshape(-1, 4)[:, 0]] == 2).all()
         if mode == "tile":
             assert torch.equal(keep & spread, given["prior_masks"][name] & spread)
-    share = sum(int(keep.sum()) for keep in result.masks.values()) / sum(
-        k.numel() for k in result.masks.values()
-    )
+    share = sum(int(keep.sum()) for keep in result.masks.values()) / sum(k.numel() for k in result.masks.values())
     assert result.hard_density == pytest.approx(share)
     assert result.soft_density == result.metrics[-1]["soft_density"]
 
@@ -406,9 +399,7 @@ def check_equal_to(uninterrupted, folder, result):
     assert metrics_without_speed(folder) == metrics_without_speed(whole)
     assert_same_bits(result.masks, expected.masks)
     assert_same_bits(result.tile_is_sparse, expected.tile_is_sparse)
-    moments = [
-        load_file(next(Path(f).glob("checkpoint-7")) / "optimizer.safetensors") for f in (folder, whole)
-    ]
+    moments = [load_file(next(Path(f).glob("checkpoint-7")) / "optimizer.safetensors") for f in (folder, whole)]
     assert_same_bits(*moments)
 
 
@@ -442,9 +433,7 @@ t.learn(build_tiny_model("opt"), t.BLOCKS, t.resumable(), output_dir={str(tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no_manifest", "extra_file"])
-def test_damaged_newest_checkpoint_is_reported_and_skipped(
-    tiny_model, tmp_path, uninterrupted, damage, caplog
-):
+def test_damaged_newest_checkpoint_is_reported_and_skipped(tiny_model, tmp_path, uninterrupted, damage, caplog):
     with pytest.raises(KeyboardInterrupt):
         learn(tiny_model("opt"), BLOCKS, resumable(), output_dir=tmp_path, callbacks=[StopAt(5)])
     newest = tmp_path / "checkpoint-4"
@@ -503,9 +492,7 @@ def test_half_written_metrics_line_is_dropped(tiny_model, tmp_path, uninterrupte
     ],
 )
 @pytest.mark.parametrize("finished", [False, True])
-def test_resume_with_something_else_is_refused(
-    tiny_model, tmp_path, uninterrupted, change, message, finished
-):
+def test_resume_with_something_else_is_refused(tiny_model, tmp_path, uninterrupted, change, message, finished):
     folder = uninterrupted[0]
     if not finished:
         folder = tmp_path

@@ -59,9 +59,7 @@ def test_prune_save_and_load_again(tmp_path, model, tiny_model, tokenizer, argum
     for other in (again, third):
         assert all(torch.equal(weight, expected[name]) for name, weight in weights(other).items())
         assert all(torch.equal(keep, masks[name]) for name, keep in keep_masks(other).items())
-        assert all(
-            torch.equal(other.get_submodule(name).distribution_scores, s) for name, s in scores.items()
-        )
+        assert all(torch.equal(other.get_submodule(name).distribution_scores, s) for name, s in scores.items())
     assert not [name for name in model.state_dict() if "scores" in name or "keep" in name]
 
 
@@ -103,9 +101,7 @@ def test_checkpoint_of_another_run_is_refused(
     assert all(torch.equal(weight, before[name]) for name, weight in weights(other).items())
 
 
-def test_checkpoint_of_another_model_or_text_is_refused(
-    tmp_path, model, tiny_model, tokenizer, arguments, text_file
-):
+def test_checkpoint_of_another_model_or_text_is_refused(tmp_path, model, tiny_model, tokenizer, arguments, text_file):
     prepare_pruned_model(model, tokenizer, tmp_path / "c", arguments, TILE, 0.35)
     for other, message in (
         (tiny_model(seed=1), "expected model_fingerprint"),
@@ -223,9 +219,7 @@ def test_get_llm_keeps_the_dtype_of_the_checkpoint(tmp_path, tiny_model, tokeniz
     tokenizer.save_pretrained(tmp_path / "m")
     monkeypatch.setattr(utils, "lm_eval_model", lambda model, tokenizer: "wrapped")
     model, wrapped = get_llm(tmp_path / "m", local_files_only=True)
-    assert (
-        wrapped == "wrapped" and model.seqlen == 128 and model.dtype == torch.bfloat16 and not model.training
-    )
+    assert wrapped == "wrapped" and model.seqlen == 128 and model.dtype == torch.bfloat16 and not model.training
     assert json.loads((tmp_path / "m" / "config.json").read_text())["max_position_embeddings"] == 128
 
     def missing(model, tokenizer):

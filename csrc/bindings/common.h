@@ -93,8 +93,12 @@ inline LinearCall linear_call(const Tensor& x_in, const Tensor& payload, const T
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes[i] = x.size(i);
   sizes.back() = out_features;
   Tensor y = torch::stable::new_empty(x, sizes);
-  const TileLinearArgs args{x.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(),
-                            x.numel() / cols,   weight, to_dtype(x.scalar_type(), op)};
+  const TileLinearArgs args{x.const_data_ptr(),
+                            bias ? bias->const_data_ptr() : nullptr,
+                            y.mutable_data_ptr(),
+                            x.numel() / cols,
+                            weight,
+                            to_dtype(x.scalar_type(), op)};
   return {x, bias, y, args};
 }
 

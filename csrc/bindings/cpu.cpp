@@ -24,17 +24,16 @@ Tensor pack_tiles(const Tensor& weight_in, const Tensor& keep_in, const Tensor& 
   const Tensor payload =
       torch::stable::new_empty(tile_is_sparse, {cpu::payload_bytes(flags, tile_is_sparse.numel())}, ScalarType::Byte);
   tiled_matrix(payload, tile_is_sparse, rows, cols, op);
-  const PackError error = cpu::pack_tiles(
-      static_cast<const uint16_t*>(weight.const_data_ptr()), static_cast<const bool*>(keep.const_data_ptr()), flags,
-      rows, cols, static_cast<uint8_t*>(payload.mutable_data_ptr()), torch_parallel);
+  const PackError error = cpu::pack_tiles(static_cast<const uint16_t*>(weight.const_data_ptr()),
+                                          static_cast<const bool*>(keep.const_data_ptr()), flags, rows, cols,
+                                          static_cast<uint8_t*>(payload.mutable_data_ptr()), torch_parallel);
   STD_TORCH_CHECK(error.count == 0, op, ": ", error.count,
                   " groups in sparse tiles do not keep exactly 2 of 4 values, the first at row ", error.row,
                   ", column ", error.col);
   return payload;
 }
 
-Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols,
-                    ScalarType dtype) {
+Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols, ScalarType dtype) {
   STD_TORCH_CHECK(is_16_bit(dtype), "unpack_tiles: dtype must be float16 or bfloat16");
   const TiledMatrix matrix = tiled_matrix(payload, tile_is_sparse, rows, cols, "unpack_tiles");
   check_payload_on_host(payload, tile_is_sparse, "unpack_tiles");
@@ -104,9 +103,10 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CompositeExplicitAutograd, m) {
 
 // Facts about this build for `patch-llm info`, read through ctypes: no op returns a string without leaking it.
 extern "C" __attribute__((visibility("default"))) const char* patch_kernels_build_info() {
-  static const std::string info = std::string("{\"build_id\": \"" PK_BUILD_ID "\", \"cuda_architectures\": \""
-                                              PK_CUDA_ARCHITECTURES "\", \"cuda_version\": \"" PK_CUDA_VERSION
-                                              "\", \"torch_target\": \"2.11\", \"cpu_instruction_set\": \"") +
-                                  patch_kernels::cpu::instruction_set() + "\"}";
+  static const std::string info =
+      std::string("{\"build_id\": \"" PK_BUILD_ID "\", \"cuda_architectures\": \"" PK_CUDA_ARCHITECTURES
+                  "\", \"cuda_version\": \"" PK_CUDA_VERSION
+                  "\", \"torch_target\": \"2.11\", \"cpu_instruction_set\": \"") +
+      patch_kernels::cpu::instruction_set() + "\"}";
   return info.c_str();
 }

@@ -18,8 +18,7 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols,
-                    ScalarType dtype) {
+Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols, ScalarType dtype) {
   STD_TORCH_CHECK(is_16_bit(dtype), "unpack_tiles: dtype must be float16 or bfloat16");
   const TiledMatrix matrix = tiled_matrix(payload, tile_is_sparse, rows, cols, "unpack_tiles");
   const DeviceGuard guard(payload.get_device());

@@ -33,14 +33,14 @@ Isa isa() {
 }  // namespace
 
 #if defined(PK_X86)
-#define PK_CALL(function, ...)                        \
-  switch (isa()) {                                    \
-    case Isa::kAvx512:                                \
-      return avx512::function(__VA_ARGS__);           \
-    case Isa::kAvx2:                                  \
-      return avx2::function(__VA_ARGS__);             \
-    case Isa::kGeneric:                               \
-      return generic::function(__VA_ARGS__);          \
+#define PK_CALL(function, ...)               \
+  switch (isa()) {                           \
+    case Isa::kAvx512:                       \
+      return avx512::function(__VA_ARGS__);  \
+    case Isa::kAvx2:                         \
+      return avx2::function(__VA_ARGS__);    \
+    case Isa::kGeneric:                      \
+      return generic::function(__VA_ARGS__); \
   }
 #else
 #define PK_CALL(function, ...) return generic::function(__VA_ARGS__);

@@ -226,8 +226,8 @@ void masked_weight_backward(const MaskedWeightArgs& given, const void* grad_mask
       return backward<float, float>(args, static_cast<const float*>(grad_masked), grad_sums, pattern, tile, parallel);
     case DType::kFloat64:
       return backward<double, double>(args, static_cast<const double*>(grad_masked), grad_sums,
-                                      static_cast<double*>(grad_pattern_logits),
-                                      static_cast<double*>(grad_tile_logits), parallel);
+                                      static_cast<double*>(grad_pattern_logits), static_cast<double*>(grad_tile_logits),
+                                      parallel);
   }
 }
 

@@ -48,7 +48,8 @@ void pack_dense(const uint16_t* weight, const bool* keep, int64_t cols, const Ti
   }
 }
 
-// A group that reaches past the matrix must keep as many of its real columns as a whole group would: two, or all it has.
+// A group that reaches past the matrix must keep as many of its real columns as a whole group would: two, or all it
+// has.
 PackError pack_sparse(const uint16_t* weight, const bool* keep, int64_t cols, const TileView& view, uint8_t* tile) {
   PackError error{0, -1, -1};
   for (int r = 0; r < kTile; ++r) {

@@ -13,9 +13,9 @@
 namespace patch_kernels::cpu::PK_ISA {
 namespace {
 
-constexpr int kVector = 16;         // tokens in a SIMD vector
-constexpr int kPanel = 64;          // tokens in a panel: at most four vectors of accumulators per weight row
-constexpr int kPanelsPerPass = 4;   // a decoded tile is used for this many panels, 4 x 128 x 64 accumulators = 128 KB
+constexpr int kVector = 16;        // tokens in a SIMD vector
+constexpr int kPanel = 64;         // tokens in a panel: at most four vectors of accumulators per weight row
+constexpr int kPanelsPerPass = 4;  // a decoded tile is used for this many panels, 4 x 128 x 64 accumulators = 128 KB
 
 constexpr int64_t kTokensAtOnce = 1024;  // bounds the fp32 copy of x: 4 KB a column
 
@@ -30,7 +30,7 @@ struct Panels {
 };
 
 struct DecodedTile {
-  alignas(64) float values[kTile * kTile];       // dense: [row][k]; sparse: [row][kept]
+  alignas(64) float values[kTile * kTile];           // dense: [row][k]; sparse: [row][kept]
   alignas(64) uint8_t columns[kTile * kKeptPerRow];  // sparse: column in the tile of each kept value
 };
 

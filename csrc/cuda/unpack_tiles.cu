@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Offset of a tile from the flags of all tiles before it. Each CTA counts by itself: no workspace, no second launch, and
-// a 28672x8192 layer has only 14336 flags, which stay in L2.
+// Offset of a tile from the flags of all tiles before it. Each CTA counts by itself: no workspace, no second launch,
+// and a 28672x8192 layer has only 14336 flags, which stay in L2.
 __device__ int64_t tile_offset(const uint8_t* tile_is_sparse, int64_t tile) {
   __shared__ int counts[kThreads];
   int sparse = 0;

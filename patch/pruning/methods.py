@@ -45,9 +45,7 @@ def get_method(name: str) -> Method:
         return METHODS[name]
     known = ", ".join(METHODS)
     if name in _NOT_YET:
-        raise ValueError(
-            f"method: expected one of {known}, got '{name}' which is not implemented yet. Use sparsegpt."
-        )
+        raise ValueError(f"method: expected one of {known}, got '{name}' which is not implemented yet. Use sparsegpt.")
     raise ValueError(f"method: expected one of {known}, got {name!r}. Choose one of them.")
 
 

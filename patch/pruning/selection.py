@@ -55,8 +55,7 @@ class PruneOptions:
             )
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
             raise ValueError(
-                f"block_size: expected a positive number of columns, got {self.block_size!r}. The usual one "
-                "is 128."
+                f"block_size: expected a positive number of columns, got {self.block_size!r}. The usual one is 128."
             )
         if self.pattern == "2:4" and self.block_size % GROUP:
             raise ValueError(
@@ -83,9 +82,7 @@ def check_weight(weight: torch.Tensor, options: PruneOptions, label: str) -> Non
             "quantizing."
         )
     if weight.is_meta:
-        raise ValueError(
-            f"{label}: expected a weight with values, got one on the meta device. Load the model first."
-        )
+        raise ValueError(f"{label}: expected a weight with values, got one on the meta device. Load the model first.")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(
             f"{label}: expected a weight of shape (out_features, in_features), got {tuple(weight.shape)}. "

@@ -26,9 +26,7 @@ _LEAST_DAMPING = 1e-4
 class Statistics:
     """Hessian of the layer's squared output error: `hessian` (in_features, in_features), symmetric."""
 
-    def __init__(
-        self, in_features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-    ):
+    def __init__(self, in_features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None):
         self.in_features = in_features
         self.samples = 0
         self.hessian = torch.zeros(in_features, in_features, dtype=dtype, device=device)
@@ -54,9 +52,7 @@ def prune(weight: torch.Tensor, statistics: Statistics, options: PruneOptions) -
         keep = torch.empty_like(current, dtype=torch.bool)
         for start in range(0, current.shape[1], options.block_size):
             end = min(start + options.block_size, current.shape[1])
-            error = _prune_block(
-                current[:, start:end], keep[:, start:end], factor[start:end, start:end], options
-            )
+            error = _prune_block(current[:, start:end], keep[:, start:end], factor[start:end, start:end], options)
             current[:, end:] -= error @ factor[start:end, end:]
     result = current.masked_fill_(~keep, 0).to(weight.dtype)
     if not torch.isfinite(result).all():
@@ -67,9 +63,7 @@ def prune(weight: torch.Tensor, statistics: Statistics, options: PruneOptions) -
     return Pruned(result, keep)
 
 
-def _prune_block(
-    block: torch.Tensor, keep: torch.Tensor, factor: torch.Tensor, options: PruneOptions
-) -> torch.Tensor:
+def _prune_block(block: torch.Tensor, keep: torch.Tensor, factor: torch.Tensor, options: PruneOptions) -> torch.Tensor:
     """Prune a block of columns (N, B) in place, filling keep (N, B); factor is U of the block.
 
     Returns the scaled errors (N, B), from which the columns after the block are updated.

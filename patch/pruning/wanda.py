@@ -14,9 +14,7 @@ from patch.pruning.selection import Pruned, PruneOptions, keep_in_rows, keep_two
 class Statistics:
     """Mean over samples of the squared norm of every input channel: `channel_energy` (in_features,)."""
 
-    def __init__(
-        self, in_features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-    ):
+    def __init__(self, in_features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None):
         self.in_features = in_features
         self.samples = 0
         self.channel_energy = torch.zeros(in_features, dtype=dtype, device=device)
