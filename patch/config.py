@@ -217,13 +217,15 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 
 
 def _convert_tuple(value: Any, args: tuple, key: str) -> tuple:
+    endless = len(args) == 2 and args[1] is Ellipsis
     if isinstance(value, str):
         # "128,128" and "128x128" are what people type for a tile.
-        separators = value.replace("x", ",") if args[0] is int else value
-        value = [part.strip() for part in separators.strip("()[] ").split(",") if part.strip()]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and len(args) == 2 and args[0] is int:
-        value = [value, value]
-    endless = len(args) == 2 and args[1] is Ellipsis
+        text = value.replace("x", ",") if args[0] is int else value
+        value = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
+    elif isinstance(value, int) and not isinstance(value, bool) and not endless:
+        value = [value]
+    if isinstance(value, list) and len(value) == 1 and args == (int, int):
+        value = value * 2  # one number is a square tile
     if not isinstance(value, (list, tuple)) or not (endless or len(value) == len(args)):
         wanted = "a list" if endless else f"{len(args)} values"
         raise ValueError(f"{key}: expected {wanted}, got {value!r}. Write for example {_example(args)}.")

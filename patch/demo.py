@@ -38,6 +38,9 @@ from patch_kernels import payload_bytes, tiles_that_are_two_of_four
 logger = logging.getLogger(__name__)
 
 STAGE_FILE = "stage.json"
+# What a stage gives: its numbers, and how to write its folder with the stage file in it.
+Outcome = tuple[dict[str, Any], Callable[[Path, bytes], None]]
+
 ONE_SHOT = {"magnitude": "magnitude 2:4", "wanda": "Wanda 2:4", "sparsegpt": "SparseGPT 2:4"}
 PROMPT = "def __init__(self"
 
@@ -79,7 +82,7 @@ class _Demo:
         self.key |= {"calibration": settings.calibration_blocks, "tile": settings.tile}
         one_shot_tokens = settings.calibration_blocks * settings.model.block_size
         for method, label in ONE_SHOT.items():
-            result = self.stage(method, {}, lambda folder, m=method: self._make_one_shot(folder, m))
+            result = self.stage(method, {}, lambda m=method: self._make_one_shot(m))
             self.row(label, result, 0.5, 0 if method == "magnitude" else one_shot_tokens)
         self.key |= {"prior": self.stage_key("sparsegpt"), "learn": dataclasses.asdict(settings.learn)}
         learn_tokens = settings.learn.steps * settings.learn.batch_size * settings.model.block_size
@@ -93,7 +96,7 @@ class _Demo:
 
     # -- stages -----------------------------------------------------------------------------------------------------
 
-    def stage(self, name: str, settings: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    def stage(self, name: str, settings: Mapping[str, Any], make: Callable[[], Outcome]) -> dict[str, Any]:
         """Result of a stage: read if its folder was made with the same settings and inputs, else made now."""
         key = _digest({"stage": name, "settings": settings, "inputs": self.key})
         folder = self.out / name
@@ -102,13 +105,8 @@ class _Demo:
             self.say(f"{name}: done before, reused")
             return found
         self.say(f"{name}: running")
-        result: dict[str, Any] = {}
-
-        def write(directory: Path) -> None:
-            result.update(make(directory))
-            (directory / STAGE_FILE).write_bytes(dump_json({"key": key, "result": result}))
-
-        write_folder(folder, write)
+        result, save = make()
+        save(folder, dump_json({"key": key, "result": result}))
         return result
 
     def stage_key(self, name: str) -> str:
@@ -118,7 +116,7 @@ class _Demo:
     def say(self, text: str) -> None:
         self.echo(f"[{self.clock.seconds:6.1f} s] {text}")
 
-    def _make_dense(self, folder: Path) -> dict[str, Any]:
+    def _make_dense(self) -> Outcome:
         """Tokenizer and dense model, trained on the part `train`."""
         settings = self.settings.model
         tokenizer = demo_model.train_tokenizer(self.corpus.train, settings.vocab_size)
@@ -150,9 +148,16 @@ class _Demo:
             seed=settings.seed,
             on_step=on_step,
         )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return {"weights": elems, "tokens": tokens, "sha256": self.corpus.sha256}
+
+        def save(folder: Path, stage: bytes) -> None:
+            def write(directory: Path) -> None:
+                model.save_pretrained(directory)
+                tokenizer.save_pretrained(directory)
+                (directory / STAGE_FILE).write_bytes(stage)
+
+            write_folder(folder, write)
+
+        return {"weights": elems, "tokens": tokens, "sha256": self.corpus.sha256}, save
 
     def _prepare_text(self) -> None:
         """Tokens for evaluation, and the shuffled blocks that calibration and mask learning both take."""
@@ -174,32 +179,40 @@ class _Demo:
         self.learn_blocks = blocks[order].repeat(passes, 1)[:needed]
         self.calibration = self.learn_blocks[: settings.calibration_blocks]
 
-    def _make_baseline(self, folder: Path) -> dict[str, Any]:
+    def _make_baseline(self) -> Outcome:
         model = self._dense_model()
         none_sparse = {name: torch.ones_like(m.weight, dtype=torch.bool) for name, m in maskable_linears(model).items()}
-        return self._measure(model, none_sparse)
 
-    def _make_one_shot(self, folder: Path, method: str) -> dict[str, Any]:
+        def save(folder: Path, stage: bytes) -> None:
+            write_folder(folder, lambda directory: (directory / STAGE_FILE).write_bytes(stage))
+
+        return self._measure(model, none_sparse), save
+
+    def _make_one_shot(self, method: str) -> Outcome:
         model = self._dense_model()
         masks = prune_model(model, method, calibration=self.calibration, progress=False)
         result = self._measure(model, masks)
         weights = {name: linear.weight for name, linear in maskable_linears(model).items()}
-        save_artifact(
-            folder / "masks",
-            masks,
-            meta={"model": "dense", "method": method, "pattern": "2:4", "sparsity": 0.5},
-            weights=weights if method == "sparsegpt" else None,
-        )
-        return result
+
+        def save(folder: Path, stage: bytes) -> None:
+            save_artifact(
+                folder,
+                masks,
+                meta={"model": "dense", "method": method, "pattern": "2:4", "sparsity": 0.5},
+                weights=weights if method == "sparsegpt" else None,
+                extra={STAGE_FILE: stage},
+            )
+
+        return result, save
 
     def _learned(self, name: str, mode: str, target: float) -> dict[str, Any]:
         settings = self.settings
         config = settings.learn.config(mode, target, settings.tile, settings.model.seed)
-        return self.stage(name, {"target": target}, lambda folder: self._make_learned(folder, config))
+        return self.stage(name, {"target": target}, lambda: self._make_learned(config))
 
-    def _make_learned(self, folder: Path, config: LearnConfig) -> dict[str, Any]:
+    def _make_learned(self, config: LearnConfig) -> Outcome:
         model = self._dense_model()
-        prior = load_artifact(self.out / "sparsegpt" / "masks").masks
+        prior = load_artifact(self.out / "sparsegpt").masks
         outcome = learn(
             model,
             self.learn_blocks[: self.settings.learn.steps * config.global_batch_size],
@@ -208,23 +221,21 @@ class _Demo:
             tile_scores=None if config.mode == "mask_llm" else self._tile_scores(config),
             progress=False,
         )
-        result = self._measure(model, outcome.masks)
-        save_artifact(
-            folder / "masks",
-            outcome.masks,
-            meta={
-                "model": "dense",
-                "method": config.mode,
-                "pattern": "patch",
-                "sparsity": config.target_sparsity,
-                "tile": config.tile,
-                "seed": config.seed,
-            },
-            tile_is_sparse=outcome.tile_is_sparse,
-        )
-        lines = (json.dumps(record) + "\n" for record in outcome.metrics)
-        (folder / "metrics.jsonl").write_text("".join(lines), encoding="ascii")
-        return result
+        meta = {
+            "model": "dense",
+            "method": config.mode,
+            "pattern": "patch",
+            "sparsity": config.target_sparsity,
+            "tile": config.tile,
+            "seed": config.seed,
+        }
+        metrics = "".join(json.dumps(record) + "\n" for record in outcome.metrics)
+
+        def save(folder: Path, stage: bytes) -> None:
+            extra = {STAGE_FILE: stage, "metrics.jsonl": metrics}
+            save_artifact(folder, outcome.masks, meta=meta, tile_is_sparse=outcome.tile_is_sparse, extra=extra)
+
+        return self._measure(model, outcome.masks), save
 
     def _tile_scores(self, config: LearnConfig) -> dict[str, Tensor]:
         """Tile scores of the SparseGPT reference pruned unstructured to the target."""
@@ -304,7 +315,7 @@ class _Demo:
         self.say(f"wrote {self.out / 'results.csv'}, perplexity.png and tiles.png")
 
     def _artifact(self, target: float) -> Artifact:
-        return load_artifact(self.out / f"patch-{round(100 * target)}" / "masks")
+        return load_artifact(self.out / f"patch-{round(100 * target)}")
 
     def _packed(self) -> None:
         """Pack the sparsest PATCH model, save it, load it, compare, generate."""

@@ -65,6 +65,7 @@ def test_json_file_and_empty_yaml(tmp_path):
         ("inner.tile=64x32", "tile", (64, 32)),
         ("inner.tile=[64, 32]", "tile", (64, 32)),
         ("inner.tile=64", "tile", (64, 64)),
+        ("inner.tile='64'", "tile", (64, 64)),
         ("inner.hard=yes", "hard", True),
         ("inner.hard='off'", "hard", False),
     ],

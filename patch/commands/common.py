@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,9 @@ def load_model(path: str, *, dtype: str = "auto", device: str | None = None) -> 
     """Causal language model (dense or packed) in evaluation mode."""
     import patch
 
-    _check_model_path(path)
+    hide_bars_without_terminal()
+
+    check_model_path(path)
     where = device_of(device)
     wanted = dtype_of(dtype)
     try:
@@ -119,11 +122,19 @@ def load_model(path: str, *, dtype: str = "auto", device: str | None = None) -> 
     return model.to(where).eval()
 
 
+def hide_bars_without_terminal() -> None:
+    """transformers draws its progress bars into log files too; ours are for terminals only."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+
+
 def load_tokenizer(path: str) -> Any:
     """Tokenizer saved beside a model."""
     from transformers import AutoTokenizer
 
-    _check_model_path(path)
+    check_model_path(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -200,7 +211,8 @@ def print_written(path: Path, what: str, next_step: str) -> None:
     print(f"next: {next_step}")
 
 
-def _check_model_path(path: str) -> None:
+def check_model_path(path: str) -> None:
+    """Refuse a path that cannot hold a model, before anything is loaded."""
     folder = Path(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.is_dir():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patch import config as configuration
-from patch.commands.common import setting
+from patch.commands.common import hide_bars_without_terminal, setting
 from patch.demo_settings import DemoSettings
 
 NAME = "demo"
@@ -40,6 +40,7 @@ def run(options: Options) -> None:
         raise FileNotFoundError(f"--text: expected a folder of .py files, found none at {options.text}. Check the path.")
     from patch.demo import run_demo
 
+    hide_bars_without_terminal()
     configuration.save_resolved(options, options.out, header="patch-llm demo --config THIS_FILE")
     run_demo(options.out, options.settings, text=options.text)
 

@@ -59,6 +59,8 @@ def run(options: Options) -> None:
     common.dtype_of(options.dtype)
     for folder in options.masks:
         common.artifact_folder(folder)
+    for path in (options.model, *options.compare):
+        common.check_model_path(path)
     from patch.evaluate import format_reports, perplexity_report, zero_shot
 
     tokenizer = common.load_tokenizer(options.model)
