@@ -45,13 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0, 2 for a user's error, 130 for an interrupt, else 1)."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(
-        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+        level=logging.INFO if arguments.verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
     )
     command: ModuleType = arguments.command
     options = None
     try:
         options = load_config(
-            command.Options, file=arguments.config, overrides=arguments.overrides, flags=_given_flags(arguments)
+            command.Options,
+            file=arguments.config,
+            overrides=arguments.overrides,
+            flags=_given_flags(arguments),
         )
         command.run(options)
     except KeyboardInterrupt:
@@ -66,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        _print_error(f"unexpected {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)")
+        _print_error(
+            f"unexpected {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)"
+        )
         return INTERNAL_ERROR
     return 0
 
@@ -102,7 +108,11 @@ def _add_settings(parser: argparse.ArgumentParser, module: ModuleType) -> None:
             continue
         group = required if field.default is dataclasses.MISSING else optional
         _add_flag(
-            group, f"--{field.name.replace('_', '-')}", field.name, field.metadata, is_bool=hints[field.name] is bool
+            group,
+            f"--{field.name.replace('_', '-')}",
+            field.name,
+            field.metadata,
+            is_bool=hints[field.name] is bool,
         )
     for flag, (key, metavar, text) in module.SECTION_FLAGS.items():
         _add_flag(optional, flag, key, {"metavar": metavar, "help": text}, is_bool=not metavar)
@@ -122,7 +132,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("common")
     group.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings by name")
     group.add_argument(
-        "--set", metavar="KEY=VALUE", dest="overrides", action="append", default=[], help="one setting; may be repeated"
+        "--set",
+        metavar="KEY=VALUE",
+        dest="overrides",
+        action="append",
+        default=[],
+        help="one setting; may be repeated",
     )
     group.add_argument("-v", "--verbose", action="store_true", help="more messages")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")

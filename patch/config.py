@@ -252,7 +252,13 @@ def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
                 return number
         except (TypeError, ValueError, OverflowError):
             pass
-    article = {"int": "an integer", "float": "a number", "bool": "true or false", "Path": "a path", "str": "text"}
+    article = {
+        "int": "an integer",
+        "float": "a number",
+        "bool": "true or false",
+        "Path": "a path",
+        "str": "text",
+    }
     example = {"int": "8", "float": "0.45", "bool": "true", "Path": "./folder", "str": "abc"}
     raise ValueError(
         f"{key}: expected {article[hint.__name__]}, got {value!r}. Write for example {example[hint.__name__]}."

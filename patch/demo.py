@@ -12,7 +12,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,12 @@ Outcome = tuple[dict[str, Any], Callable[[Path, bytes], None]]
 
 ONE_SHOT = {"magnitude": "magnitude 2:4", "wanda": "Wanda 2:4", "sparsegpt": "SparseGPT 2:4"}
 PROMPT = "def __init__(self"
+NOTES = """
+Perplexity: {tokens} held-out tokens of files that neither training nor pruning saw, windows of {window}, fp32.
+Linear bytes: the linear layers in bf16, dense or packed.
+Tokens: the text a method sees, all from the same part. The one-shot methods need little by design; mask learning
+sees more (and takes longer), so this is no comparison at equal cost. SparseGPT also changes the weights it keeps,
+the learned masks do not."""
 
 
 def run_demo(
@@ -77,7 +82,10 @@ class _Demo:
         self.say(f"text: {self.corpus.describe()} (SHA-256 {self.corpus.sha256[:12]})")
         self.stage("dense", dataclasses.asdict(settings.model), self._make_dense)
         self._prepare_text()
-        self.key = {"dense": self.stage_key("dense"), "evaluation": [settings.heldout_tokens, settings.model.block_size]}
+        self.key = {
+            "dense": self.stage_key("dense"),
+            "evaluation": [settings.heldout_tokens, settings.model.block_size],
+        }
         self.row("dense", self.stage("baseline", {}, self._make_baseline), None, 0)
         self.key |= {"calibration": settings.calibration_blocks, "tile": settings.tile}
         one_shot_tokens = settings.calibration_blocks * settings.model.block_size
@@ -94,7 +102,7 @@ class _Demo:
         self._packed()
         return self.rows
 
-    # -- stages -----------------------------------------------------------------------------------------------------
+    # -- stages ---
 
     def stage(self, name: str, settings: Mapping[str, Any], make: Callable[[], Outcome]) -> dict[str, Any]:
         """Result of a stage: read if its folder was made with the same settings and inputs, else made now."""
@@ -131,7 +139,10 @@ class _Demo:
         )
         elems = sum(linear.weight.numel() for linear in maskable_linears(model).values())
         tokens = settings.steps * settings.batch_size * settings.block_size
-        self.say(f"  {elems / 1e6:.1f} M weights in linear layers, {tokens / 1e6:.1f} M of {blocks.numel() / 1e6:.1f} M tokens")
+        self.say(
+            f"  {elems / 1e6:.1f} M weights in linear layers, trained on {tokens / 1e6:.1f} M tokens (a pass is "
+            f"{blocks.numel() / 1e6:.1f} M)"
+        )
         every = max(1, settings.steps // 6)
 
         def on_step(step: int, loss: float) -> None:
@@ -249,7 +260,7 @@ class _Demo:
         )
         return {name: tile_scores(keep, config.tile) for name, keep in masks.items()}
 
-    # -- measurements -------------------------------------------------------------------------------------------------
+    # -- measurements ---
 
     def _dense_model(self):
         return load(self.out / "dense", dtype=torch.float32).eval()
@@ -283,17 +294,13 @@ class _Demo:
         )
         self.say(f"  {label}: perplexity {result['perplexity']:.2f}, sparsity {result['sparsity']:.1%}")
 
-    # -- results ------------------------------------------------------------------------------------------------------
+    # -- results ---
 
     def _show(self) -> None:
         report.write_csv(self.out / "results.csv", self.rows)
         self.echo("\n" + report.format_table([_shown(row) for row in self.rows]))
-        settings = self.settings
-        self.echo(
-            f"\nHeld-out text: {self.heldout.numel()} tokens of files that neither training nor pruning saw, windows of "
-            f"{settings.model.block_size}, fp32.\nBytes: the linear layers in bf16, dense or packed.\nWanda and SparseGPT "
-            "see little text by design (column tokens); mask learning sees more, from the same part of the text."
-        )
+        window = self.settings.model.block_size
+        self.echo(NOTES.format(tokens=self.heldout.numel(), window=window))
         levels = {row["method"]: row["perplexity"] for row in self.rows if row["method"] in ONE_SHOT.values()}
         learned = [row for row in self.rows if row["method"].startswith("PATCH")]
         maskllm = [row for row in self.rows if row["method"].startswith("MaskLLM")]
@@ -308,7 +315,7 @@ class _Demo:
             title="Held-out perplexity against sparsity",
         )
         maps = {}
-        for row, target in zip(learned, settings.targets, strict=True):
+        for row, target in zip(learned, self.settings.targets, strict=True):
             label = f"{row['method']}: {row['sparsity']:.1%} zeros"
             maps[label] = self._artifact(target).tile_is_sparse
         report.plot_tile_maps(self.out / "tiles.png", maps)

@@ -43,7 +43,9 @@ class Corpus:
 
     def describe(self) -> str:
         """One line: files and characters of each part."""
-        sizes = (f"{part} {len(docs)} files, {sum(map(len, docs)) / 1e6:.1f} M characters" for part, docs in self.parts())
+        sizes = (
+            f"{part} {len(docs)} files, {sum(map(len, docs)) / 1e6:.1f} M characters" for part, docs in self.parts()
+        )
         return "; ".join(sizes)
 
     def parts(self) -> Iterator[tuple[str, list[str]]]:
@@ -111,7 +113,11 @@ def train_tokenizer(documents: list[str], vocab_size: int):
     )
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -19,7 +19,7 @@ class ModelSettings:
     layers: int = 2
     heads: int = 4
     block_size: int = 128
-    steps: int = 1400
+    steps: int = 1000
     batch_size: int = 8
     matrix_lr: float = 5e-3
     vector_lr: float = 3e-3
@@ -28,11 +28,14 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LearnSettings:
-    """Mask learning. A run of a few hundred steps needs a higher learning rate than the published 2000 steps."""
+    """Mask learning: the published presets but for the number of steps, the batch and the learning rate.
 
-    steps: int = 250
+    At 500 steps of 1024 tokens 5e-4 gave a lower perplexity than 1e-3 and 2e-3 (2 threads, November 2026).
+    """
+
+    steps: int = 500
     batch_size: int = 8
-    lr: float = 5e-3
+    lr: float = 5e-4
 
     def config(self, mode: str, target: float, tile: tuple[int, int], seed: int) -> LearnConfig:
         """The published preset of `mode` with the settings of this short run."""

@@ -71,7 +71,12 @@ def plot_perplexity(
         axes.plot(*zip(*ordered, strict=True), marker=marker, color=color, linewidth=1.8, label=label, zorder=3)
         for sparsity, value in ordered:
             axes.annotate(
-                f"{value:.2f}", (sparsity, value), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8
+                f"{value:.2f}",
+                (sparsity, value),
+                textcoords="offset points",
+                xytext=(0, 8),
+                ha="center",
+                fontsize=8,
             )
     axes.set_xlim(-0.02, 0.54)
     axes.set_xticks(np.arange(0, 0.51, 0.1), [f"{share:.0%}" for share in np.arange(0, 0.51, 0.1)])
@@ -85,7 +90,10 @@ def plot_perplexity(
 
 
 def plot_tile_maps(
-    path: str | os.PathLike, maps: Mapping[str, Mapping[str, Any]], *, title: str = "dense and 2:4 sparse tiles"
+    path: str | os.PathLike,
+    maps: Mapping[str, Mapping[str, Any]],
+    *,
+    title: str = "dense and 2:4 sparse tiles",
 ) -> None:
     """PNG with one panel per model: the tile grid of every layer, blocks downwards, kinds of layer to the right.
 
@@ -157,13 +165,16 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     header = list(rows[0])
     for number, row in enumerate(rows):
         if list(row) != header:
-            raise ValueError(f"rows: expected the columns {header}, row {number} has {list(row)}. Give all rows the same.")
+            raise ValueError(
+                f"rows: expected the columns {header}, row {number} has {list(row)}. Give all rows the same."
+            )
     return header
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], is_text: Sequence[bool], markdown: bool) -> str:
     padded = [
-        cell.ljust(width) if text else cell.rjust(width) for cell, width, text in zip(cells, widths, is_text, strict=True)
+        cell.ljust(width) if text else cell.rjust(width)
+        for cell, width, text in zip(cells, widths, is_text, strict=True)
     ]
     return f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip()
 
@@ -191,7 +202,10 @@ def _tile_colors():
 def _tile_legend(figure) -> None:
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=DENSE_COLOR, label="dense tile"), Patch(color=SPARSE_COLOR, label="2:4 sparse tile")]
+    patches = [
+        Patch(color=DENSE_COLOR, label="dense tile"),
+        Patch(color=SPARSE_COLOR, label="2:4 sparse tile"),
+    ]
     figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 

@@ -101,9 +101,15 @@ def test_other_conversions():
         ({"overrides": ["steps=true"]}, r"steps: expected an integer, got True"),
         ({"overrides": ["inner.lr=fast"]}, r"inner.lr: expected a number, got 'fast'"),
         ({"overrides": ["inner.hard=maybe"]}, r"inner.hard: expected true or false, got 'maybe'"),
-        ({"overrides": ["inner.tile=1,2,3"]}, r"inner.tile: expected 2 values, got \['1', '2', '3'\]. .*128,128"),
+        (
+            {"overrides": ["inner.tile=1,2,3"]},
+            r"inner.tile: expected 2 values, got \['1', '2', '3'\]. .*128,128",
+        ),
         ({"overrides": ["inner.tile=a,b"]}, r"inner.tile: expected an integer, got 'a'"),
-        ({"overrides": ["method=wandaa"]}, r"method: expected one of wanda, magnitude, got 'wandaa'. Did you mean 'wanda'"),
+        (
+            {"overrides": ["method=wandaa"]},
+            r"method: expected one of wanda, magnitude, got 'wandaa'. Did you mean 'wanda'",
+        ),
         ({"overrides": ["exclude=3"]}, r"exclude: expected a list, got 3"),
         ({"flags": {}}, r"expected --model, got nothing"),
         ({"file": "missing.yaml"}, r"missing.yaml: expected a configuration file, found none"),

@@ -37,7 +37,9 @@ def run(options: Options) -> None:
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out: expected a folder, {options.out} is a file. Choose another --out.")
     if options.text is not None and not options.text.is_dir():
-        raise FileNotFoundError(f"--text: expected a folder of .py files, found none at {options.text}. Check the path.")
+        raise FileNotFoundError(
+            f"--text: expected a folder of .py files, found none at {options.text}. Check the path."
+        )
     from patch.demo import run_demo
 
     hide_bars_without_terminal()

@@ -113,7 +113,11 @@ def _models(options: Options) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]
     for folder in options.masks:
         model = common.load_model(options.model, dtype=options.dtype, device=options.device)
         common.apply_artifact(model, common.load_masks(folder, model))
-        yield _label(folder, taken), model, {"masks": folder, "sparsity": measured_sparsity(keep_masks(model))}
+        yield (
+            _label(folder, taken),
+            model,
+            {"masks": folder, "sparsity": measured_sparsity(keep_masks(model))},
+        )
     for path in options.compare:
         yield _label(path, taken), common.load_model(path, dtype=options.dtype, device=options.device), {}
 

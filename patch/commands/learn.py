@@ -34,12 +34,20 @@ examples:
 configuration with all of them is saved in --out.
 """
 SECTION_FLAGS = {
-    "--sparsity": ("learn.target_sparsity", "SHARE", "target share of zeros, 0 to 0.5 (mask_llm: always 0.5)"),
+    "--sparsity": (
+        "learn.target_sparsity",
+        "SHARE",
+        "target share of zeros, 0 to 0.5 (mask_llm: always 0.5)",
+    ),
     "--tile": ("learn.tile", "R,C", "rows,columns of a tile (default 128,128)"),
     "--lr": ("learn.lr", "LR", "learning rate (default of the preset)"),
     "--local-batch-size": ("learn.local_batch_size", "N", "blocks per forward pass (default 1)"),
     "--global-batch-size": ("learn.global_batch_size", "N", "blocks per optimiser step (default 256)"),
-    "--exact-budget": ("learn.exact_budget", "", "choose the dense tiles by rank, so that the target is met exactly"),
+    "--exact-budget": (
+        "learn.exact_budget",
+        "",
+        "choose the dense tiles by rank, so that the target is met exactly",
+    ),
     "--seed": ("learn.seed", "N", "seed of initial logits, noise and data order (default 42)"),
 }
 DEFAULT_BLOCKS = 512_000
@@ -58,9 +66,7 @@ class Options:
     )
     prior: str | None = setting(None, "folder made by prune: 2:4 masks and tile scores to start from", metavar="DIR")
     steps: int | None = setting(None, "optimiser steps (default: what --blocks gives)", metavar="N")
-    blocks: int | None = setting(
-        None, "blocks of text to train on (default: all, at most 512000)", metavar="N"
-    )
+    blocks: int | None = setting(None, "blocks of text to train on (default: all, at most 512000)", metavar="N")
     seqlen: int | None = setting(None, "tokens per block (default 4096, or what the model allows)", metavar="N")
     text_field: str | None = setting(None, "column of a .jsonl or .parquet file (default text)", metavar="NAME")
     exclude: tuple[str, ...] = setting((), "layers to leave dense, as patterns such as '*.k_proj'", metavar="A,B")
@@ -121,7 +127,9 @@ def on_interrupt(options: Options) -> str:
     """Learning keeps its checkpoints."""
     found = [p for p in Path(options.out).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     if not found:
-        return f"no checkpoint was complete yet in {options.out}; run again with --overwrite (or learn.save_steps lower)"
+        return (
+            f"no checkpoint was complete yet in {options.out}; run again with --overwrite (or learn.save_steps lower)"
+        )
     newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
     return f"{newest} is kept; go on with the same command and --resume"
 
@@ -155,7 +163,7 @@ def _check_out(options: Options) -> None:
     earlier += sorted(path.name for path in options.out.glob("checkpoint-*"))
     if earlier and not (options.resume or options.overwrite):
         raise ValueError(
-            f"--out: expected no earlier learning run, {options.out} has {', '.join(earlier[:4])}. Go on with --resume, "
+            f"--out: expected no earlier learning run, {options.out} has {', '.join(earlier[:4])}. Use --resume, "
             "replace it with --overwrite, or choose another --out."
         )
 

@@ -40,9 +40,7 @@ class Options:
     data: str | None = setting(None, common.DATA_HELP + " (not needed by magnitude)", metavar="TEXT")
     text_field: str | None = setting(None, "column of a .jsonl or .parquet file (default text)", metavar="NAME")
     nsamples: int = setting(128, "calibration samples (default 128)", metavar="N")
-    seqlen: int | None = setting(
-        None, "tokens per sample (default 2048, or what the model allows)", metavar="N"
-    )
+    seqlen: int | None = setting(None, "tokens per sample (default 2048, or what the model allows)", metavar="N")
     target_sparsity: float | None = setting(
         None, "also score tiles from an unstructured reference with this share of zeros", metavar="SHARE"
     )
@@ -69,7 +67,9 @@ class Options:
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value}. Leave it out for the default.")
         if min(self.tile) < 1 or self.tile[1] % 4:
-            raise ValueError(f"tile: expected rows,columns > 0 with columns a multiple of 4, got {self.tile}. Use 128,128.")
+            raise ValueError(
+                f"tile: expected rows,columns > 0 with columns a multiple of 4, got {self.tile}. Use 128,128."
+            )
         if self.seed < 0:
             raise ValueError(f"seed: expected an integer >= 0, got {self.seed}. Use 0.")
 
@@ -89,7 +89,11 @@ def run(options: Options) -> None:
     # The reference is made from the dense model, so before that is pruned.
     scores = None if options.target_sparsity is None else _tile_scores(options, model, calibration)
     masks = prune_model(
-        model, options.method, pattern=options.pattern, sparsity=options.sparsity, **_shared(options, calibration)
+        model,
+        options.method,
+        pattern=options.pattern,
+        sparsity=options.sparsity,
+        **_shared(options, calibration),
     )
     linears = maskable_linears(model, options.exclude)
     weights = {name: linear.weight for name, linear in linears.items()} if options.method == "sparsegpt" else None
