@@ -9,7 +9,6 @@ import argparse
 import csv
 import multiprocessing
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -51,11 +50,21 @@ def interleaved_times(functions: dict[str, Callable[[], object]], repeats: int) 
     return times
 
 
+def _status_bytes(field: str) -> int:
+    """A size from /proc/self/status, for example VmHWM, the peak resident memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"expected {field} in /proc/self/status; peak memory is measured on Linux only")
+
+
 def _measure_memory(function: Callable[[], Callable[[], object]], connection) -> None:
     step = function()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # getrusage would report the peak of the parent process, which exec inherits; this resets our own.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
     step()
-    connection.send(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    connection.send(_status_bytes("VmHWM") - before)
 
 
 def peak_bytes(prepare: Callable[[], Callable[[], object]]) -> int:
