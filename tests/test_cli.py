@@ -186,7 +186,7 @@ def test_export_eval_and_generate(work, tmp_path, capsys):
         )
         assert status == 0
         exported[kind] = out
-    assert "sparsity: 0.35" in exported["packed"]
+    assert "sparsity of the 14 pruned layers: 0.35" in exported["packed"]
     assert "dense -> " in exported["packed"]
     assert "(1.000x)" in exported["dense"]
     status, out, _ = run(

@@ -8,7 +8,6 @@ from typing import Literal
 
 from patch.commands import common
 from patch.commands.common import setting
-from patch.config import dump_yaml
 
 NAME = "export"
 SUMMARY = "write the pruned model, packed (smaller) or dense (works everywhere)"
@@ -62,7 +61,7 @@ def run(options: Options) -> None:
     else:
         after = before
         save_dense(model, tokenizer, out)
-    print(dump_yaml({"sparsity": round(sparsity, 6), "layers": len(masks)}), end="")
+    print(f"sparsity of the {len(masks)} pruned layers: {sparsity:.4f}")
     print(f"bytes of these layers: {before:,} dense -> {after:,} {options.format} ({after / before:.3f}x)")
     common.print_written(out, f"the {options.format} model", f"patch-llm generate --model {out} --prompt 'Once'")
 
