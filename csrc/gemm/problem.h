@@ -1,0 +1,22 @@
+// What a GEMM kernel is told: y (tokens x rows) = x (tokens x cols) * weight^T + bias, the weight packed (layout.h).
+#pragma once
+
+#include <cstdint>
+
+#include "../plan.h"
+
+namespace patch_kernels {
+
+struct GemmProblem {
+  const void* x;           // (tokens, cols), row stride x_stride elements; 16-byte aligned rows
+  const uint8_t* payload;  // packed tiles
+  const void* bias;        // (rows) or null
+  void* y;                 // (tokens, rows), contiguous
+  int tokens, rows, cols;
+  int x_stride;
+  Schedule schedule;
+  ItemSpace items;
+  int token_ctas, splits;  // see LaunchPlan
+};
+
+}  // namespace patch_kernels

@@ -1,0 +1,127 @@
+// Host decisions of tile_linear: the schedule of a layer (from its tile flags alone, computed once) and the launch
+// plan of a call (from sizes alone). No torch, no CUDA; patch_kernels._host shows both to tests and tools.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace patch_kernels {
+
+constexpr int kMaxSplits = 8;             // a portable cluster has at most 8 CTAs
+constexpr int kCuts = kMaxSplits + 1;     // cut points of a unit; fewer splits take every 2nd, 4th or 8th
+constexpr int kPayloadUnit = 2048;        // every tile's size and offset is a multiple of this
+constexpr int32_t kScheduleMagic = 0x504B5331;  // "PKS1"
+
+// Schedule of a layer: one int32 buffer, read by the kernels.
+//   header     4 words: magic, tile rows R, tile columns C, dense tiles
+//   tiles      R x C: (byte offset of the tile / 2048) << 1 | is_sparse, as uint32 (payloads up to 4 TiB)
+//   order      R: tile rows by decreasing bytes. Unit u of a kernel that takes single rows is row order[u]; of one that
+//              takes pairs it is rows order[2u] and order[2u+1], neighbours in bytes, so its halves balance.
+//   row_cuts   R x 9: tile columns at which unit u is cut into 8 shares of about equal bytes
+//   pair_cuts  ceil(R/2) x 9: the same for pairs
+struct Schedule {
+  const uint32_t* tiles;
+  const int32_t* order;
+  const int32_t* row_cuts;
+  const int32_t* pair_cuts;
+  int tile_rows;
+  int tile_cols;
+};
+
+constexpr int kScheduleHeader = 4;
+
+PK_HD constexpr int64_t schedule_words(int64_t tile_rows, int64_t tile_cols) {
+  return kScheduleHeader + tile_rows * tile_cols + tile_rows + (tile_rows + (tile_rows + 1) / 2) * kCuts;
+}
+
+// The view of a schedule buffer.
+PK_HD Schedule schedule_view(const int32_t* words, int tile_rows, int tile_cols) {
+  Schedule view{};
+  view.tiles = reinterpret_cast<const uint32_t*>(words + kScheduleHeader);
+  view.order = words + kScheduleHeader + static_cast<int64_t>(tile_rows) * tile_cols;
+  view.row_cuts = view.order + tile_rows;
+  view.pair_cuts = view.row_cuts + static_cast<int64_t>(tile_rows) * kCuts;
+  view.tile_rows = tile_rows;
+  view.tile_cols = tile_cols;
+  return view;
+}
+
+PK_HD constexpr bool entry_is_sparse(uint32_t entry) { return (entry & 1) != 0; }
+PK_HD constexpr int64_t entry_offset(uint32_t entry) { return static_cast<int64_t>(entry >> 1) * kPayloadUnit; }
+
+// Tile columns [begin, end) of split z of `splits` (1, 2, 4 or 8), from the unit's nine cuts. May be empty.
+struct Range {
+  int begin, end;
+};
+PK_HD Range split_range(const int32_t* cuts, int splits, int z) {
+  const int step = kMaxSplits / splits;
+  return {cuts[z * step], cuts[(z + 1) * step]};
+}
+
+// Fills schedule_words(R, C) words at `words`.
+void make_schedule(const uint8_t* tile_is_sparse, int64_t tile_rows, int64_t tile_cols, int32_t* words);
+
+// Work items of a launch: (unit, group of token tiles). The items are dealt to the workers (clusters, or CTAs) in
+// snake order: round r gives worker w item r*W + w, or from the other end when r is odd. Units come by decreasing
+// bytes, so this is within a few percent of longest-processing-time-first, and needs no table that depends on M.
+// Token groups are swept in blocks, so that the x of a block and the weights of a round stay in L2.
+struct ItemSpace {
+  int units;
+  int groups;            // token groups
+  int groups_per_block;  // of a raster block
+  int workers;
+};
+
+struct Item {
+  int unit, group;  // unit < 0: this worker has no item in this round
+};
+
+PK_HD int64_t item_count(const ItemSpace& space) { return static_cast<int64_t>(space.units) * space.groups; }
+PK_HD int item_rounds(const ItemSpace& space) {
+  return static_cast<int>((item_count(space) + space.workers - 1) / space.workers);
+}
+PK_HD Item item_of(const ItemSpace& space, int worker, int round) {
+  const int64_t place = (round & 1) ? space.workers - 1 - worker : worker;
+  const int64_t index = static_cast<int64_t>(round) * space.workers + place;
+  if (index >= item_count(space)) return {-1, 0};
+  const int64_t block_items = static_cast<int64_t>(space.units) * space.groups_per_block;
+  const int block = static_cast<int>(index / block_items);
+  const int rest = static_cast<int>(index % block_items);
+  const int first = block * space.groups_per_block;
+  const int left = space.groups - first;
+  const int width = left < space.groups_per_block ? left : space.groups_per_block;
+  return {rest / width, first + rest % width};
+}
+
+// What a GPU offers to a launch.
+struct DeviceLimits {
+  int compute_capability;         // 80, 86, 89, 90, 120
+  int sm_count;                   // multiprocessors
+  int smem_bytes;                 // dynamic shared memory one CTA may have
+  int clusters[kMaxSplits + 1];   // [size]: clusters of 1, 2, 4, 8 CTAs that run at once, one CTA an SM; 0: unknown
+};
+
+enum class Family { kUnpack, kSm80, kSm90 };
+
+// How one call runs. On sm_90 a cluster is token_ctas x splits CTAs; on sm_80 splits are a grid dimension.
+struct LaunchPlan {
+  Family family;
+  bool pairs;      // a unit is a pair of tile rows (one per consumer warpgroup), else one tile row
+  int bn;          // tokens of a CTA
+  int token_ctas;  // CTAs of a cluster along tokens, which share the weights by multicast
+  int splits;      // CTAs along K, whose sums are added in a fixed order
+  int depth;       // sm_80: k64 steps in flight
+  ItemSpace items;
+};
+
+// The plan for a (rows x cols) layer with `payload_bytes` of tiles and `tokens` rows of x. batch_invariant: the split
+// depends on the layer alone, so row i of y does not depend on the number of rows.
+LaunchPlan choose_plan(const DeviceLimits& device, int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes,
+                       bool batch_invariant);
+
+// Model time of a plan in microseconds; choose_plan takes the least. Exposed for tests and for tuning on a card.
+double model_time_us(const DeviceLimits& device, const LaunchPlan& plan, int64_t rows, int64_t cols, int64_t tokens,
+                     int64_t payload_bytes);
+
+}  // namespace patch_kernels
