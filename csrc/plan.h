@@ -8,9 +8,9 @@
 
 namespace patch_kernels {
 
-constexpr int kMaxSplits = 8;             // a portable cluster has at most 8 CTAs
-constexpr int kCuts = kMaxSplits + 1;     // cut points of a unit; fewer splits take every 2nd, 4th or 8th
-constexpr int kPayloadUnit = 2048;        // every tile's size and offset is a multiple of this
+constexpr int kMaxSplits = 8;                   // a portable cluster has at most 8 CTAs
+constexpr int kCuts = kMaxSplits + 1;           // cut points of a unit; fewer splits take every 2nd, 4th or 8th
+constexpr int kPayloadUnit = 2048;              // every tile's size and offset is a multiple of this
 constexpr int32_t kScheduleMagic = 0x504B5331;  // "PKS1"
 
 // Schedule of a layer: one int32 buffer, read by the kernels.
@@ -96,10 +96,10 @@ PK_HD Item item_of(const ItemSpace& space, int worker, int round) {
 
 // What a GPU offers to a launch.
 struct DeviceLimits {
-  int compute_capability;         // 80, 86, 89, 90, 120
-  int sm_count;                   // multiprocessors
-  int smem_bytes;                 // dynamic shared memory one CTA may have
-  int clusters[kMaxSplits + 1];   // [size]: clusters of 1, 2, 4, 8 CTAs that run at once, one CTA an SM; 0: unknown
+  int compute_capability;        // 80, 86, 89, 90, 120
+  int sm_count;                  // multiprocessors
+  int smem_bytes;                // dynamic shared memory one CTA may have
+  int clusters[kMaxSplits + 1];  // [size]: clusters of 1, 2, 4, 8 CTAs that run at once, one CTA an SM; 0: unknown
 };
 
 enum class Family { kUnpack, kSm80, kSm90 };

@@ -5,6 +5,13 @@
 
 #include "../plan.h"
 
+// Kernel bodies are written once: device code under nvcc, host code for the emulators (csrc/emulate).
+#if defined(__CUDACC__)
+#define PK_BODY __device__ __forceinline__
+#else
+#define PK_BODY inline
+#endif
+
 namespace patch_kernels {
 
 struct GemmProblem {
@@ -17,6 +24,7 @@ struct GemmProblem {
   Schedule schedule;
   ItemSpace items;
   int token_ctas, splits;  // see LaunchPlan
+  bool cut_by_pair;        // units of one row are cut along K like their pair: the same sums from every kernel
 };
 
 }  // namespace patch_kernels

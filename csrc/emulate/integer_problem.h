@@ -1,0 +1,231 @@
+// A random problem of small integers, whose sums are exact in fp32 in any order: a kernel's y must equal the integer
+// result rounded once. Everything that is not data is NaN or a canary, so that reading or writing it shows.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../gemm/problem.h"
+#include "../ops.h"
+#include "numbers.h"
+
+namespace patch_kernels::emulate {
+
+enum class Types { kRandom, kDense, kSparse, kAlternating, kOneSparse };
+constexpr int kTypes = 5;
+
+struct Sizes {
+  int rows = 0, cols = 0, tokens = 0;
+  int x_padding = 0;  // units of 8 elements between rows of x, beyond cols rounded up to 8
+  Types types = Types::kRandom;
+  bool bias = false;
+  uint32_t seed = 0;
+};
+
+inline std::string describe(const Sizes& s) {
+  char text[192];
+  snprintf(text, sizeof(text), "rows %d cols %d tokens %d x_padding %d types %d bias %d seed %u", s.rows, s.cols,
+           s.tokens, s.x_padding, static_cast<int>(s.types), s.bias, s.seed);
+  return text;
+}
+
+// A number in [low, high].
+inline int between(std::mt19937& random, int low, int high) {
+  return low + static_cast<int>(random() % static_cast<uint32_t>(high - low + 1));
+}
+
+// Sizes at and beside tile edges as often as any others, and multiples of 8, which take the wide stores.
+inline int random_size(std::mt19937& random, int high) {
+  int size = between(random, 1, high);
+  const int kind = between(random, 0, 3);
+  if (kind == 0) size = between(random, 1, std::max(1, high / kTile)) * kTile + between(random, -1, 1);
+  if (kind == 1) size = between(random, 1, std::max(1, high / 8)) * 8;
+  return std::min(high, std::max(1, size));
+}
+
+inline Sizes random_sizes(std::mt19937& random, int max_rows, int max_cols, int max_tokens) {
+  Sizes s;
+  s.rows = random_size(random, max_rows);
+  s.cols = random_size(random, max_cols);
+  s.tokens = between(random, 0, max_tokens);
+  s.x_padding = between(random, 0, 2);
+  s.types = static_cast<Types>(between(random, 0, kTypes - 1));
+  s.bias = between(random, 0, 1) != 0;
+  s.seed = random();
+  return s;
+}
+
+// An integer rounded to `precision` significant bits, to nearest even, by whole-number arithmetic.
+inline int64_t round_integer(int64_t value, int precision) {
+  const int64_t magnitude = value < 0 ? -value : value;
+  int shift = 0;
+  while (magnitude >> shift >> precision) ++shift;
+  if (shift == 0) return value;
+  const int64_t half = int64_t{1} << (shift - 1), rest = magnitude & ((int64_t{1} << shift) - 1);
+  int64_t kept = magnitude >> shift;
+  if (rest > half || (rest == half && (kept & 1))) ++kept;
+  return value < 0 ? -(kept << shift) : kept << shift;
+}
+
+// 16-byte aligned memory that ends where the data ends.
+template <class T>
+struct Aligned {
+  explicit Aligned(size_t n) : size(n), memory(new uint8_t[n * sizeof(T) + 16]) {
+    data = reinterpret_cast<T*>(memory.get() + (16 - reinterpret_cast<uintptr_t>(memory.get()) % 16) % 16);
+  }
+  size_t size;
+  std::unique_ptr<uint8_t[]> memory;
+  T* data;
+};
+
+template <class Element>
+class IntegerProblem {
+  static constexpr uint16_t kCanary = 0xABCD;  // no result of these problems
+  static constexpr uint16_t kNaN = 0x7FFF;
+  static constexpr size_t kCanaries = 512;
+
+ public:
+  explicit IntegerProblem(const Sizes& s)
+      : sizes(s),
+        tile_rows(static_cast<int>(ceil_div(s.rows, kTile))),
+        tile_cols(static_cast<int>(ceil_div(s.cols, kTile))),
+        is_sparse(tile_rows * tile_cols),
+        bias(s.rows),
+        words(schedule_words(tile_rows, tile_cols)),
+        x(static_cast<size_t>(s.tokens) * x_stride()),
+        y(static_cast<size_t>(s.tokens) * s.rows + 2 * kCanaries) {
+    std::mt19937 random(s.seed);
+    draw_types(random);
+    draw_weight(random);
+    draw_x(random);
+    make_schedule(is_sparse.data(), tile_rows, tile_cols, words.data());
+    std::fill(y.data, y.data + y.size, kCanary);
+    std::fill(y.data + kCanaries, y.data + y.size - kCanaries, kNaN);
+  }
+
+  int x_stride() const { return (sizes.cols + 7) / 8 * 8 + 8 * sizes.x_padding; }
+
+  // The problem as kernels see it; items and splits are the caller's.
+  GemmProblem view() {
+    GemmProblem p{};
+    p.x = x.data;
+    p.payload = payload->data;
+    p.bias = sizes.bias ? bias.data() : nullptr;
+    p.y = y.data + kCanaries;
+    p.tokens = sizes.tokens, p.rows = sizes.rows, p.cols = sizes.cols, p.x_stride = x_stride();
+    p.schedule = schedule_view(words.data(), tile_rows, tile_cols);
+    p.token_ctas = p.splits = 1;
+    return p;
+  }
+
+  // What is wrong with y, or "".
+  std::string complaint() const {
+    for (size_t i = 0; i < kCanaries; ++i) {
+      if (y.data[i] != kCanary || y.data[y.size - 1 - i] != kCanary) return "write outside y";
+    }
+    for (int t = 0; t < sizes.tokens; ++t) {
+      for (int r = 0; r < sizes.rows; ++r) {
+        int64_t sum = sizes.bias ? bias_value[r] : 0;
+        const int* w = &kept_weight[static_cast<size_t>(r) * sizes.cols];
+        const int* xs = &x_value[static_cast<size_t>(t) * sizes.cols];
+        int products = 0;
+        for (int k = 0; k < sizes.cols; ++k) products += w[k] * xs[k];
+        sum = round_integer(sum + products, Element::kPrecision);
+        const uint16_t want = Element::round(static_cast<float>(sum));
+        const uint16_t got = y.data[kCanaries + static_cast<size_t>(t) * sizes.rows + r];
+        if (got != want) {
+          char text[128];
+          snprintf(text, sizeof(text), "y[token %d][row %d] is %g, expected %g", t, r,
+                   static_cast<double>(Element::widen(got)), static_cast<double>(Element::widen(want)));
+          return text;
+        }
+      }
+    }
+    return "";
+  }
+
+ private:
+  void draw_types(std::mt19937& random) {
+    const int tiles = tile_rows * tile_cols, one = between(random, 0, tiles - 1);
+    for (int t = 0; t < tiles; ++t) {
+      switch (sizes.types) {
+        case Types::kRandom:
+          is_sparse[t] = between(random, 0, 1) != 0;
+          break;
+        case Types::kDense:
+          is_sparse[t] = 0;
+          break;
+        case Types::kSparse:
+          is_sparse[t] = 1;
+          break;
+        case Types::kAlternating:
+          is_sparse[t] = (t / tile_cols + t % tile_cols) % 2;
+          break;
+        case Types::kOneSparse:
+          is_sparse[t] = t == one;
+          break;
+      }
+    }
+  }
+
+  void draw_weight(std::mt19937& random) {
+    const size_t count = static_cast<size_t>(sizes.rows) * sizes.cols;
+    std::vector<uint16_t> weight(count);
+    std::unique_ptr<bool[]> keep(new bool[count]);
+    kept_weight.resize(count);
+    bias_value.resize(sizes.rows);
+    for (int r = 0; r < sizes.rows; ++r) {
+      for (int k0 = 0; k0 < sizes.cols; k0 += kGroup) {
+        const int real = std::min(kGroup, sizes.cols - k0);
+        int bits = 15;
+        if (is_sparse[r / kTile * tile_cols + k0 / kTile] && real > 2) {
+          do bits = between(random, 0, (1 << real) - 1);
+          while (__builtin_popcount(static_cast<unsigned>(bits)) != 2);
+        }
+        for (int j = 0; j < real; ++j) {
+          const size_t at = static_cast<size_t>(r) * sizes.cols + k0 + j;
+          const int value = between(random, -7, 7);
+          weight[at] = Element::round(static_cast<float>(value));
+          keep[at] = bits >> j & 1;
+          kept_weight[at] = keep[at] ? value : 0;
+        }
+      }
+      bias_value[r] = between(random, -7, 7);
+      bias[r] = Element::round(static_cast<float>(bias_value[r]));
+    }
+    payload = std::make_unique<Aligned<uint8_t>>(cpu::payload_bytes(is_sparse.data(), tile_rows * tile_cols));
+    const ParallelFor serial = [](int64_t n, ParallelBody body, void* context) { body(0, n, context); };
+    cpu::pack_tiles(weight.data(), keep.get(), is_sparse.data(), sizes.rows, sizes.cols, payload->data, serial);
+  }
+
+  void draw_x(std::mt19937& random) {
+    std::fill(x.data, x.data + x.size, kNaN);
+    x_value.resize(static_cast<size_t>(sizes.tokens) * sizes.cols);
+    for (int t = 0; t < sizes.tokens; ++t) {
+      for (int k = 0; k < sizes.cols; ++k) {
+        const int value = between(random, -4, 4);
+        x_value[static_cast<size_t>(t) * sizes.cols + k] = value;
+        x.data[static_cast<size_t>(t) * x_stride() + k] = Element::round(static_cast<float>(value));
+      }
+    }
+  }
+
+ public:
+  const Sizes sizes;
+  const int tile_rows, tile_cols;
+  std::vector<uint8_t> is_sparse;
+  std::vector<uint16_t> bias;
+  std::vector<int32_t> words;  // the schedule
+  std::unique_ptr<Aligned<uint8_t>> payload;
+  Aligned<uint16_t> x, y;
+
+ private:
+  std::vector<int> kept_weight, bias_value, x_value;
+};
+
+}  // namespace patch_kernels::emulate
