@@ -119,7 +119,7 @@ LaunchPlan make_plan(const DeviceLimits& device, Family family, bool pairs, int 
   plan.splits = splits;
   const int64_t tile_rows = ceil_div(rows, kTile);
   plan.items.units = static_cast<int>(pairs ? ceil_div(tile_rows, 2) : tile_rows);
-  plan.items.groups = static_cast<int>(ceil_div(tokens, int64_t{bn} * token_ctas));
+  plan.items.groups = static_cast<int>(std::min<int64_t>(ceil_div(tokens, int64_t{bn} * token_ctas), INT32_MAX));
   plan.items.groups_per_block = std::min(std::max(plan.items.groups, 1), raster_groups(cols, bn * token_ctas));
   int workers;
   if (family == Family::kSm90) {
@@ -219,7 +219,10 @@ LaunchPlan choose_plan(const DeviceLimits& device, int64_t rows, int64_t cols, i
   if (family == Family::kUnpack) return {};
   int splits = 0;
   if (batch_invariant) splits = best_plan(device, family, rows, cols, 1, payload_bytes, 0).splits;
-  return best_plan(device, family, rows, cols, tokens, payload_bytes, splits);
+  const LaunchPlan plan = best_plan(device, family, rows, cols, tokens, payload_bytes, splits);
+  // Two rounds beyond the last item must still fit 32 bits; so must the numbers of rows and tokens.
+  const bool fits = item_count(plan.items) < (int64_t{1} << 30) && std::max({rows, cols, tokens}) < (int64_t{1} << 30);
+  return fits ? plan : LaunchPlan{};
 }
 
 }  // namespace patch_kernels

@@ -77,21 +77,21 @@ struct Item {
   int unit, group;  // unit < 0: this worker has no item in this round
 };
 
-PK_HD int64_t item_count(const ItemSpace& space) { return static_cast<int64_t>(space.units) * space.groups; }
+PK_HD constexpr int64_t item_count(const ItemSpace& space) { return static_cast<int64_t>(space.units) * space.groups; }
+// From here on an item's number fits 31 bits: choose_plan sees to it.
 PK_HD int item_rounds(const ItemSpace& space) {
-  return static_cast<int>((item_count(space) + space.workers - 1) / space.workers);
+  return static_cast<int>((static_cast<uint32_t>(item_count(space)) + space.workers - 1) / space.workers);
 }
 PK_HD Item item_of(const ItemSpace& space, int worker, int round) {
-  const int64_t place = (round & 1) ? space.workers - 1 - worker : worker;
-  const int64_t index = static_cast<int64_t>(round) * space.workers + place;
-  if (index >= item_count(space)) return {-1, 0};
-  const int64_t block_items = static_cast<int64_t>(space.units) * space.groups_per_block;
-  const int block = static_cast<int>(index / block_items);
-  const int rest = static_cast<int>(index % block_items);
-  const int first = block * space.groups_per_block;
+  const int place = (round & 1) ? space.workers - 1 - worker : worker;
+  const uint32_t index = static_cast<uint32_t>(round) * space.workers + place;
+  if (index >= static_cast<uint32_t>(item_count(space))) return {-1, 0};
+  const uint32_t block_items = static_cast<uint32_t>(space.units) * space.groups_per_block;
+  const uint32_t block = index / block_items, rest = index % block_items;
+  const int first = static_cast<int>(block) * space.groups_per_block;
   const int left = space.groups - first;
-  const int width = left < space.groups_per_block ? left : space.groups_per_block;
-  return {rest / width, first + rest % width};
+  const uint32_t width = left < space.groups_per_block ? left : space.groups_per_block;
+  return {static_cast<int>(rest / width), first + static_cast<int>(rest % width)};
 }
 
 // What a GPU offers to a launch.

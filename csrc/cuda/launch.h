@@ -9,12 +9,13 @@
 
 namespace patch_kernels::cuda {
 
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
+inline void check(cudaError_t error, const char* kernel) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(kernel) + ": CUDA launch failed: " + cudaGetErrorString(error) +
                              ". Run `patch-llm info` to see which architectures this build has.");
   }
 }
+
+inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 }  // namespace patch_kernels::cuda

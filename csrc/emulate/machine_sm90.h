@@ -320,7 +320,7 @@ class Machine {
   }
   template <int kLeft>
   void wait_groups() {
-    if (kLeft == 0 && has(Fault::kMissingDrain) && ++drains_ == 1) return;
+    if (kLeft == 0 && has(Fault::kMissingDrain) && !groups_.empty() && ++drains_ == 1) return;
     const size_t left = kLeft + (kLeft == 1 && has(Fault::kEarlyRelease) ? 1 : 0);
     if (groups_.size() > left && cluster_.faults.retire_delay.count()) {
       std::this_thread::sleep_for(cluster_.faults.retire_delay);
@@ -369,6 +369,13 @@ class Machine {
   }
   void wait_stores() { finish_stores(0); }
 
+  uint16_t load_half(uint32_t address) {
+    uint16_t bits;
+    memcpy(&bits, cta_.at(address, 2), 2);
+    return bits;
+  }
+  static void store_bits(void* to, int64_t index, uint16_t bits) { static_cast<uint16_t*>(to)[index] = bits; }
+
   // Exchange of partial sums.
   void store_pair(uint32_t address, float a, float b) {
     memcpy(cta_.at(address, 8), &a, 4);
@@ -380,6 +387,7 @@ class Machine {
     return value;
   }
 
+  static uint32_t load_entry(const uint32_t* entry) { return *entry; }
   static float load_element(const void* from, int index) {
     return Element::widen(static_cast<const uint16_t*>(from)[index]);
   }

@@ -55,7 +55,7 @@ struct Config {
   static constexpr int kThreads = kPairs ? 384 : 320;
 
   static_assert(kXSlotBytes % 1024 == 0 && kSparseTileBytes % 1024 == 0, "the swizzle repeats every 1024 bytes");
-  static_assert(kExchangeTokens == 0 || kBn % kExchangeTokens == 0, "whole chunks");
+  static_assert(kBn % (kExchangeTokens ? kExchangeTokens : 1) == 0, "whole chunks");
   static_assert(kSmemBytes <= (kPairs ? 232448 : 115712), "227 KB a CTA; decode leaves room for the next kernel's CTA");
 };
 
@@ -167,6 +167,7 @@ PK_BODY Work work_of(const GemmProblem& p, const Item& item, const Place& place,
 template <class M, class F>
 PK_BODY void for_each_item(M& m, const GemmProblem& p, F&& f) {
   const int rounds = item_rounds(p.items);
+#pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
     const Item item = item_of(p.items, m.cluster(), round);
     if (item.unit >= 0) f(item);
@@ -270,6 +271,7 @@ struct Consumer {
   }
 
   PK_BODY void dense_tile() {
+#pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       m.wait(smem.w_full(ring(), w.slot), w.parity);
       m.wait(smem.x_full(x.slot), x.parity);
@@ -286,8 +288,6 @@ struct Consumer {
     }
   }
 
-  // `meta` stays untouched until the second tile after this one: an instruction in flight may still read it. The ISA
-  // forbids changing accumulators and A fragments then and is silent on metadata.
   PK_BODY void sparse_tile(Words (&meta)[C::kBlocks]) {
     m.wait(smem.w_full(ring(), w.slot), w.parity);
     const uint32_t slot = smem.w(ring(), w.slot);
@@ -314,15 +314,11 @@ struct Consumer {
     }
   }
 
-  PK_BODY void tile(bool is_sparse, bool switches, Words (&meta)[C::kBlocks]) {
-    // wgmmas that share accumulators are ordered only if their shapes are the same (PTX ISA, "wgmma.mma_async"): a
-    // change between dense and sparse drains the pipeline.
-    if (switches) drain();
-    if (is_sparse) {
-      sparse_tile(meta);
-    } else {
-      dense_tile();
-    }
+  // Tile columns of one row as runs of equal type. The kind of the next tile is asked for before this one is
+  // multiplied.
+  enum Kind { kDense, kSparse, kEnd };
+  PK_BODY Kind kind_at(const uint32_t* entries, int k, int end) const {
+    return k >= end ? kEnd : entry_is_sparse(M::load_entry(entries + k)) ? kSparse : kDense;
   }
 
   PK_BODY void multiply(const Work& work) {
@@ -336,70 +332,101 @@ struct Consumer {
       return;
     }
     const uint32_t* entries = p.schedule.tiles + static_cast<int64_t>(work.row) * p.schedule.tile_cols;
-    Words meta[2][C::kBlocks];
-    bool before = false, first = true;
+    const int end = work.k.end;
     int k = work.k.begin;
-    while (k < work.k.end) {
-#pragma unroll
-      for (int buffer = 0; buffer < 2; ++buffer) {
-        if (k >= work.k.end) break;
-        const bool is_sparse = entry_is_sparse(entries[k++]);
-        tile(is_sparse, !first && is_sparse != before, meta[buffer]);
-        before = is_sparse;
-        first = false;
+    Kind kind = kind_at(entries, k, end);
+    // wgmmas that share accumulators are ordered only if their shapes are the same (PTX ISA, "wgmma.mma_async"): a
+    // change between dense and sparse drains the pipeline.
+    while (kind != kEnd) {
+      while (kind == kDense) {
+        const Kind next = kind_at(entries, ++k, end);
+        dense_tile();
+        kind = next;
       }
+      drain();
+      // Two sets of metadata registers take turns: an instruction in flight may still read the other. The ISA forbids
+      // changing accumulators and A fragments then and is silent on metadata.
+      Words meta[2][C::kBlocks];
+      while (kind == kSparse) {
+        Kind next = kind_at(entries, ++k, end);
+        sparse_tile(meta[0]);
+        kind = next;
+        if (kind != kSparse) break;
+        next = kind_at(entries, ++k, end);
+        sparse_tile(meta[1]);
+        kind = next;
+      }
+      drain();
     }
-    drain();
   }
 
-  PK_BODY float bias_at(int row) const { return p.bias && row < p.rows ? M::load_element(p.bias, row) : 0.0f; }
+  PK_BODY float bias_at(int row) const { return row < p.rows ? M::load_element(p.bias, row) : 0.0f; }
 
   PK_BODY void store_element(int token, int row, float sum) {
     if (token < p.tokens && row < p.rows) M::store_element(p.y, static_cast<int64_t>(token) * p.rows + row, sum);
   }
 
-  // Any N, straight from the registers.
+  PK_BODY void add_bias(int row0) {
+#pragma unroll
+    for (int b = 0; b < C::kBlocks; ++b) {
+      m.each_thread([&](int t) {
+        float* sum = sums[b].at(t);
+        const int row = row0 + 64 * b + fragment_row(t, 0);
+        const float bias[2] = {bias_at(row), bias_at(row + 8)};
+#pragma unroll
+        for (int i = 0; i < C::kBn / 2; ++i) sum[i] += bias[(i >> 1) & 1];
+      });
+    }
+  }
+
+  // Straight from the registers: few tokens.
   PK_BODY void store_direct(int row0, int token0) {
 #pragma unroll
     for (int b = 0; b < C::kBlocks; ++b) {
       m.each_thread([&](int t) {
         const float* sum = sums[b].at(t);
-        const int row = row0 + 64 * b + fragment_row(t, 0);
-        const float bias[2] = {bias_at(row), bias_at(row + 8)};
 #pragma unroll
         for (int i = 0; i < C::kBn / 2; ++i) {
-          store_element(token0 + fragment_token(t, i), row0 + 64 * b + fragment_row(t, i), sum[i] + bias[(i >> 1) & 1]);
+          store_element(token0 + fragment_token(t, i), row0 + 64 * b + fragment_row(t, i), sum[i]);
         }
       });
     }
   }
 
-  // N a multiple of 8: transposed through shared memory, 16 tokens at a time, stored by the copy engine, which also
-  // clips what lies outside y.
-  PK_BODY void store_tensor(const typename M::TensorMap& y_map, int row0, int token0) {
+  // Transposed through shared memory, 16 tokens at a time. If N is a multiple of 8 the copy engine stores them and
+  // clips what lies outside y; else its rows are not aligned as a tensor map needs, and the threads store them.
+  PK_BODY void store_staged(const typename M::TensorMap& y_map, int row0, int token0) {
+    constexpr int kBlockBytes = C::kStageBytes / C::kBlocks;
+    const bool by_tensor = p.rows % 8 == 0;
 #pragma unroll
     for (int chunk = 0; chunk < C::kBn / C::kStageTokens; ++chunk) {
+      const int first = token0 + chunk * C::kStageTokens;
       const uint32_t stage = smem.scratch(index) + (stores++ & 1) * C::kStageBytes;
       m.wait_stores_read();  // all but the newest store have left shared memory
       m.consumer_sync(index);
 #pragma unroll
       for (int b = 0; b < C::kBlocks; ++b) {
-        m.store_transposed(stage + b * (C::kStageBytes / C::kBlocks), [&](int t, uint32_t (&words)[4]) {
+        m.store_transposed(stage + b * kBlockBytes, [&](int t, uint32_t (&words)[4]) {
           const float* sum = sums[b].at(t) + 8 * chunk;
-          const int row = row0 + 64 * b + fragment_row(t, 0);
-          const float low = bias_at(row), high = bias_at(row + 8);
-          words[0] = M::pack(sum[0] + low, sum[1] + low);
-          words[1] = M::pack(sum[2] + high, sum[3] + high);
-          words[2] = M::pack(sum[4] + low, sum[5] + low);
-          words[3] = M::pack(sum[6] + high, sum[7] + high);
+          for (int i = 0; i < 4; ++i) words[i] = M::pack(sum[2 * i], sum[2 * i + 1]);
         });
       }
-      m.fence_async_proxy();
+      if (by_tensor) m.fence_async_proxy();
       m.consumer_sync(index);
-      for (int b = 0; b < C::kBlocks; ++b) {
-        m.copy_y(y_map, stage + b * (C::kStageBytes / C::kBlocks), row0 + 64 * b, token0 + chunk * C::kStageTokens);
+      if (by_tensor) {
+        for (int b = 0; b < C::kBlocks; ++b) m.copy_y(y_map, stage + b * kBlockBytes, row0 + 64 * b, first);
+        m.commit_stores();
+        continue;
       }
-      m.commit_stores();
+      m.each_thread([&](int t) {  // one weight row a thread
+        const uint32_t from = stage + t / 64 * kBlockBytes;
+        if (row0 + t >= p.rows) return;
+#pragma unroll 1
+        for (int i = 0; i < C::kStageTokens && first + i < p.tokens; ++i) {
+          const uint16_t bits = m.load_half(from + swizzle128(i, kValueBytes * (t % 64)));
+          M::store_bits(p.y, static_cast<int64_t>(first + i) * p.rows + row0 + t, bits);
+        }
+      });
     }
   }
 
@@ -432,7 +459,8 @@ struct Consumer {
           for (int split = 0; split < p.splits; ++split) {
             sum += m.load_remote(mine + 4 * (row * kStride + token), split * p.token_ctas + place.token_cta);
           }
-          store_element(token0 + chunk * kTokens + token, row0 + row, sum + bias_at(row0 + row));
+          if (p.bias) sum += bias_at(row0 + row);
+          store_element(token0 + chunk * kTokens + token, row0 + row, sum);
         }
       });
       m.consumer_sync(index);
@@ -445,10 +473,12 @@ struct Consumer {
     if constexpr (C::kExchangeTokens > 0) {
       if (p.splits > 1) return store_exchanged(row0, token0);
     }
+    if (p.bias) add_bias(row0);
     if constexpr (C::kPairs) {
-      if (p.rows % 8 == 0) return store_tensor(y_map, row0, token0);
+      store_staged(y_map, row0, token0);
+    } else {
+      store_direct(row0, token0);
     }
-    store_direct(row0, token0);
   }
 
   PK_BODY void run(const typename M::TensorMap& y_map) {

@@ -1,0 +1,124 @@
+// tile_linear on Hopper: instantiations and launcher of gemm/sm90.h.
+#include <atomic>
+
+#include "launch.h"
+#include "machine_sm90.cuh"
+#include "tile_linear_sm90.h"
+
+namespace patch_kernels::cuda {
+namespace {
+
+template <class C, class Element>
+__global__ void __launch_bounds__(C::kThreads, C::kPairs ? 1 : 2)
+    sm90_kernel(const __grid_constant__ GemmProblem p, const __grid_constant__ CUtensorMap x_map,
+                const __grid_constant__ CUtensorMap y_map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) uint8_t smem[];
+  MachineSm90<Element, !C::kPairs> machine(smem);
+  if ((machine.smem_base() & 1023) != 0) __trap();  // the swizzle is a function of the address
+  sm90::tile_gemm<C>(machine, p, x_map, y_map);
+#endif
+}
+
+// The driver makes tensor maps. Asked for at run time: the library must load where there is no driver.
+CUtensorMap tensor_map(const void* base, int64_t rows, int64_t cols, int64_t stride, int box_rows, DType dtype) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "tile_linear");
+    if (found != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error(
+          "tile_linear: this driver has no cuTensorMapEncodeTiled. Update it to CUDA 12 or newer.");
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * kValueBytes};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, element_strides[2] = {1, 1};
+  const CUresult result =
+      encode(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+             const_cast<void*>(base), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("tile_linear: cuTensorMapEncodeTiled refused a " + std::to_string(rows) + "x" +
+                             std::to_string(cols) + " tensor of row stride " + std::to_string(stride) + " (error " +
+                             std::to_string(static_cast<int>(result)) + ")");
+  }
+  return map;
+}
+
+// Once a device; asking again does no harm.
+template <class C, class Element>
+void allow_shared_memory() {
+  static std::atomic<uint64_t> allowed{0};
+  int device = 0;
+  check(cudaGetDevice(&device), "tile_linear");
+  const uint64_t bit = uint64_t{1} << (device & 63);
+  if (allowed.load(std::memory_order_relaxed) & bit) return;
+  check(cudaFuncSetAttribute(sm90_kernel<C, Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes),
+        "tile_linear");
+  allowed.fetch_or(bit, std::memory_order_relaxed);
+}
+
+template <class C, class Element>
+cudaLaunchConfig_t launch_config(int clusters, int cluster_ctas, cudaStream_t stream,
+                                 cudaLaunchAttribute (&attributes)[2]) {
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(cluster_ctas);
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster_ctas));
+  config.blockDim = dim3(C::kThreads);
+  config.dynamicSmemBytes = C::kSmemBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return config;
+}
+
+template <class C, class Element>
+void launch(const GemmProblem& p, DType dtype, cudaStream_t stream) {
+  allow_shared_memory<C, Element>();
+  const CUtensorMap x_map = tensor_map(p.x, p.tokens, p.cols, p.x_stride, C::kBn, dtype);
+  const bool y_by_tensor = C::kPairs && p.rows % 8 == 0;
+  const CUtensorMap y_map = y_by_tensor ? tensor_map(p.y, p.tokens, p.rows, p.rows, C::kStageTokens, dtype) : x_map;
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config =
+      launch_config<C, Element>(p.items.workers, p.token_ctas * p.splits, stream, attributes);
+  check(cudaLaunchKernelEx(&config, sm90_kernel<C, Element>, p, x_map, y_map), "tile_linear");
+}
+
+}  // namespace
+
+void sm90_tile_linear(GemmProblem p, const LaunchPlan& plan, DType dtype, void* stream) {
+  p.items = plan.items;
+  p.token_ctas = plan.token_ctas;
+  p.splits = plan.splits;
+  const bool known = sm90::with_config(plan.pairs, plan.bn, [&](auto config) {
+    using C = decltype(config);
+    if (dtype == DType::kFloat16) {
+      launch<C, __half>(p, dtype, static_cast<cudaStream_t>(stream));
+    } else {
+      launch<C, __nv_bfloat16>(p, dtype, static_cast<cudaStream_t>(stream));
+    }
+  });
+  if (!known)
+    throw std::runtime_error("tile_linear: no Hopper kernel for " + std::to_string(plan.bn) + " tokens a CTA");
+}
+
+void sm90_count_clusters(int (&clusters)[kMaxSplits + 1]) {
+  using C = sm90::Prefill128;  // one CTA an SM
+  allow_shared_memory<C, __nv_bfloat16>();
+  for (int& count : clusters) count = 0;
+  for (int size = 1; size <= kMaxSplits; size *= 2) {
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t config = launch_config<C, __nv_bfloat16>(1, size, nullptr, attributes);
+    check(cudaOccupancyMaxActiveClusters(&clusters[size], sm90_kernel<C, __nv_bfloat16>, &config), "tile_linear");
+  }
+}
+
+}  // namespace patch_kernels::cuda
