@@ -23,7 +23,7 @@
 #include <vector>
 
 #include "../gemm/sm90.h"
-#include "numbers.h"
+#include "../numbers.h"
 
 namespace patch_kernels::emulate {
 

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <map>
 
-#include "integer_problem.h"
+#include "../integer_problem.h"
 #include "machine_sm90.h"
 
 namespace patch_kernels::emulate {
@@ -95,7 +95,7 @@ std::string run_typed(const Case& c, const FaultPlan& faults) {
 }
 
 std::string run_case(const Case& c, const FaultPlan& faults = {}) {
-  return c.bfloat ? run_typed<Bfloat16>(c, faults) : run_typed<Half>(c, faults);
+  return c.bfloat ? run_typed<BFloat16Element>(c, faults) : run_typed<HalfElement>(c, faults);
 }
 
 int pick(std::mt19937& random, std::initializer_list<int> values) {
@@ -148,16 +148,16 @@ int run_invariant(int cases, uint32_t seed) {
     narrow.sizes.tokens = between(random, 1, 32);
     narrow.pairs = false, narrow.token_ctas = 1;
     narrow.bn = narrow.sizes.tokens <= 8 ? 8 : narrow.sizes.tokens <= 16 ? 16 : 32;
-    IntegerProblem<Bfloat16> problem(wide.sizes);
+    IntegerProblem<BFloat16Element> problem(wide.sizes);
     for (size_t at = 0; at < problem.x.size; ++at) {
-      problem.x.data[at] = Bfloat16::round(0.001f * static_cast<float>(between(random, -4000, 4000)));
+      problem.x.data[at] = BFloat16Element::round(0.001f * static_cast<float>(between(random, -4000, 4000)));
     }
     GemmProblem p = problem.view();
-    std::string complaint = run_plan<Bfloat16>(wide, p, {});
+    std::string complaint = run_plan<BFloat16Element>(wide, p, {});
     const auto* y = static_cast<const uint16_t*>(p.y);
     const std::vector<uint16_t> first(y, y + static_cast<size_t>(narrow.sizes.tokens) * p.rows);
     p.tokens = narrow.sizes.tokens;
-    if (complaint.empty()) complaint = run_plan<Bfloat16>(narrow, p, {});
+    if (complaint.empty()) complaint = run_plan<BFloat16Element>(narrow, p, {});
     if (complaint.empty() && !std::equal(first.begin(), first.end(), y)) complaint = "rows differ";
     if (complaint.empty()) continue;
     ++failed;

@@ -1,11 +1,11 @@
-// fp16 and bf16 for the emulators, by the conversions of the CPU ops.
+// fp16 and bf16 as host types, by the conversions of the CPU ops.
 #pragma once
 
 #include <cstdint>
 
-#include "../mask_math.h"
+#include "mask_math.h"
 
-namespace patch_kernels::emulate {
+namespace patch_kernels {
 
 // kPrecision: significant bits, the implied one included.
 template <class Storage, int kPrecisionBits>
@@ -18,7 +18,7 @@ struct Element {
     return out.bits;
   }
 };
-using Half = Element<patch_kernels::Half, 11>;
-using Bfloat16 = Element<patch_kernels::BFloat16, 8>;
+using HalfElement = Element<Half, 11>;
+using BFloat16Element = Element<BFloat16, 8>;
 
-}  // namespace patch_kernels::emulate
+}  // namespace patch_kernels

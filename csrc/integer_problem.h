@@ -1,5 +1,6 @@
-// A random problem of small integers, whose sums are exact in fp32 in any order: a kernel's y must equal the integer
-// result rounded once. Everything that is not data is NaN or a canary, so that reading or writing it shows.
+// For the self-check and the emulators: a random problem of small integers, whose sums are exact in fp32 in any order:
+// a kernel's y must equal the integer result rounded once. Everything that is not data is NaN or a canary, so that
+// reading or writing it shows.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +11,11 @@
 #include <string>
 #include <vector>
 
-#include "../gemm/problem.h"
-#include "../ops.h"
+#include "gemm/problem.h"
 #include "numbers.h"
+#include "ops.h"
 
-namespace patch_kernels::emulate {
+namespace patch_kernels {
 
 enum class Types { kRandom, kDense, kSparse, kAlternating, kOneSparse };
 constexpr int kTypes = 5;
@@ -87,7 +88,6 @@ template <class Element>
 class IntegerProblem {
   static constexpr uint16_t kCanary = 0xABCD;  // no result of these problems
   static constexpr uint16_t kNaN = 0x7FFF;
-  static constexpr size_t kCanaries = 512;
 
  public:
   explicit IntegerProblem(const Sizes& s)
@@ -104,8 +104,8 @@ class IntegerProblem {
     draw_weight(random);
     draw_x(random);
     make_schedule(is_sparse.data(), tile_rows, tile_cols, words.data());
-    std::fill(y.data, y.data + y.size, kCanary);
-    std::fill(y.data + kCanaries, y.data + y.size - kCanaries, kNaN);
+    expect();
+    poison();
   }
 
   int x_stride() const { return (sizes.cols + 7) / 8 * 8 + 8 * sizes.x_padding; }
@@ -128,25 +128,23 @@ class IntegerProblem {
     for (size_t i = 0; i < kCanaries; ++i) {
       if (y.data[i] != kCanary || y.data[y.size - 1 - i] != kCanary) return "write outside y";
     }
-    for (int t = 0; t < sizes.tokens; ++t) {
-      for (int r = 0; r < sizes.rows; ++r) {
-        int64_t sum = sizes.bias ? bias_value[r] : 0;
-        const int* w = &kept_weight[static_cast<size_t>(r) * sizes.cols];
-        const int* xs = &x_value[static_cast<size_t>(t) * sizes.cols];
-        int products = 0;
-        for (int k = 0; k < sizes.cols; ++k) products += w[k] * xs[k];
-        sum = round_integer(sum + products, Element::kPrecision);
-        const uint16_t want = Element::round(static_cast<float>(sum));
-        const uint16_t got = y.data[kCanaries + static_cast<size_t>(t) * sizes.rows + r];
-        if (got != want) {
-          char text[128];
-          snprintf(text, sizeof(text), "y[token %d][row %d] is %g, expected %g", t, r,
-                   static_cast<double>(Element::widen(got)), static_cast<double>(Element::widen(want)));
-          return text;
-        }
+    const uint16_t* got = y.data + kCanaries;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      if (got[i] != expected[i]) {
+        char text[128];
+        snprintf(text, sizeof(text), "y[token %d][row %d] is %g, expected %g", static_cast<int>(i / sizes.rows),
+                 static_cast<int>(i % sizes.rows), static_cast<double>(Element::widen(got[i])),
+                 static_cast<double>(Element::widen(expected[i])));
+        return text;
       }
     }
     return "";
+  }
+
+  // Canaries around y, NaN in it: as before any kernel ran.
+  void poison() {
+    std::fill(y.data, y.data + y.size, kCanary);
+    std::fill(y.data + kCanaries, y.data + y.size - kCanaries, kNaN);
   }
 
  private:
@@ -215,7 +213,22 @@ class IntegerProblem {
     }
   }
 
+  void expect() {
+    expected.resize(static_cast<size_t>(sizes.tokens) * sizes.rows);
+    for (int t = 0; t < sizes.tokens; ++t) {
+      for (int r = 0; r < sizes.rows; ++r) {
+        const int* w = &kept_weight[static_cast<size_t>(r) * sizes.cols];
+        const int* xs = &x_value[static_cast<size_t>(t) * sizes.cols];
+        int sum = sizes.bias ? bias_value[r] : 0;
+        for (int k = 0; k < sizes.cols; ++k) sum += w[k] * xs[k];
+        const int64_t rounded = round_integer(sum, Element::kPrecision);
+        expected[static_cast<size_t>(t) * sizes.rows + r] = Element::round(static_cast<float>(rounded));
+      }
+    }
+  }
+
  public:
+  static constexpr size_t kCanaries = 512;
   const Sizes sizes;
   const int tile_rows, tile_cols;
   std::vector<uint8_t> is_sparse;
@@ -226,6 +239,7 @@ class IntegerProblem {
 
  private:
   std::vector<int> kept_weight, bias_value, x_value;
+  std::vector<uint16_t> expected;
 };
 
-}  // namespace patch_kernels::emulate
+}  // namespace patch_kernels
