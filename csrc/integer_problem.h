@@ -40,11 +40,11 @@ inline int between(std::mt19937& random, int low, int high) {
   return low + static_cast<int>(random() % static_cast<uint32_t>(high - low + 1));
 }
 
-// Sizes at and beside tile edges as often as any others, and multiples of 8, which take the wide stores.
-inline int random_size(std::mt19937& random, int high) {
+// Sizes at and beside edges as often as any others, and multiples of 8, which take the wide stores.
+inline int random_size(std::mt19937& random, int high, int edge = kTile) {
   int size = between(random, 1, high);
   const int kind = between(random, 0, 3);
-  if (kind == 0) size = between(random, 1, std::max(1, high / kTile)) * kTile + between(random, -1, 1);
+  if (kind == 0) size = between(random, 1, std::max(1, high / edge)) * edge + between(random, -1, 1);
   if (kind == 1) size = between(random, 1, std::max(1, high / 8)) * 8;
   return std::min(high, std::max(1, size));
 }

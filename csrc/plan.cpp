@@ -117,9 +117,7 @@ LaunchPlan make_plan(const DeviceLimits& device, Family family, bool pairs, int 
   plan.bn = bn;
   plan.token_ctas = token_ctas;
   plan.splits = splits;
-  const int64_t tile_rows = ceil_div(rows, kTile);
-  plan.items.units = static_cast<int>(pairs ? ceil_div(tile_rows, 2) : tile_rows);
-  plan.items.groups = static_cast<int>(std::min<int64_t>(ceil_div(tokens, int64_t{bn} * token_ctas), INT32_MAX));
+  plan.items = item_space(plan, rows, tokens);
   plan.items.groups_per_block = std::min(std::max(plan.items.groups, 1), raster_groups(cols, bn * token_ctas));
   int workers;
   if (family == Family::kSm90) {
@@ -178,6 +176,29 @@ LaunchPlan best_plan(const DeviceLimits& device, Family family, int64_t rows, in
 
 }  // namespace
 
+Family best_family(int compute_capability) {
+  switch (compute_capability) {
+    case 80:
+    case 86:
+    case 87:
+    case 89:
+    case 120:
+    case 121:
+      return Family::kSm80;
+    case 90:
+      return Family::kSm90;
+    default:
+      return Family::kUnpack;
+  }
+}
+
+ItemSpace item_space(const LaunchPlan& plan, int64_t rows, int64_t tokens) {
+  const int64_t units = ceil_div(ceil_div(rows, kTile), plan.pairs ? 2 : 1);
+  const int64_t groups = ceil_div(tokens, int64_t{plan.bn} * plan.token_ctas);
+  const int width = static_cast<int>(std::min<int64_t>(groups, INT32_MAX));
+  return {static_cast<int>(units), width, std::max(width, 1), 1};
+}
+
 double model_time_us(const DeviceLimits& device, const LaunchPlan& plan, int64_t rows, int64_t cols, int64_t tokens,
                      int64_t payload_bytes) {
   const Layer layer = layer_of(rows, cols, payload_bytes);
@@ -202,20 +223,7 @@ double model_time_us(const DeviceLimits& device, const LaunchPlan& plan, int64_t
 
 LaunchPlan choose_plan(const DeviceLimits& device, int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes,
                        bool batch_invariant) {
-  Family family = Family::kUnpack;
-  switch (device.compute_capability) {
-    case 80:
-    case 86:
-    case 87:
-    case 89:
-    case 120:
-    case 121:
-      family = Family::kSm80;
-      break;
-    case 90:
-      family = Family::kSm90;
-      break;
-  }
+  const Family family = device.family;
   if (family == Family::kUnpack) return {};
   int splits = 0;
   if (batch_invariant) splits = best_plan(device, family, rows, cols, 1, payload_bytes, 0).splits;

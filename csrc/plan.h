@@ -94,15 +94,16 @@ PK_HD Item item_of(const ItemSpace& space, int worker, int round) {
   return {static_cast<int>(rest / width), first + static_cast<int>(rest % width)};
 }
 
+enum class Family { kUnpack, kSm80, kSm90 };
+
 // What a GPU offers to a launch.
 struct DeviceLimits {
+  Family family;                 // of kernels in use
   int compute_capability;        // 80, 86, 89, 90, 120
   int sm_count;                  // multiprocessors
   int smem_bytes;                // dynamic shared memory one CTA may have
   int clusters[kMaxSplits + 1];  // [size]: clusters of 1, 2, 4, 8 CTAs that run at once, one CTA an SM; 0: unknown
 };
-
-enum class Family { kUnpack, kSm80, kSm90 };
 
 // How one call runs. On sm_90 a cluster is token_ctas x splits CTAs; on sm_80 splits are a grid dimension.
 struct LaunchPlan {
@@ -114,6 +115,12 @@ struct LaunchPlan {
   int depth;       // sm_80: k64 steps in flight
   ItemSpace items;
 };
+
+// The best kernel family for a compute capability (80, 90, ...); kUnpack where there is none.
+Family best_family(int compute_capability);
+
+// Units and token groups of a plan, in one raster block and for one worker.
+ItemSpace item_space(const LaunchPlan& plan, int64_t rows, int64_t tokens);
 
 // The plan for a (rows x cols) layer with `payload_bytes` of tiles and `tokens` rows of x. batch_invariant: the split
 // depends on the layer alone, so row i of y does not depend on the number of rows.

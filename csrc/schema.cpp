@@ -5,8 +5,13 @@
 STABLE_TORCH_LIBRARY(patch_kernels, m) {
   m.def("pack_tiles(Tensor weight, Tensor keep, Tensor tile_is_sparse) -> Tensor");
   m.def("unpack_tiles(Tensor payload, Tensor tile_is_sparse, int rows, int cols, ScalarType dtype) -> Tensor");
-  m.def("tile_linear(Tensor x, Tensor payload, Tensor tile_is_sparse, int out_features, Tensor? bias) -> Tensor");
-  m.def("tile_linear_train(Tensor x, Tensor payload, Tensor tile_is_sparse, int out_features, Tensor? bias) -> Tensor");
+  m.def("make_schedule(Tensor tile_is_sparse) -> Tensor");
+  m.def(
+      "tile_linear(Tensor x, Tensor payload, Tensor tile_is_sparse, Tensor? schedule, int out_features, Tensor? bias, "
+      "bool batch_invariant) -> Tensor");
+  m.def(
+      "tile_linear_train(Tensor x, Tensor payload, Tensor tile_is_sparse, Tensor? schedule, int out_features, "
+      "Tensor? bias, bool batch_invariant) -> Tensor");
   m.def(
       "masked_weight(Tensor weight, Tensor? pattern_logits, Tensor? fixed_pattern, Tensor? tile_logits, "
       "int tile_rows, int tile_cols, float pattern_temperature, float pattern_scale, float tile_temperature, "

@@ -52,3 +52,13 @@ def build_info(path: Path) -> dict[str, str]:
     function = ctypes.CDLL(str(path)).patch_kernels_build_info
     function.restype = ctypes.c_char_p
     return json.loads(function())
+
+
+def gemm_status(path: Path, device_index: int) -> dict[str, str]:
+    """The sparse GEMM of a device: family (sm90, sm80, none), state (unchecked, works, disabled) and reason."""
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, "patch_kernels_gemm_status"):
+        return {"family": "none", "state": "disabled", "reason": "this build has no CUDA kernels"}
+    function = library.patch_kernels_gemm_status
+    function.restype = ctypes.c_char_p
+    return json.loads(function(device_index))

@@ -17,18 +17,21 @@ class TiledWeight:
     payload         1-D uint8, ops.payload_bytes(tile_is_sparse) bytes (docs/format.md)
     tile_is_sparse  (ceil(N/128), ceil(K/128)) bool
     shape, dtype    of the weight; dtype is fp16 or bf16
+    schedule        ops.make_schedule(tile_is_sparse), which the GPU kernels need; None: they unpack and call cuBLAS
     """
 
     payload: Tensor
     tile_is_sparse: Tensor
     shape: tuple[int, int]
     dtype: torch.dtype
+    schedule: Tensor | None = None
 
     @classmethod
     def pack(cls, weight: Tensor, keep: Tensor, tile_is_sparse: Tensor) -> TiledWeight:
         """See ops.pack_tiles for shapes and errors."""
         payload = ops.pack_tiles(weight, keep, tile_is_sparse)
-        return cls(payload, tile_is_sparse.bool(), tuple(weight.shape), weight.dtype)
+        schedule = ops.make_schedule(tile_is_sparse)
+        return cls(payload, tile_is_sparse.bool(), tuple(weight.shape), weight.dtype, schedule)
 
     def unpack(self) -> Tensor:
         """The dense weight (N, K), zeros where pruned."""
@@ -39,9 +42,10 @@ class TiledWeight:
         """Bytes of payload and flags."""
         return self.payload.numel() + self.tile_is_sparse.numel()
 
-    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def matmul(self, x: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
         """x @ weight.T + bias; see ops.tile_linear."""
-        return ops.tile_linear(x, self.payload, ops.tile_flags(self.tile_is_sparse), self.shape[0], bias)
+        flags = ops.tile_flags(self.tile_is_sparse)
+        return ops.tile_linear(x, self.payload, flags, self.shape[0], bias, self.schedule, batch_invariant)
 
 
 def tiles_that_are_two_of_four(keep: Tensor) -> Tensor:

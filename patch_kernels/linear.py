@@ -16,7 +16,10 @@ class TiledLinear(nn.Module):
     payload_bytes               size of the packed weight, ops.payload_bytes(tile_is_sparse)
     dtype                       fp16 or bf16: of the weight, the bias, x and y
 
-    Buffers: payload (payload_bytes,) uint8 and tile_is_sparse (ceil(N/128), ceil(K/128)) uint8 of 0 and 1.
+    batch_invariant             row i of y does not depend on the number of rows, bit for bit; may be set at any time
+
+    Buffers: payload (payload_bytes,) uint8 and tile_is_sparse (ceil(N/128), ceil(K/128)) uint8 of 0 and 1; and schedule
+    (int32, ops.make_schedule), which follows from the flags and is not part of the state.
     A new module holds zeros and all-dense flags until its state is loaded or from_linear fills it.
     """
 
@@ -29,6 +32,7 @@ class TiledLinear(nn.Module):
         payload_bytes: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device=None,
+        batch_invariant: bool = False,
     ):
         super().__init__()
         grid = ops.tile_grid((out_features, in_features))
@@ -38,8 +42,12 @@ class TiledLinear(nn.Module):
         _check_construction(in_features, out_features, payload_bytes, tiles, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.weight_dtype = dtype
+        self.batch_invariant = batch_invariant
         self.register_buffer("payload", torch.zeros(payload_bytes, dtype=torch.uint8, device=device))
         self.register_buffer("tile_is_sparse", torch.zeros(grid, dtype=torch.uint8, device=device))
+        words = torch.zeros(ops.schedule_words(grid), dtype=torch.int32, device=device)
+        self.register_buffer("schedule", words, persistent=False)
+        self._schedule_is_current = False
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
         else:
@@ -59,6 +67,7 @@ class TiledLinear(nn.Module):
         )
         module.payload = tiled.payload
         module.tile_is_sparse = ops.tile_flags(tiled.tile_is_sparse).clone()
+        module.refresh_schedule()
         if linear.bias is not None:
             module.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
         return module.train(linear.training)
@@ -76,7 +85,33 @@ class TiledLinear(nn.Module):
     def tiled_weight(self) -> TiledWeight:
         """View of the packed weight."""
         shape = (self.out_features, self.in_features)
-        return TiledWeight(self.payload, self.tile_is_sparse.bool(), shape, self.weight_dtype)
+        schedule = self.schedule if self._schedule_is_current else None
+        return TiledWeight(self.payload, self.tile_is_sparse.bool(), shape, self.weight_dtype, schedule)
+
+    def refresh_schedule(self) -> None:
+        """Make the schedule again after the flags have changed. Waits for the GPU: not inside a graph capture.
+
+        Loading a state, from_linear and the first forward on a GPU see to it.
+        """
+        self.schedule = ops.make_schedule(self.tile_is_sparse)
+        self._schedule_is_current = True
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._schedule_is_current = False
+
+    def __setattr__(self, name, value):
+        if name == "tile_is_sparse":
+            self._schedule_is_current = False
+        super().__setattr__(name, value)
+
+    def _current_schedule(self) -> Tensor | None:
+        """The schedule for this call: a CPU needs none."""
+        if not self.payload.is_cuda:
+            return None
+        if not self._schedule_is_current or self.schedule.device != self.payload.device:
+            self.refresh_schedule()
+        return self.schedule
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight_dtype or x.shape[-1] != self.in_features:
@@ -84,7 +119,15 @@ class TiledLinear(nn.Module):
                 f"TiledLinear: expected x as {self.weight_dtype} (..., {self.in_features}), got {x.dtype} "
                 f"{tuple(x.shape)}. Convert x, or pack the model in x's dtype (fp16 or bf16)."
             )
-        return ops.tile_linear(x, self.payload, self.tile_is_sparse, self.out_features, self.bias)
+        return ops.tile_linear(
+            x,
+            self.payload,
+            self.tile_is_sparse,
+            self.out_features,
+            self.bias,
+            self._current_schedule(),
+            self.batch_invariant,
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -7,10 +7,13 @@ tile_linear_train.
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
-from patch_kernels._library import load_library
+from patch_kernels._library import gemm_status, load_library
 from patch_kernels.reference import TILE
 
 LIBRARY_PATH = load_library()
@@ -119,18 +122,62 @@ def unpack_tiles(payload: Tensor, tile_is_sparse: Tensor, shape: tuple[int, int]
     return _ops.unpack_tiles(payload, tile_flags(tile_is_sparse), shape[0], shape[1], dtype)
 
 
-def tile_linear(x: Tensor, payload: Tensor, tile_is_sparse: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+def make_schedule(tile_is_sparse: Tensor) -> Tensor:
+    """What tile_linear's GPU kernels read about a layer's tiles: offsets, order of rows, cuts along K (csrc/plan.h).
+
+    tile_is_sparse  (R, C) bool or uint8 on any device; read on the host, so a GPU tensor is waited for.
+    returns         int32 (words,) on the same device. Depends on the flags alone; not part of any file.
+    """
+    words = _ops.make_schedule(tile_flags(tile_is_sparse.cpu()).contiguous())
+    return words.to(tile_is_sparse.device)
+
+
+def tile_linear(
+    x: Tensor,
+    payload: Tensor,
+    tile_is_sparse: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
     """y = x @ weight.T + bias with the weight packed by pack_tiles.
 
-    x        (..., K) of the packed dtype (fp16 or bf16); leading sizes may be 0, strides are free.
-    bias     (N,) of x's dtype, or None.
-    returns  (..., N) in x's dtype; accumulation is fp32. On the CPU row i depends on row i of x alone, bit for bit.
+    x         (..., K) of the packed dtype (fp16 or bf16); leading sizes may be 0, strides are free.
+    bias      (N,) of x's dtype, or None; added in fp32.
+    schedule  make_schedule(tile_is_sparse). Without it a GPU unpacks and calls cuBLAS; a CPU does not need it.
+    batch_invariant  row i of y does not depend on the number of rows, bit for bit, at some cost in speed on a GPU. On a
+              CPU that is always so.
+    returns   (..., N) in x's dtype; accumulation is fp32; bitwise the same from run to run.
     An inf or NaN of x at a pruned position of a sparse tile does not reach y.
     Gradients reach x and bias; the weight is frozen.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _ops.tile_linear_train(x, payload, tile_is_sparse, out_features, bias)
-    return _ops.tile_linear(x, payload, tile_is_sparse, out_features, bias)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    op = _ops.tile_linear_train if needs_grad else _ops.tile_linear
+    y = op(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
+    if x.is_cuda and schedule is not None and not torch.compiler.is_compiling():
+        _say_if_dense(x.device.index)
+    return y
+
+
+@functools.cache
+def _say_if_dense(device_index: int) -> None:
+    """Warn once a device if its sparse kernels are not used, or not the best ones."""
+    status = gemm_status(LIBRARY_PATH, device_index)
+    name = torch.cuda.get_device_name(device_index)
+    if status["state"] != "works":
+        why = status["reason"] or "the first call was inside a graph capture; make one call before capturing"
+        warnings.warn(
+            f"patch_kernels: expected a sparse GEMM kernel for cuda:{device_index} ({name}), got none: {why}. "
+            "tile_linear unpacks the weight and calls cuBLAS there: right, but not faster than dense.",
+            stacklevel=3,
+        )
+    elif status["reason"]:
+        warnings.warn(
+            f"patch_kernels: cuda:{device_index} ({name}) uses the portable kernels: {status['reason']}. "
+            "Please report this with the output of `patch-llm info`.",
+            stacklevel=3,
+        )
 
 
 def masked_weight(
@@ -233,7 +280,13 @@ def _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, til
             )
 
 
-def _fake_linear(x, payload, tile_is_sparse, out_features, bias):
+def schedule_words(grid: tuple[int, int]) -> int:
+    """int32 words of make_schedule for a grid of tiles: header, tiles, order, cuts of rows and of pairs."""
+    rows, cols = grid
+    return 4 + rows * cols + rows + 9 * (rows + -(-rows // 2))
+
+
+def _fake_linear(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -254,6 +307,11 @@ def _register_fakes() -> None:
         lambda payload, tile_is_sparse, rows, cols, dtype: payload.new_empty((rows, cols), dtype=dtype),
     )
 
+    fake(
+        "patch_kernels::make_schedule",
+        lambda flags: flags.new_empty(schedule_words(tuple(flags.shape)), dtype=torch.int32),
+    )
+
     @fake("patch_kernels::pack_tiles")
     def _(weight, keep, tile_is_sparse):
         # The size depends on the flags' values: an unbacked size for the compiler.
@@ -268,7 +326,7 @@ def _register_fakes() -> None:
 
 
 def _setup_linear(ctx, inputs, output):
-    x, payload, tile_is_sparse, _, bias = inputs
+    x, payload, tile_is_sparse, _, _, bias, _ = inputs
     ctx.save_for_backward(payload, tile_is_sparse)
     ctx.in_features, ctx.dtype, ctx.has_bias = x.shape[-1], x.dtype, bias is not None
 
@@ -280,9 +338,9 @@ def _backward_linear(ctx, grad):
     if ctx.needs_input_grad[0]:
         weight = _ops.unpack_tiles(payload, tile_is_sparse, out_features, ctx.in_features, ctx.dtype)
         grad_x = grad @ weight
-    if ctx.has_bias and ctx.needs_input_grad[4]:
+    if ctx.has_bias and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, out_features).sum(0)
-    return grad_x, None, None, None, grad_bias
+    return grad_x, None, None, None, None, grad_bias, None
 
 
 def _setup_masked_weight(ctx, inputs, output):

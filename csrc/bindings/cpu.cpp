@@ -1,4 +1,5 @@
 // CPU implementations of the ops: check, allocate, call csrc/cpu with torch's threads.
+#include "../plan.h"
 #include "common.h"
 
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -42,8 +43,21 @@ Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t
   return weight;
 }
 
-Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, int64_t out_features,
-                   const OptionalTensor& bias) {
+Tensor schedule_of(const Tensor& tile_is_sparse) {
+  STD_TORCH_CHECK(
+      tile_is_sparse.scalar_type() == ScalarType::Byte && tile_is_sparse.dim() == 2 && tile_is_sparse.is_contiguous(),
+      "make_schedule: tile_is_sparse must be a contiguous 2-D uint8 tensor");
+  const int64_t tile_rows = tile_is_sparse.size(0), tile_cols = tile_is_sparse.size(1);
+  const Tensor words =
+      torch::stable::new_empty(tile_is_sparse, {schedule_words(tile_rows, tile_cols)}, ScalarType::Int);
+  make_schedule(static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr()), tile_rows, tile_cols,
+                static_cast<int32_t*>(words.mutable_data_ptr()));
+  return words;
+}
+
+// The schedule is for GPUs; rows of y are independent here anyway.
+Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor&,
+                   int64_t out_features, const OptionalTensor& bias, bool) {
   const LinearCall call = linear_call(x, payload, tile_is_sparse, out_features, bias, "tile_linear");
   check_payload_on_host(payload, tile_is_sparse, "tile_linear");
   cpu::tile_linear(call.args, torch_parallel);
@@ -91,6 +105,7 @@ bool has_cuda_shim() { return aoti_torch_get_current_cuda_stream != nullptr; }
 STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CPU, m) {
   m.impl("pack_tiles", TORCH_BOX(&patch_kernels::pack_tiles));
   m.impl("unpack_tiles", TORCH_BOX(&patch_kernels::unpack_tiles));
+  m.impl("make_schedule", TORCH_BOX(&patch_kernels::schedule_of));
   m.impl("tile_linear", TORCH_BOX(&patch_kernels::tile_linear));
   m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear));
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));

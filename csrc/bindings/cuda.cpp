@@ -1,5 +1,7 @@
 // CUDA implementations of the ops: check, allocate through torch, launch on torch's current stream.
 #define USE_CUDA 1
+#include "../cuda/tile_linear.h"
+#include "../plan.h"
 #include "common.h"
 
 // Weak: the symbol lives in libtorch_cuda, which a CPU torch does not have. This library loads on both.
@@ -28,15 +30,83 @@ Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t
 }
 
 // Unpack, then torch's own linear (cuBLAS). Right on every GPU; needs room for one dense weight.
-Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, int64_t out_features,
-                   const OptionalTensor& bias) {
-  STD_TORCH_CHECK(is_16_bit(x.scalar_type()) && x.dim() >= 1, "tile_linear: x must be float16 or bfloat16");
-  check_same_device(x, payload, "tile_linear", "payload");
+Tensor unpacked_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, int64_t out_features,
+                       const OptionalTensor& bias) {
   const Tensor weight = unpack_tiles(payload, tile_is_sparse, out_features, x.size(x.dim() - 1), x.scalar_type());
   StableIValue stack[3] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
                            torch::stable::detail::from(bias)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Rows of x that start at multiples of 16 bytes, as bulk and tensor copies need: x itself, or a copy with longer rows.
+// What lies beyond K in the copy is never read.
+Tensor aligned_rows(const Tensor& x, int64_t tokens, int64_t cols) {
+  const Tensor rows = torch::stable::reshape(x, {tokens, cols});
+  if (cols % 8 == 0 && is_aligned(x.const_data_ptr())) return rows;
+  Tensor padded = torch::stable::new_empty(x, {tokens, ceil_div(cols, 8) * 8});
+  Tensor inside = torch::stable::narrow(padded, 1, 0, cols);
+  torch::stable::copy_(inside, rows);
+  return padded;
+}
+
+// Memory for the self-check from torch's allocator.
+struct Workspace {
+  const Tensor& like;
+  std::optional<Tensor> memory;
+  static void* allocate(int64_t bytes, void* context) {
+    auto* self = static_cast<Workspace*>(context);
+    self->memory = torch::stable::new_empty(self->like, {bytes}, ScalarType::Byte);
+    return self->memory->mutable_data_ptr();
+  }
+};
+
+Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule,
+                   int64_t out_features, const OptionalTensor& bias, bool batch_invariant) {
+  const char* op = "tile_linear";
+  STD_TORCH_CHECK(is_16_bit(x.scalar_type()) && x.dim() >= 1, op, ": x must be float16 or bfloat16");
+  check_same_device(x, payload, op, "payload");
+  STD_TORCH_CHECK(is_aligned(payload.const_data_ptr()), op, ": payload must start at a multiple of 16 bytes; clone it");
+  const int device = payload.get_device();
+  const DeviceGuard guard(device);
+  void* stream = current_stream(payload);
+  Workspace workspace{payload, {}};
+  if (!schedule.has_value() || !cuda::gemm_is_usable(device, stream, Workspace::allocate, &workspace)) {
+    return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
+  }
+  const LinearCall call = linear_call(x, payload, tile_is_sparse, out_features, bias, op);
+  const int64_t tokens = call.args.tokens, cols = call.args.weight.cols;
+  const int64_t tile_rows = tile_is_sparse.size(0), tile_cols = tile_is_sparse.size(1);
+  STD_TORCH_CHECK(schedule->scalar_type() == ScalarType::Int && schedule->dim() == 1 && schedule->is_contiguous() &&
+                      schedule->numel() == schedule_words(tile_rows, tile_cols),
+                  op, ": schedule must come from make_schedule(tile_is_sparse)");
+  check_same_device(payload, *schedule, op, "schedule");
+  if (tokens == 0 || out_features == 0) return call.y;
+  const LaunchPlan plan =
+      choose_plan(cuda::device_limits(device), out_features, cols, tokens, payload.numel(), batch_invariant);
+  if (plan.family == Family::kUnpack) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
+
+  const Tensor rows_of_x = aligned_rows(call.x, tokens, cols);
+  GemmProblem problem{};
+  problem.x = rows_of_x.const_data_ptr();
+  problem.payload = call.args.weight.payload;
+  problem.bias = call.args.bias;
+  problem.y = call.args.y;
+  problem.tokens = static_cast<int>(tokens);
+  problem.rows = static_cast<int>(out_features);
+  problem.cols = static_cast<int>(cols);
+  problem.x_stride = static_cast<int>(rows_of_x.size(1));
+  problem.schedule = schedule_view(static_cast<const int32_t*>(schedule->const_data_ptr()), static_cast<int>(tile_rows),
+                                   static_cast<int>(tile_cols));
+  problem.cut_by_pair = batch_invariant;
+  const int64_t floats = cuda::gemm_partial_floats(problem, plan);
+  OptionalTensor partials;
+  if (floats > 0) partials = torch::stable::new_empty(payload, {floats}, ScalarType::Float);
+  auto* partial_data = floats > 0 ? static_cast<float*>(partials->mutable_data_ptr()) : nullptr;
+  cuda::run_gemm(problem, plan, call.args.dtype, partial_data, stream);
+  return call.y;
 }
 
 // Without tile logits a tile is only a CTA's share of the work.
@@ -95,4 +165,19 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CUDA, m) {
   m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear));
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
   m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
+}
+
+// The GEMM of a device for `patch-llm info` and for warnings, as JSON, read through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* patch_kernels_gemm_status(int device) {
+  using namespace patch_kernels;
+  static thread_local std::string text;
+  const cuda::GemmStatus status = cuda::gemm_status(device);
+  const char* family = status.family == Family::kSm90 ? "sm90" : status.family == Family::kSm80 ? "sm80" : "none";
+  const char* state = status.state == cuda::GemmState::kWorks      ? "works"
+                      : status.state == cuda::GemmState::kDisabled ? "disabled"
+                                                                   : "unchecked";
+  std::string reason;
+  for (const char c : status.reason) reason += c == '"' || c == '\\' || c < ' ' ? ' ' : c;
+  text = std::string("{\"family\": \"") + family + "\", \"state\": \"" + state + "\", \"reason\": \"" + reason + "\"}";
+  return text.c_str();
 }

@@ -1,12 +1,102 @@
-// patch_kernels._host: the layout functions of layout.h for tests and tools, without torch.
+// patch_kernels._host: the layout functions of layout.h and the planner of plan.h for tests and tools, without torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <vector>
 
 #include "../layout.h"
+#include "../plan.h"
 
 namespace pk = patch_kernels;
+namespace py = pybind11;
+
+namespace {
+
+std::vector<int32_t> make_schedule(const std::vector<std::vector<bool>>& tile_is_sparse) {
+  const size_t rows = tile_is_sparse.size(), cols = rows ? tile_is_sparse[0].size() : 0;
+  std::vector<uint8_t> flags;
+  for (const auto& row : tile_is_sparse) {
+    if (row.size() != cols) throw std::invalid_argument("make_schedule: expected rows of equal length");
+    flags.insert(flags.end(), row.begin(), row.end());
+  }
+  std::vector<int32_t> words(pk::schedule_words(static_cast<int64_t>(rows), static_cast<int64_t>(cols)));
+  pk::make_schedule(flags.data(), static_cast<int64_t>(rows), static_cast<int64_t>(cols), words.data());
+  return words;
+}
+
+// The parts of a schedule, as kernels see them.
+py::dict read_schedule(const std::vector<int32_t>& words) {
+  if (words.size() < pk::kScheduleHeader || words[0] != pk::kScheduleMagic) {
+    throw std::invalid_argument("read_schedule: expected words made by make_schedule");
+  }
+  const pk::Schedule view = pk::schedule_view(words.data(), words[1], words[2]);
+  const int rows = view.tile_rows, cols = view.tile_cols, pairs = (rows + 1) / 2;
+  std::vector<std::pair<int64_t, bool>> tiles;
+  for (int t = 0; t < rows * cols; ++t) {
+    tiles.emplace_back(pk::entry_offset(view.tiles[t]), pk::entry_is_sparse(view.tiles[t]));
+  }
+  py::dict parts;
+  parts["tiles"] = tiles;
+  parts["order"] = std::vector<int>(view.order, view.order + rows);
+  parts["row_cuts"] = std::vector<int>(view.row_cuts, view.row_cuts + rows * pk::kCuts);
+  parts["pair_cuts"] = std::vector<int>(view.pair_cuts, view.pair_cuts + pairs * pk::kCuts);
+  return parts;
+}
+
+const char* family_name(pk::Family family) {
+  return family == pk::Family::kSm90 ? "sm90" : family == pk::Family::kSm80 ? "sm80" : "unpack";
+}
+
+pk::DeviceLimits limits_of(int compute_capability, int sm_count, int smem_bytes) {
+  pk::DeviceLimits limits{};
+  limits.family = pk::best_family(compute_capability);
+  limits.compute_capability = compute_capability;
+  limits.sm_count = sm_count;
+  limits.smem_bytes = smem_bytes;
+  return limits;
+}
+
+py::dict choose_plan(int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes, bool batch_invariant,
+                     int compute_capability, int sm_count, int smem_bytes) {
+  const pk::DeviceLimits limits = limits_of(compute_capability, sm_count, smem_bytes);
+  const pk::LaunchPlan plan = pk::choose_plan(limits, rows, cols, tokens, payload_bytes, batch_invariant);
+  py::dict parts;
+  parts["family"] = family_name(plan.family);
+  if (plan.family == pk::Family::kUnpack) return parts;
+  parts["pairs"] = plan.pairs;
+  parts["bn"] = plan.bn;
+  parts["token_ctas"] = plan.token_ctas;
+  parts["splits"] = plan.splits;
+  parts["depth"] = plan.depth;
+  parts["units"] = plan.items.units;
+  parts["groups"] = plan.items.groups;
+  parts["groups_per_block"] = plan.items.groups_per_block;
+  parts["workers"] = plan.items.workers;
+  parts["model_us"] = pk::model_time_us(limits, plan, rows, cols, tokens, payload_bytes);
+  return parts;
+}
+
+// The (unit, group) items of every worker, in their order.
+std::vector<std::vector<std::pair<int, int>>> items(int units, int groups, int groups_per_block, int workers) {
+  if (units < 1 || groups < 1 || groups_per_block < 1 || workers < 1) {
+    throw std::invalid_argument("items: expected four numbers >= 1");
+  }
+  const pk::ItemSpace space{units, groups, groups_per_block, workers};
+  std::vector<std::vector<std::pair<int, int>>> all(workers);
+  for (int worker = 0; worker < workers; ++worker) {
+    for (int round = 0; round < pk::item_rounds(space); ++round) {
+      const pk::Item item = pk::item_of(space, worker, round);
+      if (item.unit >= 0) all[worker].emplace_back(item.unit, item.group);
+    }
+  }
+  return all;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Packed format v1, byte by byte: the functions of csrc/layout.h.";
+  m.doc() = "Packed format v1, byte by byte (csrc/layout.h), and the GEMM's schedules and plans (csrc/plan.h).";
   m.attr("TILE") = pk::kTile;
   m.attr("DENSE_TILE_BYTES") = pk::kDenseTileBytes;
   m.attr("SPARSE_TILE_BYTES") = pk::kSparseTileBytes;
@@ -17,4 +107,11 @@ PYBIND11_MODULE(_host, m) {
   m.def("meta_shift", [](int r, int c) { return pk::meta_shift(r, c); });
   m.def("group_nibble", [](int bits) { return pk::group_nibble(bits); });
   m.def("is_legal_nibble", [](int nibble) { return pk::is_legal_nibble(nibble); });
+  m.attr("CUTS") = pk::kCuts;
+  m.def("make_schedule", &make_schedule, py::arg("tile_is_sparse"));
+  m.def("read_schedule", &read_schedule, py::arg("words"));
+  m.def("choose_plan", &choose_plan, py::arg("rows"), py::arg("cols"), py::arg("tokens"), py::arg("payload_bytes"),
+        py::arg("batch_invariant") = false, py::arg("compute_capability") = 90, py::arg("sm_count") = 132,
+        py::arg("smem_bytes") = 232448);
+  m.def("items", &items, py::arg("units"), py::arg("groups"), py::arg("groups_per_block"), py::arg("workers"));
 }

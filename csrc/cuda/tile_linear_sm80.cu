@@ -52,7 +52,7 @@ template <class Config, class Element>
 void launch(const GemmProblem& problem, float* partials, cudaStream_t stream) {
   const auto kernel = tile_linear_sm80<Config, Element>;
   // A failure shows at the launch.
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSmemBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSmemBytes), "tile_linear");
   const dim3 grid(static_cast<unsigned>(problem.items.workers), static_cast<unsigned>(problem.splits));
   kernel<<<grid, Config::kThreads, Config::kSmemBytes, stream>>>(problem, partials);
   check_launch("tile_linear_sm80");

@@ -94,10 +94,7 @@ void launch(const GemmProblem& p, DType dtype, cudaStream_t stream) {
 
 }  // namespace
 
-void sm90_tile_linear(GemmProblem p, const LaunchPlan& plan, DType dtype, void* stream) {
-  p.items = plan.items;
-  p.token_ctas = plan.token_ctas;
-  p.splits = plan.splits;
+void sm90_tile_linear(const GemmProblem& p, const LaunchPlan& plan, DType dtype, void* stream) {
   const bool known = sm90::with_config(plan.pairs, plan.bn, [&](auto config) {
     using C = decltype(config);
     if (dtype == DType::kFloat16) {
