@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -28,11 +28,15 @@ def cpu_name() -> str:
 
 def environment() -> dict[str, str]:
     """What a number means nothing without."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        commit = described.stdout.strip()
+    except FileNotFoundError:  # a machine without git
+        commit = ""
     return {
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "device": cpu_name(),
+        "commit": commit or "unknown",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
     }
@@ -47,6 +51,53 @@ def interleaved_times(functions: dict[str, Callable[[], object]], repeats: int) 
             function()
             if round_index > 0:
                 times[name].append(time.perf_counter() - start)
+    return times
+
+
+def copies_to_exceed_l2(nbytes: int, l2_bytes: int, memory_bytes: int) -> int:
+    """Copies of a weight of nbytes that together exceed 2x L2, as far as memory_bytes allow; at least one.
+
+    A launch that takes the next copy each time then finds nothing of it in L2.
+    """
+    return max(1, min(2 * l2_bytes // nbytes + 1, memory_bytes // nbytes))
+
+
+def capture(calls: Sequence[Callable[[], object]], launches: int) -> torch.cuda.CUDAGraph:
+    """CUDA graph of `launches` calls, taking calls in turn. Each is called once before, outside of the graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(launches):
+            calls[index % len(calls)]()
+    return graph
+
+
+def interleaved_graph_times(
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], samples: int
+) -> dict[str, list[float]]:
+    """Seconds of one launch, a sample per replay; graphs holds (graph, launches in it).
+
+    Rounds run the rivals forwards and backwards in turn (A B C, C B A), after a warm-up round, so that a clock that
+    drifts hurts all alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    order = list(graphs)
+    for round_index in range(samples + 1):
+        for name in order if round_index % 2 else order[::-1]:
+            graph, launches = graphs[name]
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if round_index > 0:
+                times[name].append(1e-3 * begin.elapsed_time(end) / launches)
     return times
 
 

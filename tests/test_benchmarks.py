@@ -1,0 +1,356 @@
+"""The benchmarks and the GPU runner, as far as a CPU can run them: arithmetic, order, control flow, messages."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_tile_linear, build_gpu, gpu, gpu_checks, harness, shapes
+from patch_kernels import payload_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# 12288 x 4096 is 96 x 32 = 3072 tiles.
+QKV_16 = shapes.Cell("llama-2-7b", "qkv", 12288, 4096, 16)
+
+
+def test_bytes_and_flops_by_hand():
+    assert shapes.sparse_tiles(12288, 4096, 0.25) == 1536
+    assert shapes.weight_bytes(12288, 4096, 0.0) == 2 * 12288 * 4096
+    assert shapes.weight_bytes(12288, 4096, 0.25) == 1536 * 18432 + 1536 * 32768
+    assert shapes.weight_bytes(12288, 4096, 0.5) == 2 * 12288 * 4096 * 9 // 16
+    assert shapes.call_bytes(QKV_16, 0.0) == 2 * 12288 * 4096 + 2 * 16 * (12288 + 4096)
+    assert shapes.effective_flops(QKV_16) == 2 * 16 * 12288 * 4096
+    assert shapes.executed_flops(QKV_16, 0.0) == shapes.effective_flops(QKV_16)
+    assert shapes.executed_flops(QKV_16, 0.25) == 0.75 * shapes.effective_flops(QKV_16)
+    assert shapes.executed_flops(QKV_16, 0.5) == 0.5 * shapes.effective_flops(QKV_16)
+
+
+def test_weight_bytes_is_what_packing_makes():
+    tiled = bench_tile_linear.packed_weight(torch.randn(256, 640).bfloat16(), 0.35)
+    assert tiled.payload.numel() == shapes.weight_bytes(256, 640, 0.35) == payload_bytes(tiled.tile_is_sparse)
+    assert int(tiled.tile_is_sparse.sum()) == shapes.sparse_tiles(256, 640, 0.35) == 7
+
+
+# kernels.md section 6: 21.0 us and 11.8 us at M=1, g=0 and 50 %; 417 us at M=4096.
+@pytest.mark.parametrize(
+    ("tokens", "sparsity", "microseconds"), [(1, 0.0, 21.0), (1, 0.5, 11.8), (64, 0.0, 21.4), (4096, 0.0, 417)]
+)
+def test_roofline_of_the_design(tokens, sparsity, microseconds):
+    cell = shapes.Cell("llama-2-7b", "qkv", 12288, 4096, tokens)
+    assert 1e6 * shapes.roofline_seconds(cell, sparsity, 4.8) == pytest.approx(microseconds, rel=0.01)
+
+
+def test_rated_bandwidth_by_card():
+    assert shapes.bandwidth_tbps("NVIDIA H200") == 4.8
+    assert shapes.bandwidth_tbps("NVIDIA H100 80GB HBM3") == 3.35
+    assert shapes.bandwidth_tbps("NVIDIA H100 PCIe") == 2.0
+    assert shapes.bandwidth_tbps("NVIDIA GH200 480GB") == 4.0
+    with pytest.raises(ValueError, match=r"expected one of H200, .* got 'NVIDIA A10'. Pass --bandwidth TB/s"):
+        shapes.bandwidth_tbps("NVIDIA A10")
+
+
+def test_cells_put_the_most_informative_first():
+    cells = shapes.cells(list(shapes.MODELS), list(shapes.TOKENS))
+    assert len(cells) == len(set(cells)) == 3 * 11 * 4
+    assert [(c.layer, c.tokens) for c in cells[:4]] == [("qkv", 16), ("o", 16), ("gate_up", 16), ("down", 16)]
+    assert [(c.model, c.tokens) for c in cells[:12:4]] == [("llama-2-7b", 16), ("llama-2-7b", 4096), ("llama-2-7b", 1)]
+    assert cells.index(shapes.Cell("llama-3-8b", "qkv", 6144, 4096, 16)) == 16
+    assert [c.tokens for c in shapes.cells(["llama-3-8b"], [3, 512])][::4] == [512, 3]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_budget_stops_before_a_cell_that_may_not_fit():
+    clock, done = Clock(), []
+
+    def measure(seconds):
+        done.append(seconds)
+        clock.now += seconds
+
+    # 3 + 4 = 7; the longest took 4, so at 7 of 10 the next is not begun.
+    assert bench_tile_linear.run_within([3, 4, 1, 1], measure, 10, clock) == [1, 1]
+    assert done == [3, 4]
+    clock.now = 0.0
+    assert bench_tile_linear.run_within([3, 4], measure, float("inf"), clock) == []
+
+
+def test_layer_sums_mark_losses_and_leave_out_what_is_incomplete():
+    def row(method, layer, ms, tokens=16):
+        return dict(model="llama-2-7b", tokens=tokens, method=method, layer=layer, median_ms=ms)
+
+    rows = [row("F.linear", layer, 1.0) for layer in shapes.MODELS["llama-2-7b"]]
+    rows += [row("tiles 45%", layer, 0.5) for layer in shapes.MODELS["llama-2-7b"]]
+    rows += [row("cuSPARSELt", layer, 2.0) for layer in shapes.MODELS["llama-2-7b"]]
+    rows += [row("CUTLASS", "qkv", 0.1), row("F.linear", "qkv", 1.0, 64), row("tiles 45%", "qkv", 1.0, 64)]
+    sums = {line["method"]: line for line in bench_tile_linear.layer_sums(rows)}
+    assert set(sums) == {"F.linear", "tiles 45%", "cuSPARSELt"}
+    assert (sums["tiles 45%"]["sum_us"], sums["tiles 45%"]["speedup"], sums["tiles 45%"]["note"]) == (2000, 2, "")
+    assert (sums["cuSPARSELt"]["speedup"], sums["cuSPARSELt"]["note"]) == (0.5, "loss")
+
+
+def gpu_run_on_cpu(monkeypatch, tmp_path, **changes):
+    """GpuRun with graphs replaced by lists of calls, on a model of one small layer twice."""
+    monkeypatch.setitem(shapes.MODELS, "tiny", {"up": (256, 384), "down": (384, 256)})
+    counted = {}
+
+    def capture(calls, launches):
+        counted[len(counted)] = (len(calls), launches)
+        return calls
+
+    def times(graphs, samples):
+        assert all(torch.isfinite(call()).all() for calls, _ in graphs.values() for call in calls)
+        return {name: [2e-6 if name == "F.linear" else 1e-6] * samples for name in graphs}
+
+    monkeypatch.setattr(harness, "capture", capture)
+    monkeypatch.setattr(harness, "interleaved_graph_times", times)
+    settings = dict(models=["tiny"], tokens=[16], sparsities=[0.0, 0.5], budget_seconds=1e9, samples=3, tbps=4.8)
+    run = bench_tile_linear.GpuRun(**settings | changes, l2_bytes=400_000, device="cpu", csv=tmp_path / "r.csv")
+    run.run()
+    return run, counted
+
+
+def test_gpu_rows_by_hand(monkeypatch, tmp_path):
+    run, counted = gpu_run_on_cpu(monkeypatch, tmp_path)
+    assert run.wrong == [] and run.not_run == [] and "cuSPARSELt" in run.missing
+    assert [row["method"] for row in run.rows] == ["F.linear", "tiles 0%", "tiles 50%"] * 2
+    row = run.rows[2]
+    moved = 6 * 18432 + 6 + 2 * 16 * (256 + 384)  # six tiles, their flags, x and y
+    assert row["vs_bf16"] == pytest.approx(2) and row["median_ms"] == pytest.approx(1e-3)
+    assert row["GB_per_s"] == pytest.approx(moved / 1e-6 * 1e-9)
+    assert row["TFLOPs_effective"] == pytest.approx(2 * 16 * 256 * 384 / 1e-6 * 1e-12)
+    assert row["TFLOPs_executed"] == pytest.approx(row["TFLOPs_effective"] / 2)
+    assert row["roofline_share"] == pytest.approx((moved - 6) / 4.8e12 / 1e-6)
+    # 800 kB of L2 to exceed by copies of 196608, 196614 and 110598 bytes; the launches are whole sweeps of them.
+    assert [counted[i] for i in range(3)] == [(5, 200), (5, 200), (8, 200)]
+    assert len(list(csv.DictReader((tmp_path / "r.csv").open()))) == 6
+    assert {row["speedup"] for row in bench_tile_linear.layer_sums(run.rows)} == {1.0, 2.0}
+
+
+def test_a_wrong_rival_is_named_and_not_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_tile_linear.TiledWeight, "matmul", lambda self, x: x @ self.unpack().T + 1)
+    run, _ = gpu_run_on_cpu(monkeypatch, tmp_path)
+    assert {row["method"] for row in run.rows} == {"F.linear"}
+    assert run.wrong[0] == "tiny up M=16: tiles 0% misses the two-times rule"
+
+
+def test_plot_and_tables_from_a_saved_csv(tmp_path, monkeypatch, capsys):
+    rows = []
+    for layer in shapes.MODELS["llama-3-8b"]:
+        for method, ms in (("F.linear", 1.0), ("tiles 25%", 0.8)):
+            rows += [dict(model="llama-3-8b", layer=layer, tokens=t, method=method, median_ms=ms) for t in (1, 16)]
+    harness.save_csv(tmp_path / "a.csv", rows)
+    monkeypatch.setattr(sys, "argv", ["b", "--from-csv", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.png")])
+    bench_tile_linear.main()
+    assert "1.25" in capsys.readouterr().out
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_copies_exceed_twice_l2_within_memory():
+    assert harness.copies_to_exceed_l2(34_000_000, 60_000_000, 1 << 40) == 4  # 136 MB > 120 MB, three are 102 MB
+    assert harness.copies_to_exceed_l2(60_000_000, 60_000_000, 1 << 40) == 3
+    assert harness.copies_to_exceed_l2(470_000_000, 60_000_000, 1 << 40) == 1
+    assert harness.copies_to_exceed_l2(34_000_000, 60_000_000, 70_000_000) == 2
+    assert harness.copies_to_exceed_l2(34_000_000, 60_000_000, 0) == 1
+
+
+def test_cpu_table_has_every_method(tmp_path):
+    rows = bench_tile_linear.cpu_rows(1, [(128, 256)], [2], (0.0, 0.5))
+    assert [row["method"] for row in rows] == ["tiles 0%", "tiles 50%", "F.linear bf16", "F.linear fp32"]
+    harness.save_csv(tmp_path / "t.csv", rows)
+    with (tmp_path / "t.csv").open() as file:
+        saved = list(csv.DictReader(file))
+    assert float(saved[1]["weight_MB"]) == pytest.approx((2 * 18432 + 2) / 1e6)
+    assert float(saved[2]["vs_bf16"]) == 1.0
+
+
+def test_two_times_rule_catches_errors_and_nan():
+    x, weight = torch.randn(100, 256).bfloat16(), torch.randn(128, 256).bfloat16()
+    y = torch.nn.functional.linear(x, weight)
+    assert bench_tile_linear.within_two_times(y, x, weight)
+    for row in (0, 99):
+        wrong = y.clone()
+        wrong[row, 5] += 3
+        assert not bench_tile_linear.within_two_times(wrong, x, weight)
+    wrong = y.clone()
+    wrong[50, 5] = float("nan")  # not among the rows that are compared with fp64
+    assert not bench_tile_linear.within_two_times(wrong, x, weight)
+
+
+@pytest.mark.parametrize("cols", [128, 129, 130, 131])
+@pytest.mark.parametrize("kind", gpu_checks.TYPE_MAPS)
+def test_exact_cases_pass_on_the_cpu(kind, cols):
+    tiled, dense = gpu_checks.integer_weight(200, cols, kind, torch.bfloat16, torch.Generator().manual_seed(0))
+    assert torch.equal(tiled.unpack(), dense)
+    x = torch.randint(-4, 5, (5, cols)).bfloat16()
+    assert torch.equal(tiled.matmul(x), gpu_checks.exact_y(x, dense, None))
+
+
+def test_exact_cases_count_what_differs(monkeypatch):
+    monkeypatch.setattr(gpu_checks, "poisoned_matmul", lambda w, x, b: gpu_checks.exact_y(x, w.unpack(), b) + 1)
+    cases = list(gpu_checks.exact_cases("cpu", [(128, 128)], [1, 2, 3]))
+    assert len(cases) == 30 and all(different > 0 for _, different in cases)
+    assert gpu.tally(cases)["failed"]
+
+
+def options(tmp_path, **changes):
+    values = dict(out=tmp_path, minutes=10, stages=None, bin=None, dry_run=True) | changes
+    return argparse.Namespace(**values)
+
+
+def writes(status, out, calls):
+    def child(stage, seconds, _):
+        calls.append(stage)
+        gpu.write_json(out / f"{stage}.json", {"stage": stage, "status": status, "seconds": 1.0, "reason": "done"})
+        return ""
+
+    return child
+
+
+def test_dry_run_end_to_end(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{stage}.json" for stage in gpu.STAGES)
+    results = {stage: json.loads((tmp_path / f"{stage}.json").read_text()) for stage in gpu.STAGES}
+    assert {stage for stage in results if results[stage]["status"] == "skipped"} == {"micro", "sanitizer", "ncu"}
+    assert results["micro"]["reason"] == "micro programs run on a GPU only"
+    assert results["facts"]["data"]["device"] == "cpu"
+    assert results["exact"]["data"]["cases"] == 60 and results["exact"]["data"]["bad"] == []
+    assert results["timing"]["data"]["rows"]
+    table = done.stdout.splitlines()[-len(gpu.STAGES) - 1 :]
+    assert table[0].split() == ["stage", "status", "seconds", "result"]
+    assert [line.split()[0] for line in table[1:]] == list(gpu.STAGES)
+
+
+def test_finished_stages_are_not_run_again(tmp_path):
+    calls = []
+    gpu.run_stages(["facts", "exact"], options(tmp_path), writes("ok", tmp_path, calls))
+    gpu.run_stages(["facts", "exact"], options(tmp_path), writes("ok", tmp_path, calls))
+    assert calls == ["facts", "exact"]
+    gpu.run_stages(["exact"], options(tmp_path, stages=["exact"]), writes("ok", tmp_path, calls))
+    assert calls == ["facts", "exact", "exact"]
+    (tmp_path / "facts.json").write_text('{"stage": "fac')  # a half file, and a failed stage, are run again
+    gpu.write_json(tmp_path / "exact.json", {"stage": "exact", "status": "failed", "seconds": 1})
+    gpu.run_stages(["facts", "exact"], options(tmp_path), writes("ok", tmp_path, calls))
+    assert calls[3:] == ["facts", "exact"]
+
+
+def test_a_failing_stage_does_not_stop_the_others(tmp_path):
+    calls = []
+
+    def child(stage, seconds, _):
+        if stage == "exact":
+            return "exit code -11: segmentation fault"  # and no file
+        return writes("ok", tmp_path, calls)(stage, seconds, _)
+
+    results = gpu.run_stages(["facts", "exact", "timing"], options(tmp_path), child)
+    assert [r["status"] for r in results] == ["ok", "failed", "ok"]
+    assert results[1]["reason"] == "exit code -11: segmentation fault"
+
+
+def test_an_exception_in_a_stage_is_its_result(tmp_path, monkeypatch):
+    def broken(_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(gpu.FUNCTIONS, "exact", broken)
+    gpu.run_child("exact", options(tmp_path))
+    result = json.loads((tmp_path / "exact.json").read_text())
+    assert result["status"] == "failed"
+    assert result["reason"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+def test_no_time_left_is_said_and_made_up_for_later(tmp_path):
+    calls = []
+    child = writes("ok", tmp_path, calls)
+    results = gpu.run_stages(["facts", "timing", "ncu"], options(tmp_path, minutes=0.2), child)
+    # 12 seconds: enough for facts and ncu, but timing leaves RESERVE_SECONDS for what follows.
+    assert [r["status"] for r in results] == ["ok", "not run", "ok"]
+    assert results[1]["reason"] == "no time left"
+    gpu.run_stages(["facts", "timing", "ncu"], options(tmp_path), child)
+    assert calls == ["facts", "ncu", "timing"]
+
+
+def test_without_cuda_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == gpu.NO_GPU + "\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_stage_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--stages", "facts,fast"])
+    assert "expected stages of facts,micro,exact,determinism,sanitizer,timing,ncu, got fast" in capsys.readouterr().err
+
+
+def test_micro_stage_reads_programs_and_reports_the_broken(tmp_path):
+    good = tmp_path / "e1_selector"
+    line = '{"experiment": "e1_selector", "case": "m64n8k32 selector 1", "value": 3, "unit": "mismatches"}'
+    good.write_text(f"#!/bin/sh\necho '{line}'\necho '{{cut'\n")
+    broken = tmp_path / "e2_issue_rate"
+    broken.write_text("#!/bin/sh\necho 'Expected a GPU of compute capability 9.0, found none.'\nexit 2\n")
+    for program in (good, broken):
+        program.chmod(0o755)
+    data = gpu.micro(options(tmp_path, dry_run=False, bin=tmp_path))
+    assert data["results"] == data["wrong"] == [json.loads(line)]
+    assert "e2_issue_rate: exit code 2: Expected a GPU of compute capability 9.0, found none." in data["problems"]
+    assert f"e4_contention: not in {tmp_path}" in data["problems"]
+
+
+def test_stages_say_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: None)
+    on_gpu = options(tmp_path, dry_run=False)
+    for stage, reason in (
+        (gpu.micro, "no --bin: build them by python -m benchmarks.build_gpu"),
+        (gpu.sanitizer, "compute-sanitizer is not installed"),
+        (gpu.ncu, "ncu is not installed"),
+    ):
+        with pytest.raises(gpu.Skip, match=reason):
+            stage(on_gpu)
+
+
+def test_a_tool_that_takes_too_long_keeps_its_output():
+    done = gpu.run_tool([sys.executable, "-u", "-c", "import time; print('begun'); time.sleep(60)"], 1.5)
+    assert done["rc"] is None and "begun" in done["output"] and "stopped after" in done["output"]
+
+
+def test_build_refuses_serialized_wgmma_and_spills():
+    log = "ptxas info    : 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+    assert build_gpu.complaints(log) == []
+    assert len(build_gpu.complaints(log + "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads")) == 1
+    assert len(build_gpu.complaints("ptxas info : (C7512) Potential Performance Loss: wgmma serialized")) == 1
+
+
+def test_build_names_what_is_missing(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"expected include/cutlass/cutlass.h in --cutlass .*Unpack the wheel"):
+        build_gpu.cutlass_includes(tmp_path)
+    monkeypatch.setattr(build_gpu, "nvcc_path", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["build_gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"needs nvcc 12\.8 or newer, but none was found. Set CUDA_HOME"):
+        build_gpu.main()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build_gpu.nvcc_path() is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", build_gpu.micro_sources(), ids=lambda source: source.stem)
+def test_micro_programs_compile_clean(source, tmp_path):
+    assert build_gpu.build(build_gpu.compile_command(build_gpu.nvcc_path(), source, tmp_path / "program")) is None
+    if not torch.cuda.is_available():
+        done = subprocess.run([tmp_path / "program"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("Expected a GPU of compute capability 9.0, found none")
