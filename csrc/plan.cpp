@@ -70,6 +70,8 @@ constexpr double kCyclesPerMicrosecond = 1700;
 constexpr double kMemoryBytesPerCycle = 2530;  // whole card: 4.3 TB/s, the copy rate seen on an H200
 constexpr double kLinkBytesPerCycle = 26;      // L2 to one SM
 constexpr double kLaunchCycles = 3000;
+constexpr double kFillCycles = 1000;  // first bytes of a launch
+constexpr double kStoreCycles = 300;
 constexpr double kSplitCycles = 1500;  // exchange of partial sums
 constexpr int kDecodeTokens = 32;      // up to here a CTA holds all tokens of a single tile row
 constexpr int kSm80PrefillTokens = 128;
@@ -96,11 +98,12 @@ double sm90_row_step_cycles(const Layer& layer, int bn) {
 
 int multiprocessors(const DeviceLimits& device) { return std::max(device.sm_count, 1); }
 
-// Clusters of a size that run at once. Unknown: assume that one in sixteen SMs is stranded.
+// Clusters of a size that run at once. Unknown: two SMs always share a cluster of two (a TPC); for more, assume that
+// one SM in sixteen is stranded, since the SMs of a GPC are rarely a multiple.
 int resident_clusters(const DeviceLimits& device, int size) {
   if (device.clusters[size] > 0) return device.clusters[size];
   const int sms = multiprocessors(device);
-  return std::max(1, size == 1 ? sms : sms * 15 / 16 / size);
+  return std::max(1, (size <= 2 ? sms : sms * 15 / 16) / size);
 }
 
 int raster_groups(int64_t cols, int tokens_per_group) {
@@ -214,8 +217,10 @@ double model_time_us(const DeviceLimits& device, const LaunchPlan& plan, int64_t
     math = kTile * 64.0 * plan.bn / 1024 * (1 - 0.4 * layer.sparse_share);
   }
   const double link = (rows_per_unit * row_bytes / plan.token_ctas + x_bytes) / kLinkBytesPerCycle;
-  const double item = steps * std::max(math, link) + 300 + 8 * plan.bn + (plan.splits > 1 ? kSplitCycles : 0);
-  const double busy = item_rounds(plan.items) * item;
+  // Producers run ahead of an item's end, so its stores and exchange hide behind copies, but for the last one's.
+  const int rounds = item_rounds(plan.items);
+  const double end = kStoreCycles + 8 * plan.bn + (plan.splits > 1 ? kSplitCycles : 0);
+  const double busy = std::max(rounds * steps * link, rounds * (steps * math + end)) + kFillCycles + end;
   const double moved = payload_bytes + 2.0 * tokens * (cols + rows);
   const double memory = moved / (kMemoryBytesPerCycle * multiprocessors(device) / 132);
   return (kLaunchCycles + std::max(busy, memory)) / kCyclesPerMicrosecond;

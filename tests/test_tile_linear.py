@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,15 +128,16 @@ def test_gradients_reach_x_and_bias():
 
 def linear_samples():
     weight, keep, tiles, x, bias = integer_case(130, 132, 6, 0.5, torch.bfloat16, 5)
-    payload, flags = TiledWeight.pack(weight, keep, tiles).payload, ops.tile_flags(tiles)
-    yield x, payload, flags, 130, bias
-    yield x, payload, flags, 130, None
-    yield x.reshape(2, 3, 132), payload, flags, 130, bias
-    yield x.T.contiguous().T, payload, flags, 130, None
-    yield x[:0], payload, flags, 130, bias
-    yield x[0], payload, flags, 130, None
-    yield x[::2], payload, flags, 130, bias
-    yield x.half().bfloat16(), payload, flags, 130, bias
+    tiled = TiledWeight.pack(weight, keep, tiles)
+    packed = tiled.payload, ops.tile_flags(tiles)
+    yield x, *packed, None, 130, bias, False
+    yield x, *packed, tiled.schedule, 130, None, True
+    yield x.reshape(2, 3, 132), *packed, None, 130, bias, False
+    yield x.T.contiguous().T, *packed, tiled.schedule, 130, None, False
+    yield x[:0], *packed, None, 130, bias, False
+    yield x[0], *packed, None, 130, None, False
+    yield x[::2], *packed, None, 130, bias, True
+    yield x.half().bfloat16(), *packed, None, 130, bias, False
 
 
 @pytest.mark.parametrize("index", range(8))
@@ -179,8 +184,58 @@ def test_fake_cuda_kernels_need_no_gpu():
         x = torch.empty(4, 7, 300, dtype=torch.float16, device="cuda")
         payload = torch.empty(6 * 32768, dtype=torch.uint8, device="cuda")
         flags = torch.empty(2, 3, dtype=torch.uint8, device="cuda")
-        y = torch.ops.patch_kernels.tile_linear(x, payload, flags, 200, None)
+        y = torch.ops.patch_kernels.tile_linear(x, payload, flags, None, 200, None, False)
         assert (y.shape, y.device.type, y.dtype) == ((4, 7, 200), "cuda", torch.float16)
+
+
+def test_schedule_follows_the_flags():
+    """The GPU kernels read the schedule, not the flags: whatever changes the flags must make it new."""
+    linear = torch.nn.Linear(260, 390, dtype=torch.bfloat16)
+    keep, tiles = hybrid_mask(390, 260, 0.5, torch.Generator().manual_seed(9))
+    layer = TiledLinear.from_linear(linear, keep, tiles)
+    expected = ops.make_schedule(tiles)
+    assert torch.equal(layer.schedule, expected) and torch.equal(layer.tiled_weight.schedule, expected)
+    assert torch.equal(TiledWeight.pack(linear.weight.detach(), keep, tiles).schedule, expected)
+    assert "schedule" not in layer.state_dict()
+
+    other = TiledLinear(260, 390, payload_bytes=layer.payload.numel())
+    assert other.tiled_weight.schedule is None
+    other.load_state_dict(layer.state_dict())
+    assert other.tiled_weight.schedule is None  # made when it is needed
+    other.refresh_schedule()
+    assert torch.equal(other.tiled_weight.schedule, expected)
+    other.tile_is_sparse = torch.zeros_like(other.tile_is_sparse)
+    assert other.tiled_weight.schedule is None
+    other.load_state_dict(layer.state_dict())
+    assert other.tiled_weight.schedule is None
+    assert copy.deepcopy(layer).tiled_weight.schedule is not None
+
+
+def test_schedule_op():
+    flags = torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.uint8)
+    assert torch.ops.patch_kernels.make_schedule(flags).shape == (ops.schedule_words((2, 3)),)
+    torch.library.opcheck(torch.ops.patch_kernels.make_schedule.default, (flags,))
+    with pytest.raises(RuntimeError, match="contiguous 2-D uint8"):
+        torch.ops.patch_kernels.make_schedule(flags.bool())
+
+
+def test_dense_path_is_said_once(monkeypatch):
+    answers = [
+        ({"family": "sm90", "state": "works", "reason": ""}, None),
+        ({"family": "none", "state": "disabled", "reason": "no kernel for compute capability 7.0"}, r"7\.0.* cuBLAS"),
+        ({"family": "sm90", "state": "unchecked", "reason": ""}, "make one call before capturing"),
+        ({"family": "sm80", "state": "works", "reason": "the wgmma kernels failed"}, "portable kernels: the wgmma"),
+    ]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    for device, (status, message) in enumerate(answers):
+        monkeypatch.setattr(ops, "gemm_status", lambda path, index, status=status: status)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ops._say_if_dense(100 + device)
+            ops._say_if_dense(100 + device)
+        assert len(caught) == (message is not None)
+        if message:
+            assert re.search(message, str(caught[0].message))
 
 
 def test_tiled_linear_is_a_drop_in():
@@ -213,6 +268,7 @@ def test_pack_refuses_groups_that_are_not_two_of_four():
 
 
 W, KEEP, TILES = torch.zeros(130, 132).half(), torch.ones(130, 132, dtype=torch.bool), torch.zeros(2, 2).bool()
+FLAGS = ops.tile_flags(TILES)
 
 
 @pytest.mark.parametrize(
@@ -251,12 +307,18 @@ def test_bad_input_is_refused(call, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((W, torch.zeros(7, dtype=torch.uint8), ops.tile_flags(TILES), 130, None), "payload has 7 bytes"),
-        ((W.float(), torch.zeros(7, dtype=torch.uint8), ops.tile_flags(TILES), 130, None), "x must be float16"),
-        ((W, torch.zeros(7), ops.tile_flags(TILES), 130, None), "1-D uint8"),
-        ((W, torch.zeros(7, dtype=torch.uint8), TILES, 130, None), "contiguous uint8 of shape"),
-        ((W, torch.zeros(7, dtype=torch.uint8), ops.tile_flags(TILES), 900, None), "contiguous uint8 of shape"),
-        ((W, torch.zeros(7, dtype=torch.uint8), ops.tile_flags(TILES), 130, W[0]), "bias must have"),
+        ((W, torch.zeros(7, dtype=torch.uint8), FLAGS, None, 130, None, False), "payload has 7 bytes"),
+        (
+            (W.float(), torch.zeros(7, dtype=torch.uint8), FLAGS, None, 130, None, False),
+            "x must be float16",
+        ),
+        ((W, torch.zeros(7), FLAGS, None, 130, None, False), "1-D uint8"),
+        ((W, torch.zeros(7, dtype=torch.uint8), TILES, None, 130, None, False), "contiguous uint8 of shape"),
+        (
+            (W, torch.zeros(7, dtype=torch.uint8), FLAGS, None, 900, None, False),
+            "contiguous uint8 of shape",
+        ),
+        ((W, torch.zeros(7, dtype=torch.uint8), FLAGS, None, 130, W[0], False), "bias must have"),
     ],
 )
 def test_the_op_itself_keeps_memory_safe(arguments, message):
