@@ -119,7 +119,7 @@ class IntegerProblem {
     p.y = y.data + kCanaries;
     p.tokens = sizes.tokens, p.rows = sizes.rows, p.cols = sizes.cols, p.x_stride = x_stride();
     p.schedule = schedule_view(words.data(), tile_rows, tile_cols);
-    p.token_ctas = p.splits = 1;
+    p.token_ctas = p.row_ctas = p.splits = 1;
     return p;
   }
 

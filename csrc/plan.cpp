@@ -98,12 +98,9 @@ double sm90_row_step_cycles(const Layer& layer, int bn) {
 
 int multiprocessors(const DeviceLimits& device) { return std::max(device.sm_count, 1); }
 
-// Clusters of a size that run at once. Unknown: two SMs always share a cluster of two (a TPC); for more, assume that
-// one SM in sixteen is stranded, since the SMs of a GPC are rarely a multiple.
+// Clusters of a size that run at once. A GPU is asked (some SMs of a GPC may be left over); without one, assume all fit.
 int resident_clusters(const DeviceLimits& device, int size) {
-  if (device.clusters[size] > 0) return device.clusters[size];
-  const int sms = multiprocessors(device);
-  return std::max(1, (size <= 2 ? sms : sms * 15 / 16) / size);
+  return device.clusters[size] > 0 ? device.clusters[size] : std::max(1, multiprocessors(device) / size);
 }
 
 int raster_groups(int64_t cols, int tokens_per_group) {
@@ -112,19 +109,20 @@ int raster_groups(int64_t cols, int tokens_per_group) {
   return static_cast<int>(std::max<int64_t>(1, (int64_t{24} << 20) / std::max<int64_t>(bytes, 1)));
 }
 
-LaunchPlan make_plan(const DeviceLimits& device, Family family, bool pairs, int bn, int token_ctas, int splits,
-                     int64_t rows, int64_t cols, int64_t tokens) {
+LaunchPlan make_plan(const DeviceLimits& device, Family family, bool pairs, int bn, int token_ctas, int row_ctas,
+                     int splits, int64_t rows, int64_t cols, int64_t tokens) {
   LaunchPlan plan{};
   plan.family = family;
   plan.pairs = pairs;
   plan.bn = bn;
   plan.token_ctas = token_ctas;
+  plan.row_ctas = row_ctas;
   plan.splits = splits;
   plan.items = item_space(plan, rows, tokens);
   plan.items.groups_per_block = std::min(std::max(plan.items.groups, 1), raster_groups(cols, bn * token_ctas));
   int workers;
   if (family == Family::kSm90) {
-    workers = resident_clusters(device, token_ctas * splits);
+    workers = resident_clusters(device, token_ctas * row_ctas * splits);
     plan.depth = 0;
   } else {
     const bool large = device.smem_bytes >= 160 * 1024;
@@ -141,9 +139,9 @@ struct Candidates {
   LaunchPlan best{};
   double best_time = -1;
 
-  void consider(Family family, bool pairs, int bn, int token_ctas, int splits) {
+  void consider(Family family, bool pairs, int bn, int token_ctas, int row_ctas, int splits) {
     if (splits > 1 && splits > ceil_div(cols, kTile)) return;
-    const LaunchPlan plan = make_plan(device, family, pairs, bn, token_ctas, splits, rows, cols, tokens);
+    const LaunchPlan plan = make_plan(device, family, pairs, bn, token_ctas, row_ctas, splits, rows, cols, tokens);
     const double time = model_time_us(device, plan, rows, cols, tokens, payload_bytes);
     if (best_time < 0 || time < best_time) best = plan, best_time = time;
   }
@@ -162,14 +160,18 @@ LaunchPlan best_plan(const DeviceLimits& device, Family family, int64_t rows, in
   for (const int splits : {1, 2, 4, 8}) {
     if (fixed_splits && splits != fixed_splits) continue;
     if (tokens <= kDecodeTokens) {
-      candidates.consider(family, false, decode_bn(tokens, family == Family::kSm90 ? 8 : 16), 1, splits);
+      candidates.consider(family, false, decode_bn(tokens, family == Family::kSm90 ? 8 : 16), 1, 1, splits);
     } else if (family == Family::kSm80) {
-      candidates.consider(family, false, kSm80PrefillTokens, 1, splits);
+      candidates.consider(family, false, kSm80PrefillTokens, 1, 1, splits);
     } else {
       for (const int bn : {64, 128, 160, 176, 192}) {
         if (bn > 128 && splits > 1) continue;  // no shared memory left for the exchange
         for (const int token_ctas : {1, 2}) {
-          if (token_ctas * splits <= kMaxSplits) candidates.consider(family, true, bn, token_ctas, splits);
+          for (const int row_ctas : {1, 2}) {
+            if (row_ctas > 1 && splits > 1) continue;  // pairs are cut at different columns
+            if (token_ctas * splits > kMaxSplits) continue;
+            candidates.consider(family, true, bn, token_ctas, row_ctas, splits);
+          }
         }
       }
     }
@@ -196,7 +198,7 @@ Family best_family(int compute_capability) {
 }
 
 ItemSpace item_space(const LaunchPlan& plan, int64_t rows, int64_t tokens) {
-  const int64_t units = ceil_div(ceil_div(rows, kTile), plan.pairs ? 2 : 1);
+  const int64_t units = ceil_div(ceil_div(rows, kTile), plan.pairs ? 2 * plan.row_ctas : 1);
   const int64_t groups = ceil_div(tokens, int64_t{plan.bn} * plan.token_ctas);
   const int width = static_cast<int>(std::min<int64_t>(groups, INT32_MAX));
   return {static_cast<int>(units), width, std::max(width, 1), 1};
@@ -216,7 +218,7 @@ double model_time_us(const DeviceLimits& device, const LaunchPlan& plan, int64_t
     // Ampere: half of Hopper's rate, and a sparse step takes about 0.6 of a dense one.
     math = kTile * 64.0 * plan.bn / 1024 * (1 - 0.4 * layer.sparse_share);
   }
-  const double link = (rows_per_unit * row_bytes / plan.token_ctas + x_bytes) / kLinkBytesPerCycle;
+  const double link = (rows_per_unit * row_bytes / plan.token_ctas + x_bytes / plan.row_ctas) / kLinkBytesPerCycle;
   // Producers run ahead of an item's end, so its stores and exchange hide behind copies, but for the last one's.
   const int rounds = item_rounds(plan.items);
   const double end = kStoreCycles + 8 * plan.bn + (plan.splits > 1 ? kSplitCycles : 0);

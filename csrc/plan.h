@@ -105,12 +105,13 @@ struct DeviceLimits {
   int clusters[kMaxSplits + 1];  // [size]: clusters of 1, 2, 4, 8 CTAs that run at once, one CTA an SM; 0: unknown
 };
 
-// How one call runs. On sm_90 a cluster is token_ctas x splits CTAs; on sm_80 splits are a grid dimension.
+// How one call runs. On sm_90 a cluster is token_ctas x row_ctas x splits CTAs; on sm_80 splits are a grid dimension.
 struct LaunchPlan {
   Family family;
   bool pairs;      // a unit is a pair of tile rows (one per consumer warpgroup), else one tile row
   int bn;          // tokens of a CTA
   int token_ctas;  // CTAs of a cluster along tokens, which share the weights by multicast
+  int row_ctas;    // CTAs of a cluster along weight rows, which share x by multicast; a unit is that many pairs
   int splits;      // CTAs along K, whose sums are added in a fixed order
   int depth;       // sm_80: k64 steps in flight
   ItemSpace items;

@@ -125,15 +125,15 @@ def test_plans_are_possible(shape, capability):
             p = plan(*shape, tokens, sparsity, compute_capability=capability, smem_bytes=smem, sm_count=100)
             assert p["family"] == ("sm90" if capability == 90 else "sm80")
             assert p["groups"] * p["bn"] * p["token_ctas"] >= tokens
-            assert p["units"] == math.ceil(math.ceil(shape[0] / 128) / (2 if p["pairs"] else 1))
-            assert p["splits"] in (1, 2, 4, 8) and p["splits"] <= max(1, shape[1] // 128)
+            assert p["units"] == math.ceil(math.ceil(shape[0] / 128) / (2 * p["row_ctas"] if p["pairs"] else 1))
+            assert p["row_ctas"] in (1, 2) and p["splits"] in (1, 2, 4, 8) and p["splits"] <= max(1, shape[1] // 128)
             assert 1 <= p["workers"] <= p["units"] * p["groups"]
-            assert p["token_ctas"] * p["splits"] <= 8
+            assert p["token_ctas"] * p["row_ctas"] * p["splits"] <= 8 and (p["row_ctas"] == 1 or p["splits"] == 1)
             if capability == 90:
                 assert p["bn"] in ((64, 128, 160, 176, 192) if p["pairs"] else (8, 16, 32))
                 assert p["splits"] == 1 or p["bn"] <= 128
                 assert p["pairs"] == (tokens > 32)
-                assert p["workers"] * p["token_ctas"] * p["splits"] <= 100
+                assert p["workers"] * p["token_ctas"] * p["row_ctas"] * p["splits"] <= 100
             else:
                 assert p["bn"] in (16, 32, 128) and not p["pairs"] and p["token_ctas"] == 1
                 assert p["depth"] in ((2, 4) if p["bn"] <= 32 else (1, 3))
@@ -144,7 +144,7 @@ def test_decode_fills_the_card():
     for shape in SHAPES[:4]:
         for tokens in (1, 16, 64):
             p = plan(*shape, tokens)
-            assert p["workers"] * p["splits"] * p["token_ctas"] >= 96, (shape, tokens, p)
+            assert p["workers"] * p["splits"] * p["token_ctas"] * p["row_ctas"] >= 96, (shape, tokens, p)
 
 
 def test_prefill_does_not_split():

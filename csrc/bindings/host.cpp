@@ -67,6 +67,7 @@ py::dict choose_plan(int64_t rows, int64_t cols, int64_t tokens, int64_t payload
   parts["pairs"] = plan.pairs;
   parts["bn"] = plan.bn;
   parts["token_ctas"] = plan.token_ctas;
+  parts["row_ctas"] = plan.row_ctas;
   parts["splits"] = plan.splits;
   parts["depth"] = plan.depth;
   parts["units"] = plan.items.units;

@@ -111,40 +111,47 @@ class MachineSm90 {
   __device__ __forceinline__ void arrive_expect(uint32_t address, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(address), "r"(bytes) : "memory");
   }
-  __device__ __forceinline__ void arrive_cluster(uint32_t address, int first_rank, int count, int stride) {
-    if (count == 1) return arrive(address);  // that one is this CTA
+  __device__ __forceinline__ void arrive_cluster(uint32_t address, const sm90::Ranks& ranks) {
+    if (ranks.count == 1) return arrive(address);  // that one is this CTA
     if (!elected()) return;
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < ranks.count; ++i) {
       asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(
-                       remote(address, first_rank + i * stride))
+                       remote(address, ranks.first + i * ranks.stride))
                    : "memory");
     }
   }
 
   // Copies into shared memory; they complete on mbarriers.
-  __device__ __forceinline__ void copy_x(const TensorMap& map, uint32_t to, int col, int token, int, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
-        "[%4];\n" ::"r"(to),
-        "l"(&map), "r"(col), "r"(token), "r"(barrier)
-        : "memory");
-  }
-  __device__ __forceinline__ void copy_w(uint32_t to, const uint8_t* from, int bytes, uint32_t barrier, int first_rank,
-                                         int ctas) {
-    const uint64_t source = __cvta_generic_to_global(from);
-    if (ctas > 1) {
-      // Data and signal go to the same offsets in every CTA of the mask.
-      const uint16_t mask = static_cast<uint16_t>(((1u << ctas) - 1) << first_rank);
+  __device__ __forceinline__ void copy_x(const TensorMap& map, uint32_t to, int col, int token, int, uint32_t barrier,
+                                         const sm90::Ranks& ranks) {
+    if (ranks.count > 1) {
       asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
-          "%4;\n" ::"r"(to),
-          "l"(source), "r"(bytes), "r"(barrier), "h"(mask)
+          "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+          "[%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(to),
+          "l"(&map), "r"(col), "r"(token), "r"(barrier), "h"(mask(ranks))
+          : "memory");
+    } else {
+      asm volatile(
+          "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+          "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(to),
+          "l"(&map), "r"(col), "r"(token), "r"(barrier)
+          : "memory");
+    }
+  }
+  __device__ __forceinline__ void copy_w(uint32_t to, const uint8_t* from, int bytes, uint32_t barrier,
+                                         const sm90::Ranks& ranks) {
+    const uint64_t source = __cvta_generic_to_global(from);
+    if (ranks.count > 1) {
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+          "[%0], [%1], %2, [%3], %4;\n" ::"r"(to),
+          "l"(source), "r"(bytes), "r"(barrier), "h"(mask(ranks))
           : "memory");
     } else if constexpr (kStreamWeights) {
       asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-          "%4;\n" ::"r"(to),
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+          "[%0], [%1], %2, [%3], %4;\n" ::"r"(to),
           "l"(source), "r"(bytes), "r"(barrier), "l"(policy_)
           : "memory");
     } else {
@@ -259,6 +266,12 @@ class MachineSm90 {
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x) & 127; }
   // The thread that speaks for its warpgroup.
   static __device__ __forceinline__ bool elected() { return thread() == 0; }
+  // CTAs of a multicast: data and signal go to the same offsets in each.
+  static __device__ __forceinline__ uint16_t mask(const sm90::Ranks& ranks) {
+    uint32_t bits = 0;
+    for (int i = 0; i < ranks.count; ++i) bits |= 1u << (ranks.first + i * ranks.stride);
+    return static_cast<uint16_t>(bits);
+  }
   static __device__ __forceinline__ uint32_t remote(uint32_t address, int rank) {
     uint32_t mapped;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(mapped) : "r"(address), "r"(rank));

@@ -63,30 +63,31 @@ void read_limits(Device& entry, int device) {
 // Every kernel of a family, with the ways its CTAs can work together.
 std::vector<LaunchPlan> plans_to_check(Family family) {
   std::vector<LaunchPlan> plans;
-  const auto add = [&](bool pairs, int bn, int token_ctas, int splits, int depth) {
+  const auto add = [&](bool pairs, int bn, int token_ctas, int row_ctas, int splits, int depth) {
     LaunchPlan plan{};
     plan.family = family;
-    plan.pairs = pairs, plan.bn = bn, plan.token_ctas = token_ctas, plan.splits = splits, plan.depth = depth;
+    plan.pairs = pairs, plan.bn = bn, plan.depth = depth;
+    plan.token_ctas = token_ctas, plan.row_ctas = row_ctas, plan.splits = splits;
     plans.push_back(plan);
   };
   if (family == Family::kSm90) {
     for (const int bn : {8, 16, 32}) {
-      for (const int splits : {1, 2, 8}) add(false, bn, 1, splits, 0);
+      for (const int splits : {1, 2, 8}) add(false, bn, 1, 1, splits, 0);
     }
-    for (const int bn : {64, 128}) {
-      add(true, bn, 1, 1, 0);
-      add(true, bn, 2, 2, 0);
-      add(true, bn, 1, 8, 0);
-    }
-    for (const int bn : {160, 176, 192}) {
-      for (const int token_ctas : {1, 2}) add(true, bn, token_ctas, 1, 0);
+    for (const int bn : {64, 128, 160, 176, 192}) {
+      for (const int token_ctas : {1, 2}) {
+        for (const int row_ctas : {1, 2}) add(true, bn, token_ctas, row_ctas, 1, 0);
+      }
+      if (bn > 128) continue;
+      add(true, bn, 2, 1, 2, 0);
+      add(true, bn, 1, 1, 8, 0);
     }
   } else {
     for (const int splits : {1, 4}) {
       for (const int bn : {16, 32}) {
-        for (const int depth : {2, 4}) add(false, bn, 1, splits, depth);
+        for (const int depth : {2, 4}) add(false, bn, 1, 1, splits, depth);
       }
-      for (const int depth : {1, 3}) add(false, 128, 1, splits, depth);
+      for (const int depth : {1, 3}) add(false, 128, 1, 1, splits, depth);
     }
   }
   return plans;
@@ -150,8 +151,8 @@ std::string check_family(const DeviceLimits& limits, DType dtype, void* workspac
     const std::string complaint = problem.complaint();
     if (!complaint.empty()) {
       return std::string(dtype == DType::kFloat16 ? "fp16" : "bf16") + ", " + std::to_string(plan.bn) +
-             " tokens a CTA, " + std::to_string(plan.token_ctas) + "x" + std::to_string(plan.splits) +
-             " CTAs: " + complaint;
+             " tokens a CTA, " + std::to_string(plan.token_ctas) + "x" + std::to_string(plan.row_ctas) + "x" +
+             std::to_string(plan.splits) + " CTAs: " + complaint;
     }
   }
   return "";
@@ -214,6 +215,7 @@ int64_t gemm_partial_floats(const GemmProblem& problem, const LaunchPlan& plan) 
 void run_gemm(GemmProblem problem, const LaunchPlan& plan, DType dtype, float* partials, void* stream) {
   problem.items = plan.items;
   problem.token_ctas = plan.token_ctas;
+  problem.row_ctas = plan.row_ctas;
   problem.splits = plan.splits;
   if (plan.family == Family::kSm90) {
     sm90_tile_linear(problem, plan, dtype, stream);

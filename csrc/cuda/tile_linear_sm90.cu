@@ -88,7 +88,7 @@ void launch(const GemmProblem& p, DType dtype, cudaStream_t stream) {
   const CUtensorMap y_map = y_by_tensor ? tensor_map(p.y, p.tokens, p.rows, p.rows, C::kStageTokens, dtype) : x_map;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config =
-      launch_config<C, Element>(p.items.workers, p.token_ctas * p.splits, stream, attributes);
+      launch_config<C, Element>(p.items.workers, p.token_ctas * p.row_ctas * p.splits, stream, attributes);
   check(cudaLaunchKernelEx(&config, sm90_kernel<C, Element>, p, x_map, y_map), "tile_linear");
 }
 

@@ -15,15 +15,14 @@
 #include <cstring>
 #include <deque>
 #include <functional>
-#include <memory>
 #include <mutex>
-#include <stdexcept>
-#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../gemm/sm90.h"
 #include "../numbers.h"
+#include "host.h"
 
 namespace patch_kernels::emulate {
 
@@ -48,22 +47,14 @@ enum class Fault {
   kNoFinalSync,         // a CTA leaves while its peers still read from it
   kMissingStoreWait,    // a staging buffer is refilled before it was stored
   kMissingProxyFence,   // staged y is not made visible to the copy engine
-  kCutTooFar,           // a split takes one tile too many
+  kCutShort,            // a split ends one tile early
 };
 
 struct FaultPlan {
   Fault fault = Fault::kNone;
   std::chrono::microseconds retire_delay{0};  // lets producers run ahead before a group is retired
+  std::chrono::seconds patience{20};          // with a wait before it is called a deadlock
 };
-
-class Failure : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
-inline void require(bool ok, const char* what) {
-  if (!ok) throw Failure(what);
-}
 
 // mbarrier of the PTX ISA: a phase completes when all arrivals and all transaction bytes are in.
 class Barrier {
@@ -89,14 +80,9 @@ class Barrier {
     complete_phase();
   }
   // Blocks until the phase of this parity has completed.
-  void wait(uint32_t parity, const std::atomic<bool>& stop) {
+  void wait(uint32_t parity, const Watchdog& watchdog) {
     std::unique_lock<std::mutex> lock(mutex_);
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
-    while ((phase_ & 1) == parity) {
-      if (stop) throw Failure("stopped because another role failed");
-      condition_.wait_for(lock, std::chrono::milliseconds(20));
-      require(std::chrono::steady_clock::now() < deadline, "deadlock: a barrier was never completed");
-    }
+    watchdog.wait(lock, condition_, [&] { return (phase_ & 1) != parity; });
   }
 
  private:
@@ -111,33 +97,6 @@ class Barrier {
   int count_ = 0, pending_ = 0;
   int64_t bytes_ = 0;
   uint32_t phase_ = 0;
-};
-
-// A barrier among a fixed number of threads, any number of times.
-class Rendezvous {
- public:
-  explicit Rendezvous(int threads) : threads_(threads) {}
-  void sync(const std::atomic<bool>& stop) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const int64_t round = round_;
-    if (++arrived_ == threads_) {
-      arrived_ = 0;
-      ++round_;
-      condition_.notify_all();
-      return;
-    }
-    while (round_ == round) {
-      if (stop) throw Failure("stopped because another role failed");
-      condition_.wait_for(lock, std::chrono::milliseconds(20));
-    }
-  }
-
- private:
-  const int threads_;
-  int arrived_ = 0;
-  int64_t round_ = 0;
-  std::mutex mutex_;
-  std::condition_variable condition_;
 };
 
 // What a barrier guards, so that a fault can pick its victims.
@@ -178,12 +137,13 @@ struct Cta {
 struct Cluster {
   Cluster(int ctas, int roles, int smem_bytes, int barriers, const FaultPlan& plan)
       : faults(plan), everyone(ctas * roles) {
+    watchdog.patience = plan.patience;
     for (int i = 0; i < ctas; ++i) cta.emplace_back(smem_bytes, barriers);
   }
   FaultPlan faults;
   std::deque<Cta> cta;
   Rendezvous everyone;
-  std::atomic<bool> stop{false};
+  Watchdog watchdog;
 };
 
 template <class Element>
@@ -232,7 +192,8 @@ class Machine {
 
   // Barriers.
   void init_barrier(uint32_t address, int count) {
-    if (has(Fault::kLocalCount) && is_w_empty(address)) count = 1;
+    if (has(Fault::kLocalCount) && kind(address) == kWEmpty) count = 1;
+    if (has(Fault::kLocalCount) && kind(address) == kXEmpty) count = sm90::kConsumers;
     cta_.barrier(address).init(count);
   }
   void cluster_sync() {
@@ -241,14 +202,14 @@ class Machine {
       if (role_ == 0) memset(cta_.smem.data(), 0xFF, cta_.smem.size());
       return;
     }
-    cluster_.everyone.sync(cluster_.stop);
+    cluster_.everyone.sync(cluster_.watchdog);
   }
   void consumer_sync(int) {}  // a consumer is one thread here
   void wait(uint32_t address, uint32_t parity) {
     if (has(Fault::kWrongParity) && kind(address) == kXFull) parity ^= 1;
     if (has(Fault::kMissingSumsWait) && kind(address) == kSumsFull) return;
     if (has(Fault::kMissingSumsRelease) && kind(address) == kSumsEmpty) return;
-    cta_.barrier(address).wait(parity, cluster_.stop);
+    cta_.barrier(address).wait(parity, cluster_.watchdog);
   }
   void arrive(uint32_t address) {
     if (has(Fault::kMissingRelease) && kind(address) == kXEmpty && ++releases_ == 3) return;
@@ -258,34 +219,36 @@ class Machine {
     if (has(Fault::kWrongBytes) && bytes == kSparseTileBytes) bytes -= kMetaBytes;
     cta_.barrier(address).arrive(bytes);
   }
-  void arrive_cluster(uint32_t address, int first_rank, int count, int stride) {
-    for (int i = 0; i < count; ++i) {
-      const int rank = first_rank + i * stride;
-      if ((has(Fault::kLocalRelease) || has(Fault::kLocalCount)) && is_w_empty(address) && rank != rank_) continue;
+  void arrive_cluster(uint32_t address, const sm90::Ranks& ranks) {
+    const bool is_shared = kind(address) == kWEmpty || kind(address) == kXEmpty;
+    if (has(Fault::kMissingRelease) && kind(address) == kXEmpty && ++releases_ == 3) return;
+    for (int i = 0; i < ranks.count; ++i) {
+      const int rank = ranks.first + i * ranks.stride;
+      if ((has(Fault::kLocalRelease) || has(Fault::kLocalCount)) && is_shared && rank != rank_) continue;
       peer(rank).barrier(address).arrive();
     }
   }
 
   // Copies into shared memory.
-  void copy_x(const TensorMap& map, uint32_t to, int col, int token, int tokens, uint32_t barrier) {
+  void copy_x(const TensorMap& map, uint32_t to, int col, int token, int tokens, uint32_t barrier,
+              const sm90::Ranks& ranks) {
     for (int t = 0; t < tokens; ++t) {
       for (int c = 0; c < 64; ++c) {
         const bool inside = token + t < map.rows && col + c < map.cols;
         uint16_t value = inside ? map.data[(token + t) * map.stride + col + c] : 0;
         if (!inside && has(Fault::kNoZeroFill)) value = 0x7FFF;
         const int offset = has(Fault::kNoSwizzle) ? 128 * t + 2 * c : swizzle128(t, 2 * c);
-        memcpy(cta_.at(to + offset, 2), &value, 2);
+        for_each_target(ranks, [&](Cta& cta) { memcpy(cta.at(to + offset, 2), &value, 2); });
       }
     }
-    cta_.barrier(barrier).complete_bytes(tokens * 128);
+    for_each_target(ranks, [&](Cta& cta) { cta.barrier(barrier).complete_bytes(tokens * 128); });
   }
-  void copy_w(uint32_t to, const uint8_t* from, int bytes, uint32_t barrier, int first_rank, int ctas) {
+  void copy_w(uint32_t to, const uint8_t* from, int bytes, uint32_t barrier, const sm90::Ranks& ranks) {
     require(to % 16 == 0 && bytes % 16 == 0, "bulk copies are made of aligned 16-byte units");
-    for (int rank = first_rank; rank < first_rank + ctas; ++rank) {
-      if (has(Fault::kUnicast) && rank != rank_) continue;
-      memcpy(peer(rank).at(to, bytes), from, bytes);
-      peer(rank).barrier(barrier).complete_bytes(bytes);
-    }
+    for_each_target(ranks, [&](Cta& cta) {
+      memcpy(cta.at(to, bytes), from, bytes);
+      cta.barrier(barrier).complete_bytes(bytes);
+    });
   }
 
   // Registers.
@@ -404,8 +367,16 @@ class Machine {
     require(rank >= 0 && rank < static_cast<int>(cluster_.cta.size()), "no CTA of that rank in the cluster");
     return cluster_.cta[rank];
   }
+  // The CTAs that a copy goes to.
+  template <class F>
+  void for_each_target(const sm90::Ranks& ranks, F&& f) {
+    for (int i = 0; i < ranks.count; ++i) {
+      const int rank = ranks.first + i * ranks.stride;
+      if (has(Fault::kUnicast) && rank != rank_) continue;
+      f(peer(rank));
+    }
+  }
   BarrierKind kind(uint32_t address) const { return cta_.kinds[(address - cta_.barrier_base) / 8]; }
-  bool is_w_empty(uint32_t address) const { return kind(address) == kWEmpty; }
 
   template <int N>
   void touch(Regs<float, N>& sums) {

@@ -1,12 +1,10 @@
 // Tests the Hopper kernel body on the CPU emulator.
-//   main_sm90 exact --cases N --seed S   random problems of small integers: y must equal the rounded integer result
-//   main_sm90 invariant --cases N --seed S   rows of y must not depend on the number of tokens (real values)
-//   main_sm90 fault NAME                 0 if the planted error is noticed
-//   main_sm90 faults                     their names
-#include <cstdlib>
-#include <map>
-
+//   emulate_sm90 exact --cases N --seed S   random problems of small integers: y must equal the rounded integer result
+//   emulate_sm90 invariant --cases N --seed S   rows of y must not depend on the number of tokens (real values)
+//   emulate_sm90 fault NAME                 0 if the planted error is noticed
+//   emulate_sm90 faults                     their names
 #include "../integer_problem.h"
+#include "command_line.h"
 #include "machine_sm90.h"
 
 namespace patch_kernels::emulate {
@@ -16,15 +14,16 @@ struct Case {
   Sizes sizes;
   bool bfloat = false;
   bool pairs = false;
-  int bn = 8, token_ctas = 1, splits = 1, workers = 1, groups_per_block = 1;
+  int bn = 8, token_ctas = 1, row_ctas = 1, splits = 1, workers = 1, groups_per_block = 1;
   bool cut_by_pair = false;
 };
 
 std::string describe(const Case& c) {
   char text[192];
-  snprintf(
-      text, sizeof(text), " %s pairs %d bn %d token_ctas %d splits %d workers %d groups_per_block %d cut_by_pair %d",
-      c.bfloat ? "bf16" : "fp16", c.pairs, c.bn, c.token_ctas, c.splits, c.workers, c.groups_per_block, c.cut_by_pair);
+  snprintf(text, sizeof(text),
+           " %s pairs %d bn %d token_ctas %d row_ctas %d splits %d workers %d groups_per_block %d cut_by_pair %d",
+           c.bfloat ? "bf16" : "fp16", c.pairs, c.bn, c.token_ctas, c.row_ctas, c.splits, c.workers, c.groups_per_block,
+           c.cut_by_pair);
   return describe(c.sizes) + text;
 }
 
@@ -34,7 +33,7 @@ std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
   using M = Machine<Element>;
   const typename M::TensorMap x_map{static_cast<uint16_t*>(const_cast<void*>(p.x)), p.tokens, p.cols, p.x_stride};
   const typename M::TensorMap y_map{static_cast<uint16_t*>(p.y), p.tokens, p.rows, p.rows};
-  const int roles = sm90::kConsumers + 1 + Config::kRings, ctas = p.token_ctas * p.splits;
+  const int roles = sm90::kConsumers + 1 + Config::kRings, ctas = p.token_ctas * p.row_ctas * p.splits;
   for (int index = 0; index < p.items.workers; ++index) {
     Cluster cluster(ctas, roles, Config::kBarrierOffset, Config::kBarriers, faults);
     for (Cta& cta : cluster.cta) {
@@ -53,7 +52,7 @@ std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
           } catch (const Failure& failure) {
             const std::lock_guard<std::mutex> lock(mutex);
             if (complaint.empty()) complaint = failure.what();
-            cluster.stop = true;
+            cluster.watchdog.stop = true;
           }
         });
       }
@@ -67,11 +66,12 @@ std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
 template <class Element>
 std::string run_plan(const Case& c, GemmProblem p, const FaultPlan& faults) {
   const int tile_rows = p.schedule.tile_rows;
-  p.items.units = c.pairs ? (tile_rows + 1) / 2 : tile_rows;
+  p.items.units = static_cast<int>(ceil_div(tile_rows, c.pairs ? 2 * c.row_ctas : 1));
   p.items.groups = static_cast<int>(ceil_div(c.sizes.tokens, c.bn * c.token_ctas));
   p.items.groups_per_block = c.groups_per_block;
   p.items.workers = c.workers;
   p.token_ctas = c.token_ctas;
+  p.row_ctas = c.row_ctas;
   p.splits = c.splits;
   p.cut_by_pair = c.cut_by_pair;
   std::string complaint = "no such configuration";
@@ -83,12 +83,9 @@ template <class Element>
 std::string run_typed(const Case& c, const FaultPlan& faults) {
   IntegerProblem<Element> problem(c.sizes);
   if (faults.fault == Fault::kCutTooFar) {
-    // Split 0 ends one tile late: its last tile is added twice.
+    // The last split ends one tile early. (Moving a cut between splits would be no fault.)
     GemmProblem p = problem.view();
-    const_cast<int32_t*>(p.schedule.row_cuts)[kMaxSplits / 2] += 0;
-    auto* cuts = const_cast<int32_t*>(c.pairs ? p.schedule.pair_cuts : p.schedule.row_cuts);
-    for (int i = kMaxSplits / 2; i < kMaxSplits; ++i) cuts[i] = std::min(cuts[i] + 1, p.schedule.tile_cols - 1);
-    cuts[kMaxSplits] = p.schedule.tile_cols - 1;
+    const_cast<int32_t*>(c.pairs ? p.schedule.pair_cuts : p.schedule.row_cuts)[kMaxSplits] -= 1;
   }
   const std::string complaint = run_plan<Element>(c, problem.view(), faults);
   return complaint.empty() ? problem.complaint() : complaint;
@@ -112,6 +109,7 @@ Case random_case(std::mt19937& random) {
   c.token_ctas = c.pairs ? pick(random, {1, 2, 2}) : 1;
   c.splits = c.bn <= 128 ? pick(random, {1, 1, 2, 4, 8}) : 1;
   if (c.token_ctas * c.splits > kMaxSplits) c.splits /= 2;
+  c.row_ctas = c.pairs && c.splits == 1 ? pick(random, {1, 2, 4}) : 1;
   c.workers = between(random, 1, 3);
   c.groups_per_block = between(random, 1, 4);
   c.cut_by_pair = between(random, 0, 1) != 0;
@@ -119,34 +117,27 @@ Case random_case(std::mt19937& random) {
 }
 
 int run_exact(int cases, uint32_t seed) {
-  std::mt19937 random(seed);
-  int failed = 0;
-  for (int i = 0; i < cases; ++i) {
+  return run_cases(cases, seed, [](std::mt19937& random) {
     const Case c = random_case(random);
     const std::string complaint = run_case(c);
-    if (complaint.empty()) continue;
-    ++failed;
-    printf("FAILED %s: %s\n", describe(c).c_str(), complaint.c_str());
-  }
-  printf("%d passed, %d failed\n", cases - failed, failed);
-  return failed != 0;
+    return complaint.empty() ? "" : describe(c) + ": " + complaint;
+  });
 }
 
 // Real values, whose sums depend on their order: y of all tokens at once against y of the first few, by the kernels of
 // other token counts with the same splits.
 int run_invariant(int cases, uint32_t seed) {
-  std::mt19937 random(seed);
-  int failed = 0;
-  for (int i = 0; i < cases; ++i) {
+  return run_cases(cases, seed, [](std::mt19937& random) {
     Case wide = random_case(random);
     wide.bfloat = true;
     wide.sizes.tokens = between(random, 33, 130);
     wide.pairs = true, wide.cut_by_pair = true;
     wide.bn = pick(random, {64, 128});
     wide.splits = pick(random, {1, 2, 4});
+    if (wide.splits > 1) wide.row_ctas = 1;
     Case narrow = wide;
     narrow.sizes.tokens = between(random, 1, 32);
-    narrow.pairs = false, narrow.token_ctas = 1;
+    narrow.pairs = false, narrow.token_ctas = narrow.row_ctas = 1;
     narrow.bn = narrow.sizes.tokens <= 8 ? 8 : narrow.sizes.tokens <= 16 ? 16 : 32;
     IntegerProblem<BFloat16Element> problem(wide.sizes);
     for (size_t at = 0; at < problem.x.size; ++at) {
@@ -159,58 +150,49 @@ int run_invariant(int cases, uint32_t seed) {
     p.tokens = narrow.sizes.tokens;
     if (complaint.empty()) complaint = run_plan<BFloat16Element>(narrow, p, {});
     if (complaint.empty() && !std::equal(first.begin(), first.end(), y)) complaint = "rows differ";
-    if (complaint.empty()) continue;
-    ++failed;
-    printf("FAILED %s and %s: %s\n", describe(wide).c_str(), describe(narrow).c_str(), complaint.c_str());
-  }
-  printf("%d passed, %d failed\n", cases - failed, failed);
-  return failed != 0;
+    return complaint.empty() ? "" : describe(wide) + " and " + describe(narrow) + ": " + complaint;
+  });
 }
 
 struct Planted {
   Fault fault;
   bool pairs;
-  int bn, token_ctas, splits;
+  int bn, token_ctas, row_ctas, splits;
   bool delay;
 };
 
-const std::map<std::string, Planted>& planted_faults() {
-  static const std::map<std::string, Planted> all = {
-      {"wrong_parity", {Fault::kWrongParity, false, 16, 1, 1, false}},
-      {"wrong_bytes", {Fault::kWrongBytes, false, 16, 1, 1, false}},
-      {"missing_release", {Fault::kMissingRelease, false, 16, 1, 1, false}},
-      {"early_release", {Fault::kEarlyRelease, true, 160, 1, 1, true}},
-      {"swapped_selector", {Fault::kSwappedSelector, false, 16, 1, 1, false}},
-      {"missing_drain", {Fault::kMissingDrain, true, 64, 1, 1, false}},
-      {"missing_fence", {Fault::kMissingFence, true, 64, 1, 1, false}},
-      {"unicast", {Fault::kUnicast, true, 64, 2, 1, false}},
-      {"local_release", {Fault::kLocalRelease, true, 64, 2, 1, false}},
-      {"local_count", {Fault::kLocalCount, true, 64, 2, 1, true}},
-      {"missing_sums_wait", {Fault::kMissingSumsWait, true, 128, 1, 4, true}},
-      {"missing_sums_release", {Fault::kMissingSumsRelease, true, 128, 1, 4, true}},
-      {"no_zero_fill", {Fault::kNoZeroFill, false, 8, 1, 1, false}},
-      {"no_swizzle", {Fault::kNoSwizzle, false, 8, 1, 1, false}},
-      {"shifted_metadata", {Fault::kShiftedMetadata, false, 8, 1, 1, false}},
-      {"no_final_sync", {Fault::kNoFinalSync, false, 8, 1, 4, true}},
-      {"missing_store_wait", {Fault::kMissingStoreWait, true, 64, 1, 1, false}},
-      {"missing_proxy_fence", {Fault::kMissingProxyFence, true, 64, 1, 1, false}},
-      {"cut_too_far", {Fault::kCutTooFar, false, 8, 1, 2, false}},
-  };
-  return all;
-}
+const std::map<std::string, Planted> kFaults = {
+    {"wrong_parity", {Fault::kWrongParity, false, 16, 1, 1, 1, false}},
+    {"wrong_bytes", {Fault::kWrongBytes, false, 16, 1, 1, 1, false}},
+    {"missing_release", {Fault::kMissingRelease, false, 16, 1, 1, 1, false}},
+    {"early_release", {Fault::kEarlyRelease, true, 160, 1, 1, 1, true}},
+    {"swapped_selector", {Fault::kSwappedSelector, false, 16, 1, 1, 1, false}},
+    {"missing_drain", {Fault::kMissingDrain, true, 64, 1, 1, 1, false}},
+    {"missing_fence", {Fault::kMissingFence, true, 64, 1, 1, 1, false}},
+    {"unicast", {Fault::kUnicast, true, 64, 2, 1, 1, false}},
+    {"local_release", {Fault::kLocalRelease, true, 64, 2, 1, 1, false}},
+    {"local_count", {Fault::kLocalCount, true, 64, 2, 1, 1, true}},
+    {"missing_sums_wait", {Fault::kMissingSumsWait, true, 128, 1, 1, 4, true}},
+    {"missing_sums_release", {Fault::kMissingSumsRelease, true, 128, 1, 1, 4, true}},
+    {"no_zero_fill", {Fault::kNoZeroFill, false, 8, 1, 1, 1, false}},
+    {"no_swizzle", {Fault::kNoSwizzle, false, 8, 1, 1, 1, false}},
+    {"shifted_metadata", {Fault::kShiftedMetadata, false, 8, 1, 1, 1, false}},
+    {"no_final_sync", {Fault::kNoFinalSync, false, 8, 1, 1, 4, true}},
+    {"missing_store_wait", {Fault::kMissingStoreWait, true, 64, 1, 1, 1, false}},
+    {"missing_proxy_fence", {Fault::kMissingProxyFence, true, 64, 1, 1, 1, false}},
+    {"cut_short", {Fault::kCutShort, false, 8, 1, 1, 2, false}},
+    {"unicast_x", {Fault::kUnicast, true, 64, 1, 2, 1, false}},
+    {"local_release_x", {Fault::kLocalRelease, true, 64, 1, 2, 1, false}},
+    {"local_count_x", {Fault::kLocalCount, true, 64, 1, 2, 1, true}},
+};
 
 // The case without the fault must pass, else its detection means nothing.
-int run_fault(const std::string& name) {
-  const auto found = planted_faults().find(name);
-  if (found == planted_faults().end()) {
-    printf("no fault named %s; `faults` lists them\n", name.c_str());
-    return 2;
-  }
-  const Planted& planted = found->second;
+int run_fault(const char* name, const Planted& planted) {
   Case c;
   c.sizes.rows = 520, c.sizes.cols = 1030, c.sizes.tokens = planted.pairs ? 130 : 7;
   c.sizes.seed = 7;
-  c.pairs = planted.pairs, c.bn = planted.bn, c.token_ctas = planted.token_ctas, c.splits = planted.splits;
+  c.pairs = planted.pairs, c.bn = planted.bn, c.token_ctas = planted.token_ctas, c.row_ctas = planted.row_ctas,
+  c.splits = planted.splits;
   c.bfloat = true;
   FaultPlan plan;
   if (planted.delay) plan.retire_delay = std::chrono::microseconds(500);
@@ -220,16 +202,10 @@ int run_fault(const std::string& name) {
     return 2;
   }
   plan.fault = planted.fault;
+  plan.patience = std::chrono::seconds(2);
   const std::string complaint = run_case(c, plan);
-  printf("%s: %s\n", name.c_str(), complaint.empty() ? "NOT NOTICED" : complaint.c_str());
+  printf("%s: %s\n", name, complaint.empty() ? "NOT NOTICED" : complaint.c_str());
   return complaint.empty();
-}
-
-int option(int argc, char** argv, const char* name, int otherwise) {
-  for (int i = 2; i + 1 < argc; ++i) {
-    if (!strcmp(argv[i], name)) return atoi(argv[i + 1]);
-  }
-  return otherwise;
 }
 
 }  // namespace
@@ -237,15 +213,5 @@ int option(int argc, char** argv, const char* name, int otherwise) {
 
 int main(int argc, char** argv) {
   using namespace patch_kernels::emulate;
-  const std::string command = argc > 1 ? argv[1] : "";
-  const int cases = option(argc, argv, "--cases", 100), seed = option(argc, argv, "--seed", 0);
-  if (command == "exact") return run_exact(cases, seed);
-  if (command == "invariant") return run_invariant(cases, seed);
-  if (command == "fault" && argc > 2) return run_fault(argv[2]);
-  if (command == "faults") {
-    for (const auto& entry : planted_faults()) printf("%s\n", entry.first.c_str());
-    return 0;
-  }
-  printf("usage: main_sm90 exact|invariant [--cases N] [--seed S] | fault NAME | faults\n");
-  return 2;
+  return run_command(argc, argv, {{"exact", run_exact}, {"invariant", run_invariant}}, kFaults, run_fault);
 }

@@ -23,7 +23,7 @@ struct GemmProblem {
   int x_stride;
   Schedule schedule;
   ItemSpace items;
-  int token_ctas, splits;  // see LaunchPlan
+  int token_ctas, row_ctas, splits;  // see LaunchPlan
   bool cut_by_pair;        // units of one row are cut along K like their pair: the same sums from every kernel
 };
 

@@ -7,9 +7,10 @@
 // Decode (kPairs = false): the consumers share a tile row, 64 rows each, and one W ring.
 // Prefill (kPairs = true): each consumer has a tile row and a W ring of its own.
 // A cluster is token_ctas CTAs with the same weights and different tokens (each copies its share of every W slot and
-// multicasts it) times `splits` CTAs with different columns. Sums of splits are exchanged through distributed shared
-// memory and added in rank order. Nothing lives in global memory between launches: no counters to reset, no workspace,
-// so graphs and concurrent streams cannot disturb each other.
+// multicasts it), times row_ctas CTAs with the same tokens and different weights (they take turns to copy and multicast
+// x), times `splits` CTAs with different columns. Sums of splits are exchanged through distributed shared memory and
+// added in rank order. Nothing lives in global memory between launches: no counters to reset, no workspace, so graphs
+// and concurrent streams cannot disturb each other.
 //
 // M is the machine: device PTX (cuda/machine_sm90.cuh) or an emulator with one host thread a role (emulate/). Control
 // flow is uniform in a role; what differs from thread to thread goes through each_thread.
@@ -138,10 +139,24 @@ struct Smem {
   PK_BODY uint32_t sums_empty(int consumer) const { return sums_full(kConsumers + consumer); }
 };
 
-// This CTA's place: cluster rank = split * token_ctas + token_cta.
+// This CTA's place: cluster rank = (split * row_ctas + row_cta) * token_ctas + token_cta.
 struct Place {
-  int token_cta, split;
+  int token_cta, row_cta, split;
 };
+
+// Ranks first, first + stride, ... of a cluster.
+struct Ranks {
+  int first, count, stride;
+};
+PK_BODY Ranks sharing_weights(const GemmProblem& p, const Place& place) {
+  return {(place.split * p.row_ctas + place.row_cta) * p.token_ctas, p.token_ctas, 1};
+}
+PK_BODY Ranks sharing_x(const GemmProblem& p, const Place& place) {
+  return {place.split * p.row_ctas * p.token_ctas + place.token_cta, p.row_ctas, p.token_ctas};
+}
+PK_BODY Ranks sharing_sums(const GemmProblem& p, const Place& place) {  // row_ctas is 1 where K is split
+  return {place.token_cta, p.splits, p.token_ctas};
+}
 
 // One item as a role sees it.
 struct Work {
@@ -153,13 +168,14 @@ struct Work {
 template <class C>
 PK_BODY Work work_of(const GemmProblem& p, const Item& item, const Place& place, int row_of_pair) {
   Work work;
-  const int position = C::kPairs ? 2 * item.unit + row_of_pair : item.unit;
+  const int pair = C::kPairs ? item.unit * p.row_ctas + place.row_cta : item.unit / 2;
+  const int position = C::kPairs ? 2 * pair + row_of_pair : item.unit;
   work.row = position < p.schedule.tile_rows ? p.schedule.order[position] : -1;
   work.token0 = (item.group * p.token_ctas + place.token_cta) * C::kBn;
   const bool by_pair = C::kPairs || p.cut_by_pair;
-  const int pair = C::kPairs ? item.unit : item.unit / 2;
   const int32_t* cuts = by_pair ? p.schedule.pair_cuts + pair * kCuts : p.schedule.row_cuts + item.unit * kCuts;
-  work.k = split_range(cuts, p.splits, place.split);
+  // CTAs that share x walk all columns together, also one whose pair does not exist.
+  work.k = p.splits == 1 ? Range{0, p.schedule.tile_cols} : split_range(cuts, p.splits, place.split);
   return work;
 }
 
@@ -178,15 +194,21 @@ template <class C, class M>
 PK_BODY void load_x(M& m, const GemmProblem& p, const typename M::TensorMap& x_map, const Place& place) {
   const Smem<C> smem{m.smem_base()};
   Ring<C::kXSlots> ring;
+  const Ranks ranks = sharing_x(p, place);
+  int turn = 0;  // the CTA that copies the next slot
   // Everything before this line touches weights only: with programmatic dependent launch it runs while the kernel that
   // makes x still does. y is written after x has arrived, so after this line too.
   m.wait_for_previous_grid();
   for_each_item(m, p, [&](const Item& item) {
     const Work work = work_of<C>(p, item, place, 0);
     for (int step = 2 * work.k.begin; step < 2 * work.k.end; ++step) {
+      // The slot of every CTA that shares x must be free: their consumers arrive here as well.
       m.wait(smem.x_empty(ring.slot), ring.parity ^ 1);
       m.arrive_expect(smem.x_full(ring.slot), C::kXSlotBytes);  // counts zero-filled bytes too
-      m.copy_x(x_map, smem.x(ring.slot), 64 * step, work.token0, C::kBn, smem.x_full(ring.slot));
+      if (turn == place.row_cta) {
+        m.copy_x(x_map, smem.x(ring.slot), 64 * step, work.token0, C::kBn, smem.x_full(ring.slot), ranks);
+      }
+      if (++turn == p.row_ctas) turn = 0;
       ring.advance();
     }
   });
@@ -196,7 +218,7 @@ template <class C, class M>
 PK_BODY void load_w(M& m, const GemmProblem& p, const Place& place, int ring_index) {
   const Smem<C> smem{m.smem_base()};
   Ring<C::kWSlots> ring;
-  const uint32_t first_rank = place.split * p.token_ctas;
+  const Ranks ranks = sharing_weights(p, place);
   for_each_item(m, p, [&](const Item& item) {
     const Work work = work_of<C>(p, item, place, ring_index);
     if (work.row < 0) return;
@@ -212,7 +234,7 @@ PK_BODY void load_w(M& m, const GemmProblem& p, const Place& place, int ring_ind
         m.wait(smem.w_empty(ring_index, ring.slot), ring.parity ^ 1);
         m.arrive_expect(full, bytes);
         const int share = bytes / p.token_ctas, skip = share * place.token_cta;
-        m.copy_w(slot + skip, source + skip, share, full, first_rank, p.token_ctas);
+        m.copy_w(slot + skip, source + skip, share, full, ranks);
         ring.advance();
       }
     }
@@ -246,8 +268,8 @@ struct Consumer {
   PK_BODY int block(int b) const { return C::kPairs ? b : index; }  // m64 block in the tile row
 
   PK_BODY void release() {
-    if (used_x >= 0) m.arrive(smem.x_empty(used_x));
-    if (used_w >= 0) m.arrive_cluster(smem.w_empty(ring(), used_w), place.split * p.token_ctas, p.token_ctas, 1);
+    if (used_x >= 0) m.arrive_cluster(smem.x_empty(used_x), sharing_x(p, place));
+    if (used_w >= 0) m.arrive_cluster(smem.w_empty(ring(), used_w), sharing_weights(p, place));
     used_x = used_w = -1;
   }
 
@@ -326,7 +348,7 @@ struct Consumer {
     if (work.row < 0) {  // nothing to multiply, but the other consumer's x slots need this one's consent
       for (int step = 2 * work.k.begin; step < 2 * work.k.end; ++step) {
         m.wait(smem.x_full(x.slot), x.parity);
-        m.arrive(smem.x_empty(x.slot));
+        m.arrive_cluster(smem.x_empty(x.slot), sharing_x(p, place));
         x.advance();
       }
       return;
@@ -450,7 +472,7 @@ struct Consumer {
         });
       }
       m.consumer_sync(index);
-      m.arrive_cluster(smem.sums_full(index), place.token_cta, p.splits, p.token_ctas);
+      m.arrive_cluster(smem.sums_full(index), sharing_sums(p, place));
       m.wait(smem.sums_full(index), exchange_parity);
       m.each_thread([&](int t) {
         for (int i = t; i < rows * kTokens; i += 128) {
@@ -464,7 +486,7 @@ struct Consumer {
         }
       });
       m.consumer_sync(index);
-      m.arrive_cluster(smem.sums_empty(index), place.token_cta, p.splits, p.token_ctas);
+      m.arrive_cluster(smem.sums_empty(index), sharing_sums(p, place));
       exchange_parity ^= 1;
     }
   }
@@ -496,11 +518,12 @@ template <class C, class M>
 PK_BODY void tile_gemm(M& m, const GemmProblem& p, const typename M::TensorMap& x_map,
                        const typename M::TensorMap& y_map) {
   const Smem<C> smem{m.smem_base()};
-  const Place place{m.cluster_rank() % p.token_ctas, m.cluster_rank() / p.token_ctas};
+  const int rank = m.cluster_rank(), row_rank = rank / p.token_ctas;
+  const Place place{rank % p.token_ctas, row_rank % p.row_ctas, row_rank / p.row_ctas};
   m.one_thread([&] {
     for (int i = 0; i < C::kXSlots; ++i) {
       m.init_barrier(smem.x_full(i), 1);
-      m.init_barrier(smem.x_empty(i), kConsumers);
+      m.init_barrier(smem.x_empty(i), kConsumers * p.row_ctas);
     }
     for (int ring = 0; ring < C::kRings; ++ring) {
       for (int i = 0; i < C::kWSlots; ++i) {
