@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from patch_kernels import ops, reference
-from patch_kernels._library import build_info
+from patch_kernels._library import build_info, gemm_status
 from patch_kernels.layout import TiledWeight
 
 
@@ -103,6 +103,7 @@ def report() -> dict:
         }
         for i in range(torch.cuda.device_count())
     ]
+    checks = [row for device in devices() for row in check_device(device)]
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -112,5 +113,7 @@ def report() -> dict:
         "library": str(ops.LIBRARY_PATH),
         "build": build_info(ops.LIBRARY_PATH),
         "gpus": gpus,
-        "checks": [row for device in devices() for row in check_device(device)],
+        # After the checks: the first call of tile_linear on a GPU is what tests its kernels.
+        "sparse_gemm": {f"cuda:{i}": gemm_status(ops.LIBRARY_PATH, i) for i in range(torch.cuda.device_count())},
+        "checks": checks,
     }

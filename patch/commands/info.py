@@ -45,10 +45,13 @@ def as_text(report: Mapping[str, Any]) -> str:
     """The report as lines: facts, then one line per op and device with what to do where it fails."""
     lines = [f"{PROGRAM_NAME} {__version__}"]
     for key, value in report.items():
-        if key not in ("checks", "build", "gpus"):
+        if key not in ("checks", "build", "gpus", "sparse_gemm"):
             lines.append(f"  {key.replace('_', ' ')}: {'none' if value is None else value}")
     lines += [f"  {key.replace('_', ' ')}: {value}" for key, value in report["build"].items()]
     lines += [f"  GPU: {', '.join(f'{k} {v}' for k, v in gpu.items())}" for gpu in report["gpus"]] or ["  GPU: none"]
+    for device, gemm in report["sparse_gemm"].items():
+        why = f" ({gemm['reason']})" if gemm["reason"] else ""
+        lines.append(f"  sparse GEMM on {device}: {gemm['family']} {gemm['state']}{why}")
     lines.append("ops")
     for check in report["checks"]:
         lines.append(f"  {check['device']:<8} {check['op']:<28} {'works' if check['ok'] else 'FAILS'}")
