@@ -98,7 +98,8 @@ double sm90_row_step_cycles(const Layer& layer, int bn) {
 
 int multiprocessors(const DeviceLimits& device) { return std::max(device.sm_count, 1); }
 
-// Clusters of a size that run at once. A GPU is asked (some SMs of a GPC may be left over); without one, assume all fit.
+// Clusters of a size that run at once. A GPU is asked (some SMs of a GPC may be left over); without one, assume all
+// fit.
 int resident_clusters(const DeviceLimits& device, int size) {
   return device.clusters[size] > 0 ? device.clusters[size] : std::max(1, multiprocessors(device) / size);
 }
@@ -109,74 +110,23 @@ int raster_groups(int64_t cols, int tokens_per_group) {
   return static_cast<int>(std::max<int64_t>(1, (int64_t{24} << 20) / std::max<int64_t>(bytes, 1)));
 }
 
-LaunchPlan make_plan(const DeviceLimits& device, Family family, bool pairs, int bn, int token_ctas, int row_ctas,
-                     int splits, int64_t rows, int64_t cols, int64_t tokens) {
-  LaunchPlan plan{};
-  plan.family = family;
-  plan.pairs = pairs;
-  plan.bn = bn;
-  plan.token_ctas = token_ctas;
-  plan.row_ctas = row_ctas;
-  plan.splits = splits;
-  plan.items = item_space(plan, rows, tokens);
-  plan.items.groups_per_block = std::min(std::max(plan.items.groups, 1), raster_groups(cols, bn * token_ctas));
-  int workers;
-  if (family == Family::kSm90) {
-    workers = resident_clusters(device, token_ctas * row_ctas * splits);
-    plan.depth = 0;
-  } else {
-    const bool large = device.smem_bytes >= 160 * 1024;
-    plan.depth = bn <= kDecodeTokens ? (large ? 4 : 2) : (large ? 3 : 1);
-    workers = std::max(1, multiprocessors(device) / splits);
-  }
-  plan.items.workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(workers, item_count(plan.items))));
-  return plan;
-}
-
-struct Candidates {
-  const DeviceLimits& device;
-  int64_t rows, cols, tokens, payload_bytes;
-  LaunchPlan best{};
-  double best_time = -1;
-
-  void consider(Family family, bool pairs, int bn, int token_ctas, int row_ctas, int splits) {
-    if (splits > 1 && splits > ceil_div(cols, kTile)) return;
-    const LaunchPlan plan = make_plan(device, family, pairs, bn, token_ctas, row_ctas, splits, rows, cols, tokens);
-    const double time = model_time_us(device, plan, rows, cols, tokens, payload_bytes);
-    if (best_time < 0 || time < best_time) best = plan, best_time = time;
-  }
-};
-
-int decode_bn(int64_t tokens, int smallest) {
-  int bn = smallest;
+int smallest_bn(int64_t tokens, int bn) {
   while (bn < tokens) bn *= 2;
   return bn;
 }
 
-// The plan over all splits (fixed_splits = 0), or with a given number of them.
-LaunchPlan best_plan(const DeviceLimits& device, Family family, int64_t rows, int64_t cols, int64_t tokens,
-                     int64_t payload_bytes, int fixed_splits) {
-  Candidates candidates{device, rows, cols, tokens, payload_bytes};
-  for (const int splits : {1, 2, 4, 8}) {
-    if (fixed_splits && splits != fixed_splits) continue;
-    if (tokens <= kDecodeTokens) {
-      candidates.consider(family, false, decode_bn(tokens, family == Family::kSm90 ? 8 : 16), 1, 1, splits);
-    } else if (family == Family::kSm80) {
-      candidates.consider(family, false, kSm80PrefillTokens, 1, 1, splits);
-    } else {
-      for (const int bn : {64, 128, 160, 176, 192}) {
-        if (bn > 128 && splits > 1) continue;  // no shared memory left for the exchange
-        for (const int token_ctas : {1, 2}) {
-          for (const int row_ctas : {1, 2}) {
-            if (row_ctas > 1 && splits > 1) continue;  // pairs are cut at different columns
-            if (token_ctas * splits > kMaxSplits) continue;
-            candidates.consider(family, true, bn, token_ctas, row_ctas, splits);
-          }
-        }
-      }
-    }
+// The choice with the least model time over all splits (fixed_splits = 0), or with a given number of them.
+LaunchPlan best_plan(const DeviceLimits& device, int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes,
+                     int fixed_splits) {
+  LaunchPlan best{};
+  double best_time = -1;
+  for (const PlanChoice& choice : possible_choices(device, cols, tokens)) {
+    if (fixed_splits && choice.splits != fixed_splits) continue;
+    const LaunchPlan plan = plan_of(device, choice, rows, cols, tokens);
+    const double time = model_time_us(device, plan, rows, cols, tokens, payload_bytes);
+    if (best_time < 0 || time < best_time) best = plan, best_time = time;
   }
-  return candidates.best;
+  return best;
 }
 
 }  // namespace
@@ -195,6 +145,52 @@ Family best_family(int compute_capability) {
     default:
       return Family::kUnpack;
   }
+}
+
+std::vector<PlanChoice> possible_choices(const DeviceLimits& device, int64_t cols, int64_t tokens) {
+  std::vector<PlanChoice> choices;
+  const bool large = device.smem_bytes >= 160 * 1024;
+  for (const int splits : {1, 2, 4, 8}) {
+    if (splits > 1 && splits > ceil_div(cols, kTile)) break;
+    if (device.family == Family::kSm80) {
+      const bool decode = tokens <= kDecodeTokens;
+      const int bn = decode ? smallest_bn(tokens, 16) : kSm80PrefillTokens;
+      if (large) choices.push_back({bn, 1, 1, splits, decode ? 4 : 3});
+      choices.push_back({bn, 1, 1, splits, decode ? 2 : 1});
+    } else if (device.family == Family::kSm90 && tokens <= kDecodeTokens) {
+      choices.push_back({smallest_bn(tokens, 8), 1, 1, splits, 0});
+    } else if (device.family == Family::kSm90) {
+      for (const int bn : {64, 128, 160, 176, 192}) {
+        if (bn > 128 && splits > 1) continue;  // no shared memory left for the exchange
+        for (const int token_ctas : {1, 2}) {
+          for (const int row_ctas : {1, 2}) {
+            if (row_ctas > 1 && splits > 1) continue;  // pairs are cut at different columns
+            if (token_ctas * splits <= kMaxSplits) choices.push_back({bn, token_ctas, row_ctas, splits, 0});
+          }
+        }
+      }
+    }
+  }
+  return choices;
+}
+
+LaunchPlan plan_of(const DeviceLimits& device, const PlanChoice& choice, int64_t rows, int64_t cols, int64_t tokens) {
+  LaunchPlan plan{};
+  plan.family = device.family;
+  plan.pairs = device.family == Family::kSm90 && choice.bn > kDecodeTokens;
+  plan.bn = choice.bn;
+  plan.token_ctas = choice.token_ctas;
+  plan.row_ctas = choice.row_ctas;
+  plan.splits = choice.splits;
+  plan.depth = choice.depth;
+  plan.items = item_space(plan, rows, tokens);
+  const int raster = raster_groups(cols, choice.bn * choice.token_ctas);
+  plan.items.groups_per_block = std::min(std::max(plan.items.groups, 1), raster);
+  const int ctas = choice.token_ctas * choice.row_ctas * choice.splits;
+  const int workers = device.family == Family::kSm90 ? resident_clusters(device, ctas)
+                                                     : std::max(1, multiprocessors(device) / choice.splits);
+  plan.items.workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(workers, item_count(plan.items))));
+  return plan;
 }
 
 ItemSpace item_space(const LaunchPlan& plan, int64_t rows, int64_t tokens) {
@@ -230,11 +226,9 @@ double model_time_us(const DeviceLimits& device, const LaunchPlan& plan, int64_t
 
 LaunchPlan choose_plan(const DeviceLimits& device, int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes,
                        bool batch_invariant) {
-  const Family family = device.family;
-  if (family == Family::kUnpack) return {};
-  int splits = 0;
-  if (batch_invariant) splits = best_plan(device, family, rows, cols, 1, payload_bytes, 0).splits;
-  const LaunchPlan plan = best_plan(device, family, rows, cols, tokens, payload_bytes, splits);
+  if (device.family == Family::kUnpack) return {};
+  const int splits = batch_invariant ? best_plan(device, rows, cols, 1, payload_bytes, 0).splits : 0;
+  const LaunchPlan plan = best_plan(device, rows, cols, tokens, payload_bytes, splits);
   // Two rounds beyond the last item must still fit 32 bits; so must the numbers of rows and tokens.
   const bool fits = item_count(plan.items) < (int64_t{1} << 30) && std::max({rows, cols, tokens}) < (int64_t{1} << 30);
   return fits ? plan : LaunchPlan{};

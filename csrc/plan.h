@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "layout.h"
 
@@ -116,6 +117,15 @@ struct LaunchPlan {
   int depth;       // sm_80: k64 steps in flight
   ItemSpace items;
 };
+
+// What there is to choose for a call; everything else follows from sizes and device. On sm_90, bn > 32 means pairs.
+struct PlanChoice {
+  int bn, token_ctas, row_ctas, splits, depth;
+};
+
+// Every choice that has a kernel.
+std::vector<PlanChoice> possible_choices(const DeviceLimits& device, int64_t cols, int64_t tokens);
+LaunchPlan plan_of(const DeviceLimits& device, const PlanChoice& choice, int64_t rows, int64_t cols, int64_t tokens);
 
 // The best kernel family for a compute capability (80, 90, ...); kUnpack where there is none.
 Family best_family(int compute_capability);

@@ -1,5 +1,8 @@
 // CUDA implementations of the ops: check, allocate through torch, launch on torch's current stream.
 #define USE_CUDA 1
+#include <algorithm>
+#include <vector>
+
 #include "../cuda/tile_linear.h"
 #include "../plan.h"
 #include "common.h"
@@ -63,6 +66,9 @@ struct Workspace {
   }
 };
 
+// For benchmarks/bench_plans.py alone: what the next calls use instead of their own choice; bn = 0: nothing.
+PlanChoice forced_choice{};
+
 Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule,
                    int64_t out_features, const OptionalTensor& bias, bool batch_invariant) {
   const char* op = "tile_linear";
@@ -84,8 +90,10 @@ Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is
                   op, ": schedule must come from make_schedule(tile_is_sparse)");
   check_same_device(payload, *schedule, op, "schedule");
   if (tokens == 0 || out_features == 0) return call.y;
-  const LaunchPlan plan =
-      choose_plan(cuda::device_limits(device), out_features, cols, tokens, payload.numel(), batch_invariant);
+  const DeviceLimits& limits = cuda::device_limits(device);
+  const LaunchPlan plan = forced_choice.bn != 0
+                              ? plan_of(limits, forced_choice, out_features, cols, tokens)
+                              : choose_plan(limits, out_features, cols, tokens, payload.numel(), batch_invariant);
   if (plan.family == Family::kUnpack) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
 
   const Tensor rows_of_x = aligned_rows(call.x, tokens, cols);
@@ -180,4 +188,29 @@ extern "C" __attribute__((visibility("default"))) const char* patch_kernels_gemm
   for (const char c : status.reason) reason += c == '"' || c == '\\' || c < ' ' ? ' ' : c;
   text = std::string("{\"family\": \"") + family + "\", \"state\": \"" + state + "\", \"reason\": \"" + reason + "\"}";
   return text.c_str();
+}
+
+// For benchmarks/bench_plans.py: a choice is five ints (bn, token_ctas, row_ctas, splits, depth).
+extern "C" __attribute__((visibility("default"))) void patch_kernels_force_plan(const int* choice) {
+  using patch_kernels::forced_choice;
+  forced_choice = choice ? patch_kernels::PlanChoice{choice[0], choice[1], choice[2], choice[3], choice[4]}
+                         : patch_kernels::PlanChoice{};
+}
+
+// Writes the possible choices of a call, at most `capacity`, the library's own first; returns their number.
+extern "C" __attribute__((visibility("default"))) int patch_kernels_plan_choices(int device, int64_t rows, int64_t cols,
+                                                                                 int64_t tokens, int64_t payload_bytes,
+                                                                                 int* out, int capacity) {
+  using namespace patch_kernels;
+  const DeviceLimits& limits = cuda::device_limits(device);
+  const LaunchPlan own = choose_plan(limits, rows, cols, tokens, payload_bytes, false);
+  std::vector<PlanChoice> choices = possible_choices(limits, cols, tokens);
+  choices.insert(choices.begin(), {own.bn, own.token_ctas, own.row_ctas, own.splits, own.depth});
+  int count = 0;
+  for (const PlanChoice& choice : choices) {
+    if (count == capacity) break;
+    const int numbers[5] = {choice.bn, choice.token_ctas, choice.row_ctas, choice.splits, choice.depth};
+    std::copy(numbers, numbers + 5, out + 5 * count++);
+  }
+  return count;
 }

@@ -1,0 +1,110 @@
+"""Every plan that tile_linear could take for a call, timed beside the one it takes: where the planner's model is wrong.
+
+python -m benchmarks.bench_plans --csv plans.csv --budget-seconds 300     needs a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness, shapes
+from benchmarks.bench_tile_linear import packed_weight, run_within
+from benchmarks.gpu_checks import fallback_reason
+from patch_kernels import ops
+
+CHOICE = ("bn", "token_ctas", "row_ctas", "splits", "depth")
+CAPACITY = 256
+LAUNCHES = 20
+
+
+class Plans:
+    """The library's hooks for choosing a plan by hand."""
+
+    def __init__(self):
+        self._library = ctypes.CDLL(str(ops.LIBRARY_PATH))
+        self._library.patch_kernels_plan_choices.argtypes = [
+            ctypes.c_int,
+            *[ctypes.c_int64] * 4,
+            ctypes.c_void_p,
+            ctypes.c_int,
+        ]
+
+    def choices(self, rows: int, cols: int, tokens: int, payload_bytes: int) -> list[tuple[int, ...]]:
+        """All choices of a call, the library's own first, each once."""
+        out = (ctypes.c_int * (len(CHOICE) * CAPACITY))()
+        device = torch.cuda.current_device()
+        count = self._library.patch_kernels_plan_choices(device, rows, cols, tokens, payload_bytes, out, CAPACITY)
+        found = [tuple(out[len(CHOICE) * i : len(CHOICE) * (i + 1)]) for i in range(count)]
+        return list(dict.fromkeys(found))
+
+    def force(self, choice: tuple[int, ...] | None) -> None:
+        self._library.patch_kernels_force_plan((ctypes.c_int * len(CHOICE))(*choice) if choice else None)
+
+
+def measure(cell: shapes.Cell, sparsity: float, plans: Plans, samples: int) -> list[dict]:
+    weight = torch.randn(cell.rows, cell.cols, device="cuda").bfloat16()
+    tiled = [packed_weight(weight, sparsity)]
+    l2_bytes = torch.cuda.get_device_properties(weight.device).L2_cache_size
+    copies = harness.copies_to_exceed_l2(tiled[0].nbytes, l2_bytes, 8 << 30)
+    tiled += [dataclasses.replace(tiled[0], payload=tiled[0].payload.clone()) for _ in range(copies - 1)]
+    x = torch.randn(cell.tokens, cell.cols, device="cuda").bfloat16()
+    choices = plans.choices(cell.rows, cell.cols, cell.tokens, tiled[0].payload.numel())
+    graphs = {}
+    for choice in choices:
+        plans.force(choice)
+        graphs[str(choice)] = (harness.capture([lambda t=t: t.matmul(x) for t in tiled], LAUNCHES), LAUNCHES)
+    plans.force(None)
+    times = {name: harness.summary(t) for name, t in harness.interleaved_graph_times(graphs, samples).items()}
+    best = min(summary["median_ms"] for summary in times.values())
+    facts = {"model": cell.model, "layer": cell.layer, "tokens": cell.tokens, "sparsity": sparsity}
+    return [
+        facts
+        | dict(zip(CHOICE, choice, strict=True))
+        | {"chosen": index == 0}
+        | times[str(choice)]
+        | {"over_best": times[str(choice)]["median_ms"] / best}
+        for index, choice in enumerate(choices)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3-8b"], choices=list(shapes.MODELS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(shapes.TOKENS))
+    parser.add_argument("--sparsity", type=float, default=0.45)
+    parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--budget-seconds", type=float, default=500)
+    parser.add_argument("--csv", type=Path, help="save every plan here")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "bench_plans: needs an NVIDIA GPU that torch can use, found none.\n")
+    packed_weight(torch.randn(128, 128, device="cuda").bfloat16(), 0.5).matmul(
+        torch.zeros(1, 128, device="cuda").bfloat16()
+    )
+    if reason := fallback_reason():
+        parser.exit(2, f"bench_plans: there is no plan to choose here: {reason}\n")
+    plans, rows, start = Plans(), [], time.monotonic()
+
+    def run(cell: shapes.Cell) -> None:
+        rows.extend(measure(cell, options.sparsity, plans, options.samples))
+        if options.csv:
+            harness.save_csv(options.csv, rows)
+
+    left = run_within(shapes.cells(options.models, options.tokens), run, options.budget_seconds)
+    chosen = [row for row in rows if row["chosen"]]
+    best = [row for row in rows if row["over_best"] == 1]
+    print("the plans that tile_linear takes, and their time over the best plan's")
+    harness.print_table(chosen)
+    print("the best plans")
+    harness.print_table(best)
+    print(f"{len(chosen)} calls in {time.monotonic() - start:.0f} s; {len(left)} not run for want of time")
+
+
+if __name__ == "__main__":
+    main()
