@@ -9,6 +9,7 @@ from test_masked_weight import MODES, NOISE, make_case, run
 from test_tile_linear import integer_case
 
 from patch_kernels import TiledLinear, TiledWeight, masked_weight, ops, reference
+from patch_kernels._library import gemm_status
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -22,12 +23,63 @@ def test_unpack_equals_cpu(shape, dtype):
     assert torch.equal(on_gpu.cpu().view(torch.int16), tiled.unpack().view(torch.int16))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 17, 130])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_linear_is_exact_on_integers(shape, tokens):
-    weight, keep, tiles, x, bias = integer_case(*shape, tokens, 0.5, torch.bfloat16, seed=1)
-    y = TiledWeight.pack(weight.cuda(), keep.cuda(), tiles.cuda()).matmul(x.cuda(), bias.cuda())
-    assert torch.equal(y.cpu(), reference.tile_linear(x, torch.where(keep, weight, 0), bias))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 17, 33, 64, 65, 130, 700])
+@pytest.mark.parametrize("shape", [*SHAPES, (512, 2048), (640, 1000)])
+def test_linear_is_exact_on_integers(shape, tokens, dtype):
+    weight, keep, tiles, x, bias = integer_case(*shape, tokens, 0.5, dtype, seed=1)
+    tiled = TiledWeight.pack(weight.cuda(), keep.cuda(), tiles.cuda())
+    expected = reference.tile_linear(x, torch.where(keep, weight, 0), bias)
+    for batch_invariant in (False, True):
+        y = tiled.matmul(x.cuda(), bias.cuda(), batch_invariant=batch_invariant)
+        assert torch.equal(y.cpu(), expected)
+
+
+def test_sparse_kernels_passed_their_self_check():
+    """Else the tests above looked at unpack + cuBLAS."""
+    if torch.cuda.get_device_capability() not in [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)]:
+        pytest.skip("this GPU has no sparse kernel")
+    status = gemm_status(ops.LIBRARY_PATH, torch.cuda.current_device())
+    assert (status["state"], status["reason"]) == ("works", "")
+
+
+def test_unaligned_and_strided_x():
+    """x that does not start at 16 bytes, has K not a multiple of 8, or is a slice of something larger."""
+    for cols in (384, 300):
+        weight, keep, tiles, x, bias = integer_case(256, cols, 20, 0.5, torch.bfloat16, seed=3)
+        tiled = TiledWeight.pack(weight.cuda(), keep.cuda(), tiles.cuda())
+        expected = reference.tile_linear(x, torch.where(keep, weight, 0), bias)
+        flat = torch.full((20 * cols + 1,), torch.nan, dtype=torch.bfloat16, device="cuda")
+        flat[1:] = x.cuda().flatten()
+        wide = torch.full((20, cols + 24), torch.nan, dtype=torch.bfloat16, device="cuda")
+        wide[:, 8 : 8 + cols] = x.cuda()
+        for view in (flat[1:].reshape(20, cols), wide[:, 8 : 8 + cols], x.cuda().T.contiguous().T):
+            assert torch.equal(tiled.matmul(view, bias.cuda()).cpu(), expected)
+
+
+def test_rows_do_not_depend_on_their_number():
+    generator = torch.Generator().manual_seed(4)
+    keep, tiles = hybrid_mask(1024, 2048, 0.7, generator)
+    tiled = TiledWeight.pack(torch.randn(1024, 2048).bfloat16().cuda(), keep.cuda(), tiles.cuda())
+    x = torch.randn(1030, 2048, generator=generator).bfloat16().cuda()
+    whole = tiled.matmul(x, batch_invariant=True)
+    for tokens in (1, 8, 16, 33, 64, 200, 512):
+        assert torch.equal(tiled.matmul(x[:tokens], batch_invariant=True), whole[:tokens])
+
+
+def test_two_streams_at_once():
+    weight, keep, tiles, x, _ = integer_case(1024, 4096, 16, 0.5, torch.bfloat16, seed=5)
+    tiled = TiledWeight.pack(weight.cuda(), keep.cuda(), tiles.cuda())
+    x = x.cuda()
+    expected = tiled.matmul(x)
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(50):
+        for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+            with torch.cuda.stream(stream):
+                results.append(tiled.matmul(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
