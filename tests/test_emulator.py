@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "emulate"
 FAMILIES = ("sm80", "sm90")
-RACE = "WARNING: ThreadSanitizer: data race"
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,9 @@ def emulator():
         assert done.returncode == 0, done.stdout + done.stderr
 
     def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run([BUILD / name, *arguments], capture_output=True, text=True, env=environment)
+        return subprocess.run(
+            [BUILD / name, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+        )
 
     return run
 
@@ -77,4 +79,4 @@ def test_no_data_race(tsan_emulator, family):
 @pytest.mark.parametrize(("family", "fault"), [("sm80", "lost_barrier"), ("sm90", "missing_sums_wait")])
 def test_thread_sanitizer_sees_a_planted_race(tsan_emulator, family, fault):
     done = tsan_emulator(f"emulate_{family}_tsan", "fault", fault, TSAN_OPTIONS="halt_on_error=1")
-    assert RACE in done.stderr
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr

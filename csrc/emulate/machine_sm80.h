@@ -8,11 +8,7 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -21,67 +17,9 @@
 #include <vector>
 
 #include "../gemm/sm80.h"
+#include "host.h"
 
 namespace patch_kernels::emulate {
-
-// 16-bit types: exact value, and rounding to nearest even.
-struct Half {
-  static constexpr int kPrecision = 11;
-  static float widen(uint16_t bits) { return table()[bits]; }
-  static uint16_t round(float value) {
-    uint32_t u;
-    memcpy(&u, &value, 4);
-    const uint32_t sign = u >> 16 & 0x8000, magnitude = u & 0x7FFFFFFF;
-    if (magnitude > 0x7F800000) return 0x7FFF;
-    if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // 65520 and above
-    if (magnitude < 0x38800000) {                                              // subnormal: a multiple of 2^-24
-      float scaled;
-      memcpy(&scaled, &magnitude, 4);
-      scaled = scaled * 16777216.0f + 8388608.0f;
-      memcpy(&u, &scaled, 4);
-      return static_cast<uint16_t>(sign | (u & 0xFFFF));
-    }
-    const uint32_t odd = magnitude >> 13 & 1;
-    return static_cast<uint16_t>(sign | ((magnitude + 0xFFF + odd - 0x38000000) >> 13));
-  }
-
- private:
-  static const float* table() {
-    static const std::vector<float> values = [] {
-      std::vector<float> all(65536);
-      for (int bits = 0; bits < 65536; ++bits) {
-        const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-        float v = exponent == 0
-                      ? static_cast<float>(mantissa) / 16777216.0f
-                      : static_cast<float>(mantissa + 1024) / 33554432.0f * static_cast<float>(1u << exponent);
-        if (exponent == 31) {
-          const uint32_t special = mantissa ? 0x7FC00000 : 0x7F800000;
-          memcpy(&v, &special, 4);
-        }
-        all[bits] = bits & 0x8000 ? -v : v;
-      }
-      return all;
-    }();
-    static const float* const data = values.data();
-    return data;
-  }
-};
-
-struct Bfloat16 {
-  static constexpr int kPrecision = 8;
-  static float widen(uint16_t bits) {
-    const uint32_t u = static_cast<uint32_t>(bits) << 16;
-    float value;
-    memcpy(&value, &u, 4);
-    return value;
-  }
-  static uint16_t round(float value) {
-    uint32_t u;
-    memcpy(&u, &value, 4);
-    if ((u & 0x7FFFFFFF) > 0x7F800000) return 0x7FFF;
-    return static_cast<uint16_t>((u + 0x7FFF + (u >> 16 & 1)) >> 16);
-  }
-};
 
 // Errors that tests plant in the machine, to show that they are found.
 enum class Fault {
@@ -117,25 +55,9 @@ struct Memory {
 class Cta {
  public:
   Cta(int warps, int smem_bytes, Memory x, Memory payload, const Options& options)
-      : warps(warps), x(x), payload(payload), options(options), smem_(smem_bytes + 16), records_(smem_bytes / 16) {
+      : x(x), payload(payload), options(options), everyone(warps), smem_(smem_bytes + 16), records_(smem_bytes / 16) {
     shared = smem_.data() + (16 - reinterpret_cast<uintptr_t>(smem_.data()) % 16) % 16;
     smem_size = smem_bytes;
-  }
-
-  // All warps. The last to come may run `alone` before the others go on.
-  template <class F>
-  void barrier(F alone) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const int64_t phase = phase_;
-    if (++arrived_ == warps) {
-      alone();
-      arrived_ = 0;
-      ++phase_;
-      changed_.notify_all();
-    } else if (!changed_.wait_for(lock, std::chrono::seconds(60), [&] { return phase_ != phase; })) {
-      fprintf(stderr, "emulator: barrier not reached by all warps in 60 s\n");
-      abort();
-    }
   }
 
   void start() {
@@ -179,9 +101,10 @@ class Cta {
     if (fault != nullptr) report(fault);
   }
 
-  const int warps;
   const Memory x, payload;
   const Options options;
+  Rendezvous everyone;
+  Watchdog watchdog;
   uint8_t* shared;
   int64_t smem_size;
   std::string error;
@@ -189,10 +112,7 @@ class Cta {
  private:
   std::vector<uint8_t> smem_;
   std::vector<std::atomic<uint64_t>> records_;
-  std::mutex mutex_, report_mutex_;
-  std::condition_variable changed_;
-  int arrived_ = 0;
-  int64_t phase_ = 0;
+  std::mutex report_mutex_;
 };
 
 // The policy of gemm/sm80.h for one warp.
@@ -224,7 +144,7 @@ class MachineSm80 {
     groups_.clear();
     groups_.emplace_back();
     block_x_ = x, block_y_ = y, barriers_ = commits_ = 0;
-    cta_.barrier([&] { cta_.start(); });
+    cta_.everyone.sync(cta_.watchdog, [&] { cta_.start(); });
     ++epoch_;
   }
   void leave() {
@@ -238,7 +158,7 @@ class MachineSm80 {
 
   void sync() {
     if (cta_.options.fault == Fault::kLostBarrier && barriers_++ == cta_.options.fault_index) return;
-    cta_.barrier([] {});
+    cta_.everyone.sync(cta_.watchdog);
     ++epoch_;
   }
 
@@ -442,19 +362,24 @@ std::string run_sm80(const GemmProblem& p, int grid_x, float* partials, Memory x
   std::vector<std::thread> warps;
   for (int warp = 0; warp < kWarps; ++warp) {
     warps.emplace_back([&, warp] {
-      M m(cta, warp);
-      m.partial_stride = sm80_partial_index(p, 1, 0, 0);
-      for (int block_y = 0; block_y < p.splits; ++block_y) {
-        for (int block_x = 0; block_x < grid_x; ++block_x) {
-          m.enter(block_x, block_y);
-          sm80_tile_linear<Config>(m, p, partials);
-          m.leave();
+      try {
+        M m(cta, warp);
+        m.partial_stride = sm80_partial_index(p, 1, 0, 0);
+        for (int block_y = 0; block_y < p.splits; ++block_y) {
+          for (int block_x = 0; block_x < grid_x; ++block_x) {
+            m.enter(block_x, block_y);
+            sm80_tile_linear<Config>(m, p, partials);
+            m.leave();
+          }
         }
+      } catch (const Failure& failure) {
+        cta.report(failure.what());
+        cta.watchdog.stop = true;
       }
     });
   }
   for (auto& warp : warps) warp.join();
-  if (p.splits > 1) {
+  if (p.splits > 1 && !cta.watchdog.stop) {
     for (int64_t thread = 0; thread < sm80_add_threads(p); ++thread) sm80_add_splits<M>(p, partials, thread);
   }
   return cta.error;

@@ -82,7 +82,7 @@ std::string run_plan(const Case& c, GemmProblem p, const FaultPlan& faults) {
 template <class Element>
 std::string run_typed(const Case& c, const FaultPlan& faults) {
   IntegerProblem<Element> problem(c.sizes);
-  if (faults.fault == Fault::kCutTooFar) {
+  if (faults.fault == Fault::kCutShort) {
     // The last split ends one tile early. (Moving a cut between splits would be no fault.)
     GemmProblem p = problem.view();
     const_cast<int32_t*>(c.pairs ? p.schedule.pair_cuts : p.schedule.row_cuts)[kMaxSplits] -= 1;
