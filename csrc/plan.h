@@ -116,6 +116,7 @@ struct LaunchPlan {
   int splits;      // CTAs along K, whose sums are added in a fixed order
   int depth;       // sm_80: k64 steps in flight
   ItemSpace items;
+  bool overlaps_previous;  // sm_90: copies weights while the kernel before still runs (programmatic dependent launch)
 };
 
 // What there is to choose for a call; everything else follows from sizes and device. On sm_90, bn > 32 means pairs.

@@ -150,7 +150,8 @@ def tile_linear(
               CPU that is always so.
     returns   (..., N) in x's dtype; accumulation is fp32; bitwise the same from run to run.
     An inf or NaN of x at a pruned position of a sparse tile does not reach y.
-    Gradients reach x and bias; the weight is frozen.
+    Gradients reach x and bias; the weight is frozen: on Hopper it is read before the kernel ahead of this call on the
+    stream has ended (docs/kernels.md), so do not write payload or schedule by a kernel directly before.
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     op = _ops.tile_linear_train if needs_grad else _ops.tile_linear

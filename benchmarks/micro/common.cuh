@@ -193,21 +193,36 @@ __device__ __forceinline__ uint32_t map_to_rank(uint32_t address, int rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
-__device__ __forceinline__ void arrive_at_rank(uint32_t barrier, int rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_to_rank(barrier, rank))
-               : "memory");
+// After writing shared memory that CTA `rank` will read.
+__device__ __forceinline__ void publish_to_rank(uint32_t barrier, int rank) {
+  asm volatile(
+      "fence.acq_rel.cluster;\n"
+      "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_to_rank(barrier, rank))
+      : "memory");
 }
 // Waits for the end of the phase with this parity. A protocol mistake traps after some seconds instead of hanging.
+// kPublished: for data that other CTAs wrote. Only then at cluster scope, which drops the L1 cache at each wait.
+template <bool kPublished = false>
 __device__ __forceinline__ void wait_parity(uint32_t barrier, int parity) {
   for (uint32_t tries = 0;; ++tries) {
     uint32_t done;
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
+    if constexpr (kPublished) {
+      asm volatile(
+          "{\n.reg .pred p;\n"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+          "selp.b32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(barrier), "r"(parity)
+          : "memory");
+    } else {
+      asm volatile(
+          "{\n.reg .pred p;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          "selp.b32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(barrier), "r"(parity)
+          : "memory");
+    }
     if (done) return;
     if (tries > (1u << 23)) __trap();
   }

@@ -45,9 +45,9 @@ __global__ __launch_bounds__(kReduceThreads) void reduce(float* y, long long* cy
       }
     } else {
       __syncthreads();
-      if (threadIdx.x < kCluster) arrive_at_rank(barrier, threadIdx.x);
+      if (threadIdx.x < kCluster) publish_to_rank(barrier, threadIdx.x);
     }
-    wait_parity(barrier, round & 1);
+    wait_parity<!kPush>(barrier, round & 1);
     for (int i = threadIdx.x; i < kSlice / 16; i += kReduceThreads) {
       float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll

@@ -69,8 +69,8 @@ struct Workspace {
 // For benchmarks/bench_plans.py alone: what the next calls use instead of their own choice; bn = 0: nothing.
 PlanChoice forced_choice{};
 
-Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule,
-                   int64_t out_features, const OptionalTensor& bias, bool batch_invariant) {
+Tensor gemm(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule,
+            int64_t out_features, const OptionalTensor& bias, bool batch_invariant, bool overlaps_previous) {
   const char* op = "tile_linear";
   STD_TORCH_CHECK(is_16_bit(x.scalar_type()) && x.dim() >= 1, op, ": x must be float16 or bfloat16");
   check_same_device(x, payload, op, "payload");
@@ -91,9 +91,10 @@ Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is
   check_same_device(payload, *schedule, op, "schedule");
   if (tokens == 0 || out_features == 0) return call.y;
   const DeviceLimits& limits = cuda::device_limits(device);
-  const LaunchPlan plan = forced_choice.bn != 0
-                              ? plan_of(limits, forced_choice, out_features, cols, tokens)
-                              : choose_plan(limits, out_features, cols, tokens, payload.numel(), batch_invariant);
+  LaunchPlan plan = forced_choice.bn != 0
+                        ? plan_of(limits, forced_choice, out_features, cols, tokens)
+                        : choose_plan(limits, out_features, cols, tokens, payload.numel(), batch_invariant);
+  plan.overlaps_previous = overlaps_previous;
   if (plan.family == Family::kUnpack) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
 
   const Tensor rows_of_x = aligned_rows(call.x, tokens, cols);
@@ -115,6 +116,18 @@ Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is
   auto* partial_data = floats > 0 ? static_cast<float*>(partials->mutable_data_ptr()) : nullptr;
   cuda::run_gemm(problem, plan, call.args.dtype, partial_data, stream);
   return call.y;
+}
+
+Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule,
+                   int64_t out_features, const OptionalTensor& bias, bool batch_invariant) {
+  return gemm(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant, true);
+}
+
+// While training, the kernel before may be one that wrote the weights.
+Tensor tile_linear_train(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse,
+                         const OptionalTensor& schedule, int64_t out_features, const OptionalTensor& bias,
+                         bool batch_invariant) {
+  return gemm(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant, false);
 }
 
 // Without tile logits a tile is only a CTA's share of the work.
@@ -170,7 +183,7 @@ std::tuple<Tensor, Tensor> masked_weight_backward(
 STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CUDA, m) {
   m.impl("unpack_tiles", TORCH_BOX(&patch_kernels::unpack_tiles));
   m.impl("tile_linear", TORCH_BOX(&patch_kernels::tile_linear));
-  m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear));
+  m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear_train));
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
   m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
 }

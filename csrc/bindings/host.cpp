@@ -1,10 +1,13 @@
-// patch_kernels._host: the layout functions of layout.h and the planner of plan.h for tests and tools, without torch.
+// patch_kernels._host: for tests and tools, without torch: the layout functions of layout.h, the operand maps of gemm/
+// and the planner of plan.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <vector>
 
+#include "../gemm/fragments.h"
+#include "../gemm/wgmma.h"
 #include "../layout.h"
 #include "../plan.h"
 
@@ -94,10 +97,27 @@ std::vector<std::vector<std::pair<int, int>>> items(int units, int groups, int g
   return all;
 }
 
+void add_operand_maps(py::module_& m) {
+  m.attr("A_STEP") = pk::kAStep;
+  m.attr("A_BLOCK_STEP") = pk::kABlockStep;
+  m.attr("B_DENSE_STEP") = pk::kBDenseStep;
+  m.attr("B_SPARSE_STEP") = pk::kBSparseStep;
+  m.attr("META_BLOCK_BYTES") = pk::kMetaBlockBytes;
+  m.def("wgmma_descriptor", [](uint32_t smem_address) { return pk::wgmma_descriptor(smem_address); });
+  m.def("fragment_row", [](int t, int i) { return pk::fragment_row(t, i); });
+  m.def("fragment_token", [](int t, int i) { return pk::fragment_token(t, i); });
+  m.def("stage_offset", [](int t) { return pk::stage_offset(t); });
+  m.def("weight_address", [](int lane, int row0, int unit) { return pk::weight_address(lane, row0, unit); });
+  m.def("token_address", [](int lane, int token0, int unit) { return pk::token_address(lane, token0, unit); });
+  m.def("sum_row", [](int lane, int i) { return pk::sum_row(lane, i); });
+  m.def("sum_token", [](int lane, int i) { return pk::sum_token(lane, i); });
+  m.def("meta_address", [](int lane, int row0, int half) { return pk::meta_address(lane, row0, half); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Packed format v1, byte by byte (csrc/layout.h), and the GEMM's schedules and plans (csrc/plan.h).";
+  m.doc() = "Packed format v1, byte by byte (csrc/layout.h), and the GEMM's operand maps, schedules and plans.";
   m.attr("TILE") = pk::kTile;
   m.attr("DENSE_TILE_BYTES") = pk::kDenseTileBytes;
   m.attr("SPARSE_TILE_BYTES") = pk::kSparseTileBytes;
@@ -108,6 +128,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("meta_shift", [](int r, int c) { return pk::meta_shift(r, c); });
   m.def("group_nibble", [](int bits) { return pk::group_nibble(bits); });
   m.def("is_legal_nibble", [](int nibble) { return pk::is_legal_nibble(nibble); });
+  add_operand_maps(m);
   m.attr("CUTS") = pk::kCuts;
   m.def("make_schedule", &make_schedule, py::arg("tile_is_sparse"));
   m.def("read_schedule", &read_schedule, py::arg("words"));

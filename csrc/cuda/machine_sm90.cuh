@@ -57,7 +57,15 @@ class MachineSm90 {
   }
   template <class F>
   __device__ __forceinline__ void one_lane(F&& f) {
-    if (threadIdx.x % 32 == 0) f();
+    uint32_t chosen;  // elect.sync tells the compiler that one lane goes on; a comparison of threadIdx would not
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "elect.sync _|p, 0xFFFFFFFF;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(chosen));
+    if (chosen) f();
     __syncwarp();
   }
   template <class F>
@@ -76,15 +84,24 @@ class MachineSm90 {
   __device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
   __device__ __forceinline__ void start_next_grid() { asm volatile("griddepcontrol.launch_dependents;\n"); }
 
-  // Barriers. Cluster scope throughout: some arrivals come from other CTAs.
+  // Barriers.
   __device__ __forceinline__ void init_barrier(uint32_t address, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(address), "r"(count) : "memory");
   }
-  __device__ __forceinline__ void cluster_sync() {
-    asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n"
-        "barrier.cluster.wait.acquire.aligned;\n" ::
-            : "memory");
+  // Arriving relaxed spares a fence over the whole GPU: at the start fence.mbarrier_init has published the barriers, at
+  // the end only the order of execution matters. A cluster of one is a CTA.
+  __device__ __forceinline__ void cluster_arrive(int ctas) {
+    if (ctas > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
+  }
+  __device__ __forceinline__ void cluster_wait(int ctas) {
+    if (ctas > 1) {
+      asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+    } else {
+      __syncthreads();
+    }
+  }
+  __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    if (threadIdx.x == 0) asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
   }
   __device__ __forceinline__ void consumer_sync(int consumer) {
     if (consumer == 0) {  // 0 is __syncthreads; immediate numbers reserve no more than these two
@@ -93,7 +110,21 @@ class MachineSm90 {
       asm volatile("bar.sync 2, 128;\n" ::: "memory");
     }
   }
+  // CTA scope: a cluster-scope acquire would drop the L1 cache at each wait. Slots are handed over between wgmma and
+  // copies, whose own completion orders the data.
   __device__ __forceinline__ void wait(uint32_t address, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(address),
+        "r"(parity)
+        : "memory");
+  }
+  // For data that threads of other CTAs wrote and published.
+  __device__ __forceinline__ void wait_published(uint32_t address, uint32_t parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -111,13 +142,21 @@ class MachineSm90 {
   __device__ __forceinline__ void arrive_expect(uint32_t address, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(address), "r"(bytes) : "memory");
   }
+  // One thread a CTA of `ranks`. Gives a slot back: what was read from it has arrived, so nothing has to be published.
   __device__ __forceinline__ void arrive_cluster(uint32_t address, const sm90::Ranks& ranks) {
     if (ranks.count == 1) return arrive(address);  // that one is this CTA
-    if (!elected()) return;
-#pragma unroll 1
-    for (int i = 0; i < ranks.count; ++i) {
-      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(
-                       remote(address, ranks.first + i * ranks.stride))
+    if (thread() < ranks.count) {
+      asm volatile(
+          "mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(remote(address, ranks.first + thread() * ranks.stride))
+          : "memory");
+    }
+  }
+  // The same after writing shared memory that those CTAs will read. One fence, then arrivals that need none.
+  __device__ __forceinline__ void publish_cluster(uint32_t address, const sm90::Ranks& ranks) {
+    if (thread() < ranks.count) {
+      asm volatile("fence.acq_rel.cluster;\n" ::: "memory");
+      asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(
+                       remote(address, ranks.first + thread() * ranks.stride))
                    : "memory");
     }
   }
@@ -129,7 +168,7 @@ class MachineSm90 {
       asm volatile(
           "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
           "[%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(to),
-          "l"(&map), "r"(col), "r"(token), "r"(barrier), "h"(mask(ranks))
+          "l"(&map), "r"(col), "r"(token), "r"(barrier), "h"(ranks.mask)
           : "memory");
     } else {
       asm volatile(
@@ -146,7 +185,7 @@ class MachineSm90 {
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
           "[%0], [%1], %2, [%3], %4;\n" ::"r"(to),
-          "l"(source), "r"(bytes), "r"(barrier), "h"(mask(ranks))
+          "l"(source), "r"(bytes), "r"(barrier), "h"(ranks.mask)
           : "memory");
     } else if constexpr (kStreamWeights) {
       asm volatile(
@@ -173,6 +212,12 @@ class MachineSm90 {
   __device__ __forceinline__ void own(Regs<float, N>& sums) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(sums.v[i])::"memory");
+  }
+  // A use of metadata registers, so that the compiler gives them to nothing else before.
+  template <int N>
+  __device__ __forceinline__ void keep(Regs<uint32_t, 2> (&words)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" ::"r"(words[i].v[0]), "r"(words[i].v[1]));
   }
   __device__ __forceinline__ void load_words(Regs<uint32_t, 2>& words, uint32_t address) {
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n"
@@ -266,12 +311,6 @@ class MachineSm90 {
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x) & 127; }
   // The thread that speaks for its warpgroup.
   static __device__ __forceinline__ bool elected() { return thread() == 0; }
-  // CTAs of a multicast: data and signal go to the same offsets in each.
-  static __device__ __forceinline__ uint16_t mask(const sm90::Ranks& ranks) {
-    uint32_t bits = 0;
-    for (int i = 0; i < ranks.count; ++i) bits |= 1u << (ranks.first + i * ranks.stride);
-    return static_cast<uint16_t>(bits);
-  }
   static __device__ __forceinline__ uint32_t remote(uint32_t address, int rank) {
     uint32_t mapped;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(mapped) : "r"(address), "r"(rank));

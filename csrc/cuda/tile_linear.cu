@@ -145,7 +145,8 @@ std::string check_family(const DeviceLimits& limits, DType dtype, void* workspac
     problem.poison();
     const size_t y_bytes = problem.y.size * kValueBytes;
     check(cudaMemcpyAsync(y, problem.y.data, y_bytes, cudaMemcpyHostToDevice, stream), "self-check");
-    run_gemm(p, plan, dtype, partials, stream);
+    plan.overlaps_previous = true;
+    for (int i = 0; i < 2; ++i) run_gemm(p, plan, dtype, partials, stream);  // the second may overlap the first
     check(cudaMemcpyAsync(problem.y.data, y, y_bytes, cudaMemcpyDeviceToHost, stream), "self-check");
     check(cudaStreamSynchronize(stream), "self-check");
     const std::string complaint = problem.complaint();
@@ -192,7 +193,12 @@ bool gemm_is_usable(int device, void* stream, void* (*allocate)(int64_t, void*),
   if (entry.state != GemmState::kUnchecked) return entry.state == GemmState::kWorks;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   cudaStreamCaptureStatus capture;
-  check(cudaStreamIsCapturing(cuda_stream, &capture), "tile_linear");
+  const cudaError_t asked = cudaStreamIsCapturing(cuda_stream, &capture);
+  if (asked == cudaErrorStreamCaptureImplicit) {  // the legacy stream, while another one is captured
+    cudaGetLastError();
+    return false;
+  }
+  check(asked, "tile_linear");
   if (capture != cudaStreamCaptureStatusNone) return false;
   read_limits(entry, device);
   if (entry.state != GemmState::kUnchecked) return false;

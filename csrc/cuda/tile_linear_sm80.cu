@@ -51,8 +51,8 @@ void with_config(const LaunchPlan& plan, F f) {
 template <class Config, class Element>
 void launch(const GemmProblem& problem, float* partials, cudaStream_t stream) {
   const auto kernel = tile_linear_sm80<Config, Element>;
-  // A failure shows at the launch.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSmemBytes), "tile_linear");
+  static std::atomic<uint64_t> allowed{0};
+  allow_shared_memory(kernel, Config::kSmemBytes, allowed, "tile_linear");
   const dim3 grid(static_cast<unsigned>(problem.items.workers), static_cast<unsigned>(problem.splits));
   kernel<<<grid, Config::kThreads, Config::kSmemBytes, stream>>>(problem, partials);
   check_launch("tile_linear_sm80");

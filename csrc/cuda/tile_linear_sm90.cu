@@ -49,22 +49,17 @@ CUtensorMap tensor_map(const void* base, int64_t rows, int64_t cols, int64_t str
   return map;
 }
 
-// Once a device; asking again does no harm.
+// The kernel with its shared memory allowed, and its launch. Attributes: cluster, then overlap with the grid before.
 template <class C, class Element>
-void allow_shared_memory() {
+auto* prepared_kernel() {
   static std::atomic<uint64_t> allowed{0};
-  int device = 0;
-  check(cudaGetDevice(&device), "tile_linear");
-  const uint64_t bit = uint64_t{1} << (device & 63);
-  if (allowed.load(std::memory_order_relaxed) & bit) return;
-  check(cudaFuncSetAttribute(sm90_kernel<C, Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes),
-        "tile_linear");
-  allowed.fetch_or(bit, std::memory_order_relaxed);
+  allow_shared_memory(sm90_kernel<C, Element>, C::kSmemBytes, allowed, "tile_linear");
+  return sm90_kernel<C, Element>;
 }
 
-template <class C, class Element>
+template <class C>
 cudaLaunchConfig_t launch_config(int clusters, int cluster_ctas, cudaStream_t stream,
-                                 cudaLaunchAttribute (&attributes)[2]) {
+                                 cudaLaunchAttribute (&attributes)[2], int count) {
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = static_cast<unsigned>(cluster_ctas);
   attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
@@ -76,20 +71,21 @@ cudaLaunchConfig_t launch_config(int clusters, int cluster_ctas, cudaStream_t st
   config.dynamicSmemBytes = C::kSmemBytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = 2;
+  config.numAttrs = static_cast<unsigned>(count);
   return config;
 }
 
 template <class C, class Element>
-void launch(const GemmProblem& p, DType dtype, cudaStream_t stream) {
-  allow_shared_memory<C, Element>();
+void launch(const GemmProblem& p, const LaunchPlan& plan, DType dtype, cudaStream_t stream) {
+  auto* kernel = prepared_kernel<C, Element>();
   const CUtensorMap x_map = tensor_map(p.x, p.tokens, p.cols, p.x_stride, C::kBn, dtype);
   const bool y_by_tensor = C::kPairs && p.rows % 8 == 0;
   const CUtensorMap y_map = y_by_tensor ? tensor_map(p.y, p.tokens, p.rows, p.rows, C::kStageTokens, dtype) : x_map;
   cudaLaunchAttribute attributes[2];
+  const int ctas = p.token_ctas * p.row_ctas * p.splits;
   const cudaLaunchConfig_t config =
-      launch_config<C, Element>(p.items.workers, p.token_ctas * p.row_ctas * p.splits, stream, attributes);
-  check(cudaLaunchKernelEx(&config, sm90_kernel<C, Element>, p, x_map, y_map), "tile_linear");
+      launch_config<C>(p.items.workers, ctas, stream, attributes, plan.overlaps_previous ? 2 : 1);
+  check(cudaLaunchKernelEx(&config, kernel, p, x_map, y_map), "tile_linear");
 }
 
 }  // namespace
@@ -98,9 +94,9 @@ void sm90_tile_linear(const GemmProblem& p, const LaunchPlan& plan, DType dtype,
   const bool known = sm90::with_config(plan.pairs, plan.bn, [&](auto config) {
     using C = decltype(config);
     if (dtype == DType::kFloat16) {
-      launch<C, __half>(p, dtype, static_cast<cudaStream_t>(stream));
+      launch<C, __half>(p, plan, dtype, static_cast<cudaStream_t>(stream));
     } else {
-      launch<C, __nv_bfloat16>(p, dtype, static_cast<cudaStream_t>(stream));
+      launch<C, __nv_bfloat16>(p, plan, dtype, static_cast<cudaStream_t>(stream));
     }
   });
   if (!known)
@@ -109,12 +105,12 @@ void sm90_tile_linear(const GemmProblem& p, const LaunchPlan& plan, DType dtype,
 
 void sm90_count_clusters(int (&clusters)[kMaxSplits + 1]) {
   using C = sm90::Prefill128;  // one CTA an SM
-  allow_shared_memory<C, __nv_bfloat16>();
+  auto* kernel = prepared_kernel<C, __nv_bfloat16>();
   for (int& count : clusters) count = 0;
   for (int size = 1; size <= kMaxSplits; size *= 2) {
     cudaLaunchAttribute attributes[2];
-    const cudaLaunchConfig_t config = launch_config<C, __nv_bfloat16>(1, size, nullptr, attributes);
-    check(cudaOccupancyMaxActiveClusters(&clusters[size], sm90_kernel<C, __nv_bfloat16>, &config), "tile_linear");
+    const cudaLaunchConfig_t config = launch_config<C>(1, size, nullptr, attributes, 1);
+    check(cudaOccupancyMaxActiveClusters(&clusters[size], kernel, &config), "tile_linear");
   }
 }
 

@@ -196,7 +196,8 @@ class Machine {
     if (has(Fault::kLocalCount) && kind(address) == kXEmpty) count = sm90::kConsumers;
     cta_.barrier(address).init(count);
   }
-  void cluster_sync() {
+  void cluster_arrive(int) {}
+  void cluster_wait(int) {
     ++syncs_;
     if (syncs_ == 2 && has(Fault::kNoFinalSync)) {
       if (role_ == 0) memset(cta_.smem.data(), 0xFF, cta_.smem.size());
@@ -204,6 +205,7 @@ class Machine {
     }
     cluster_.everyone.sync(cluster_.watchdog);
   }
+  void prefetch_map(const TensorMap&) {}
   void consumer_sync(int) {}  // a consumer is one thread here
   void wait(uint32_t address, uint32_t parity) {
     if (has(Fault::kWrongParity) && kind(address) == kXFull) parity ^= 1;
@@ -228,6 +230,9 @@ class Machine {
       peer(rank).barrier(address).arrive();
     }
   }
+
+  void publish_cluster(uint32_t address, const sm90::Ranks& ranks) { arrive_cluster(address, ranks); }
+  void wait_published(uint32_t address, uint32_t parity) { wait(address, parity); }
 
   // Copies into shared memory.
   void copy_x(const TensorMap& map, uint32_t to, int col, int token, int tokens, uint32_t barrier,
@@ -262,6 +267,8 @@ class Machine {
     require(sums.in_flight == 0, "accumulators read while an instruction writes them");
     sums.fenced = false;
   }
+  void keep(Regs<uint32_t, 2> (&)[1]) {}
+  void keep(Regs<uint32_t, 2> (&)[2]) {}
   void load_words(Regs<uint32_t, 2>& words, uint32_t address) {
     const int shift = has(Fault::kShiftedMetadata) ? 1 : 0;
     for (int t = 0; t < 128; ++t) memcpy(words.value[t], cta_.at(address + 8 * (t ^ shift), 8), 8);

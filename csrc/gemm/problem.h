@@ -24,7 +24,7 @@ struct GemmProblem {
   Schedule schedule;
   ItemSpace items;
   int token_ctas, row_ctas, splits;  // see LaunchPlan
-  bool cut_by_pair;        // units of one row are cut along K like their pair: the same sums from every kernel
+  bool cut_by_pair;  // units of one row are cut along K like their pair: the same sums from every kernel
 };
 
 }  // namespace patch_kernels

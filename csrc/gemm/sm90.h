@@ -144,18 +144,24 @@ struct Place {
   int token_cta, row_cta, split;
 };
 
-// Ranks first, first + stride, ... of a cluster.
+// Ranks first, first + stride, ... of a cluster, also as a mask for multicast.
 struct Ranks {
   int first, count, stride;
+  uint16_t mask;
 };
+PK_BODY Ranks ranks_of(int first, int count, int stride) {
+  uint32_t mask = 0;
+  for (int i = 0; i < count; ++i) mask |= 1u << (first + i * stride);
+  return {first, count, stride, static_cast<uint16_t>(mask)};
+}
 PK_BODY Ranks sharing_weights(const GemmProblem& p, const Place& place) {
-  return {(place.split * p.row_ctas + place.row_cta) * p.token_ctas, p.token_ctas, 1};
+  return ranks_of((place.split * p.row_ctas + place.row_cta) * p.token_ctas, p.token_ctas, 1);
 }
 PK_BODY Ranks sharing_x(const GemmProblem& p, const Place& place) {
-  return {place.split * p.row_ctas * p.token_ctas + place.token_cta, p.row_ctas, p.token_ctas};
+  return ranks_of(place.split * p.row_ctas * p.token_ctas + place.token_cta, p.row_ctas, p.token_ctas);
 }
 PK_BODY Ranks sharing_sums(const GemmProblem& p, const Place& place) {  // row_ctas is 1 where K is split
-  return {place.token_cta, p.splits, p.token_ctas};
+  return ranks_of(place.token_cta, p.splits, p.token_ctas);
 }
 
 // One item as a role sees it.
@@ -201,6 +207,7 @@ PK_BODY void load_x(M& m, const GemmProblem& p, const typename M::TensorMap& x_m
   m.wait_for_previous_grid();
   for_each_item(m, p, [&](const Item& item) {
     const Work work = work_of<C>(p, item, place, 0);
+#pragma unroll 1
     for (int step = 2 * work.k.begin; step < 2 * work.k.end; ++step) {
       // The slot of every CTA that shares x must be free: their consumers arrive here as well.
       m.wait(smem.x_empty(ring.slot), ring.parity ^ 1);
@@ -219,21 +226,25 @@ PK_BODY void load_w(M& m, const GemmProblem& p, const Place& place, int ring_ind
   const Smem<C> smem{m.smem_base()};
   Ring<C::kWSlots> ring;
   const Ranks ranks = sharing_weights(p, place);
+  const int dense_share = kSlotBytes / p.token_ctas, sparse_share = kSparseTileBytes / p.token_ctas;
   for_each_item(m, p, [&](const Item& item) {
     const Work work = work_of<C>(p, item, place, ring_index);
     if (work.row < 0) return;
     const uint32_t* entries = p.schedule.tiles + static_cast<int64_t>(work.row) * p.schedule.tile_cols;
+    uint32_t next = work.k.begin < work.k.end ? M::load_entry(entries + work.k.begin) : 0;
     for (int k = work.k.begin; k < work.k.end; ++k) {
-      const uint32_t entry = entries[k];
+      const uint32_t entry = next;
+      if (k + 1 < work.k.end) next = M::load_entry(entries + k + 1);  // its latency hides behind the waits below
       const uint8_t* source = p.payload + entry_offset(entry);
       const int slots = entry_is_sparse(entry) ? 1 : 2;
       const int bytes = entry_is_sparse(entry) ? kSparseTileBytes : kSlotBytes;
+      const int share = entry_is_sparse(entry) ? sparse_share : dense_share, skip = share * place.token_cta;
+#pragma unroll 1
       for (int i = 0; i < slots; ++i, source += bytes) {
         const uint32_t slot = smem.w(ring_index, ring.slot), full = smem.w_full(ring_index, ring.slot);
         // The slot of every CTA that shares the weights must be free: their consumers arrive here as well.
         m.wait(smem.w_empty(ring_index, ring.slot), ring.parity ^ 1);
         m.arrive_expect(full, bytes);
-        const int share = bytes / p.token_ctas, skip = share * place.token_cta;
         m.copy_w(slot + skip, source + skip, share, full, ranks);
         ring.advance();
       }
@@ -348,6 +359,7 @@ struct Consumer {
     if (work.row < 0) {  // nothing to multiply, but the other consumer's x slots need this one's consent
       for (int step = 2 * work.k.begin; step < 2 * work.k.end; ++step) {
         m.wait(smem.x_full(x.slot), x.parity);
+        m.consumer_sync(index);  // elsewhere wgmma keeps the four warps together
         m.arrive_cluster(smem.x_empty(x.slot), sharing_x(p, place));
         x.advance();
       }
@@ -372,13 +384,17 @@ struct Consumer {
       while (kind == kSparse) {
         Kind next = kind_at(entries, ++k, end);
         sparse_tile(meta[0]);
+        m.keep(meta[1]);
         kind = next;
         if (kind != kSparse) break;
         next = kind_at(entries, ++k, end);
         sparse_tile(meta[1]);
+        m.keep(meta[0]);
         kind = next;
       }
       drain();
+      m.keep(meta[0]);
+      m.keep(meta[1]);
     }
   }
 
@@ -457,6 +473,8 @@ struct Consumer {
     constexpr int kRows = C::kConsumerRows, kTokens = C::kExchangeTokens, kStride = C::kExchangeStride;
     const uint32_t mine = smem.scratch(index);
     const int rows = kRows / p.splits, first = rows * place.split;
+    int shift = 0;  // rows is a power of two
+    while (1 << shift < rows) ++shift;
 #pragma unroll
     for (int chunk = 0; chunk < C::kBn / kTokens; ++chunk) {
       m.wait(smem.sums_empty(index), exchange_parity ^ 1);
@@ -472,14 +490,22 @@ struct Consumer {
         });
       }
       m.consumer_sync(index);
-      m.arrive_cluster(smem.sums_full(index), sharing_sums(p, place));
-      m.wait(smem.sums_full(index), exchange_parity);
+      m.publish_cluster(smem.sums_full(index), sharing_sums(p, place));
+      m.wait_published(smem.sums_full(index), exchange_parity);
       m.each_thread([&](int t) {
         for (int i = t; i < rows * kTokens; i += 128) {
-          const int row = first + i % rows, token = i / rows;
-          float sum = 0;
-          for (int split = 0; split < p.splits; ++split) {
-            sum += m.load_remote(mine + 4 * (row * kStride + token), split * p.token_ctas + place.token_cta);
+          const int row = first + (i & (rows - 1)), token = i >> shift;
+          float parts[kMaxSplits];  // all loads first, then the sum in rank order
+#pragma unroll
+          for (int split = 0; split < kMaxSplits; ++split) {
+            if (split < p.splits) {
+              parts[split] = m.load_remote(mine + 4 * (row * kStride + token), split * p.token_ctas + place.token_cta);
+            }
+          }
+          float sum = parts[0];
+#pragma unroll
+          for (int split = 1; split < kMaxSplits; ++split) {
+            if (split < p.splits) sum += parts[split];
           }
           if (p.bias) sum += bias_at(row0 + row);
           store_element(token0 + chunk * kTokens + token, row0 + row, sum);
@@ -536,8 +562,13 @@ PK_BODY void tile_gemm(M& m, const GemmProblem& p, const typename M::TensorMap& 
       m.init_barrier(smem.sums_empty(c), p.splits);
     }
   });
-  m.cluster_sync();  // no CTA may arrive on or copy into one whose barriers are not there yet
+  // No CTA may arrive on or copy into one whose barriers are not there yet.
+  const int ctas = p.token_ctas * p.row_ctas * p.splits;
+  m.cluster_arrive(ctas);
+  m.prefetch_map(x_map);
+  if constexpr (C::kPairs) m.prefetch_map(y_map);
   m.start_next_grid();
+  m.cluster_wait(ctas);
   const int role = m.role();
   if (role <= kConsumer1) {
     m.template consumer_registers<C::kPairs>();
@@ -551,7 +582,9 @@ PK_BODY void tile_gemm(M& m, const GemmProblem& p, const typename M::TensorMap& 
       m.one_lane([&] { load_w<C>(m, p, place, role - kLoadW0); });
     }
   }
-  m.cluster_sync();  // a peer may still copy into, arrive on or read from this CTA
+  // A peer may still copy into, arrive on or read from this CTA.
+  m.cluster_arrive(ctas);
+  m.cluster_wait(ctas);
 }
 
 }  // namespace patch_kernels::sm90
