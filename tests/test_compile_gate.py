@@ -302,7 +302,7 @@ GOOD = [
     *("UBLKCP.S.G [UR8], [UR10], UR4", "@!P1 UBLKCP.S.G.MULTICAST [UR8], [UR10], UR4"),
     *("WARPGROUP.ARRIVE", *map(dense, range(4)), WAIT_ONE, WAIT_ALL),
     *2 * ("@P0 LDS.64 R30, [R2]", *2 * ("WARPGROUP.ARRIVE", sparse(0), sparse(1), WAIT_ONE)),
-    *(WAIT_ALL, "EXIT"),
+    *(WAIT_ALL, "MEMBAR.ALL.GPU", "EXIT"),
 ]  # fmt: skip
 
 
@@ -349,6 +349,7 @@ def swapped(old: str, new: str, times: int = 1) -> list[str]:
         (parsed(swapped("R30, 0x1", "R30, 0x0", -1)), ", 0x1(, gsb0)?$, got 0"),
         (parsed(swapped("R30, 0x1", "R30, 0x0")), ", 0x1(, gsb0)?$, got 3"),
         (parsed([*GOOD, sparse(0)]), "expected 12 x HGMMA, got 13"),
+        (parsed([*GOOD, "MEMBAR.ALL.GPU"]), "expected 1 x MEMBAR\\.ALL\\.GPU, got 2"),
         (parsed([*GOOD, WAIT_ALL]), "expected 7 x WARPGROUP\\.DEPBAR, got 8"),
         (parsed(swapped(WAIT_ONE, WAIT_ALL)), "expected 5 x WARPGROUP\\.DEPBAR\\.LE gsb0, 0x1$, got 4"),
         (parsed(swapped("R24\n", "R24, gsb0\n")), "expected 5 x HGMMA.*gsb0$, got 6"),
