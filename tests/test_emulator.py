@@ -47,6 +47,13 @@ def test_integer_results_are_exact(emulator, family):
     assert done.stdout == "2000 passed, 0 failed\n"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_check_of_a_gpu_passes_here(emulator, family):
+    """Its problems and plans are sound: if it fails on a card, the card or the device code is to blame."""
+    done = emulator(f"emulate_{family}", "selfcheck")
+    assert done.returncode == 0 and done.stdout.endswith(" passed, 0 failed\n") and not done.stdout.startswith("0 ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_integer_results_are_exact_long(emulator, family):

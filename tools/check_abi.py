@@ -13,7 +13,12 @@ from pathlib import Path
 MINIMUM_TORCH = (2, 11)
 WEAK_ALLOWED = {"aoti_torch_get_current_cuda_stream"}
 # Of our library nothing but this may be visible: everything else is registered with torch at load time.
-EXPORTS_ALLOWED = {"patch_kernels_build_info"}
+EXPORTS_ALLOWED = {
+    "patch_kernels_build_info",
+    "patch_kernels_gemm_status",
+    "patch_kernels_force_plan",
+    "patch_kernels_plan_choices",
+}
 
 
 def symbols(library: Path, *options: str) -> list[tuple[str, str]]:

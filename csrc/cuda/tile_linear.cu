@@ -4,8 +4,7 @@
 #include <mutex>
 #include <vector>
 
-#include "../gemm/sm90.h"
-#include "../integer_problem.h"
+#include "../self_check.h"
 #include "launch.h"
 #include "tile_linear.h"
 #include "tile_linear_sm80.h"
@@ -60,39 +59,6 @@ void read_limits(Device& entry, int device) {
   entry.known = true;
 }
 
-// Every kernel of a family, with the ways its CTAs can work together.
-std::vector<LaunchPlan> plans_to_check(Family family) {
-  std::vector<LaunchPlan> plans;
-  const auto add = [&](bool pairs, int bn, int token_ctas, int row_ctas, int splits, int depth) {
-    LaunchPlan plan{};
-    plan.family = family;
-    plan.pairs = pairs, plan.bn = bn, plan.depth = depth;
-    plan.token_ctas = token_ctas, plan.row_ctas = row_ctas, plan.splits = splits;
-    plans.push_back(plan);
-  };
-  if (family == Family::kSm90) {
-    for (const int bn : {8, 16, 32}) {
-      for (const int splits : {1, 2, 8}) add(false, bn, 1, 1, splits, 0);
-    }
-    for (const int bn : {64, 128, 160, 176, 192}) {
-      for (const int token_ctas : {1, 2}) {
-        for (const int row_ctas : {1, 2}) add(true, bn, token_ctas, row_ctas, 1, 0);
-      }
-      if (bn > 128) continue;
-      add(true, bn, 2, 1, 2, 0);
-      add(true, bn, 1, 1, 8, 0);
-    }
-  } else {
-    for (const int splits : {1, 4}) {
-      for (const int bn : {16, 32}) {
-        for (const int depth : {2, 4}) add(false, bn, 1, 1, splits, depth);
-      }
-      for (const int depth : {1, 3}) add(false, 128, 1, 1, splits, depth);
-    }
-  }
-  return plans;
-}
-
 // A bump allocator over the workspace.
 class Arena {
  public:
@@ -116,15 +82,10 @@ class Arena {
 
 constexpr int64_t kSelfCheckBytes = int64_t{16} << 20;
 
-// "" or what was wrong. 3 x 3 tiles, ragged; K is a multiple of 8 for one type only, N for the other.
+// "" or what was wrong.
 template <class Element>
 std::string check_family(const DeviceLimits& limits, DType dtype, void* workspace, cudaStream_t stream) {
-  Sizes sizes;
-  sizes.rows = dtype == DType::kFloat16 ? 328 : 331;
-  sizes.cols = dtype == DType::kFloat16 ? 333 : 336;
-  sizes.tokens = 70;
-  sizes.bias = true;
-  sizes.seed = 1;
+  const Sizes sizes = self_check_sizes(dtype == DType::kFloat16);
   IntegerProblem<Element> problem(sizes);
   Arena arena(workspace, kSelfCheckBytes);
   GemmProblem p = problem.view();
@@ -136,10 +97,8 @@ std::string check_family(const DeviceLimits& limits, DType dtype, void* workspac
   auto* y = static_cast<uint16_t*>(arena.take(static_cast<int64_t>(problem.y.size) * kValueBytes));
   p.y = y + problem.kCanaries;
   auto* partials = static_cast<float*>(arena.take(0));
-  for (LaunchPlan plan : plans_to_check(limits.family)) {
+  for (LaunchPlan plan : self_check_plans(limits.family)) {
     if (plan.family == Family::kSm80 && sm80_smem_bytes(plan) > limits.smem_bytes) continue;
-    plan.items = item_space(plan, sizes.rows, sizes.tokens);
-    plan.items.workers = 2;  // several items for each, so that rings and buffers go around
     Arena rest = arena;
     rest.take(4 * gemm_partial_floats(p, plan));
     problem.poison();

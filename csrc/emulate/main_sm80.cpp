@@ -1,8 +1,9 @@
 // Tests the sm_80 kernel body on the CPU emulator.
 //   emulate_sm80 exact --cases N --seed S   random problems of small integers: y must equal the rounded integer result
+//   main_sm80 selfcheck                  the problems and plans that a GPU is checked with at first use
 //   emulate_sm80 fault NAME                 0 if the planted error is noticed
 //   emulate_sm80 faults                     their names
-#include "../integer_problem.h"
+#include "../self_check.h"
 #include "command_line.h"
 #include "machine_sm80.h"
 
@@ -156,6 +157,22 @@ int run_exact(int cases, uint32_t seed) {
   });
 }
 
+// The problems and plans that a GPU is checked with.
+int run_self_check(int, uint32_t) {
+  const std::vector<LaunchPlan> plans = self_check_plans(Family::kSm80);
+  int next = 0;
+  return run_cases(2 * static_cast<int>(plans.size()), 0, [&](std::mt19937&) {
+    const LaunchPlan& plan = plans[next / 2];
+    Case c;
+    c.bfloat = next++ % 2 != 0;
+    c.sizes = self_check_sizes(!c.bfloat);
+    c.bn = plan.bn, c.depth = plan.depth, c.splits = plan.splits;
+    c.workers = plan.items.workers, c.groups_per_block = plan.items.groups_per_block;
+    const std::string complaint = run_case(c);
+    return complaint.empty() ? "" : describe(c) + ": " + complaint;
+  });
+}
+
 const std::map<std::string, Planted> kFaults = {
     {"lax_wait", {Fault::kLaxWait}},
     {"lost_commit", {Fault::kLostCommit}},
@@ -230,5 +247,5 @@ int run_fault(const char* name, const Planted& planted) {
 
 int main(int argc, char** argv) {
   using namespace patch_kernels::emulate;
-  return run_command(argc, argv, {{"exact", run_exact}}, kFaults, run_fault);
+  return run_command(argc, argv, {{"exact", run_exact}, {"selfcheck", run_self_check}}, kFaults, run_fault);
 }

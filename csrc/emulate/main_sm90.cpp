@@ -1,9 +1,10 @@
 // Tests the Hopper kernel body on the CPU emulator.
 //   emulate_sm90 exact --cases N --seed S   random problems of small integers: y must equal the rounded integer result
 //   emulate_sm90 invariant --cases N --seed S   rows of y must not depend on the number of tokens (real values)
+//   main_sm90 selfcheck                  the problems and plans that a GPU is checked with at first use
 //   emulate_sm90 fault NAME                 0 if the planted error is noticed
 //   emulate_sm90 faults                     their names
-#include "../integer_problem.h"
+#include "../self_check.h"
 #include "command_line.h"
 #include "machine_sm90.h"
 
@@ -154,6 +155,23 @@ int run_invariant(int cases, uint32_t seed) {
   });
 }
 
+// The problems and plans that a GPU is checked with.
+int run_self_check(int, uint32_t) {
+  const std::vector<LaunchPlan> plans = self_check_plans(Family::kSm90);
+  int next = 0;
+  return run_cases(2 * static_cast<int>(plans.size()), 0, [&](std::mt19937&) {
+    const LaunchPlan& plan = plans[next / 2];
+    Case c;
+    c.bfloat = next++ % 2 != 0;
+    c.sizes = self_check_sizes(!c.bfloat);
+    c.pairs = plan.pairs, c.bn = plan.bn;
+    c.token_ctas = plan.token_ctas, c.row_ctas = plan.row_ctas, c.splits = plan.splits;
+    c.workers = plan.items.workers, c.groups_per_block = plan.items.groups_per_block;
+    const std::string complaint = run_case(c);
+    return complaint.empty() ? "" : describe(c) + ": " + complaint;
+  });
+}
+
 struct Planted {
   Fault fault;
   bool pairs;
@@ -213,5 +231,6 @@ int run_fault(const char* name, const Planted& planted) {
 
 int main(int argc, char** argv) {
   using namespace patch_kernels::emulate;
-  return run_command(argc, argv, {{"exact", run_exact}, {"invariant", run_invariant}}, kFaults, run_fault);
+  return run_command(argc, argv, {{"exact", run_exact}, {"invariant", run_invariant}, {"selfcheck", run_self_check}},
+                     kFaults, run_fault);
 }
