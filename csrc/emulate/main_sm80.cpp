@@ -1,6 +1,6 @@
 // Tests the sm_80 kernel body on the CPU emulator.
 //   emulate_sm80 exact --cases N --seed S   random problems of small integers: y must equal the rounded integer result
-//   main_sm80 selfcheck                  the problems and plans that a GPU is checked with at first use
+//   emulate_sm80 selfcheck                  the problems and plans that a GPU is checked with at first use
 //   emulate_sm80 fault NAME                 0 if the planted error is noticed
 //   emulate_sm80 faults                     their names
 #include "../self_check.h"

@@ -1,7 +1,7 @@
 // Tests the Hopper kernel body on the CPU emulator.
 //   emulate_sm90 exact --cases N --seed S   random problems of small integers: y must equal the rounded integer result
 //   emulate_sm90 invariant --cases N --seed S   rows of y must not depend on the number of tokens (real values)
-//   main_sm90 selfcheck                  the problems and plans that a GPU is checked with at first use
+//   emulate_sm90 selfcheck                  the problems and plans that a GPU is checked with at first use
 //   emulate_sm90 fault NAME                 0 if the planted error is noticed
 //   emulate_sm90 faults                     their names
 #include "../self_check.h"
