@@ -40,6 +40,8 @@ class Plans:
         out = (ctypes.c_int * (len(CHOICE) * CAPACITY))()
         device = torch.cuda.current_device()
         count = self._library.patch_kernels_plan_choices(device, rows, cols, tokens, payload_bytes, out, CAPACITY)
+        if count < 0:
+            raise RuntimeError(f"bench_plans: the library does not know CUDA device {device}")
         found = [tuple(out[len(CHOICE) * i : len(CHOICE) * (i + 1)]) for i in range(count)]
         return list(dict.fromkeys(found))
 
@@ -56,10 +58,12 @@ def measure(cell: shapes.Cell, sparsity: float, plans: Plans, samples: int) -> l
     x = torch.randn(cell.tokens, cell.cols, device="cuda").bfloat16()
     choices = plans.choices(cell.rows, cell.cols, cell.tokens, tiled[0].payload.numel())
     graphs = {}
-    for choice in choices:
-        plans.force(choice)
-        graphs[str(choice)] = (harness.capture([lambda t=t: t.matmul(x) for t in tiled], LAUNCHES), LAUNCHES)
-    plans.force(None)
+    try:
+        for choice in choices:
+            plans.force(choice)
+            graphs[str(choice)] = (harness.capture([lambda t=t: t.matmul(x) for t in tiled], LAUNCHES), LAUNCHES)
+    finally:
+        plans.force(None)
     times = {name: harness.summary(t) for name, t in harness.interleaved_graph_times(graphs, samples).items()}
     best = min(summary["median_ms"] for summary in times.values())
     facts = {"model": cell.model, "layer": cell.layer, "tokens": cell.tokens, "sparsity": sparsity}

@@ -192,7 +192,12 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CUDA, m) {
 extern "C" __attribute__((visibility("default"))) const char* patch_kernels_gemm_status(int device) {
   using namespace patch_kernels;
   static thread_local std::string text;
-  const cuda::GemmStatus status = cuda::gemm_status(device);
+  cuda::GemmStatus status{Family::kUnpack, cuda::GemmState::kDisabled, ""};
+  try {  // no exception may leave through C
+    status = cuda::gemm_status(device);
+  } catch (const std::exception& error) {
+    status.reason = error.what();
+  }
   const char* family = status.family == Family::kSm90 ? "sm90" : status.family == Family::kSm80 ? "sm80" : "none";
   const char* state = status.state == cuda::GemmState::kWorks      ? "works"
                       : status.state == cuda::GemmState::kDisabled ? "disabled"
@@ -205,17 +210,23 @@ extern "C" __attribute__((visibility("default"))) const char* patch_kernels_gemm
 
 // For benchmarks/bench_plans.py: a choice is five ints (bn, token_ctas, row_ctas, splits, depth).
 extern "C" __attribute__((visibility("default"))) void patch_kernels_force_plan(const int* choice) {
-  using patch_kernels::forced_choice;
-  forced_choice = choice ? patch_kernels::PlanChoice{choice[0], choice[1], choice[2], choice[3], choice[4]}
-                         : patch_kernels::PlanChoice{};
+  using namespace patch_kernels;
+  forced_choice = choice ? PlanChoice{choice[0], choice[1], choice[2], choice[3], choice[4]} : PlanChoice{};
+  if (forced_choice.token_ctas * forced_choice.row_ctas * forced_choice.splits > kMaxSplits) forced_choice = {};
 }
 
-// Writes the possible choices of a call, at most `capacity`, the library's own first; returns their number.
+// Writes the possible choices of a call, at most `capacity`, the library's own first; returns their number, -1 if there
+// is no such device.
 extern "C" __attribute__((visibility("default"))) int patch_kernels_plan_choices(int device, int64_t rows, int64_t cols,
                                                                                  int64_t tokens, int64_t payload_bytes,
                                                                                  int* out, int capacity) {
   using namespace patch_kernels;
-  const DeviceLimits& limits = cuda::device_limits(device);
+  DeviceLimits limits{};
+  try {
+    limits = cuda::device_limits(device);
+  } catch (const std::exception&) {
+    return -1;
+  }
   const LaunchPlan own = choose_plan(limits, rows, cols, tokens, payload_bytes, false);
   std::vector<PlanChoice> choices = possible_choices(limits, cols, tokens);
   choices.insert(choices.begin(), {own.bn, own.token_ctas, own.row_ctas, own.splits, own.depth});

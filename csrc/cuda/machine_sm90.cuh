@@ -88,8 +88,8 @@ class MachineSm90 {
   __device__ __forceinline__ void init_barrier(uint32_t address, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(address), "r"(count) : "memory");
   }
-  // Arriving relaxed spares a fence over the whole GPU: at the start fence.mbarrier_init has published the barriers, at
-  // the end only the order of execution matters. A cluster of one is a CTA.
+  // Arriving relaxed spares a fence over the whole GPU: fence.mbarrier_init has published the barriers. A cluster of one
+  // is a CTA.
   __device__ __forceinline__ void cluster_arrive(int ctas) {
     if (ctas > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
   }
@@ -123,6 +123,7 @@ class MachineSm90 {
         "r"(parity)
         : "memory");
   }
+  __device__ __forceinline__ void wait_returned(uint32_t address, uint32_t parity) { wait(address, parity); }
   // For data that threads of other CTAs wrote and published.
   __device__ __forceinline__ void wait_published(uint32_t address, uint32_t parity) {
     asm volatile(
@@ -212,12 +213,6 @@ class MachineSm90 {
   __device__ __forceinline__ void own(Regs<float, N>& sums) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(sums.v[i])::"memory");
-  }
-  // A use of metadata registers, so that the compiler gives them to nothing else before.
-  template <int N>
-  __device__ __forceinline__ void keep(Regs<uint32_t, 2> (&words)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" ::"r"(words[i].v[0]), "r"(words[i].v[1]));
   }
   __device__ __forceinline__ void load_words(Regs<uint32_t, 2>& words, uint32_t address) {
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n"

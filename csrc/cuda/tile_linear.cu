@@ -94,21 +94,28 @@ std::string check_family(const DeviceLimits& limits, DType dtype, void* workspac
   p.bias = arena.upload(problem.bias.data(), problem.bias.size(), stream);
   p.schedule = schedule_view(arena.upload(problem.words.data(), problem.words.size(), stream), problem.tile_rows,
                              problem.tile_cols);
-  auto* y = static_cast<uint16_t*>(arena.take(static_cast<int64_t>(problem.y.size) * kValueBytes));
-  p.y = y + problem.kCanaries;
-  auto* partials = static_cast<float*>(arena.take(0));
+  const size_t y_bytes = problem.y.size * kValueBytes;
+  uint16_t* y[2];  // of two launches, the second of which may overlap the first
+  for (uint16_t*& each : y) each = static_cast<uint16_t*>(arena.take(static_cast<int64_t>(y_bytes)));
   for (LaunchPlan plan : self_check_plans(limits.family)) {
     if (plan.family == Family::kSm80 && sm80_smem_bytes(plan) > limits.smem_bytes) continue;
     Arena rest = arena;
-    rest.take(4 * gemm_partial_floats(p, plan));
-    problem.poison();
-    const size_t y_bytes = problem.y.size * kValueBytes;
-    check(cudaMemcpyAsync(y, problem.y.data, y_bytes, cudaMemcpyHostToDevice, stream), "self-check");
+    auto* partials = static_cast<float*>(rest.take(4 * gemm_partial_floats(p, plan)));
     plan.overlaps_previous = true;
-    for (int i = 0; i < 2; ++i) run_gemm(p, plan, dtype, partials, stream);  // the second may overlap the first
-    check(cudaMemcpyAsync(problem.y.data, y, y_bytes, cudaMemcpyDeviceToHost, stream), "self-check");
-    check(cudaStreamSynchronize(stream), "self-check");
-    const std::string complaint = problem.complaint();
+    problem.poison();
+    for (uint16_t* each : y) {
+      check(cudaMemcpyAsync(each, problem.y.data, y_bytes, cudaMemcpyHostToDevice, stream), "self-check");
+    }
+    for (uint16_t* each : y) {
+      p.y = each + problem.kCanaries;
+      run_gemm(p, plan, dtype, partials, stream);
+    }
+    std::string complaint;
+    for (uint16_t* each : y) {
+      check(cudaMemcpyAsync(problem.y.data, each, y_bytes, cudaMemcpyDeviceToHost, stream), "self-check");
+      check(cudaStreamSynchronize(stream), "self-check");
+      if (complaint.empty()) complaint = problem.complaint();
+    }
     if (!complaint.empty()) {
       return std::string(dtype == DType::kFloat16 ? "fp16" : "bf16") + ", " + std::to_string(plan.bn) +
              " tokens a CTA, " + std::to_string(plan.token_ctas) + "x" + std::to_string(plan.row_ctas) + "x" +

@@ -44,9 +44,9 @@ enum class Fault {
   kNoZeroFill,          // garbage beyond the edges of x
   kNoSwizzle,           // x lies unswizzled
   kShiftedMetadata,     // metadata of the neighbouring thread
-  kNoFinalSync,         // a CTA leaves while its peers still read from it
   kMissingStoreWait,    // a staging buffer is refilled before it was stored
   kMissingProxyFence,   // staged y is not made visible to the copy engine
+  kNotReturned,         // a CTA does not wait for the last arrivals of its peers
   kCutShort,            // a split ends one tile early
 };
 
@@ -54,6 +54,7 @@ struct FaultPlan {
   Fault fault = Fault::kNone;
   std::chrono::microseconds retire_delay{0};  // lets producers run ahead before a group is retired
   std::chrono::seconds patience{20};          // with a wait before it is called a deadlock
+  bool late_arrivals = false;                 // those of other CTAs take a millisecond
 };
 
 // mbarrier of the PTX ISA: a phase completes when all arrivals and all transaction bytes are in.
@@ -122,6 +123,7 @@ struct Cta {
   std::deque<Barrier> barriers;
   std::vector<BarrierKind> kinds;
   uint32_t barrier_base = 0;
+  std::atomic<int> roles{0};  // that have not ended; a CTA leaves with the last
 
   uint8_t* at(uint32_t address, int bytes) {
     require(address >= kBase && address - kBase + bytes <= smem.size(), "address outside shared memory");
@@ -138,12 +140,42 @@ struct Cluster {
   Cluster(int ctas, int roles, int smem_bytes, int barriers, const FaultPlan& plan)
       : faults(plan), everyone(ctas * roles) {
     watchdog.patience = plan.patience;
-    for (int i = 0; i < ctas; ++i) cta.emplace_back(smem_bytes, barriers);
+    for (int i = 0; i < ctas; ++i) cta.emplace_back(smem_bytes, barriers).roles = roles;
   }
+
+  // An arrival that is on its way for a while, as between SMs.
+  void arrive_later(int rank, uint32_t address) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    on_the_way_.emplace_back([this, rank, address] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      try {
+        require(cta[rank].roles > 0, "an arrival finds that its CTA has left");
+        cta[rank].barrier(address).arrive();
+      } catch (const Failure& failure) {
+        complain(failure.what());
+      }
+    });
+  }
+  void complain(const std::string& what) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (complaint_.empty()) complaint_ = what;
+    watchdog.stop = true;
+  }
+  // After all roles have ended: "" or what went wrong.
+  std::string verdict() {
+    for (std::thread& arrival : on_the_way_) arrival.join();
+    return complaint_;
+  }
+
   FaultPlan faults;
   std::deque<Cta> cta;
   Rendezvous everyone;
   Watchdog watchdog;
+
+ private:
+  std::mutex mutex_;
+  std::string complaint_;
+  std::vector<std::thread> on_the_way_;
 };
 
 template <class Element>
@@ -197,14 +229,7 @@ class Machine {
     cta_.barrier(address).init(count);
   }
   void cluster_arrive(int) {}
-  void cluster_wait(int) {
-    ++syncs_;
-    if (syncs_ == 2 && has(Fault::kNoFinalSync)) {
-      if (role_ == 0) memset(cta_.smem.data(), 0xFF, cta_.smem.size());
-      return;
-    }
-    cluster_.everyone.sync(cluster_.watchdog);
-  }
+  void cluster_wait(int) { cluster_.everyone.sync(cluster_.watchdog); }
   void prefetch_map(const TensorMap&) {}
   void consumer_sync(int) {}  // a consumer is one thread here
   void wait(uint32_t address, uint32_t parity) {
@@ -227,10 +252,17 @@ class Machine {
     for (int i = 0; i < ranks.count; ++i) {
       const int rank = ranks.first + i * ranks.stride;
       if ((has(Fault::kLocalRelease) || has(Fault::kLocalCount)) && is_shared && rank != rank_) continue;
-      peer(rank).barrier(address).arrive();
+      if (rank != rank_ && cluster_.faults.late_arrivals) {
+        cluster_.arrive_later(rank, address);
+      } else {
+        peer(rank).barrier(address).arrive();
+      }
     }
   }
 
+  void wait_returned(uint32_t address, uint32_t parity) {
+    if (!has(Fault::kNotReturned)) wait(address, parity);
+  }
   void publish_cluster(uint32_t address, const sm90::Ranks& ranks) { arrive_cluster(address, ranks); }
   void wait_published(uint32_t address, uint32_t parity) { wait(address, parity); }
 
@@ -267,8 +299,6 @@ class Machine {
     require(sums.in_flight == 0, "accumulators read while an instruction writes them");
     sums.fenced = false;
   }
-  void keep(Regs<uint32_t, 2> (&)[1]) {}
-  void keep(Regs<uint32_t, 2> (&)[2]) {}
   void load_words(Regs<uint32_t, 2>& words, uint32_t address) {
     const int shift = has(Fault::kShiftedMetadata) ? 1 : 0;
     for (int t = 0; t < 128; ++t) memcpy(words.value[t], cta_.at(address + 8 * (t ^ shift), 8), 8);
@@ -475,7 +505,7 @@ class Machine {
   Cluster& cluster_;
   Cta& cta_;
   const int index_, rank_, role_;
-  int syncs_ = 0, releases_ = 0, drains_ = 0;
+  int releases_ = 0, drains_ = 0;
   bool fence_pending_ = false, unfenced_ = false;
   std::vector<std::function<void()>> open_;
   std::deque<std::vector<std::function<void()>>> groups_;

@@ -41,8 +41,6 @@ std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
       cta.barrier_base = Cta::kBase + Config::kBarrierOffset;
       for (int i = 0; i < Config::kBarriers; ++i) cta.kinds.push_back(barrier_kind<Config>(i));
     }
-    std::mutex mutex;
-    std::string complaint;
     std::vector<std::thread> threads;
     for (int rank = 0; rank < ctas; ++rank) {
       for (int role = 0; role < roles; ++role) {
@@ -50,15 +48,15 @@ std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
           try {
             M machine(cluster, index, rank, role);
             sm90::tile_gemm<Config>(machine, p, x_map, y_map);
+            --cluster.cta[rank].roles;
           } catch (const Failure& failure) {
-            const std::lock_guard<std::mutex> lock(mutex);
-            if (complaint.empty()) complaint = failure.what();
-            cluster.watchdog.stop = true;
+            cluster.complain(failure.what());
           }
         });
       }
     }
     for (std::thread& thread : threads) thread.join();
+    const std::string complaint = cluster.verdict();
     if (!complaint.empty()) return complaint;
   }
   return "";
@@ -195,10 +193,12 @@ const std::map<std::string, Planted> kFaults = {
     {"no_zero_fill", {Fault::kNoZeroFill, false, 8, 1, 1, 1, false}},
     {"no_swizzle", {Fault::kNoSwizzle, false, 8, 1, 1, 1, false}},
     {"shifted_metadata", {Fault::kShiftedMetadata, false, 8, 1, 1, 1, false}},
-    {"no_final_sync", {Fault::kNoFinalSync, false, 8, 1, 1, 4, true}},
     {"missing_store_wait", {Fault::kMissingStoreWait, true, 64, 1, 1, 1, false}},
     {"missing_proxy_fence", {Fault::kMissingProxyFence, true, 64, 1, 1, 1, false}},
     {"cut_short", {Fault::kCutShort, false, 8, 1, 1, 2, false}},
+    {"not_returned", {Fault::kNotReturned, true, 64, 2, 1, 1, false}},
+    {"not_returned_x", {Fault::kNotReturned, true, 64, 1, 2, 1, false}},
+    {"not_returned_sums", {Fault::kNotReturned, false, 8, 1, 1, 4, false}},
     {"unicast_x", {Fault::kUnicast, true, 64, 1, 2, 1, false}},
     {"local_release_x", {Fault::kLocalRelease, true, 64, 1, 2, 1, false}},
     {"local_count_x", {Fault::kLocalCount, true, 64, 1, 2, 1, true}},
@@ -213,6 +213,7 @@ int run_fault(const char* name, const Planted& planted) {
   c.splits = planted.splits;
   c.bfloat = true;
   FaultPlan plan;
+  plan.late_arrivals = planted.fault == Fault::kNotReturned;
   if (planted.delay) plan.retire_delay = std::chrono::microseconds(500);
   const std::string sound = run_case(c, plan);
   if (!sound.empty()) {

@@ -219,6 +219,8 @@ PK_BODY void load_x(M& m, const GemmProblem& p, const typename M::TensorMap& x_m
       ring.advance();
     }
   });
+  // Arrivals of other CTAs may still be on their way: a CTA must not leave before they are there.
+  for (int i = 0; i < C::kXSlots; ++i, ring.advance()) m.wait_returned(smem.x_empty(ring.slot), ring.parity ^ 1);
 }
 
 template <class C, class M>
@@ -250,6 +252,9 @@ PK_BODY void load_w(M& m, const GemmProblem& p, const Place& place, int ring_ind
       }
     }
   });
+  for (int i = 0; i < C::kWSlots; ++i, ring.advance()) {
+    m.wait_returned(smem.w_empty(ring_index, ring.slot), ring.parity ^ 1);
+  }
 }
 
 // State of a consumer's walk through the rings. A slot is given back one step late: after the wgmma group that read it
@@ -384,17 +389,13 @@ struct Consumer {
       while (kind == kSparse) {
         Kind next = kind_at(entries, ++k, end);
         sparse_tile(meta[0]);
-        m.keep(meta[1]);
         kind = next;
         if (kind != kSparse) break;
         next = kind_at(entries, ++k, end);
         sparse_tile(meta[1]);
-        m.keep(meta[0]);
         kind = next;
       }
       drain();
-      m.keep(meta[0]);
-      m.keep(meta[1]);
     }
   }
 
@@ -536,6 +537,7 @@ struct Consumer {
       const int row0 = work.row < 0 ? p.rows : work.row * kTile + (C::kPairs ? 0 : 64 * index);
       store(y_map, row0, work.token0);
     });
+    if (p.splits > 1) m.wait_returned(smem.sums_empty(index), exchange_parity ^ 1);
     if constexpr (C::kPairs) m.wait_stores();
   }
 };
@@ -582,9 +584,7 @@ PK_BODY void tile_gemm(M& m, const GemmProblem& p, const typename M::TensorMap& 
       m.one_lane([&] { load_w<C>(m, p, place, role - kLoadW0); });
     }
   }
-  // A peer may still copy into, arrive on or read from this CTA.
-  m.cluster_arrive(ctas);
-  m.cluster_wait(ctas);
+  // Each role has waited for what peers still had to send to this CTA or read from it, so it may leave.
 }
 
 }  // namespace patch_kernels::sm90
