@@ -123,6 +123,7 @@ class PatchHfQuantizer(HfQuantizer):
         loaded = dict(packed_layers(model))
         for name, layer in self.quantization_config.layers.items():
             _check_loaded(name, layer, loaded.get(name))
+            loaded[name].refresh_schedule()  # follows from the flags, so it is in no file
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

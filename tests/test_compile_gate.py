@@ -199,7 +199,7 @@ def metadata_complaints(kernel: Kernel) -> list[str]:
                 groups, group = [*groups, group], set()
         elif wait := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([01])", text):
             groups = groups[-1:] if wait[1] == "1" else []
-        elif written := re.match(r"(?:@!?U?P\w+ )?([A-Z0-9_.]+) R(\d+)", text):
+        elif written := re.match(r"([A-Z0-9_.]+) R(\d+)", text):
             width = 4 if ".128" in written[1] else 2 if ".64" in written[1] or ".WIDE" in written[1] else 1
             registers = set(range(int(written[2]), int(written[2]) + width))
             if registers & set().union(group, *groups):

@@ -58,6 +58,7 @@ def test_round_trip_is_exact(tmp_path, tiny_model, arch, dtype, overrides):
             loaded.model.decoder.layers[0].fc1 if arch == "opt" else loaded.get_submodule(LAYER), TiledLinear
         )
         assert torch.equal(loaded(IDS).logits, expected)
+        assert all(layer.tiled_weight.schedule is not None for _, layer in packed_layers(loaded))
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 258}
     assert torch.equal(loaded.generate(IDS, **options), model.generate(IDS, **options))
     loaded.save_pretrained(tmp_path / "two")  # a loaded model can be saved again
