@@ -193,6 +193,10 @@ __device__ __forceinline__ uint32_t map_to_rank(uint32_t address, int rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
+// Gives a slot back to CTA `rank`: what was read from it has arrived, so nothing has to be published.
+__device__ __forceinline__ void arrive_at_rank(uint32_t barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_to_rank(barrier, rank)) : "memory");
+}
 // After writing shared memory that CTA `rank` will read.
 __device__ __forceinline__ void publish_to_rank(uint32_t barrier, int rank) {
   asm volatile(

@@ -88,8 +88,8 @@ class MachineSm90 {
   __device__ __forceinline__ void init_barrier(uint32_t address, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(address), "r"(count) : "memory");
   }
-  // Arriving relaxed spares a fence over the whole GPU: fence.mbarrier_init has published the barriers. A cluster of one
-  // is a CTA.
+  // Arriving relaxed spares a fence over the whole GPU: fence.mbarrier_init has published the barriers. A cluster of
+  // one is a CTA.
   __device__ __forceinline__ void cluster_arrive(int ctas) {
     if (ctas > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
   }
