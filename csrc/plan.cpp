@@ -31,19 +31,17 @@ void cut_by_bytes(const std::vector<int64_t>& column_bytes, int32_t* cuts) {
 
 void make_schedule(const uint8_t* tile_is_sparse, int64_t tile_rows, int64_t tile_cols, int32_t* words) {
   std::vector<int64_t> row_bytes(tile_rows, 0);
-  int64_t offset = 0, dense = 0;
+  int64_t offset = 0;
   auto* tiles = reinterpret_cast<uint32_t*>(words + kScheduleHeader);
   for (int64_t t = 0; t < tile_rows * tile_cols; ++t) {
     const bool is_sparse = tile_is_sparse[t] != 0;
     tiles[t] = static_cast<uint32_t>(offset / kPayloadUnit) << 1 | static_cast<uint32_t>(is_sparse);
     offset += tile_bytes(is_sparse);
     row_bytes[t / tile_cols] += tile_bytes(is_sparse);
-    dense += !is_sparse;
   }
   words[0] = kScheduleMagic;
   words[1] = static_cast<int32_t>(tile_rows);
   words[2] = static_cast<int32_t>(tile_cols);
-  words[3] = static_cast<int32_t>(dense);
 
   int32_t* order = words + kScheduleHeader + tile_rows * tile_cols;
   std::iota(order, order + tile_rows, 0);

@@ -15,7 +15,7 @@ constexpr int kPayloadUnit = 2048;              // every tile's size and offset 
 constexpr int32_t kScheduleMagic = 0x504B5331;  // "PKS1"
 
 // Schedule of a layer: one int32 buffer, read by the kernels.
-//   header     4 words: magic, tile rows R, tile columns C, dense tiles
+//   header     3 words: magic, tile rows R, tile columns C
 //   tiles      R x C: (byte offset of the tile / 2048) << 1 | is_sparse, as uint32 (payloads up to 4 TiB)
 //   order      R: tile rows by decreasing bytes. Unit u of a kernel that takes single rows is row order[u]; of one that
 //              takes pairs it is rows order[2u] and order[2u+1], neighbours in bytes, so its halves balance.
@@ -30,7 +30,7 @@ struct Schedule {
   int tile_cols;
 };
 
-constexpr int kScheduleHeader = 4;
+constexpr int kScheduleHeader = 3;
 
 PK_HD constexpr int64_t schedule_words(int64_t tile_rows, int64_t tile_cols) {
   return kScheduleHeader + tile_rows * tile_cols + tile_rows + (tile_rows + (tile_rows + 1) / 2) * kCuts;

@@ -284,7 +284,7 @@ def _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, til
 def schedule_words(grid: tuple[int, int]) -> int:
     """int32 words of make_schedule for a grid of tiles: header, tiles, order, cuts of rows and of pairs."""
     rows, cols = grid
-    return 4 + rows * cols + rows + 9 * (rows + -(-rows // 2))
+    return 3 + rows * cols + rows + 9 * (rows + -(-rows // 2))
 
 
 def _fake_linear(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant):

@@ -354,3 +354,10 @@ def test_micro_programs_compile_clean(source, tmp_path):
         done = subprocess.run([tmp_path / "program"], capture_output=True, text=True)
         assert done.returncode == 2
         assert done.stderr.startswith("Expected a GPU of compute capability 9.0, found none")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_bench_plans_needs_a_gpu():
+    run = subprocess.run([sys.executable, "-m", "benchmarks.bench_plans"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "bench_plans: needs an NVIDIA GPU that torch can use, found none.\n"

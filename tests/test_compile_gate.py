@@ -35,8 +35,6 @@ DECODE_BN = (8, 16, 32)
 # products of 16 rows x 8 tokens: four k16 each in a dense step, two k32 in a sparse one. LDSM: x in two
 # k32 of either branch, w in four k16 of the dense and two k32 of the sparse.
 SM80 = {
-    (8, 2): {"HMMA": 4, "HMMA.SP": 2, "LDSM": 10},
-    (8, 4): {"HMMA": 4, "HMMA.SP": 2, "LDSM": 10},
     (16, 2): {"HMMA": 8, "HMMA.SP": 4, "LDSM": 14},
     (16, 4): {"HMMA": 8, "HMMA.SP": 4, "LDSM": 14},
     (32, 2): {"HMMA": 16, "HMMA.SP": 8, "LDSM": 22},

@@ -33,6 +33,14 @@ def test_cuda_stream_symbol_is_bound_exactly_on_a_cuda_torch():
     assert torch.ops.patch_kernels.has_cuda_shim() == (torch.version.cuda is not None)
 
 
+def test_gemm_status_without_a_gpu():
+    status = _library.gemm_status(ops.LIBRARY_PATH, 100)
+    assert status["state"] == "disabled"
+    has_cuda = _library.build_info(ops.LIBRARY_PATH)["cuda_architectures"] != "none"
+    expected = "device number 100 is outside 0..63" if has_cuda else "this build has no CUDA kernels"
+    assert expected in status["reason"]
+
+
 def test_missing_library(monkeypatch, tmp_path):
     monkeypatch.setenv("PATCH_KERNELS_LIBRARY", str(tmp_path / "none.so"))
     with pytest.raises(ImportError, match=r"expected the compiled ops at .*none\.so, got no such file\. Build them"):

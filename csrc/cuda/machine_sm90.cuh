@@ -136,16 +136,13 @@ class MachineSm90 {
         "r"(parity)
         : "memory");
   }
-  __device__ __forceinline__ void arrive(uint32_t address) {
-    if (elected()) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(address) : "memory");
-  }
   // Called by the one lane of a producer.
   __device__ __forceinline__ void arrive_expect(uint32_t address, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(address), "r"(bytes) : "memory");
   }
   // One thread a CTA of `ranks`. Gives a slot back: what was read from it has arrived, so nothing has to be published.
   __device__ __forceinline__ void arrive_cluster(uint32_t address, const sm90::Ranks& ranks) {
-    if (ranks.count == 1) return arrive(address);  // that one is this CTA
+    if (ranks.count == 1) return arrive_here(address);
     if (thread() < ranks.count) {
       asm volatile(
           "mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(remote(address, ranks.first + thread() * ranks.stride))
@@ -306,6 +303,9 @@ class MachineSm90 {
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x) & 127; }
   // The thread that speaks for its warpgroup.
   static __device__ __forceinline__ bool elected() { return thread() == 0; }
+  static __device__ __forceinline__ void arrive_here(uint32_t address) {
+    if (elected()) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(address) : "memory");
+  }
   static __device__ __forceinline__ uint32_t remote(uint32_t address, int rank) {
     uint32_t mapped;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(mapped) : "r"(address), "r"(rank));

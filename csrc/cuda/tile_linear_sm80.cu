@@ -27,10 +27,6 @@ __global__ void __launch_bounds__(kAddThreads)
 template <class F>
 void with_config(const LaunchPlan& plan, F f) {
   switch (1000 * plan.depth + plan.bn) {
-    case 4008:
-      return f(Sm80Decode<8, 4>{});
-    case 2008:
-      return f(Sm80Decode<8, 2>{});
     case 4016:
       return f(Sm80Decode<16, 4>{});
     case 2016:

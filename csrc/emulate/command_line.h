@@ -8,6 +8,9 @@
 #include <map>
 #include <random>
 #include <string>
+#include <vector>
+
+#include "../self_check.h"
 
 namespace patch_kernels::emulate {
 
@@ -31,6 +34,23 @@ int run_cases(int cases, uint32_t seed, F run_one) {
   }
   printf("%d passed, %d failed\n", cases - failed, failed);
   return failed != 0;
+}
+
+// "", or which case went wrong and how. describe(c) is the family's.
+template <class Case>
+std::string outcome(const Case& c, const std::string& complaint) {
+  return complaint.empty() ? "" : describe(c) + ": " + complaint;
+}
+
+// The problems and plans that a GPU is checked with: run_one(plan, bfloat).
+template <class F>
+int run_plans(Family family, F run_one) {
+  const std::vector<LaunchPlan> plans = self_check_plans(family);
+  int next = 0;
+  return run_cases(2 * static_cast<int>(plans.size()), 0, [&](std::mt19937&) {
+    const int number = next++;
+    return run_one(plans[number / 2], number % 2 != 0);
+  });
 }
 
 using Loop = int (*)(int cases, uint32_t seed);

@@ -238,10 +238,6 @@ class Machine {
     if (has(Fault::kMissingSumsRelease) && kind(address) == kSumsEmpty) return;
     cta_.barrier(address).wait(parity, cluster_.watchdog);
   }
-  void arrive(uint32_t address) {
-    if (has(Fault::kMissingRelease) && kind(address) == kXEmpty && ++releases_ == 3) return;
-    cta_.barrier(address).arrive();
-  }
   void arrive_expect(uint32_t address, int bytes) {
     if (has(Fault::kWrongBytes) && bytes == kSparseTileBytes) bytes -= kMetaBytes;
     cta_.barrier(address).arrive(bytes);

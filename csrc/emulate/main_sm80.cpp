@@ -111,10 +111,6 @@ std::string run_case(const Case& c, const Planted& planted = {}) {
   if (planted.told == Told::kShortXRing) return run_short<ShortX>(c);
   if (planted.told == Told::kShortWRing) return run_short<ShortW>(c);
   switch (1000 * c.depth + c.bn) {
-    case 2008:
-      return run_config<Sm80Decode<8, 2>>(c, planted);
-    case 4008:
-      return run_config<Sm80Decode<8, 4>>(c, planted);
     case 2016:
       return run_config<Sm80Decode<16, 2>>(c, planted);
     case 4016:
@@ -132,10 +128,10 @@ std::string run_case(const Case& c, const Planted& planted = {}) {
 }
 
 Case random_case(std::mt19937& random) {
-  constexpr int kBns[] = {8, 16, 32, 128};
+  constexpr int kBns[] = {16, 32, 128};
   Case c;
   c.bfloat = between(random, 0, 1) != 0;
-  c.bn = kBns[between(random, 0, 3)];
+  c.bn = kBns[between(random, 0, 2)];
   const bool deep = between(random, 0, 1) != 0;
   c.depth = c.bn == 128 ? (deep ? 3 : 1) : (deep ? 4 : 2);
   c.sizes = random_sizes(random, 300, 520, 130);
@@ -152,24 +148,18 @@ Case random_case(std::mt19937& random) {
 int run_exact(int cases, uint32_t seed) {
   return run_cases(cases, seed, [](std::mt19937& random) {
     const Case c = random_case(random);
-    const std::string complaint = run_case(c);
-    return complaint.empty() ? "" : describe(c) + ": " + complaint;
+    return outcome(c, run_case(c));
   });
 }
 
-// The problems and plans that a GPU is checked with.
 int run_self_check(int, uint32_t) {
-  const std::vector<LaunchPlan> plans = self_check_plans(Family::kSm80);
-  int next = 0;
-  return run_cases(2 * static_cast<int>(plans.size()), 0, [&](std::mt19937&) {
-    const LaunchPlan& plan = plans[next / 2];
+  return run_plans(Family::kSm80, [](const LaunchPlan& plan, bool bfloat) {
     Case c;
-    c.bfloat = next++ % 2 != 0;
-    c.sizes = self_check_sizes(!c.bfloat);
+    c.sizes = self_check_sizes(!bfloat);
+    c.bfloat = bfloat;
     c.bn = plan.bn, c.depth = plan.depth, c.splits = plan.splits;
     c.workers = plan.items.workers, c.groups_per_block = plan.items.groups_per_block;
-    const std::string complaint = run_case(c);
-    return complaint.empty() ? "" : describe(c) + ": " + complaint;
+    return outcome(c, run_case(c));
   });
 }
 

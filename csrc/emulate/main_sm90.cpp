@@ -118,8 +118,7 @@ Case random_case(std::mt19937& random) {
 int run_exact(int cases, uint32_t seed) {
   return run_cases(cases, seed, [](std::mt19937& random) {
     const Case c = random_case(random);
-    const std::string complaint = run_case(c);
-    return complaint.empty() ? "" : describe(c) + ": " + complaint;
+    return outcome(c, run_case(c));
   });
 }
 
@@ -153,20 +152,15 @@ int run_invariant(int cases, uint32_t seed) {
   });
 }
 
-// The problems and plans that a GPU is checked with.
 int run_self_check(int, uint32_t) {
-  const std::vector<LaunchPlan> plans = self_check_plans(Family::kSm90);
-  int next = 0;
-  return run_cases(2 * static_cast<int>(plans.size()), 0, [&](std::mt19937&) {
-    const LaunchPlan& plan = plans[next / 2];
+  return run_plans(Family::kSm90, [](const LaunchPlan& plan, bool bfloat) {
     Case c;
-    c.bfloat = next++ % 2 != 0;
-    c.sizes = self_check_sizes(!c.bfloat);
+    c.sizes = self_check_sizes(!bfloat);
+    c.bfloat = bfloat;
     c.pairs = plan.pairs, c.bn = plan.bn;
     c.token_ctas = plan.token_ctas, c.row_ctas = plan.row_ctas, c.splits = plan.splits;
     c.workers = plan.items.workers, c.groups_per_block = plan.items.groups_per_block;
-    const std::string complaint = run_case(c);
-    return complaint.empty() ? "" : describe(c) + ": " + complaint;
+    return outcome(c, run_case(c));
   });
 }
 
