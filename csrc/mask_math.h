@@ -2,8 +2,10 @@
 // probabilities, mask, and their derivatives. Written once: the CPU runs it on kLanes groups at a time (every loop over
 // lanes is vectorised by the compiler), CUDA runs it with one lane per thread.
 //
-// Only IEEE additions and multiplications, compiled without contraction, so forward, backward and every instruction set
-// give the same bits for the same (seed, layer, draw).
+// Forward and backward call the same functions and nothing is contracted behind their back, so both see the same mask
+// bit for bit. On the CPU they are IEEE additions and multiplications alone: every instruction set gives the same bits.
+// A GPU takes its own log2, exp2 and reciprocal (mul_add and the functions below it), which differ from those by about
+// 2^-22.
 #pragma once
 
 #include <cmath>
@@ -19,7 +21,6 @@ namespace {  // internal linkage: this header is compiled once per instruction s
 constexpr int kPatterns = 6;
 constexpr uint32_t kTileStreamBit = 1u << 31;  // of the fourth counter word: tile noise
 constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 
 struct NoiseKey {
   uint64_t seed;
@@ -28,11 +29,23 @@ struct NoiseKey {
   bool enabled;
 };
 
-struct PatternParams {
-  double temperature;
-  double scale;
-  bool hard;
+PK_HD NoiseKey noise_key(const int64_t* key, uint32_t layer) {
+  if (!key) return {0, layer, 0, false};
+  return {static_cast<uint64_t>(key[0]), layer, static_cast<uint32_t>(key[1]), true};
+}
+
+// exponent of 2 = logit * scale + log2-noise * noise; of patterns and of tiles.
+template <class Real>
+struct Factors {
+  Real logit;     // log2(e) * scale / temperature
+  Real noise;     // 1 / temperature
+  Real gradient;  // scale / temperature
 };
+template <class Real>
+PK_HD Factors<Real> make_factors(double inverse_temperature, double scale_over_temperature) {
+  return {static_cast<Real>(kLog2E * scale_over_temperature), static_cast<Real>(inverse_temperature),
+          static_cast<Real>(scale_over_temperature)};
+}
 
 template <class To, class From>
 PK_HD To bit_cast(From from) {
@@ -42,6 +55,16 @@ PK_HD To bit_cast(From from) {
   return to;
 }
 
+PK_HD uint64_t multiply_wide(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;  // as C++, nvcc adds the zero upper half of a
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t{a} * b;
+#endif
+}
+
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011). Counters are updated in place.
 template <int kLanes>
 PK_HD void philox(uint32_t (&c0)[kLanes], uint32_t (&c1)[kLanes], uint32_t (&c2)[kLanes], uint32_t (&c3)[kLanes],
@@ -49,8 +72,8 @@ PK_HD void philox(uint32_t (&c0)[kLanes], uint32_t (&c1)[kLanes], uint32_t (&c2)
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     for (int l = 0; l < kLanes; ++l) {
-      const uint64_t product0 = uint64_t{0xD2511F53u} * c0[l];
-      const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2[l];
+      const uint64_t product0 = multiply_wide(c0[l], 0xD2511F53u);
+      const uint64_t product1 = multiply_wide(c2[l], 0xCD9E8D57u);
       c0[l] = static_cast<uint32_t>(product1 >> 32) ^ c1[l] ^ key0;
       c1[l] = static_cast<uint32_t>(product1);
       c2[l] = static_cast<uint32_t>(product0 >> 32) ^ c3[l] ^ key1;
@@ -61,18 +84,27 @@ PK_HD void philox(uint32_t (&c0)[kLanes], uint32_t (&c1)[kLanes], uint32_t (&c2)
   }
 }
 
-// 21 random bits to (bits + 0.5) / 2^21, exact in fp32 and strictly inside (0, 1); so is 1 - u.
-template <class Real>
-PK_HD Real uniform21(uint32_t bits) {
-  return (static_cast<Real>(static_cast<int32_t>(bits)) + Real(0.5)) * Real(1.0 / 2097152.0);
+// a * b + c: fused where that is exact to predict (a GPU), two roundings on every CPU.
+PK_HD float mul_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
+PK_HD double mul_add(double a, double b, double c) { return a * b + c; }
 
-// log2 of a positive normal number. The mantissa is reduced to [1/sqrt2, sqrt2) so that the exponent is 0 near 1: the
-// result keeps its relative accuracy (1.4e-7) there, where the largest Gumbel values come from.
+// log2 of a positive normal number, absolute error 2^-22 for results near 0 (PTX ISA, lg2.approx), relative elsewhere.
 PK_HD float log2_positive(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  // The mantissa is reduced to [1/sqrt2, sqrt2).
   const int32_t bits = bit_cast<int32_t>(x);
   const int32_t exponent = (bits - 0x3F3504F3) >> 23;
-  const float f = bit_cast<float>(bits - (exponent << 23)) - 1.0f;
+  const float f = bit_cast<float>(bits - exponent * (1 << 23)) - 1.0f;
   float p = 0.12583689391613007f;
   p = p * f - 0.20726968348026276f;
   p = p * f + 0.21571561694145203f;
@@ -83,11 +115,17 @@ PK_HD float log2_positive(float x) {
   p = p * f - 0.7213473320007324f;
   p = p * f + 1.4426950216293335f;
   return p * f + static_cast<float>(exponent);
+#endif
 }
 PK_HD double log2_positive(double x) { return ::log2(x); }
 
-// 2^x for x <= 0, relative error 1e-7; 0 below 2^-126. NaN stays NaN.
+// 2^x for x <= 0, relative error 2^-22; 0 below 2^-126. NaN stays NaN.
 PK_HD float exp2_nonpositive(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
   const float clamped = x < -126.0f ? -126.0f : x;
   const float shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the sum's low mantissa bits are round(clamped)
   const float f = clamped - (shifted - 12582912.0f);
@@ -101,8 +139,46 @@ PK_HD float exp2_nonpositive(float x) {
   const uint32_t scale = (static_cast<uint32_t>(bit_cast<int32_t>(shifted) - 0x4B400000) + 127u) << 23;
   const float result = p * bit_cast<float>(scale);
   return x < -126.0f ? 0.0f : result;
+#endif
 }
 PK_HD double exp2_nonpositive(double x) { return ::exp2(x); }
+
+PK_HD float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+PK_HD double reciprocal(double x) { return 1.0 / x; }
+
+// 21 random bits to u = (bits + 0.5) / 2^21: exact in fp32 and strictly inside (0, 1), as is 1 - u.
+PK_HD float uniform21(uint32_t bits, float) { return bit_cast<float>(0x3F800002u | bits << 2) - 1.0f; }
+PK_HD double uniform21(uint32_t bits, double) {
+  return (static_cast<double>(static_cast<int32_t>(bits)) + 0.5) * (1.0 / 2097152.0);
+}
+
+// -log2(u), an exponential variate in units of ln 2. The largest Gumbel values come from u near 1, where a log2 with an
+// absolute error is no longer right: 1 % of the result at u = 1 - 2^-15, all of it at the last u. There -log2(1 - t) is
+// its series, whose relative error is below t^6 / 7.
+template <class Real>
+PK_HD Real exponential(uint32_t bits) {
+  const Real u = uniform21(bits, Real(0)), t = Real(1) - u;
+  Real series = Real(kLog2E / 6);
+  series = mul_add(series, t, Real(kLog2E / 5));
+  series = mul_add(series, t, Real(kLog2E / 4));
+  series = mul_add(series, t, Real(kLog2E / 3));
+  series = mul_add(series, t, Real(kLog2E / 2));
+  series = mul_add(series, t, Real(kLog2E)) * t;
+  const Real direct = -log2_positive(u);
+  return t < Real(1.0 / 32) ? series : direct;
+}
+template <>
+PK_HD double exponential<double>(uint32_t bits) {
+  return -::log2(uniform21(bits, 0.0));
+}
 
 // Probability of the dense choice and the forward value for one tile: sigmoid((scale*logit + logistic)/temperature).
 template <class Real>
@@ -112,33 +188,32 @@ struct TileGate {
 };
 
 template <class Real>
-PK_HD TileGate<Real> tile_gate(Real logit, uint32_t row, uint32_t col, const PatternParams& params,
+PK_HD TileGate<Real> tile_gate(Real logit, uint32_t row, uint32_t col, const Factors<Real>& factors, bool hard,
                                const NoiseKey& noise) {
-  Real score = static_cast<Real>(params.scale) * logit;
+  Real z = factors.logit * logit;
   if (noise.enabled) {
     uint32_t c0[1] = {row}, c1[1] = {col}, c2[1] = {noise.draw}, c3[1] = {noise.layer | kTileStreamBit};
     philox<1>(c0, c1, c2, c3, noise.seed);
-    const Real u = uniform21<Real>(c0[0] >> 11);
-    score += (log2_positive(u) - log2_positive(Real(1) - u)) * Real(kLn2);
+    // The logistic variate ln(u) - ln(1 - u); 1 - u is the uniform of the inverted bits.
+    const uint32_t bits = c0[0] >> 11;
+    const Real logistic = exponential<Real>(~bits & 0x1FFFFFu) - exponential<Real>(bits);
+    z = mul_add(logistic, factors.noise, z);
   }
   // sigmoid through 2^-|z|, which neither overflows nor loses the small tail
-  const Real z = score * Real(kLog2E / params.temperature);
   const Real e = exp2_nonpositive(z < 0 ? z : -z);
-  const Real soft = (z < 0 ? e : Real(1)) / (Real(1) + e);
-  return {soft, params.hard ? Real(score > 0 ? 1 : 0) : soft};
+  const Real soft = (z < 0 ? e : Real(1)) * reciprocal(Real(1) + e);
+  return {soft, hard ? Real(z > 0 ? 1 : 0) : soft};
 }
 
 // Pattern probabilities p[k][lane] of groups first..first+kLanes-1 from their logits l[k][lane]:
 // softmax((scale*l + Gumbel)/temperature). With E = -log2(u), Gumbel = -ln(ln2 * E), and the constant cancels.
 template <class Real, int kLanes>
-PK_HD void pattern_probabilities(const Real (&logits)[kPatterns][kLanes], uint64_t first, const PatternParams& params,
+PK_HD void pattern_probabilities(const Real (&logits)[kPatterns][kLanes], uint64_t first, const Factors<Real>& factors,
                                  const NoiseKey& noise, Real (&p)[kPatterns][kLanes]) {
-  const Real logit_factor = static_cast<Real>(params.scale * kLog2E / params.temperature);
   for (int k = 0; k < kPatterns; ++k) {
-    for (int l = 0; l < kLanes; ++l) p[k][l] = logits[k][l] * logit_factor;
+    for (int l = 0; l < kLanes; ++l) p[k][l] = logits[k][l] * factors.logit;
   }
   if (noise.enabled) {
-    const Real noise_factor = static_cast<Real>(1.0 / params.temperature);
     uint32_t words[4][kLanes], bits[kPatterns][kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const uint64_t group = first + static_cast<uint64_t>(l);
@@ -156,8 +231,7 @@ PK_HD void pattern_probabilities(const Real (&logits)[kPatterns][kLanes], uint64
     }
     for (int k = 0; k < kPatterns; ++k) {
       for (int l = 0; l < kLanes; ++l) {
-        const Real e = -log2_positive(uniform21<Real>(bits[k][l]));
-        p[k][l] -= log2_positive(e) * noise_factor;
+        p[k][l] = mul_add(-log2_positive(exponential<Real>(bits[k][l])), factors.noise, p[k][l]);
       }
     }
   }
@@ -173,7 +247,7 @@ PK_HD void pattern_probabilities(const Real (&logits)[kPatterns][kLanes], uint64
       total[l] += p[k][l];
     }
   }
-  for (int l = 0; l < kLanes; ++l) total[l] = Real(1) / total[l];
+  for (int l = 0; l < kLanes; ++l) total[l] = reciprocal(total[l]);
   for (int k = 0; k < kPatterns; ++k) {
     for (int l = 0; l < kLanes; ++l) p[k][l] *= total[l];
   }
@@ -217,6 +291,12 @@ PK_HD void fixed_mask(const uint32_t (&nibbles)[kLanes], Real (&m)[kGroup][kLane
   }
 }
 
+// Mask of a tile with gate d over the pattern mask m.
+template <class Real>
+PK_HD Real gated_mask(Real d, Real m) {
+  return mul_add(Real(1) - d, m, d);
+}
+
 // mask * weight, but a mask of exactly zero drops the weight even if it is inf or NaN.
 template <class Real>
 PK_HD Real masked_value(Real mask, Real weight) {
@@ -233,13 +313,13 @@ PK_HD void mask_gradient(const Real (&g)[kGroup][kLanes], const Real (&w)[kGroup
   for (int l = 0; l < kLanes; ++l) gate_grad[l] = 0;
   for (int j = 0; j < kGroup; ++j) {
     for (int l = 0; l < kLanes; ++l) {
-      const Real mask = d[l] + (Real(1) - d[l]) * m[j][l];
+      const Real mask = gated_mask(d[l], m[j][l]);
       const Real difference = w[j][l] - w[j][l];  // 0 for finite weights, NaN else
       const bool dropped = mask == Real(0) && difference != Real(0);
       const Real weight = dropped ? Real(0) : w[j][l];
-      const Real mask_grad = weight * (g[j][l] + Real(2) * norm_grad * mask * weight) + density_grad;
+      const Real mask_grad = mul_add(weight, mul_add(Real(2) * norm_grad * mask, weight, g[j][l]), density_grad);
       pattern_grad[j][l] = (Real(1) - d[l]) * mask_grad;
-      gate_grad[l] += mask_grad * (Real(1) - m[j][l]);
+      gate_grad[l] = mul_add(mask_grad, Real(1) - m[j][l], gate_grad[l]);
     }
   }
 }
@@ -255,7 +335,7 @@ PK_HD void pattern_logit_gradient(const Real (&p)[kPatterns][kLanes], const Real
   for (int k = 0; k < kPatterns; ++k) {
     for (int l = 0; l < kLanes; ++l) {
       logit_grad[k][l] = pattern_grad[kColumns[k][0]][l] + pattern_grad[kColumns[k][1]][l];
-      mean[l] += p[k][l] * logit_grad[k][l];
+      mean[l] = mul_add(p[k][l], logit_grad[k][l], mean[l]);
     }
   }
   for (int k = 0; k < kPatterns; ++k) {
@@ -277,6 +357,11 @@ PK_HD Real load_as(BFloat16 x) {
 }
 template <class Real>
 PK_HD Real load_as(Half x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return static_cast<Real>(value);
+#else
   // Shift the fields into fp32 position and multiply by 2^112 to correct the exponent: right for subnormals too.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7FFFu) << 13;
   const float scaled = bit_cast<float>(magnitude) * 5.192296858534828e33f;
@@ -284,6 +369,7 @@ PK_HD Real load_as(Half x) {
   const uint32_t special = magnitude | 0x7F800000u;  // inf and NaN keep their payload
   const uint32_t bits = (x.bits & 0x7C00u) == 0x7C00u ? special : finite;
   return static_cast<Real>(bit_cast<float>(bits | static_cast<uint32_t>(x.bits & 0x8000u) << 16));
+#endif
 }
 template <class Real>
 PK_HD Real load_as(float x) {
@@ -296,11 +382,18 @@ PK_HD Real load_as(double x) {
 
 // Round to nearest even; NaN stays NaN.
 PK_HD void store_as(float value, BFloat16& out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   out.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u | (bits >> 16 & 0x8000u) : rounded);
+#endif
 }
 PK_HD void store_as(float value, Half& out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t sign = bits >> 16 & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -312,6 +405,7 @@ PK_HD void store_as(float value, Half& out) {
   result = magnitude >= 0x47800000u ? 0x7C00u : result;  // 65536 and above
   result = magnitude > 0x7F800000u ? 0x7E00u : result;   // NaN
   out.bits = static_cast<uint16_t>(sign | result);
+#endif
 }
 PK_HD void store_as(float value, float& out) { out = value; }
 PK_HD void store_as(double value, double& out) { out = value; }

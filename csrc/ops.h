@@ -31,13 +31,22 @@ struct MaskedWeightArgs {
   const void* pattern_logits;    // (rows*cols/4, 6) or null
   const uint8_t* fixed_pattern;  // two groups a byte, or null
   const void* tile_logits;       // ceil(rows/tile_rows) x ceil(cols/tile_cols), or null
+  // What changes from step to step lies in memory of the weight's device: a replayed CUDA graph sees the new values.
+  const double* factors;  // (4): 1/temperature and scale/temperature of the patterns, the same of the tiles
+  const int64_t* key;     // (2): seed and draw of the noise, or null: no noise
   int64_t rows, cols, tile_rows, tile_cols;
-  double pattern_temperature, pattern_scale, tile_temperature, tile_scale;
   bool hard_pattern, hard_tile;
-  uint64_t seed;
-  uint32_t layer, draw;
-  bool noise;
-  DType dtype;  // of weight; logits are fp64 if it is fp64, fp32 otherwise
+  uint32_t layer;
+  DType dtype;          // of weight
+  DType pattern_dtype;  // of pattern_logits: fp64 if weight is, else fp32 or bf16; tile logits: fp64 or fp32
+};
+
+struct MaskedWeightGrads {
+  const void* grad_masked;    // like weight
+  const double* grad_sums;    // (2)
+  void* grad_pattern_logits;  // like pattern_logits, null where there are none
+  void* grad_tile_logits;     // like tile_logits, null where there are none
+  void* masked;               // the forward result once more, or null
 };
 
 // First violation found while packing: a sparse tile's group that does not keep exactly two (see pack_tiles).
@@ -59,9 +68,7 @@ void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, ParallelFor paral
 void tile_linear(const TileLinearArgs& args, ParallelFor parallel);
 // masked like weight; sums (2) fp64.
 void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel);
-// grad_masked like weight, grad_sums (2) fp64; outputs like the logits, null where there are none.
-void masked_weight_backward(const MaskedWeightArgs& args, const void* grad_masked, const double* grad_sums,
-                            void* grad_pattern_logits, void* grad_tile_logits, ParallelFor parallel);
+void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel);
 const char* instruction_set();
 }  // namespace cpu
 
@@ -70,8 +77,7 @@ namespace cuda {
 void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, void* stream);
 // partial_sums: (tile rows, tile cols, 2) fp64 workspace.
 void masked_weight(const MaskedWeightArgs& args, void* masked, double* partial_sums, double* sums, void* stream);
-void masked_weight_backward(const MaskedWeightArgs& args, const void* grad_masked, const double* grad_sums,
-                            void* grad_pattern_logits, void* grad_tile_logits, void* stream);
+void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, void* stream);
 }  // namespace cuda
 
 }  // namespace patch_kernels

@@ -14,13 +14,11 @@ STABLE_TORCH_LIBRARY(patch_kernels, m) {
       "Tensor? bias, bool batch_invariant) -> Tensor");
   m.def(
       "masked_weight(Tensor weight, Tensor? pattern_logits, Tensor? fixed_pattern, Tensor? tile_logits, "
-      "int tile_rows, int tile_cols, float pattern_temperature, float pattern_scale, float tile_temperature, "
-      "float tile_scale, bool hard_pattern, bool hard_tile, int seed, int layer, int draw, bool noise) "
+      "Tensor factors, Tensor? key, int tile_rows, int tile_cols, bool hard_pattern, bool hard_tile, int layer) "
       "-> (Tensor, Tensor)");
   m.def(
       "masked_weight_backward(Tensor grad_masked, Tensor grad_sums, Tensor weight, Tensor? pattern_logits, "
-      "Tensor? fixed_pattern, Tensor? tile_logits, int tile_rows, int tile_cols, float pattern_temperature, "
-      "float pattern_scale, float tile_temperature, float tile_scale, bool hard_pattern, bool hard_tile, int seed, "
-      "int layer, int draw, bool noise) -> (Tensor, Tensor)");
+      "Tensor? fixed_pattern, Tensor? tile_logits, Tensor factors, Tensor? key, int tile_rows, int tile_cols, "
+      "bool hard_pattern, bool hard_tile, int layer, bool with_masked) -> (Tensor, Tensor, Tensor)");
   m.def("has_cuda_shim() -> bool");
 }

@@ -2,14 +2,18 @@
 
 from patch_kernels.layout import TiledWeight, tiles_that_are_two_of_four
 from patch_kernels.linear import TiledLinear
-from patch_kernels.ops import masked_weight, payload_bytes, tile_grid, tile_linear
+from patch_kernels.masked import MaskSampling, mask_sampling, masked_linear, masked_weight
+from patch_kernels.ops import payload_bytes, tile_grid, tile_linear
 from patch_kernels.reference import PATTERNS, TILE, pack_keep, unpack_keep
 
 __all__ = [
     "PATTERNS",
+    "MaskSampling",
     "TILE",
     "TiledLinear",
     "TiledWeight",
+    "mask_sampling",
+    "masked_linear",
     "masked_weight",
     "pack_keep",
     "payload_bytes",

@@ -1,4 +1,4 @@
-"""Typed wrappers of the compiled ops: checks with readable errors, fake kernels, autograd.
+"""Typed wrappers of the packed weight's ops (masked.py has those of mask learning): checks with readable errors, fake kernels, autograd.
 
 The C++ schemas (csrc/schema.cpp) have no defaults, so autograd always sees every input at its place.
 tile_linear has no autograd formula on purpose: one costs 5 us a call even under no_grad. Training goes through
@@ -22,8 +22,6 @@ _ops = torch.ops.patch_kernels
 DENSE_TILE_BYTES = 32768
 SPARSE_TILE_BYTES = 18432
 _PACKED_DTYPES = (torch.float16, torch.bfloat16)
-_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MAX_UINT32 = (1 << 32) - 1
 
 
 def tile_grid(shape: tuple[int, int], tile: tuple[int, int] = (TILE, TILE)) -> tuple[int, int]:
@@ -181,106 +179,6 @@ def _say_if_dense(device_index: int) -> None:
         )
 
 
-def masked_weight(
-    weight: Tensor,
-    pattern_logits: Tensor | None,
-    tile_logits: Tensor | None,
-    *,
-    tile: tuple[int, int] = (TILE, TILE),
-    pattern_temperature: float = 1.0,
-    pattern_scale: float = 1.0,
-    tile_temperature: float = 1.0,
-    tile_scale: float = 1.0,
-    hard_pattern: bool = False,
-    hard_tile: bool = False,
-    fixed_pattern: Tensor | None = None,
-    noise: tuple[int, int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sample a PATCH mask, apply it to a frozen weight, and sum what the regularisers need, in one pass.
-
-    p = softmax((pattern_scale * pattern_logits + Gumbel) / pattern_temperature)      per group, six patterns
-    d = sigmoid((tile_scale * tile_logits + logistic) / tile_temperature)             per tile, share of "dense"
-    mask = d + (1 - d) * (p @ PATTERNS)          masked = mask * weight
-
-    weight          (N, K) fp16, bf16, fp32 or fp64, K a multiple of 4; gets no gradient.
-    pattern_logits  (N*K/4, 6) fp32 (fp64 with an fp64 weight), or None with fixed_pattern.
-    tile_logits     (ceil(N/tile[0]), ceil(K/tile[1])) of the same dtype, or None: every tile is sparse (MaskLLM).
-    fixed_pattern   pack_keep(keep) of a fixed mask (PATCH-Tile), instead of pattern_logits.
-    hard_pattern, hard_tile   forward value is the likeliest choice, gradient that of the soft one (straight-through).
-    noise           (seed, layer, draw): Philox noise that is a function of these alone, so recomputation, resuming and
-                    any sharding see the same mask; None for no noise.
-    returns         masked, like weight; sums (2,) fp64: sum of the mask, and sum of masked**2. Both are differentiable.
-                    Backward recomputes everything; nothing of the logits' size is kept.
-    raises          ValueError naming the argument, what was expected and what came.
-    Source: PATCH (arXiv 2509.23410) section 3; Gumbel-softmax, Jang et al. 2017; MaskLLM, Fang et al. 2024.
-    """
-    _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, tile)
-    for name, value in (("pattern_temperature", pattern_temperature), ("tile_temperature", tile_temperature)):
-        if not value > 0:
-            raise ValueError(f"masked_weight: expected {name} > 0, got {value}. Schedules must end above 0, e.g. 0.05.")
-    seed, layer, draw = noise if noise is not None else (0, 0, 0)
-    if not (-(1 << 63) <= seed < 1 << 63 and 0 <= layer < 1 << 31 and 0 <= draw <= _MAX_UINT32):
-        raise ValueError(
-            "masked_weight: expected noise=(seed, layer, draw) with a 64-bit seed, layer in [0, 2^31) and draw in "
-            f"[0, 2^32), got {noise}. Count layers and draws from 0."
-        )
-    return _ops.masked_weight(
-        weight,
-        pattern_logits,
-        fixed_pattern,
-        tile_logits,
-        tile[0],
-        tile[1],
-        pattern_temperature,
-        pattern_scale,
-        tile_temperature,
-        tile_scale,
-        hard_pattern,
-        hard_tile,
-        seed,
-        layer,
-        draw,
-        noise is not None,
-    )
-
-
-def _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, tile) -> None:
-    if weight.dim() != 2 or weight.dtype not in _WEIGHT_DTYPES or weight.shape[1] % 4 or weight.shape[1] == 0:
-        raise ValueError(
-            "masked_weight: expected weight (N, K) in floating point with K a positive multiple of 4, got "
-            f"{weight.dtype} {tuple(weight.shape)}. Exclude this layer from masking."
-        )
-    if tile[0] < 1 or tile[1] < 4 or tile[1] % 4:
-        raise ValueError(
-            f"masked_weight: expected tile=(rows >= 1, columns a multiple of 4), got {tuple(tile)}. "
-            "A group of four may not cross tiles; (128, 128) is the kernel's own tile."
-        )
-    if (pattern_logits is None) == (fixed_pattern is None):
-        raise ValueError(
-            "masked_weight: expected either pattern_logits or fixed_pattern, got "
-            f"{'neither' if pattern_logits is None else 'both'}. Learn the 2:4 pattern or fix it."
-        )
-    groups = weight.shape[0] * weight.shape[1] // 4
-    logit_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    expected = (
-        ("pattern_logits", pattern_logits, (groups, 6), logit_dtype),
-        ("fixed_pattern", fixed_pattern, ((groups + 1) // 2,), torch.uint8),
-        ("tile_logits", tile_logits, tile_grid(tuple(weight.shape), tile), logit_dtype),
-    )
-    for name, tensor, shape, dtype in expected:
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"masked_weight: expected {name} as {dtype} {shape} for a weight {tuple(weight.shape)} and tile "
-                f"{tuple(tile)}, got {tensor.dtype} {tuple(tensor.shape)}. Rebuild it for this weight and tile."
-            )
-        if tensor.device != weight.device:
-            raise ValueError(
-                f"masked_weight: expected {name} on {weight.device} like the weight, got {tensor.device}. Move it."
-            )
-
-
 def schedule_words(grid: tuple[int, int]) -> int:
     """int32 words of make_schedule for a grid of tiles: header, tiles, order, cuts of rows and of pairs."""
     rows, cols = grid
@@ -289,14 +187,6 @@ def schedule_words(grid: tuple[int, int]) -> int:
 
 def _fake_linear(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant):
     return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _fake_masked_weight_backward(grad_masked, grad_sums, weight, pattern_logits, fixed_pattern, tile_logits, *_):
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return tuple(
-        weight.new_empty(0, dtype=dtype) if logits is None else torch.empty_like(logits)
-        for logits in (pattern_logits, tile_logits)
-    )
 
 
 def _register_fakes() -> None:
@@ -319,12 +209,6 @@ def _register_fakes() -> None:
         size = torch.library.get_ctx().new_dynamic_size()
         return weight.new_empty(size, dtype=torch.uint8)
 
-    fake(
-        "patch_kernels::masked_weight",
-        lambda weight, *_: (weight.new_empty(weight.shape), weight.new_empty(2, dtype=torch.float64)),
-    )
-    fake("patch_kernels::masked_weight_backward", _fake_masked_weight_backward)
-
 
 def _setup_linear(ctx, inputs, output):
     x, payload, tile_is_sparse, _, _, bias, _ = inputs
@@ -344,27 +228,5 @@ def _backward_linear(ctx, grad):
     return grad_x, None, None, None, None, grad_bias, None
 
 
-def _setup_masked_weight(ctx, inputs, output):
-    weight, pattern_logits, fixed_pattern, tile_logits, *ctx.scalars = inputs
-    ctx.save_for_backward(weight, pattern_logits, fixed_pattern, tile_logits)
-
-
-def _backward_masked_weight(ctx, grad_masked, grad_sums):
-    weight, pattern_logits, fixed_pattern, tile_logits = ctx.saved_tensors
-    grad_pattern, grad_tile = _ops.masked_weight_backward(
-        grad_masked, grad_sums, weight, pattern_logits, fixed_pattern, tile_logits, *ctx.scalars
-    )
-    return (
-        None,
-        None if pattern_logits is None else grad_pattern,
-        None,
-        None if tile_logits is None else grad_tile,
-        *([None] * len(ctx.scalars)),
-    )
-
-
 _register_fakes()
 torch.library.register_autograd("patch_kernels::tile_linear_train", _backward_linear, setup_context=_setup_linear)
-torch.library.register_autograd(
-    "patch_kernels::masked_weight", _backward_masked_weight, setup_context=_setup_masked_weight
-)

@@ -21,7 +21,7 @@ def test_report_is_json_and_every_op_works_here():
 
 
 def test_self_check_notices_a_wrong_result(monkeypatch):
-    monkeypatch.setattr(support.ops, "masked_weight", lambda w, p, t, **k: (w + 0 * p.sum() + 0 * t.sum(), w.sum()))
+    monkeypatch.setattr(support.masked, "masked_weight", lambda w, p, t, **k: (w + 0 * p.sum() + 0 * t.sum(), w.sum()))
     monkeypatch.setattr(support.TiledWeight, "unpack", lambda self: torch.zeros(self.shape))
     rows = {row["op"]: row for row in support.check_device(torch.device("cpu"))}
     assert not rows["pack_tiles, unpack_tiles"]["ok"] and not rows["masked_weight"]["ok"]
@@ -76,7 +76,7 @@ def test_every_instruction_set_gives_the_same_mask_and_exact_products(isa, tmp_p
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     torch.manual_seed(0)
     weight, logits, tiles = torch.randn(130, 260), torch.randn(130 * 65, 6), torch.randn(3, 3)
-    masked, _ = ops.masked_weight(weight, logits, tiles, tile=(64, 128), noise=(1, 2, 3))
+    masked, _ = masked_weight(weight, logits, tiles, tile=(64, 128), noise=(1, 2, 3))
     import hashlib
 
     assert run.stdout.split() == [hashlib.sha256(masked.numpy().tobytes()).hexdigest(), "True"]

@@ -103,19 +103,21 @@ inline LinearCall linear_call(const Tensor& x_in, const Tensor& payload, const T
 }
 
 struct MaskCall {
-  Tensor weight;
-  OptionalTensor pattern_logits, fixed_pattern, tile_logits;  // contiguous copies keep the pointers alive
+  Tensor weight, factors;
+  OptionalTensor pattern_logits, fixed_pattern, tile_logits, key;  // contiguous copies keep the pointers alive
   MaskedWeightArgs args;
-  ScalarType logit_type;
+  ScalarType pattern_type, tile_type;
 };
 
-// Scalars of the masked_weight schemas, in their order.
-struct MaskScalars {
+// Inputs of the masked_weight schemas, in their order.
+struct MaskInputs {
+  const Tensor& weight;
+  const OptionalTensor &pattern_logits, &fixed_pattern, &tile_logits;
+  const Tensor& factors;
+  const OptionalTensor& key;
   int64_t tile_rows, tile_cols;
-  double pattern_temperature, pattern_scale, tile_temperature, tile_scale;
   bool hard_pattern, hard_tile;
-  int64_t seed, layer, draw;
-  bool noise;
+  int64_t layer;
 };
 
 inline const void* optional_pointer(const OptionalTensor& tensor) {
@@ -131,61 +133,82 @@ inline OptionalTensor optional_contiguous(const OptionalTensor& tensor, const Te
   return torch::stable::contiguous(*tensor);
 }
 
-inline MaskCall mask_call(const Tensor& weight_in, const OptionalTensor& pattern_logits,
-                          const OptionalTensor& fixed_pattern, const OptionalTensor& tile_logits,
-                          const MaskScalars& s) {
-  STD_TORCH_CHECK(weight_in.dim() == 2 && weight_in.size(1) % kGroup == 0 && weight_in.size(1) > 0,
+inline MaskCall mask_call(const MaskInputs& in) {
+  STD_TORCH_CHECK(in.weight.dim() == 2 && in.weight.size(1) % kGroup == 0 && in.weight.size(1) > 0,
                   "masked_weight: weight must be (N, K) with K a positive multiple of 4");
-  STD_TORCH_CHECK(pattern_logits.has_value() != fixed_pattern.has_value(),
+  STD_TORCH_CHECK(in.pattern_logits.has_value() != in.fixed_pattern.has_value(),
                   "masked_weight: give either pattern_logits or fixed_pattern");
-  STD_TORCH_CHECK(s.tile_rows >= 1 && s.tile_cols >= kGroup && s.tile_cols % kGroup == 0,
+  STD_TORCH_CHECK(in.tile_rows >= 1 && in.tile_cols >= kGroup && in.tile_cols % kGroup == 0,
                   "masked_weight: tile must have at least 1 row and a multiple of 4 columns");
-  STD_TORCH_CHECK(s.pattern_temperature > 0 && s.tile_temperature > 0, "masked_weight: temperatures must be positive");
-  const Tensor weight = torch::stable::contiguous(weight_in);
+  STD_TORCH_CHECK(in.factors.scalar_type() == ScalarType::Double && in.factors.numel() == 4,
+                  "masked_weight: factors must be four doubles");
+  check_same_device(in.weight, in.factors, "masked_weight", "factors");
+  const Tensor weight = torch::stable::contiguous(in.weight);
   const int64_t rows = weight.size(0), cols = weight.size(1), groups = rows * cols / kGroup;
-  const ScalarType logit_type = weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const bool is_double = weight.scalar_type() == ScalarType::Double;
+  const ScalarType tile_type = is_double ? ScalarType::Double : ScalarType::Float;
+  const bool short_logits =
+      !is_double && in.pattern_logits.has_value() && in.pattern_logits->scalar_type() == ScalarType::BFloat16;
+  const ScalarType pattern_type = short_logits ? ScalarType::BFloat16 : tile_type;
   MaskCall call{weight,
-                optional_contiguous(pattern_logits, weight, logit_type, groups * 6, "pattern_logits"),
-                optional_contiguous(fixed_pattern, weight, ScalarType::Byte, (groups + 1) / 2, "fixed_pattern"),
-                optional_contiguous(tile_logits, weight, logit_type,
-                                    ceil_div(rows, s.tile_rows) * ceil_div(cols, s.tile_cols), "tile_logits"),
+                torch::stable::contiguous(in.factors),
+                optional_contiguous(in.pattern_logits, weight, pattern_type, groups * 6, "pattern_logits"),
+                optional_contiguous(in.fixed_pattern, weight, ScalarType::Byte, (groups + 1) / 2, "fixed_pattern"),
+                optional_contiguous(in.tile_logits, weight, tile_type,
+                                    ceil_div(rows, in.tile_rows) * ceil_div(cols, in.tile_cols), "tile_logits"),
+                optional_contiguous(in.key, weight, ScalarType::Long, 2, "key"),
                 {},
-                logit_type};
+                pattern_type,
+                tile_type};
   call.args = {weight.const_data_ptr(),
                optional_pointer(call.pattern_logits),
                static_cast<const uint8_t*>(optional_pointer(call.fixed_pattern)),
                optional_pointer(call.tile_logits),
+               static_cast<const double*>(call.factors.const_data_ptr()),
+               static_cast<const int64_t*>(optional_pointer(call.key)),
                rows,
                cols,
-               s.tile_rows,
-               s.tile_cols,
-               s.pattern_temperature,
-               s.pattern_scale,
-               s.tile_temperature,
-               s.tile_scale,
-               s.hard_pattern,
-               s.hard_tile,
-               static_cast<uint64_t>(s.seed),
-               static_cast<uint32_t>(s.layer),
-               static_cast<uint32_t>(s.draw),
-               s.noise,
-               to_dtype(weight.scalar_type(), "masked_weight")};
+               in.tile_rows,
+               in.tile_cols,
+               in.hard_pattern,
+               in.hard_tile,
+               static_cast<uint32_t>(in.layer),
+               to_dtype(weight.scalar_type(), "masked_weight"),
+               to_dtype(pattern_type, "masked_weight")};
   return call;
 }
 
-// Gradients of the logits; an empty tensor stands for "no such logits".
-inline Tensor new_gradient(const OptionalTensor& logits, const MaskCall& call) {
-  if (!logits.has_value()) return torch::stable::new_empty(call.weight, {0}, call.logit_type);
-  return torch::stable::empty_like(*logits);
+// Gradients of the logits and the masked weight; an empty tensor stands for "there is none".
+struct MaskGradients {
+  Tensor grad, sums_grad;  // contiguous
+  Tensor grad_pattern, grad_tile, masked;
+  MaskedWeightGrads pointers;
+};
+
+inline Tensor like_or_empty(const OptionalTensor& tensor, const Tensor& weight, ScalarType type) {
+  return tensor.has_value() ? torch::stable::empty_like(*tensor) : torch::stable::new_empty(weight, {0}, type);
 }
 
-inline void check_gradients(const MaskCall& call, const Tensor& grad_masked, const Tensor& grad_sums) {
+inline MaskGradients mask_gradients(const MaskCall& call, const Tensor& grad_masked, const Tensor& grad_sums,
+                                    bool with_masked) {
   STD_TORCH_CHECK(grad_masked.scalar_type() == call.weight.scalar_type() &&
                       grad_masked.numel() == call.weight.numel() && grad_sums.numel() == 2 &&
                       grad_sums.scalar_type() == ScalarType::Double,
                   "masked_weight_backward: grad_masked must be like weight and grad_sums two doubles");
   check_same_device(call.weight, grad_masked, "masked_weight_backward", "grad_masked");
   check_same_device(call.weight, grad_sums, "masked_weight_backward", "grad_sums");
+  MaskGradients g{torch::stable::contiguous(grad_masked),
+                  torch::stable::contiguous(grad_sums),
+                  like_or_empty(call.pattern_logits, call.weight, call.pattern_type),
+                  like_or_empty(call.tile_logits, call.weight, call.tile_type),
+                  with_masked ? torch::stable::empty_like(call.weight)
+                              : torch::stable::new_empty(call.weight, {0}, call.weight.scalar_type()),
+                  {}};
+  g.pointers = {g.grad.const_data_ptr(), static_cast<const double*>(g.sums_grad.const_data_ptr()),
+                call.pattern_logits.has_value() ? g.grad_pattern.mutable_data_ptr() : nullptr,
+                call.tile_logits.has_value() ? g.grad_tile.mutable_data_ptr() : nullptr,
+                with_masked ? g.masked.mutable_data_ptr() : nullptr};
+  return g;
 }
 
 }  // namespace patch_kernels

@@ -1,4 +1,6 @@
 // CPU implementations of the ops: check, allocate, call csrc/cpu with torch's threads.
+#include <cmath>
+
 #include "../plan.h"
 #include "common.h"
 
@@ -64,15 +66,20 @@ Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is
   return call.y;
 }
 
+// They can be read here without waiting for a device.
+void check_factors(const MaskCall& call) {
+  const double* f = call.args.factors;
+  STD_TORCH_CHECK(f[0] > 0 && f[2] > 0 && std::isfinite(f[0] + f[1] + f[2] + f[3]),
+                  "masked_weight: factors must be finite, with positive temperatures; make them by mask_sampling");
+}
+
 std::tuple<Tensor, Tensor> masked_weight(const Tensor& weight, const OptionalTensor& pattern_logits,
                                          const OptionalTensor& fixed_pattern, const OptionalTensor& tile_logits,
-                                         int64_t tile_rows, int64_t tile_cols, double pattern_temperature,
-                                         double pattern_scale, double tile_temperature, double tile_scale,
-                                         bool hard_pattern, bool hard_tile, int64_t seed, int64_t layer, int64_t draw,
-                                         bool noise) {
-  const MaskCall call = mask_call(weight, pattern_logits, fixed_pattern, tile_logits,
-                                  {tile_rows, tile_cols, pattern_temperature, pattern_scale, tile_temperature,
-                                   tile_scale, hard_pattern, hard_tile, seed, layer, draw, noise});
+                                         const Tensor& factors, const OptionalTensor& key, int64_t tile_rows,
+                                         int64_t tile_cols, bool hard_pattern, bool hard_tile, int64_t layer) {
+  const MaskCall call = mask_call({weight, pattern_logits, fixed_pattern, tile_logits, factors, key, tile_rows,
+                                   tile_cols, hard_pattern, hard_tile, layer});
+  check_factors(call);
   const Tensor masked = torch::stable::empty_like(call.weight);
   const Tensor sums = torch::stable::new_empty(call.weight, {2}, ScalarType::Double);
   cpu::masked_weight(call.args, masked.mutable_data_ptr(), static_cast<double*>(sums.mutable_data_ptr()),
@@ -80,21 +87,19 @@ std::tuple<Tensor, Tensor> masked_weight(const Tensor& weight, const OptionalTen
   return {masked, sums};
 }
 
-std::tuple<Tensor, Tensor> masked_weight_backward(
-    const Tensor& grad_masked, const Tensor& grad_sums, const Tensor& weight, const OptionalTensor& pattern_logits,
-    const OptionalTensor& fixed_pattern, const OptionalTensor& tile_logits, int64_t tile_rows, int64_t tile_cols,
-    double pattern_temperature, double pattern_scale, double tile_temperature, double tile_scale, bool hard_pattern,
-    bool hard_tile, int64_t seed, int64_t layer, int64_t draw, bool noise) {
-  const MaskCall call = mask_call(weight, pattern_logits, fixed_pattern, tile_logits,
-                                  {tile_rows, tile_cols, pattern_temperature, pattern_scale, tile_temperature,
-                                   tile_scale, hard_pattern, hard_tile, seed, layer, draw, noise});
-  check_gradients(call, grad_masked, grad_sums);
-  const Tensor grad = torch::stable::contiguous(grad_masked), grad_of_sums = torch::stable::contiguous(grad_sums);
-  const Tensor grad_pattern = new_gradient(call.pattern_logits, call), grad_tile = new_gradient(call.tile_logits, call);
-  cpu::masked_weight_backward(call.args, grad.const_data_ptr(),
-                              static_cast<const double*>(grad_of_sums.const_data_ptr()),
-                              grad_pattern.mutable_data_ptr(), grad_tile.mutable_data_ptr(), torch_parallel);
-  return {grad_pattern, grad_tile};
+std::tuple<Tensor, Tensor, Tensor> masked_weight_backward(const Tensor& grad_masked, const Tensor& grad_sums,
+                                                          const Tensor& weight, const OptionalTensor& pattern_logits,
+                                                          const OptionalTensor& fixed_pattern,
+                                                          const OptionalTensor& tile_logits, const Tensor& factors,
+                                                          const OptionalTensor& key, int64_t tile_rows,
+                                                          int64_t tile_cols, bool hard_pattern, bool hard_tile,
+                                                          int64_t layer, bool with_masked) {
+  const MaskCall call = mask_call({weight, pattern_logits, fixed_pattern, tile_logits, factors, key, tile_rows,
+                                   tile_cols, hard_pattern, hard_tile, layer});
+  check_factors(call);
+  const MaskGradients gradients = mask_gradients(call, grad_masked, grad_sums, with_masked);
+  cpu::masked_weight_backward(call.args, gradients.pointers, torch_parallel);
+  return {gradients.grad_pattern, gradients.grad_tile, gradients.masked};
 }
 
 bool has_cuda_shim() { return aoti_torch_get_current_cuda_stream != nullptr; }

@@ -131,50 +131,40 @@ Tensor tile_linear_train(const Tensor& x, const Tensor& payload, const Tensor& t
 }
 
 // Without tile logits a tile is only a CTA's share of the work.
-MaskScalars with_work_tiles(MaskScalars scalars, const OptionalTensor& tile_logits) {
-  if (!tile_logits.has_value()) scalars.tile_rows = scalars.tile_cols = kTile;
-  return scalars;
+MaskInputs with_work_tiles(MaskInputs inputs) {
+  if (!inputs.tile_logits.has_value()) inputs.tile_rows = inputs.tile_cols = kTile;
+  return inputs;
 }
 
 std::tuple<Tensor, Tensor> masked_weight(const Tensor& weight, const OptionalTensor& pattern_logits,
                                          const OptionalTensor& fixed_pattern, const OptionalTensor& tile_logits,
-                                         int64_t tile_rows, int64_t tile_cols, double pattern_temperature,
-                                         double pattern_scale, double tile_temperature, double tile_scale,
-                                         bool hard_pattern, bool hard_tile, int64_t seed, int64_t layer, int64_t draw,
-                                         bool noise) {
-  const MaskScalars scalars =
-      with_work_tiles({tile_rows, tile_cols, pattern_temperature, pattern_scale, tile_temperature, tile_scale,
-                       hard_pattern, hard_tile, seed, layer, draw, noise},
-                      tile_logits);
+                                         const Tensor& factors, const OptionalTensor& key, int64_t tile_rows,
+                                         int64_t tile_cols, bool hard_pattern, bool hard_tile, int64_t layer) {
   const DeviceGuard guard(weight.get_device());
-  const MaskCall call = mask_call(weight, pattern_logits, fixed_pattern, tile_logits, scalars);
+  const MaskCall call = mask_call(with_work_tiles({weight, pattern_logits, fixed_pattern, tile_logits, factors, key,
+                                                   tile_rows, tile_cols, hard_pattern, hard_tile, layer}));
   const Tensor masked = torch::stable::empty_like(call.weight);
   const Tensor sums = torch::stable::new_empty(call.weight, {2}, ScalarType::Double);
-  const int64_t tiles = ceil_div(call.args.rows, scalars.tile_rows) * ceil_div(call.args.cols, scalars.tile_cols);
+  const int64_t tiles = ceil_div(call.args.rows, call.args.tile_rows) * ceil_div(call.args.cols, call.args.tile_cols);
   const Tensor partial = torch::stable::new_empty(call.weight, {tiles, 2}, ScalarType::Double);
   cuda::masked_weight(call.args, masked.mutable_data_ptr(), static_cast<double*>(partial.mutable_data_ptr()),
                       static_cast<double*>(sums.mutable_data_ptr()), current_stream(weight));
   return {masked, sums};
 }
 
-std::tuple<Tensor, Tensor> masked_weight_backward(
-    const Tensor& grad_masked, const Tensor& grad_sums, const Tensor& weight, const OptionalTensor& pattern_logits,
-    const OptionalTensor& fixed_pattern, const OptionalTensor& tile_logits, int64_t tile_rows, int64_t tile_cols,
-    double pattern_temperature, double pattern_scale, double tile_temperature, double tile_scale, bool hard_pattern,
-    bool hard_tile, int64_t seed, int64_t layer, int64_t draw, bool noise) {
-  const MaskScalars scalars =
-      with_work_tiles({tile_rows, tile_cols, pattern_temperature, pattern_scale, tile_temperature, tile_scale,
-                       hard_pattern, hard_tile, seed, layer, draw, noise},
-                      tile_logits);
+std::tuple<Tensor, Tensor, Tensor> masked_weight_backward(const Tensor& grad_masked, const Tensor& grad_sums,
+                                                          const Tensor& weight, const OptionalTensor& pattern_logits,
+                                                          const OptionalTensor& fixed_pattern,
+                                                          const OptionalTensor& tile_logits, const Tensor& factors,
+                                                          const OptionalTensor& key, int64_t tile_rows,
+                                                          int64_t tile_cols, bool hard_pattern, bool hard_tile,
+                                                          int64_t layer, bool with_masked) {
   const DeviceGuard guard(weight.get_device());
-  const MaskCall call = mask_call(weight, pattern_logits, fixed_pattern, tile_logits, scalars);
-  check_gradients(call, grad_masked, grad_sums);
-  const Tensor grad = torch::stable::contiguous(grad_masked), grad_of_sums = torch::stable::contiguous(grad_sums);
-  const Tensor grad_pattern = new_gradient(call.pattern_logits, call), grad_tile = new_gradient(call.tile_logits, call);
-  cuda::masked_weight_backward(call.args, grad.const_data_ptr(),
-                               static_cast<const double*>(grad_of_sums.const_data_ptr()),
-                               grad_pattern.mutable_data_ptr(), grad_tile.mutable_data_ptr(), current_stream(weight));
-  return {grad_pattern, grad_tile};
+  const MaskCall call = mask_call(with_work_tiles({weight, pattern_logits, fixed_pattern, tile_logits, factors, key,
+                                                   tile_rows, tile_cols, hard_pattern, hard_tile, layer}));
+  const MaskGradients gradients = mask_gradients(call, grad_masked, grad_sums, with_masked);
+  cuda::masked_weight_backward(call.args, gradients.pointers, current_stream(weight));
+  return {gradients.grad_pattern, gradients.grad_tile, gradients.masked};
 }
 
 }  // namespace

@@ -52,9 +52,8 @@ void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, Par
   PK_CALL(masked_weight, args, masked, sums, parallel)
 }
 
-void masked_weight_backward(const MaskedWeightArgs& args, const void* grad_masked, const double* grad_sums,
-                            void* grad_pattern_logits, void* grad_tile_logits, ParallelFor parallel) {
-  PK_CALL(masked_weight_backward, args, grad_masked, grad_sums, grad_pattern_logits, grad_tile_logits, parallel)
+void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel) {
+  PK_CALL(masked_weight_backward, args, grads, parallel)
 }
 
 const char* instruction_set() {

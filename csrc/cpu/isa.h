@@ -3,12 +3,11 @@
 
 #include "../ops.h"
 
-#define PK_DECLARE_ISA(isa)                                                                                   \
-  namespace patch_kernels::cpu::isa {                                                                         \
-  void tile_linear(const TileLinearArgs& args, ParallelFor parallel);                                         \
-  void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel);         \
-  void masked_weight_backward(const MaskedWeightArgs& args, const void* grad_masked, const double* grad_sums, \
-                              void* grad_pattern_logits, void* grad_tile_logits, ParallelFor parallel);       \
+#define PK_DECLARE_ISA(isa)                                                                                        \
+  namespace patch_kernels::cpu::isa {                                                                              \
+  void tile_linear(const TileLinearArgs& args, ParallelFor parallel);                                              \
+  void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel);              \
+  void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel); \
   }
 
 PK_DECLARE_ISA(generic)

@@ -1,51 +1,164 @@
-// Masked weight and its backward on the GPU: one CTA a tile, one group of four weights a thread at a time, so the tile
-// gradient and the sums are local to a CTA, need no atomics and are the same bits in every run.
-#include "../mask_math.h"
-#include "../ops.h"
+// Masked weight and its backward on the GPU: one CTA a tile, so the tile's gradient and both sums are local to a CTA,
+// need no atomics and are the same bits in every run.
+//
+// tile_forward and tile_backward are for training: 16-bit weights in tiles of 128 columns (mask_tile.h), logits fetched
+// a step ahead by cp.async. any_forward and any_backward take every other tile, alignment and dtype, a group a thread.
+#include "../mask_tile.h"
 #include "launch.h"
 
 namespace patch_kernels::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-
-__device__ NoiseKey noise_key(const MaskedWeightArgs& args) { return {args.seed, args.layer, args.draw, args.noise}; }
+constexpr int kThreads = kLaneCount * kMaskWarps;
 
 // Sum over the CTA in a fixed order; the result is valid in thread 0.
 __device__ double block_sum(double value) {
-  __shared__ double warp_sums[kWarps];
+  __shared__ double warp_sums[kMaskWarps];
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xFFFFFFFFu, value, offset);
   __syncthreads();  // an earlier call may still be reading
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
   __syncthreads();
   double total = 0.0;
   if (threadIdx.x == 0) {
-    for (int w = 0; w < kWarps; ++w) total += warp_sums[w];
+    for (int w = 0; w < kMaskWarps; ++w) total += warp_sums[w];
   }
   return total;
 }
 
-struct TileRange {
-  int64_t row0, group0;  // first row, first group of a row
-  int rows, groups;      // rows, groups a row
-};
+// Gate of the CTA's tile. The first warp computes it for all.
+template <class Real>
+__device__ TileGate<Real> cta_gate(const MaskedWeightArgs& args) {
+  __shared__ TileGate<Real> gate;
+  if (threadIdx.x < 32) {
+    TileGate<Real> own{Real(0), Real(0)};
+    if (args.tile_logits) {
+      const uint32_t tile_cols = static_cast<uint32_t>(ceil_div(args.cols, args.tile_cols));
+      own = tile_gate<Real>(static_cast<const Real*>(args.tile_logits)[blockIdx.x], blockIdx.x / tile_cols,
+                            blockIdx.x % tile_cols, make_factors<Real>(args.factors[2], args.factors[3]),
+                            args.hard_tile, noise_key(args.key, args.layer));
+    }
+    if (threadIdx.x == 0) gate = own;
+  }
+  __syncthreads();
+  return gate;
+}
 
-__device__ TileRange tile_range(const MaskedWeightArgs& args) {
-  const int64_t tile_cols = ceil_div(args.cols, args.tile_cols);
-  const int64_t row0 = blockIdx.x / tile_cols * args.tile_rows, col0 = blockIdx.x % tile_cols * args.tile_cols;
-  const int64_t rows = args.rows - row0, cols = args.cols - col0;
-  return {row0, col0 / kGroup, static_cast<int>(rows < args.tile_rows ? rows : args.tile_rows),
-          static_cast<int>((cols < args.tile_cols ? cols : args.tile_cols) / kGroup)};
+__device__ void write_sums(float mask_sum, float square_sum, double* partial_sums) {
+  const double mask_total = block_sum(mask_sum), square_total = block_sum(square_sum);
+  if (threadIdx.x == 0) {
+    partial_sums[2 * int64_t{blockIdx.x}] = mask_total;
+    partial_sums[2 * int64_t{blockIdx.x} + 1] = square_total;
+  }
 }
 
 template <class Real>
-__device__ TileGate<Real> cta_gate(const MaskedWeightArgs& args) {
-  if (!args.tile_logits) return {Real(0), Real(0)};
-  const uint32_t tile_cols = static_cast<uint32_t>(ceil_div(args.cols, args.tile_cols));
-  return tile_gate<Real>(static_cast<const Real*>(args.tile_logits)[blockIdx.x], blockIdx.x / tile_cols,
-                         blockIdx.x % tile_cols, {args.tile_temperature, args.tile_scale, args.hard_tile},
-                         noise_key(args));
+__device__ void write_tile_gradient(const MaskedWeightArgs& args, double gate_sum, const TileGate<Real>& gate,
+                                    void* grad_tile_logits) {
+  if (!args.tile_logits) return;
+  const double total = block_sum(gate_sum);
+  if (threadIdx.x == 0) {
+    const Real slope = static_cast<Real>(args.factors[3]) * gate.soft * (Real(1) - gate.soft);
+    static_cast<Real*>(grad_tile_logits)[blockIdx.x] = static_cast<Real>(total) * slope;
+  }
+}
+
+// cp.async: 16 bytes past L1 and the registers (PTX ISA, "Non-bulk copy"). Logits are read once.
+__device__ void copy_async(Chunk* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+__device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All groups but the last have arrived.
+__device__ void wait_for_step() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+
+// Walks the CTA's tile. For each step, `load(step)` gives a lane's registers, asked for one step ahead, and
+// `body(lane, step, registers, stage)` runs when the step's logits are in `stage` for all lanes of the warp.
+template <class T, class L, class Load, class Body>
+__device__ void walk_tile(const MaskLane<T, L>& lane, Load&& load, Body&& body) {
+  constexpr int kStepChunks = LogitChunks<L>::kStepChunks;
+  __shared__ Chunk stages[2][kMaskWarps][kStepChunks > 0 ? kStepChunks : 1];
+  const auto fetch = [&](int step) {
+    Chunk* stage = stages[step & 1][lane.warp];
+    lane.for_chunks(lane.args.pattern_logits, step,
+                    [&](int chunk, const void* from) { copy_async(stage + chunk, from); });
+    commit_copies();
+  };
+  const int steps = lane.steps();
+  fetch(0);
+  auto registers = load(0);
+  for (int step = 0; step < steps; ++step) {
+    auto next = registers;
+    if (step + 1 < steps) next = load(step + 1);
+    if (step + 1 < steps) {
+      fetch(step + 1);
+    } else {
+      commit_copies();  // an empty group, so that the wait means the same
+    }
+    wait_for_step();
+    __syncwarp();
+    body(step, registers, stages[step & 1][lane.warp]);
+    __syncwarp();  // the stage is free for the step after the next
+    registers = next;
+  }
+}
+
+struct ForwardRegisters {
+  Chunk weights;
+  uint32_t nibbles;
+};
+struct BackwardRegisters {
+  Chunk weights, grads;
+  uint32_t nibbles;
+};
+
+template <class T, class L>
+__device__ uint32_t nibbles_of(const MaskLane<T, L>& lane, int step) {
+  if constexpr (MaskLane<T, L>::kLearned) {
+    return 0;
+  } else {
+    return lane.load_nibbles(step);
+  }
+}
+
+template <class T, class L>
+__global__ void __launch_bounds__(kThreads, 3)
+    tile_forward(const __grid_constant__ MaskedWeightArgs args, T* masked, double* partial_sums) {
+  const MaskLane<T, L> lane(args, blockIdx.x, threadIdx.x % kLaneCount, threadIdx.x / kLaneCount);
+  const float gate = cta_gate<float>(args).forward;
+  float mask_sum = 0.0f, square_sum = 0.0f;
+  walk_tile(
+      lane, [&](int step) { return ForwardRegisters{lane.load_weights(args.weight, step), nibbles_of(lane, step)}; },
+      [&](int step, const ForwardRegisters& r, const Chunk* stage) {
+        const Chunk out = lane.forward(r.weights, stage, r.nibbles, step, gate, mask_sum, square_sum);
+        lane.store_weights(out, masked, step);
+      });
+  write_sums(mask_sum, square_sum, partial_sums);
+}
+
+template <class T, class L>
+__global__ void __launch_bounds__(kThreads, 3)
+    tile_backward(const __grid_constant__ MaskedWeightArgs args, const __grid_constant__ MaskedWeightGrads grads) {
+  const MaskLane<T, L> lane(args, blockIdx.x, threadIdx.x % kLaneCount, threadIdx.x / kLaneCount);
+  const TileGate<float> gate = cta_gate<float>(args);
+  const float density_grad = static_cast<float>(grads.grad_sums[0]);
+  const float norm_grad = static_cast<float>(grads.grad_sums[1]);
+  float gate_sum = 0.0f;
+  walk_tile(
+      lane,
+      [&](int step) {
+        return BackwardRegisters{lane.load_weights(args.weight, step), lane.load_weights(grads.grad_masked, step),
+                                 nibbles_of(lane, step)};
+      },
+      [&](int step, const BackwardRegisters& r, Chunk* stage) {
+        const Chunk out =
+            lane.backward(r.weights, r.grads, stage, r.nibbles, step, gate.forward, density_grad, norm_grad, gate_sum);
+        if (grads.masked) lane.store_weights(out, grads.masked, step);
+        __syncwarp();
+        lane.for_chunks(grads.grad_pattern_logits, step,
+                        [&](int chunk, const void* to) { *static_cast<Chunk*>(const_cast<void*>(to)) = stage[chunk]; });
+      });
+  write_tile_gradient(args, gate_sum, gate, grads.grad_tile_logits);
 }
 
 template <class T, class Real>
@@ -56,16 +169,18 @@ __device__ void load_group(const T* from, Real (&out)[kGroup][1]) {
 
 // Pattern mask m and, where patterns are learned, their soft probabilities p.
 template <class Real>
-__device__ void group_pattern(const MaskedWeightArgs& args, int64_t group, Real (&p)[kPatterns][1],
-                              Real (&m)[kGroup][1]) {
+__device__ void group_pattern(const MaskedWeightArgs& args, const Factors<Real>& factors, const NoiseKey& noise,
+                              int64_t group, Real (&p)[kPatterns][1], Real (&m)[kGroup][1]) {
   if (args.pattern_logits) {
     Real logits[kPatterns][1];
-    const Real* from = static_cast<const Real*>(args.pattern_logits) + group * kPatterns;
 #pragma unroll
-    for (int k = 0; k < kPatterns; ++k) logits[k][0] = from[k];
-    pattern_probabilities<Real, 1>(logits, static_cast<uint64_t>(group),
-                                   {args.pattern_temperature, args.pattern_scale, args.hard_pattern}, noise_key(args),
-                                   p);
+    for (int k = 0; k < kPatterns; ++k) {
+      const int64_t i = group * kPatterns + k;
+      logits[k][0] = args.pattern_dtype == DType::kBFloat16
+                         ? load_as<Real>(static_cast<const BFloat16*>(args.pattern_logits)[i])
+                         : static_cast<const Real*>(args.pattern_logits)[i];
+    }
+    pattern_probabilities<Real, 1>(logits, static_cast<uint64_t>(group), factors, noise, p);
     pattern_mask<Real, 1>(p, args.hard_pattern, m);
     return;
   }
@@ -73,23 +188,30 @@ __device__ void group_pattern(const MaskedWeightArgs& args, int64_t group, Real 
   fixed_mask<Real, 1>(nibble, m);
 }
 
+// Index of the i-th group of the CTA's tile.
+__device__ int64_t group_of(const MaskedWeightArgs& args, const TileSpan& span, int i) {
+  const int groups = span.cols / kGroup;
+  return ((span.row0 + i / groups) * args.cols + span.col0) / kGroup + i % groups;
+}
+
 template <class T, class Real>
-__global__ void __launch_bounds__(kThreads) forward_kernel(MaskedWeightArgs args, T* masked, double* partial_sums) {
-  const TileRange range = tile_range(args);
+__global__ void __launch_bounds__(kThreads) any_forward(MaskedWeightArgs args, T* masked, double* partial_sums) {
+  const TileSpan span = tile_span(args, blockIdx.x);
   const Real gate = cta_gate<Real>(args).forward;
-  const int64_t row_groups = args.cols / kGroup;
-  double mask_sum = 0.0, square_sum = 0.0;
-  for (int i = threadIdx.x; i < range.rows * range.groups; i += kThreads) {
-    const int64_t group = (range.row0 + i / range.groups) * row_groups + range.group0 + i % range.groups;
+  const auto factors = make_factors<Real>(args.factors[0], args.factors[1]);
+  const NoiseKey noise = noise_key(args.key, args.layer);
+  Real mask_sum = 0, square_sum = 0;
+  for (int i = threadIdx.x; i < span.rows * (span.cols / kGroup); i += kThreads) {
+    const int64_t group = group_of(args, span, i);
     Real w[kGroup][1], m[kGroup][1], p[kPatterns][1];
     load_group(static_cast<const T*>(args.weight) + group * kGroup, w);
-    group_pattern(args, group, p, m);
+    group_pattern(args, factors, noise, group, p, m);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
-      const Real mask = gate + (Real(1) - gate) * m[j][0];
+      const Real mask = gated_mask(gate, m[j][0]);
       const Real value = masked_value(mask, w[j][0]);
-      mask_sum += static_cast<double>(mask);
-      square_sum += static_cast<double>(value) * static_cast<double>(value);
+      mask_sum += mask;
+      square_sum = mul_add(value, value, square_sum);
       store_as(value, masked[group * kGroup + j]);
     }
   }
@@ -98,6 +220,47 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(MaskedWeightArgs args
     partial_sums[2 * int64_t{blockIdx.x}] = mask_total;
     partial_sums[2 * int64_t{blockIdx.x} + 1] = square_total;
   }
+}
+
+template <class T, class Real>
+__global__ void __launch_bounds__(kThreads) any_backward(MaskedWeightArgs args, MaskedWeightGrads grads) {
+  const TileSpan span = tile_span(args, blockIdx.x);
+  const TileGate<Real> gate = cta_gate<Real>(args);
+  const auto factors = make_factors<Real>(args.factors[0], args.factors[1]);
+  const NoiseKey noise = noise_key(args.key, args.layer);
+  const Real density_grad = static_cast<Real>(grads.grad_sums[0]), norm_grad = static_cast<Real>(grads.grad_sums[1]);
+  Real gate_sum = 0;
+  for (int i = threadIdx.x; i < span.rows * (span.cols / kGroup); i += kThreads) {
+    const int64_t group = group_of(args, span, i);
+    Real w[kGroup][1], g[kGroup][1], m[kGroup][1], p[kPatterns][1], pattern_grad[kGroup][1], gate_grad[1];
+    const Real d[1] = {gate.forward};
+    load_group(static_cast<const T*>(args.weight) + group * kGroup, w);
+    load_group(static_cast<const T*>(grads.grad_masked) + group * kGroup, g);
+    group_pattern(args, factors, noise, group, p, m);
+    mask_gradient<Real, 1>(g, w, m, d, density_grad, norm_grad, pattern_grad, gate_grad);
+    gate_sum += gate_grad[0];
+    if (grads.masked) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        store_as(masked_value(gated_mask(gate.forward, m[j][0]), w[j][0]),
+                 static_cast<T*>(grads.masked)[group * kGroup + j]);
+      }
+    }
+    if (args.pattern_logits) {
+      Real logit_grad[kPatterns][1];
+      pattern_logit_gradient<Real, 1>(p, pattern_grad, factors.gradient, logit_grad);
+#pragma unroll
+      for (int k = 0; k < kPatterns; ++k) {
+        const int64_t to = group * kPatterns + k;
+        if (args.pattern_dtype == DType::kBFloat16) {
+          store_as(static_cast<float>(logit_grad[k][0]), static_cast<BFloat16*>(grads.grad_pattern_logits)[to]);
+        } else {
+          static_cast<Real*>(grads.grad_pattern_logits)[to] = logit_grad[k][0];
+        }
+      }
+    }
+  }
+  write_tile_gradient(args, gate_sum, gate, grads.grad_tile_logits);
 }
 
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const double* partial_sums, int64_t tiles, double* sums) {
@@ -110,88 +273,85 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const double* partial_
   if (threadIdx.x == 0) sums[0] = mask_total, sums[1] = square_total;
 }
 
-template <class T, class Real>
-__global__ void __launch_bounds__(kThreads)
-    backward_kernel(MaskedWeightArgs args, const T* grad_masked, const double* grad_sums, Real* grad_pattern_logits,
-                    Real* grad_tile_logits) {
-  const TileRange range = tile_range(args);
-  const TileGate<Real> gate = cta_gate<Real>(args);
-  const int64_t row_groups = args.cols / kGroup;
-  const Real factor = static_cast<Real>(args.pattern_scale / args.pattern_temperature);
-  const Real density_grad = static_cast<Real>(grad_sums[0]), norm_grad = static_cast<Real>(grad_sums[1]);
-  double gate_sum = 0.0;
-  for (int i = threadIdx.x; i < range.rows * range.groups; i += kThreads) {
-    const int64_t group = (range.row0 + i / range.groups) * row_groups + range.group0 + i % range.groups;
-    Real w[kGroup][1], g[kGroup][1], m[kGroup][1], p[kPatterns][1], pattern_grad[kGroup][1], gate_grad[1];
-    const Real d[1] = {gate.forward};
-    load_group(static_cast<const T*>(args.weight) + group * kGroup, w);
-    load_group(grad_masked + group * kGroup, g);
-    group_pattern(args, group, p, m);
-    mask_gradient<Real, 1>(g, w, m, d, density_grad, norm_grad, pattern_grad, gate_grad);
-    gate_sum += static_cast<double>(gate_grad[0]);
-    if (args.pattern_logits) {
-      Real logit_grad[kPatterns][1];
-      pattern_logit_gradient<Real, 1>(p, pattern_grad, factor, logit_grad);
-#pragma unroll
-      for (int k = 0; k < kPatterns; ++k) grad_pattern_logits[group * kPatterns + k] = logit_grad[k][0];
-    }
-  }
-  if (!args.tile_logits) return;
-  const double total = block_sum(gate_sum);
-  if (threadIdx.x == 0) {
-    const Real slope = static_cast<Real>(args.tile_scale / args.tile_temperature) * gate.soft * (Real(1) - gate.soft);
-    grad_tile_logits[blockIdx.x] = static_cast<Real>(total) * slope;
-  }
+template <class T>
+constexpr T* null() {
+  return nullptr;
 }
 
 // Calls body with null pointers of the storage and compute types of a weight dtype.
 template <class Body>
-void dispatch(DType dtype, Body&& body) {
+void dispatch_any(DType dtype, Body&& body) {
   switch (dtype) {
     case DType::kFloat16:
-      return body(static_cast<Half*>(nullptr), static_cast<float*>(nullptr));
+      return body(null<Half>(), null<float>());
     case DType::kBFloat16:
-      return body(static_cast<BFloat16*>(nullptr), static_cast<float*>(nullptr));
+      return body(null<BFloat16>(), null<float>());
     case DType::kFloat32:
-      return body(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+      return body(null<float>(), null<float>());
     case DType::kFloat64:
-      return body(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
+      return body(null<double>(), null<double>());
   }
 }
+
+// The same with the types of weight and logits, for calls with has_tile_kernel.
+template <class Body>
+void dispatch_tile(const MaskedWeightArgs& args, Body&& body) {
+  const auto with_logits = [&](auto* weight) {
+    if (!args.pattern_logits) return body(weight, null<FixedPattern>());
+    if (args.pattern_dtype == DType::kBFloat16) return body(weight, null<BFloat16>());
+    return body(weight, null<float>());
+  };
+  args.dtype == DType::kFloat16 ? with_logits(null<Half>()) : with_logits(null<BFloat16>());
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 int64_t tile_count(const MaskedWeightArgs& args) {
   return ceil_div(args.rows, args.tile_rows) * ceil_div(args.cols, args.tile_cols);
 }
+
+template <class Pointer>
+using Pointee = std::remove_pointer_t<Pointer>;
 
 }  // namespace
 
 void masked_weight(const MaskedWeightArgs& args, void* masked, double* partial_sums, double* sums, void* stream_in) {
   const auto stream = static_cast<cudaStream_t>(stream_in);
   const int64_t tiles = tile_count(args);
-  dispatch(args.dtype, [&](auto* storage, auto* compute) {
-    using T = std::remove_pointer_t<decltype(storage)>;
-    using Real = std::remove_pointer_t<decltype(compute)>;
-    if (tiles == 0) return;
-    forward_kernel<T, Real>
-        <<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(args, static_cast<T*>(masked), partial_sums);
-    check_launch("masked_weight");
-  });
+  const auto grid = static_cast<unsigned>(tiles);
+  if (tiles > 0 && has_tile_kernel(args) && is_aligned(args.weight) && is_aligned(args.pattern_logits)) {
+    dispatch_tile(args, [&](auto* t, auto* l) {
+      using T = Pointee<decltype(t)>;
+      tile_forward<T, Pointee<decltype(l)>><<<grid, kThreads, 0, stream>>>(args, static_cast<T*>(masked), partial_sums);
+    });
+  } else if (tiles > 0) {
+    dispatch_any(args.dtype, [&](auto* t, auto* real) {
+      using T = Pointee<decltype(t)>;
+      any_forward<T, Pointee<decltype(real)>>
+          <<<grid, kThreads, 0, stream>>>(args, static_cast<T*>(masked), partial_sums);
+    });
+  }
+  check_launch("masked_weight");
   reduce_kernel<<<1, kThreads, 0, stream>>>(partial_sums, tiles, sums);
   check_launch("masked_weight sums");
 }
 
-void masked_weight_backward(const MaskedWeightArgs& args, const void* grad_masked, const double* grad_sums,
-                            void* grad_pattern_logits, void* grad_tile_logits, void* stream_in) {
+void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, void* stream_in) {
+  const auto stream = static_cast<cudaStream_t>(stream_in);
   const int64_t tiles = tile_count(args);
+  const auto grid = static_cast<unsigned>(tiles);
   if (tiles == 0) return;
-  dispatch(args.dtype, [&](auto* storage, auto* compute) {
-    using T = std::remove_pointer_t<decltype(storage)>;
-    using Real = std::remove_pointer_t<decltype(compute)>;
-    backward_kernel<T, Real><<<static_cast<unsigned>(tiles), kThreads, 0, static_cast<cudaStream_t>(stream_in)>>>(
-        args, static_cast<const T*>(grad_masked), grad_sums, static_cast<Real*>(grad_pattern_logits),
-        static_cast<Real*>(grad_tile_logits));
-    check_launch("masked_weight_backward");
-  });
+  if (has_tile_kernel(args) && is_aligned(args.weight) && is_aligned(args.pattern_logits) &&
+      is_aligned(grads.grad_masked)) {
+    dispatch_tile(args, [&](auto* t, auto* l) {
+      tile_backward<Pointee<decltype(t)>, Pointee<decltype(l)>><<<grid, kThreads, 0, stream>>>(args, grads);
+    });
+  } else {
+    dispatch_any(args.dtype, [&](auto* t, auto* real) {
+      any_backward<Pointee<decltype(t)>, Pointee<decltype(real)>><<<grid, kThreads, 0, stream>>>(args, grads);
+    });
+  }
+  check_launch("masked_weight_backward");
 }
 
 }  // namespace patch_kernels::cuda

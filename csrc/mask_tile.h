@@ -1,0 +1,222 @@
+// The fast masked-weight kernels, lane by lane: 128 columns a tile, 16-bit weights. A lane owns pairs of groups (eight
+// weights of a row, 16 bytes); a warp's step is 32 pairs, two rows of the tile. Logits lie 24 or 48 bytes a pair, so
+// they cross between memory and lanes through shared memory: 16-byte accesses of consecutive lanes outside, and no bank
+// conflict inside (a stride of 12 words for 16-byte reads, of 6 words for 8-byte ones, visits every bank once).
+//
+// The CUDA kernels (cuda/masked_weight.cu) call these functions between their warp barriers; the emulator
+// (emulate/main_mask.cpp) calls them for 32 lanes in turn.
+#pragma once
+
+#include "mask_math.h"
+#include "ops.h"
+
+namespace patch_kernels {
+namespace {
+
+constexpr int kPairColumns = 2 * kGroup;
+constexpr int kPairsPerRow = kTile / kPairColumns;
+constexpr int kLaneCount = 32;
+constexpr int kStepRows = kLaneCount / kPairsPerRow;
+constexpr int kMaskWarps = 8;  // of a CTA
+
+// Both groups of a pair through the same instructions: unrolled, their values do not fit the registers.
+#if defined(__CUDACC__)
+#define PK_NO_UNROLL _Pragma("unroll 1")
+#else
+#define PK_NO_UNROLL
+#endif
+
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
+struct FixedPattern {};  // in place of a logit type: two groups a byte
+
+// Where the logits of one warp step lie, in chunks of 16 bytes.
+template <class L>
+struct LogitChunks {
+  static constexpr int kPairBytes = 2 * kPatterns * static_cast<int>(sizeof(L));
+  static constexpr int kRowChunks = kPairsPerRow * kPairBytes / 16;
+  static constexpr int kStepChunks = kStepRows * kRowChunks;
+  static constexpr int kPerLane = (kStepChunks + kLaneCount - 1) / kLaneCount;
+};
+template <>
+struct LogitChunks<FixedPattern> {
+  static constexpr int kStepChunks = 0, kPerLane = 0;
+};
+
+// Part of the weight that a CTA covers.
+struct TileSpan {
+  int64_t row0, col0;
+  int rows, cols;
+};
+
+PK_HD TileSpan tile_span(const MaskedWeightArgs& args, uint32_t tile) {
+  const uint32_t tile_cols = static_cast<uint32_t>(ceil_div(args.cols, args.tile_cols));
+  const int64_t row0 = tile / tile_cols * args.tile_rows, col0 = tile % tile_cols * args.tile_cols;
+  const int64_t rows = args.rows - row0, cols = args.cols - col0;
+  return {row0, col0, static_cast<int>(rows < args.tile_rows ? rows : args.tile_rows),
+          static_cast<int>(cols < args.tile_cols ? cols : args.tile_cols)};
+}
+
+// Whether the functions below serve a call: rows of weights and logits start at multiples of 16 bytes, and offsets
+// inside a tile's rows fit 32 bits.
+inline bool has_tile_kernel(const MaskedWeightArgs& args) {
+  const bool short_logits = args.pattern_logits && args.pattern_dtype == DType::kBFloat16;
+  return (args.dtype == DType::kFloat16 || args.dtype == DType::kBFloat16) && args.tile_cols == kTile &&
+         args.cols % (short_logits ? 2 * kPairColumns : kPairColumns) == 0 &&
+         args.tile_rows * args.cols < (int64_t{1} << 28);
+}
+
+// What a lane keeps while its warp goes through a tile, for T weights and L logits.
+template <class T, class L>
+struct MaskLane {
+  static constexpr bool kLearned = !std::is_same_v<L, FixedPattern>;
+  using Chunks = LogitChunks<L>;
+  static constexpr int kRowsAStep = kMaskWarps * kStepRows;  // of all warps
+
+  const MaskedWeightArgs& args;
+  TileSpan span;
+  int lane, warp;
+  int64_t tile_weight;  // first weight of the tile
+  int own_weight;       // the lane's first weight of step 0, from there
+  int row_stride;       // weights
+  Factors<float> factors;
+  NoiseKey noise;
+
+  PK_HD MaskLane(const MaskedWeightArgs& args, uint32_t tile, int lane, int warp)
+      : args(args),
+        span(tile_span(args, tile)),
+        lane(lane),
+        warp(warp),
+        tile_weight(span.row0 * args.cols + span.col0),
+        own_weight((warp * kStepRows + lane / kPairsPerRow) * static_cast<int>(args.cols) + col()),
+        row_stride(static_cast<int>(args.cols)),
+        factors(make_factors<float>(args.factors[0], args.factors[1])),
+        noise(noise_key(args.key, args.layer)) {}
+
+  // Steps that warp 0, the busiest, needs; all warps take as many.
+  PK_HD int steps() const { return (span.rows + kRowsAStep - 1) / kRowsAStep; }
+
+  PK_HD int row(int step) const { return step * kRowsAStep + warp * kStepRows + lane / kPairsPerRow; }
+  PK_HD int col() const { return lane % kPairsPerRow * kPairColumns; }
+  PK_HD bool is_active(int step) const { return row(step) < span.rows && col() < span.cols; }
+  PK_HD int offset(int step) const { return own_weight + step * kRowsAStep * row_stride; }
+  PK_HD int64_t first_weight(int step) const { return tile_weight + offset(step); }
+
+  PK_HD Chunk load_weights(const void* base, int step) const {
+    if (!is_active(step)) return {};
+    return *reinterpret_cast<const Chunk*>(static_cast<const T*>(base) + tile_weight + offset(step));
+  }
+  PK_HD void store_weights(const Chunk& weights, void* base, int step) const {
+    if (is_active(step)) *reinterpret_cast<Chunk*>(static_cast<T*>(base) + tile_weight + offset(step)) = weights;
+  }
+  PK_HD uint32_t load_nibbles(int step) const {
+    return is_active(step) ? args.fixed_pattern[first_weight(step) / kPairColumns] : 0u;
+  }
+
+  // Calls copy(chunk in shared memory, address in `logits`) for the lane's share of a step's logits.
+  template <class Copy>
+  PK_HD void for_chunks(const void* logits, int step, Copy&& copy) const {
+    if constexpr (kLearned) {
+      constexpr int kLogitBytes = static_cast<int>(sizeof(L)) * kPatterns / 2;  // of half a group, two weights
+      const int valid = span.cols / 2 * kLogitBytes / 16;                       // chunks of a row
+      const int first_row = step * kRowsAStep + warp * kStepRows;
+      const auto* base = static_cast<const char*>(logits) + tile_weight / 2 * kLogitBytes;
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+      for (int i = 0; i < Chunks::kPerLane; ++i) {
+        const int chunk = lane + kLaneCount * i;
+        const int row = first_row + chunk / Chunks::kRowChunks, within = chunk % Chunks::kRowChunks;
+        if (chunk >= Chunks::kStepChunks || row >= span.rows || within >= valid) continue;
+        copy(chunk, base + (row * (row_stride / 2 * kLogitBytes) + 16 * within));
+      }
+    }
+  }
+
+  PK_HD const L* own_logits(const Chunk* stage) const {
+    return reinterpret_cast<const L*>(reinterpret_cast<const char*>(stage) + lane * Chunks::kPairBytes);
+  }
+
+  // Pattern mask m of the lane's group h (0 or 1) and the soft probabilities p if patterns are learned.
+  PK_HD void group_mask(const Chunk* stage, uint32_t nibbles, int step, int h, float (&p)[kPatterns][1],
+                        float (&m)[kGroup][1]) const {
+    if constexpr (kLearned) {
+      float logits[kPatterns][1];
+      const L* own = own_logits(stage) + h * kPatterns;
+      for (int k = 0; k < kPatterns; ++k) logits[k][0] = load_as<float>(own[k]);
+      pattern_probabilities<float, 1>(logits, static_cast<uint64_t>(first_weight(step) / kGroup + h), factors, noise,
+                                      p);
+      pattern_mask<float, 1>(p, args.hard_pattern, m);
+    } else {
+      const uint32_t nibble[1] = {nibbles >> (4 * h) & 15u};
+      fixed_mask<float, 1>(nibble, m);
+    }
+  }
+
+  // One step forward: the masked weights of the lane's pair, and its share of both sums.
+  PK_HD Chunk forward(const Chunk& weights, const Chunk* stage, uint32_t nibbles, int step, float gate, float& mask_sum,
+                      float& square_sum) const {
+    Chunk out{};
+    if (!is_active(step)) return out;
+    PK_NO_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float p[kPatterns][1], m[kGroup][1];
+      group_mask(stage, nibbles, step, h, p, m);
+      for (int j = 0; j < kGroup; ++j) {
+        const float mask = gated_mask(gate, m[j][0]);
+        const float value = masked_value(mask, weight_of(weights, h, j));
+        mask_sum += mask;
+        square_sum = mul_add(value, value, square_sum);
+        set_weight(out, h, j, value);
+      }
+    }
+    return out;
+  }
+
+  // One step backward: gradients of the pair's logits take the logits' place in `stage`; the pair's share of the gate's
+  // gradient is added; returns the masked weights.
+  PK_HD Chunk backward(const Chunk& weights, const Chunk& grads, Chunk* stage, uint32_t nibbles, int step, float gate,
+                       float density_grad, float norm_grad, float& gate_grad) const {
+    Chunk out{};
+    if (!is_active(step)) return out;
+    const float d[1] = {gate};
+    PK_NO_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float p[kPatterns][1], m[kGroup][1], w[kGroup][1], g[kGroup][1], pattern_grad[kGroup][1], gate_share[1];
+      group_mask(stage, nibbles, step, h, p, m);
+      for (int j = 0; j < kGroup; ++j) {
+        w[j][0] = weight_of(weights, h, j);
+        g[j][0] = weight_of(grads, h, j);
+        set_weight(out, h, j, masked_value(gated_mask(gate, m[j][0]), w[j][0]));
+      }
+      mask_gradient<float, 1>(g, w, m, d, density_grad, norm_grad, pattern_grad, gate_share);
+      gate_grad += gate_share[0];
+      if constexpr (kLearned) {
+        float logit_grad[kPatterns][1];
+        pattern_logit_gradient<float, 1>(p, pattern_grad, factors.gradient, logit_grad);
+        L* own = const_cast<L*>(own_logits(stage)) + h * kPatterns;
+        for (int k = 0; k < kPatterns; ++k) store_as(logit_grad[k][0], own[k]);
+      }
+    }
+    return out;
+  }
+
+ private:
+  // Element j of group h. Words are selected, not indexed: registers have no addresses.
+  PK_HD static float weight_of(const Chunk& chunk, int h, int j) {
+    const uint32_t word = h ? chunk.words[2 + j / 2] : chunk.words[j / 2];
+    return load_as<float>(T{static_cast<uint16_t>(word >> (16 * (j & 1)))});
+  }
+  PK_HD static void set_weight(Chunk& chunk, int h, int j, float value) {
+    T stored;
+    store_as(value, stored);
+    const uint32_t bits = static_cast<uint32_t>(stored.bits) << (16 * (j & 1));
+    chunk.words[j / 2] |= h ? 0u : bits;
+    chunk.words[2 + j / 2] |= h ? bits : 0u;
+  }
+};
+
+}  // namespace
+}  // namespace patch_kernels
