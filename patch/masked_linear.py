@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import patch_kernels
 from patch.learn import LearnConfig
 from patch.mask import exact_budget, harden, nonzero_budget, tile_areas, tile_counts, tile_grid
 from patch.models import decoder_blocks
 from patch.priors import pattern_prior, tile_prior
+from patch_kernels import MaskSampling
 from patch_kernels.reference import unpack_keep
+
+_SAMPLED = ("seed", "draw", "pattern_temperature", "pattern_scale", "tile_temperature", "tile_scale")
 
 
 @dataclass
@@ -38,6 +41,30 @@ class SamplingState:
     # Only the first forward pass of a micro-batch stashes its sums; a recomputation in backward must not.
     collect: bool = False
     sums: dict[int, Tensor] = field(default_factory=dict)
+    _tensors: dict[tuple[torch.device, bool], MaskSampling] = field(default_factory=dict, repr=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _SAMPLED and "_tensors" in self.__dict__:
+            self._tensors.clear()
+
+    def sampling(self, device: torch.device, *, noise: bool = True) -> MaskSampling:
+        """The numbers above as tensors on a device, made once for all its layers.
+
+        A compiled forward pass whose step was announced by `sampling` before reads the tensors alone, so a
+        new draw or temperature does not compile it again.
+        """
+        made = self._tensors.get((device, noise))
+        if made is None:
+            made = self._tensors[device, noise] = patch_kernels.mask_sampling(
+                pattern_temperature=self.pattern_temperature,
+                pattern_scale=self.pattern_scale,
+                tile_temperature=self.tile_temperature,
+                tile_scale=self.tile_scale,
+                noise=(self.seed, self.draw) if noise else None,
+                device=device,
+            )
+        return made
 
     def take_sums(self) -> list[Tensor]:
         """(mask sum, sum of squared masked weights) per layer of the last forward pass; then forget."""
@@ -90,23 +117,22 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
-        masked, sums = patch_kernels.masked_weight(
+        y, sums = patch_kernels.masked_linear(
+            x,
             self.weight,
+            self.bias,
             self.pattern_logits,
             self.tile_logits,
+            state.sampling(self.weight.device, noise=self.training),
+            layer=self.index,
             tile=self.tile,
-            pattern_temperature=state.pattern_temperature,
-            pattern_scale=state.pattern_scale,
-            tile_temperature=state.tile_temperature,
-            tile_scale=state.tile_scale,
             hard_pattern=state.hard_pattern or not self.training,
             hard_tile=state.hard_tile or not self.training,
             fixed_pattern=self.fixed_pattern,
-            noise=(state.seed, self.index, state.draw) if self.training else None,
         )
         if state.collect:
             state.sums[self.index] = sums
-        return functional.linear(x, masked, self.bias)
+        return y
 
     @torch.no_grad()
     def pattern_keep(self) -> Tensor:

@@ -8,8 +8,8 @@ from patch_kernels.reference import PATTERNS, TILE, pack_keep, unpack_keep
 
 __all__ = [
     "PATTERNS",
-    "MaskSampling",
     "TILE",
+    "MaskSampling",
     "TiledLinear",
     "TiledWeight",
     "mask_sampling",

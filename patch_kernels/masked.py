@@ -54,10 +54,11 @@ def mask_sampling(
         "tile_scale": tile_scale,
     }
     for name, value in values.items():
-        if not math.isfinite(value) or (name.endswith("temperature") and value <= 0):
+        bound = " > 0" if name.endswith("temperature") else ""
+        if not math.isfinite(value) or (bound and value <= 0):
             raise ValueError(
-                f"masked_weight: expected a finite {name}{' > 0' if name.endswith('temperature') else ''}, got {value}. "
-                "Schedules of a temperature must end above 0, e.g. 0.05."
+                f"masked_weight: expected a finite {name}{bound}, got {value}. Schedules of a temperature must end "
+                "above 0, e.g. 0.05."
             )
     if noise is not None and not (-(1 << 63) <= noise[0] < 1 << 63 and 0 <= noise[1] <= _MAX_UINT32):
         raise ValueError(
@@ -148,8 +149,8 @@ def masked_linear(
 ) -> tuple[Tensor, Tensor]:
     """(x @ masked.T + bias, sums) with masked, sums = masked_weight(weight, ...); the arguments are explained there.
 
-    The masked weight lives during the matrix product only. Backward computes its gradient, and from that in one pass the
-    logits' gradients and the masked weight again, for x's gradient.
+    The masked weight lives during the matrix product only. Backward computes its gradient, and from that in one pass
+    the logits' gradients and the masked weight again, for x's gradient.
 
     x        (..., K) of weight's dtype; gets a gradient where it requires one, as does bias. weight is frozen.
     returns  y (..., N) in weight's dtype and sums (2,) fp64, both differentiable.
@@ -178,9 +179,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, pattern_logits, fixed_pattern, tile_logits, factors, key, constants):
-        masked, sums = _ops.masked_weight(
-            weight, pattern_logits, fixed_pattern, tile_logits, factors, key, *constants
-        )
+        masked, sums = _ops.masked_weight(weight, pattern_logits, fixed_pattern, tile_logits, factors, key, *constants)
         return functional.linear(x, masked, bias), sums
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""Typed wrappers of the packed weight's ops (masked.py has those of mask learning): checks with readable errors, fake kernels, autograd.
+"""Typed wrappers of the packed weight's ops: checks with readable errors, fake kernels, autograd. masked.py has
+those of mask learning.
 
 The C++ schemas (csrc/schema.cpp) have no defaults, so autograd always sees every input at its place.
 tile_linear has no autograd formula on purpose: one costs 5 us a call even under no_grad. Training goes through

@@ -1,4 +1,4 @@
-"""The GEMM kernel bodies on the CPU emulators of csrc/emulate: right results, noticed faults, no data races."""
+"""The GEMM and mask kernel bodies on the CPU emulators of csrc/emulate: right results, noticed faults, no data races."""
 
 from __future__ import annotations
 
@@ -52,6 +52,15 @@ def test_self_check_of_a_gpu_passes_here(emulator, family):
     """Its problems and plans are sound: if it fails on a card, the card or the device code is to blame."""
     done = emulator(f"emulate_{family}", "selfcheck")
     assert done.returncode == 0 and done.stdout.endswith(" passed, 0 failed\n") and not done.stdout.startswith("0 ")
+
+
+def test_mask_kernels_equal_the_cpu_op(emulator):
+    """Masked weights and logit gradients bit for bit: addresses, staging and order of the lanes are right."""
+    done = emulator("emulate_mask", "equal", "--cases", "600", "--seed", "1")
+    assert done.stdout == "600 passed, 0 failed\n"
+    faults = emulator("emulate_mask", "faults").stdout.split()
+    assert len(faults) == 5
+    assert [emulator("emulate_mask", "fault", fault).stdout for fault in faults] == [""] * 5
 
 
 @pytest.mark.slow

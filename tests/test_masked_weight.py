@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from strategies import two_of_four_keep
 
-from patch_kernels import masked_weight, pack_keep, reference, tile_grid
+from patch_kernels import (
+    MaskSampling,
+    _host,
+    mask_sampling,
+    masked_linear,
+    masked_weight,
+    pack_keep,
+    reference,
+    tile_grid,
+)
 
 NOISE = (5, 7, 9)
 MODES = ("joint", "tile", "pattern")
@@ -70,9 +80,24 @@ def test_equals_reference_in_working_precision(mode, dtype):
     assert_matches(case, 4e-6, tile=(64, 128), pattern_scale=2.0, tile_scale=3.0, noise=NOISE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hard", [False, True])
+def test_bfloat16_logits_are_their_values(dtype, hard):
+    """The mask is that of the same logits in float32; their gradient is the float32 one, rounded once."""
+    weight, pattern, tiles, _ = make_case(130, 260, (64, 128), "joint", dtype)
+    short = pattern.bfloat16()
+    grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(99)).to(dtype)
+    kwargs = dict(tile=(64, 128), noise=NOISE, pattern_scale=2.0, hard_pattern=hard)
+    got = run(masked_weight, (weight, short, tiles, None), grad, **kwargs)
+    expected = run(masked_weight, (weight, short.float(), tiles, None), grad, **kwargs)
+    assert got[2].dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(got[:2] + got[3:], expected[:2] + expected[3:], strict=True))
+    assert torch.equal(got[2], expected[2].bfloat16())
+
+
 @pytest.mark.parametrize(("mode", "hard", "noise"), itertools.product(MODES, (False,), (None, NOISE)))
 @pytest.mark.parametrize("tile", [(4, 4), (3, 8), (16, 16)])
-@pytest.mark.parametrize("shape", [(4, 8), (7, 20)])
+@pytest.mark.parametrize("shape", [(4, 8), (7, 20), (5, 4)])
 def test_gradcheck(shape, tile, mode, hard, noise):
     weight, pattern, tiles, fixed = make_case(*shape, tile, mode, torch.float64)
     leaves = [t.requires_grad_() for t in (pattern, tiles) if t is not None]
@@ -116,14 +141,35 @@ def test_philox_known_answers(counter, key, words):
     assert tuple(int(w) for w in reference.philox4x32(tensors, key[0] | key[1] << 32)) == words
 
 
+def test_exponential_variates_are_right_to_the_last_bit_of_u():
+    """All 2^21 inputs against float64. Where u is near 1, a log2 with an absolute error of 2^-22 (a GPU's) would lose
+    the largest Gumbel values: the series does not."""
+    u = (torch.arange(1 << 21, dtype=torch.float64) + 0.5) / (1 << 21)
+    exact = -torch.log2(u)
+    values = torch.frombuffer(bytearray(_host.exponentials(True)), dtype=torch.float32).double()
+    assert ((values - exact) / exact).abs().max() < 4e-7
+    tail = u > 1 - 1 / 32
+    assert ((values - exact) / exact)[tail].abs().max() < 2e-7
+    gpu_log2 = exact + torch.where(torch.arange(1 << 21) % 2 == 0, 2.0**-22, -(2.0**-22))
+    assert ((gpu_log2 - exact) / exact)[tail].abs().max() > 0.3  # what the series is there for
+    assert ((gpu_log2 - exact) / exact)[~tail].abs().max() < 1e-5  # and where it is not needed
+
+
 def test_noise_statistics():
-    """10^6 Gumbel draws: mean 0.57722, variance pi^2/6, and the right share beyond 5; logistic: variance pi^2/3."""
-    gumbel = reference.pattern_noise(1, 2, 3, 170_000)
-    assert abs(gumbel.mean() - 0.57722) < 0.005
-    assert abs(gumbel.var() - torch.pi**2 / 6) < 0.01
-    tail = (gumbel > 5).double().mean()
-    assert abs(tail - (1 - torch.exp(-torch.exp(torch.tensor(-5.0))))) < 3e-4
-    assert abs(torch.corrcoef(gumbel.T) - torch.eye(6)).max() < 0.01
+    """10^7 Gumbel draws: mean, variance, tail, independence, within five standard errors; logistic draws."""
+    groups = 1_700_000
+    gumbel = torch.cat([reference.pattern_noise(1, layer, 3, groups // 10) for layer in range(10)])
+    n = gumbel.numel()
+    variance = torch.pi**2 / 6
+    assert n > 10_000_000
+    assert abs(gumbel.mean() - 0.5772156649) < 5 * (variance / n) ** 0.5
+    assert abs(gumbel.var() - variance) < 5 * (4.4 * variance**2 / n) ** 0.5  # kurtosis 5.4
+    for threshold in (-1.5, 0.0, 3.0, 5.0, 8.0, 12.0):
+        share = 1 - math.exp(-math.exp(-threshold))
+        assert abs((gumbel > threshold).double().mean() - share) < 5 * (share / n) ** 0.5 + 1e-9
+    assert gumbel.max() < 16 and gumbel.min() > -3  # 21 bits: the largest is -ln(2^-22)
+    assert abs(torch.corrcoef(gumbel.T) - torch.eye(6)).max() < 5 / groups**0.5
+    assert abs((gumbel[1:, 0] * gumbel[:-1, 0]).mean() - gumbel[:, 0].mean() ** 2) < 10 * variance / groups**0.5
     logistic = reference.tile_noise(1, 2, 3, 1000, 300)
     assert abs(logistic.mean()) < 0.02 and abs(logistic.var() - torch.pi**2 / 3) < 0.05
 
@@ -161,16 +207,38 @@ def test_threads_do_not_change_the_result():
     assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
 
 
-@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.3, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("scale", [1.0, 100.0, 500.0])
-def test_no_nan_over_the_schedules(temperature, scale):
-    case = make_case(128, 128, (32, 32), "joint", torch.bfloat16)
+@pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16])
+def test_no_nan_over_the_schedules(temperature, scale, logits):
+    weight, pattern, tiles, _ = make_case(128, 128, (32, 32), "joint", torch.bfloat16)
     kwargs = dict(
         tile=(32, 32), pattern_temperature=temperature, pattern_scale=scale, tile_temperature=temperature,
         tile_scale=scale, noise=NOISE,
     )  # fmt: skip
-    results = run(masked_weight, case, torch.ones(128, 128).bfloat16(), **kwargs)
-    assert all(t.isfinite().all() for t in results)
+    grad = torch.ones(128, 128).bfloat16()
+    for size in (1.0, 1e-30, 30.0):
+        results = run(masked_weight, (weight, (size * pattern).to(logits), size * tiles, None), grad, **kwargs)
+        assert all(t.isfinite().all() for t in results)
+
+
+@pytest.mark.parametrize("noise", [None, NOISE])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_sees_the_mask_of_forward(mode, dtype, hard, noise):
+    """The masked weight that backward computes again has the bits of the one that forward returned."""
+    weight, pattern, tiles, fixed = make_case(130, 260, (64, 128), mode, dtype)
+    sampling = mask_sampling(pattern_scale=2.0, noise=None if noise is None else (noise[0], noise[2]))
+    arguments = (weight, pattern, fixed, tiles, *sampling, 64, 128, hard, hard, 7)
+    ops = torch.ops.patch_kernels
+    masked, _ = ops.masked_weight(*arguments)
+    grads = torch.randn_like(weight), torch.ones(2, dtype=torch.float64)
+    again = ops.masked_weight_backward(*grads, *arguments, True)
+    assert torch.equal(again[2], masked)
+    without = ops.masked_weight_backward(*grads, *arguments, False)
+    assert without[2].numel() == 0
+    assert torch.equal(again[0], without[0]) and torch.equal(again[1], without[1])
 
 
 def test_soft_masks_have_density_one_half_per_group():
@@ -190,15 +258,88 @@ def test_dropped_infinity_stays_dropped():
     assert tiles.grad.isfinite().all()
 
 
-def test_nothing_of_the_logits_size_is_saved():
-    """Backward recomputes: autograd keeps the inputs themselves, no other tensor."""
-    case = make_case(64, 64, (32, 32), "joint")
-    pattern, tiles = case[1].requires_grad_(), case[2].requires_grad_()
-    inputs = {t.data_ptr() for t in (case[0], pattern, tiles)}
+def saved_by(function):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        masked_weight(case[0], pattern, tiles, tile=(32, 32), noise=NOISE)
-    assert {t.data_ptr() for t in saved} == inputs
+        function()
+    return saved
+
+
+def test_nothing_of_the_logits_size_is_saved():
+    """Backward recomputes: autograd keeps the inputs themselves, no other tensor but the five numbers of the step."""
+    case = make_case(64, 64, (16, 16), "joint")
+    pattern, tiles = case[1].requires_grad_(), case[2].requires_grad_()
+    inputs = {t.data_ptr() for t in (case[0], pattern, tiles)}
+    saved = saved_by(lambda: masked_weight(case[0], pattern, tiles, tile=(16, 16), noise=NOISE))
+    assert {t.data_ptr() for t in saved if t.numel() > 4} == inputs
+
+    x = torch.randn(5, 64)
+    saved = saved_by(lambda: masked_linear(x, case[0], None, pattern, tiles, mask_sampling(), layer=0, tile=(16, 16)))
+    assert {t.data_ptr() for t in saved if t.numel() > 4} == inputs | {x.data_ptr()}
+
+
+def linear_case(mode, dtype=torch.float64):
+    weight, pattern, tiles, fixed = make_case(12, 20, (8, 8), mode, dtype)
+    for logits in (pattern, tiles):
+        if logits is not None:
+            logits.requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 20, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(12, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    sampling = mask_sampling(pattern_temperature=1.5, tile_scale=2.0, noise=(5, 9))
+    return x, weight, bias, pattern, tiles, sampling, dict(layer=7, tile=(8, 8), fixed_pattern=fixed)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masked_linear_gradcheck(mode):
+    x, weight, bias, pattern, tiles, sampling, kwargs = linear_case(mode)
+    learned = [t for t in (x, bias, pattern, tiles) if t is not None]
+    function = lambda *_: masked_linear(x, weight, bias, pattern, tiles, sampling, **kwargs)  # noqa: E731
+    assert torch.autograd.gradcheck(function, learned)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("mode", MODES)
+def test_masked_linear_is_the_linear_layer_of_the_masked_weight(mode, needs):
+    """Same bits forward; gradients of whatever needs one."""
+    x, weight, bias, pattern, tiles, sampling, kwargs = linear_case(mode, torch.float32)
+    x.requires_grad_(needs[0]), bias.requires_grad_(needs[1])
+    leaves = [t for t in (x, bias, pattern, tiles) if t is not None and t.requires_grad]
+    results = []
+    for fused in (True, False):
+        if fused:
+            y, sums = masked_linear(x, weight, bias, pattern, tiles, sampling, **kwargs)
+        else:
+            masked, sums = masked_weight(weight, pattern, tiles, sampling=sampling, **kwargs)
+            y = torch.nn.functional.linear(x, masked, bias)
+        results.append((y, sums, *torch.autograd.grad(y.square().sum() + sums.sum(), leaves)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_linear_with_one_output_unused():
+    x, weight, bias, pattern, tiles, sampling, kwargs = linear_case("joint")
+    y, sums = masked_linear(x, weight, bias, pattern, tiles, sampling, **kwargs)
+    y.sum().backward(retain_graph=True)
+    only_y = pattern.grad.clone()
+    pattern.grad = None
+    sums.sum().backward()
+    assert only_y.abs().sum() > 0 and pattern.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 24), r"expected x \(..., 20\) in torch.float32.*got torch.float32 \(2, 24\)"),
+        (torch.zeros(2, 20).half(), r"got torch.float16 \(2, 20\). Convert x; autocast"),
+        (torch.zeros(()), r"got torch.float32 \(\)"),
+    ],
+)
+def test_masked_linear_refuses_other_inputs(x, message):
+    _, weight, bias, pattern, tiles, sampling, kwargs = linear_case("joint", torch.float32)
+    with pytest.raises(ValueError, match=message):
+        masked_linear(x, weight, bias, pattern, tiles, sampling, **kwargs)
 
 
 def op_arguments(mode, shape=(12, 20), tile=(8, 8), dtype=torch.float32, noise=True, hard=False, contiguous=True):
@@ -206,7 +347,8 @@ def op_arguments(mode, shape=(12, 20), tile=(8, 8), dtype=torch.float32, noise=T
     if not contiguous:
         weight = weight.T.contiguous().T
     grads = [None if t is None else t.requires_grad_() for t in (pattern, tiles)]
-    return (weight, grads[0], fixed, grads[1], *tile, 0.7, 2.0, 1.3, 3.0, hard, hard, 1, 2, 3, noise)
+    sampling = mask_sampling(pattern_temperature=0.7, tile_scale=3.0, noise=(1, 3) if noise else None)
+    return (weight, grads[0], fixed, grads[1], *sampling, *tile, hard, hard, 2)
 
 
 @pytest.mark.parametrize(
@@ -225,31 +367,41 @@ def op_arguments(mode, shape=(12, 20), tile=(8, 8), dtype=torch.float32, noise=T
 )
 def test_opcheck(arguments):
     torch.library.opcheck(torch.ops.patch_kernels.masked_weight.default, arguments)
-    weight, pattern, fixed, tiles, *scalars = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-    grads = torch.randn_like(weight), torch.ones(2, dtype=torch.float64)
-    torch.library.opcheck(
-        torch.ops.patch_kernels.masked_weight_backward.default, (*grads, weight, pattern, fixed, tiles, *scalars)
-    )
+    inputs = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    grads = torch.randn_like(inputs[0]), torch.ones(2, dtype=torch.float64)
+    for with_masked in (False, True):
+        torch.library.opcheck(torch.ops.patch_kernels.masked_weight_backward.default, (*grads, *inputs, with_masked))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compile_fullgraph(backend):
-    """Forward and backward in one graph. torch.compile specialises on the schedule's values and the draw."""
+@pytest.mark.parametrize("linear", [False, True])
+def test_compiles_once_for_all_steps(backend, linear):
+    """Forward and backward in one graph each, whatever temperature and draw are."""
     weight, pattern, tiles, _ = make_case(64, 64, (32, 32), "joint")
     pattern.requires_grad_(), tiles.requires_grad_()
+    x = torch.randn(3, 64)
 
-    def step(draw):
-        masked, sums = masked_weight(weight, pattern, tiles, tile=(32, 32), noise=(1, 2, draw))
-        return masked.square().sum() + sums.sum()
+    def step(sampling):
+        if linear:
+            y, sums = masked_linear(x, weight, None, pattern, tiles, sampling, layer=2, tile=(32, 32))
+        else:
+            y, sums = masked_weight(weight, pattern, tiles, tile=(32, 32), sampling=sampling, layer=2)
+        return y.square().sum() + sums.sum()
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(step, fullgraph=True, backend=backend)
-    for draw in range(3):
+    values = set()
+    for draw in range(4):
+        sampling = mask_sampling(pattern_temperature=4.0 - draw, tile_temperature=1 + draw, noise=(1, draw))
         results = []
         for function in (compiled, step):
-            value = function(draw)
+            value = function(sampling)
             results.append((value, *torch.autograd.grad(value, (pattern, tiles))))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        values.add(results[0][0].item())
+    assert len(values) == 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 WEIGHT, PATTERN, TILES, _ = make_case(8, 8, (4, 4), "joint")
@@ -266,14 +418,21 @@ FIXED = make_case(8, 8, (4, 4), "tile")[3]
         (dict(tile=(4, 6)), r"columns a multiple of 4\), got \(4, 6\)"),
         (dict(pattern_logits=None), "either pattern_logits or fixed_pattern, got neither"),
         (dict(fixed_pattern=FIXED), "either pattern_logits or fixed_pattern, got both"),
-        (dict(pattern_logits=PATTERN[:3]), r"pattern_logits as torch.float32 \(16, 6\).*got .*\(3, 6\)"),
-        (dict(pattern_logits=PATTERN.bfloat16()), "pattern_logits as torch.float32 .* got torch.bfloat16"),
+        (
+            dict(pattern_logits=PATTERN[:3]),
+            r"pattern_logits as torch.float32 or torch.bfloat16 \(16, 6\).*got .*\(3, 6\)",
+        ),
+        (dict(pattern_logits=PATTERN.half()), "pattern_logits as torch.float32 .* got torch.float16"),
         (dict(tile_logits=TILES[:1]), r"tile_logits as torch.float32 \(2, 2\).*got .*\(1, 2\)"),
         (dict(tile_logits=TILES.to("meta")), "tile_logits on cpu like the weight, got meta"),
         (dict(pattern_temperature=0.0), "pattern_temperature > 0, got 0.0"),
         (dict(tile_temperature=float("nan")), "tile_temperature > 0, got nan"),
-        (dict(noise=(1, -1, 0)), r"layer in \[0, 2\^31\)"),
-        (dict(noise=(1, 0, 1 << 32)), r"draw in \[0, 2\^32\)"),
+        (dict(pattern_scale=float("inf")), "finite pattern_scale, got inf"),
+        (dict(noise=(1, -1, 0)), r"layer number in \[0, 2\^31\), got -1"),
+        (dict(noise=(1, 0, 1 << 32)), r"draw in \[0, 2\^32\), got seed 1 and draw 4294967296"),
+        (dict(noise=(1 << 63, 0, 0)), "a 64-bit seed"),
+        (dict(sampling=mask_sampling(device="meta")), "sampling.factors on cpu like the weight, got meta"),
+        (dict(sampling=MaskSampling(torch.ones(4), None)), r"sampling.factors as torch.float64 \(4,\)"),
     ],
 )
 def test_bad_input_is_refused(arguments, message):

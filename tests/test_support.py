@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from patch_kernels import _library, ops, support
+from patch_kernels import _library, masked_weight, ops, support
 
 
 def test_report_is_json_and_every_op_works_here():

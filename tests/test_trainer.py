@@ -18,11 +18,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-import patch_kernels
 from patch.learn import LearnConfig, Schedule, density, weight_norm_ratio
 from patch.mask import combine, sample_pattern_mask, sample_tile_mask
 from patch.mask_trainer import Objective, ShuffledBlocks
-from patch.masked_linear import MaskedLayers, MaskedLinear, initial_logits
+from patch.masked_linear import MaskedLayers, MaskedLinear, SamplingState, initial_logits
 from patch.models import keep_masks, maskable_linears
 from patch.priors import tile_scores
 from patch.pruning import prune_weight
@@ -209,8 +208,8 @@ def test_first_step_has_learning_rate_zero(tiny_model, tmp_path):
 
 
 def without_noise(monkeypatch):
-    original = patch_kernels.masked_weight
-    monkeypatch.setattr(patch_kernels, "masked_weight", lambda *a, **k: original(*a, **(k | {"noise": None})))
+    original = SamplingState.sampling
+    monkeypatch.setattr(SamplingState, "sampling", lambda self, device, noise=True: original(self, device, noise=False))
 
 
 @pytest.mark.parametrize("accepts_loss_kwargs", [True, False])

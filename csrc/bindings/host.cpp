@@ -9,6 +9,7 @@
 #include "../gemm/fragments.h"
 #include "../gemm/wgmma.h"
 #include "../layout.h"
+#include "../mask_math.h"
 #include "../plan.h"
 
 namespace pk = patch_kernels;
@@ -45,6 +46,15 @@ py::dict read_schedule(const std::vector<int32_t>& words) {
   parts["row_cuts"] = std::vector<int>(view.row_cuts, view.row_cuts + rows * pk::kCuts);
   parts["pair_cuts"] = std::vector<int>(view.pair_cuts, view.pair_cuts + pairs * pk::kCuts);
   return parts;
+}
+
+// exponential() of all 2^21 inputs, as float32; `with_series` false: of log2 alone, as it would be without the series.
+py::bytes exponentials(bool with_series) {
+  std::vector<float> values(1 << 21);
+  for (uint32_t bits = 0; bits < values.size(); ++bits) {
+    values[bits] = with_series ? pk::exponential<float>(bits) : -pk::log2_positive(pk::uniform21(bits, 0.0f));
+  }
+  return py::bytes(reinterpret_cast<const char*>(values.data()), sizeof(float) * values.size());
 }
 
 const char* family_name(pk::Family family) {
@@ -136,4 +146,5 @@ PYBIND11_MODULE(_host, m) {
         py::arg("batch_invariant") = false, py::arg("compute_capability") = 90, py::arg("sm_count") = 132,
         py::arg("smem_bytes") = 232448);
   m.def("items", &items, py::arg("units"), py::arg("groups"), py::arg("groups_per_block"), py::arg("workers"));
+  m.def("exponentials", &exponentials);
 }
