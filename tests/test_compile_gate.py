@@ -44,8 +44,10 @@ SM80 = {
 }
 OTHER_KERNELS = {
     "unpack_kernel": 1,
-    "forward_kernel": 4,
-    "backward_kernel": 4,
+    "tile_forward": 6,
+    "tile_backward": 6,
+    "any_forward": 4,
+    "any_backward": 4,
     "reduce_kernel": 1,
     "add_splits_sm80": 2,
 }
@@ -83,7 +85,14 @@ class Kernel:
         if self.name == "tile_linear_sm80":
             bn, row_warps, token_warps, _ = self.config
             return 32 * row_warps * token_warps, 1 if bn >= 64 else 2
-        return 256, 1
+        return 256, 3 if self.name in ("tile_forward", "tile_backward") else 1
+
+    @property
+    def logits(self) -> str:
+        """What the patterns of a tile_forward or tile_backward come from."""
+        if "FixedPattern" in self.symbol:
+            return "fixed"
+        return "float32" if re.search(r"(Half|BFloat16)EfE", self.symbol) else "bfloat16"
 
     def __str__(self) -> str:
         parts = [self.architecture, self.name]
@@ -256,6 +265,31 @@ def sm90_complaints(kernel: Kernel) -> list[str]:
     return found
 
 
+def mask_complaints(kernel: Kernel) -> list[str]:
+    """Everything of a weight's or the logits' size moves 16 bytes at a time; a group costs 12 log2, 6 exp2, 1 division.
+
+    Once more in the prologue: what is fetched a step ahead. The gate of the tile has two log2, one exp2, one division.
+    """
+    chunks = {"float32": 3, "bfloat16": 2, "fixed": 0}[kernel.logits]
+    is_backward, is_learned = kernel.name == "tile_backward", kernel.logits != "fixed"
+    found = expect(
+        kernel,
+        {
+            r"LDGSTS\S*\.128 ": 2 * chunks,
+            r"LDGSTS": 2 * chunks,
+            r"STG\S*\.128 ": 1 + (chunks if is_backward else 0),
+            r"(LDG|STG)\S*\.[US](8|16)\b": 0 if is_learned else 2,  # two groups of a fixed pattern are one byte
+            r"MUFU\.LG2": 2 + (12 if is_learned else 0),
+            r"MUFU\.EX2": 1 + (6 if is_learned else 0),
+            r"ATOM|RED\b": 0,
+        },
+    )
+    loads = kernel.count(r"LDG\S*\.128 ")
+    if loads < (4 if is_backward else 2):
+        found.append(f"{kernel}: {loads} loads of 16 bytes for weights{' and gradients' if is_backward else ''}")
+    return found
+
+
 def shell_complaints(kernel: Kernel) -> list[str]:
     """A Hopper kernel on another architecture: compiled, never launched, empty."""
     if len(kernel.instructions) > 32 or kernel.count(r"HGMMA|BAR|SYNCS|ST"):
@@ -291,6 +325,14 @@ def test_sm80_instructions(kernels):
 def test_sm90_instructions(kernels):
     check = sm90_complaints if kernels[0].architecture == "sm_90a" else shell_complaints
     assert [c for k in kernels if k.name == "sm90_kernel" for c in check(k)] == []
+
+
+def test_mask_instructions(kernels):
+    mask = [k for k in kernels if k.name in ("tile_forward", "tile_backward")]
+    assert sorted((k.name, k.logits) for k in mask) == sorted(
+        (name, logits) for name in ("tile_forward", "tile_backward") for logits in ("float32", "bfloat16", "fixed") * 2
+    )
+    assert [c for k in mask for c in mask_complaints(k)] == []
 
 
 def test_metadata_registers_stay_while_they_may_be_read(kernels):

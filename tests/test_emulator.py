@@ -1,4 +1,4 @@
-"""The GEMM and mask kernel bodies on the CPU emulators of csrc/emulate: right results, noticed faults, no data races."""
+"""The GEMM and mask kernel bodies on the CPU emulators of csrc/emulate: right results, noticed faults, no races."""
 
 from __future__ import annotations
 
