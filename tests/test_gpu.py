@@ -8,7 +8,7 @@ from strategies import SHAPES, hybrid_mask
 from test_masked_weight import MODES, NOISE, make_case, run
 from test_tile_linear import integer_case
 
-from patch_kernels import TiledLinear, TiledWeight, masked_weight, ops, reference
+from patch_kernels import TiledLinear, TiledWeight, mask_sampling, masked_weight, ops, reference
 from patch_kernels._library import gemm_status
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -82,23 +82,81 @@ def test_two_streams_at_once():
     assert all(torch.equal(y, expected) for y in results)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+# The kernels for tiles of 128 columns with 16-bit weights: whole, cut on both sides, few rows. Then the general ones:
+# another tile, rows that do not start at 16 bytes, wide dtypes.
+MASK_CASES = [
+    ((256, 384), (128, 128), torch.bfloat16, torch.float32),
+    ((256, 384), (128, 128), torch.float16, torch.float32),
+    ((300, 400), (128, 128), torch.bfloat16, torch.bfloat16),
+    ((77, 2056), (128, 128), torch.bfloat16, torch.float32),
+    ((200, 256), (48, 128), torch.float16, torch.bfloat16),
+    ((130, 260), (64, 128), torch.bfloat16, torch.float32),
+    ((130, 260), (128, 128), torch.float16, torch.bfloat16),
+    ((33, 52), (16, 12), torch.bfloat16, torch.float32),
+    ((130, 260), (64, 128), torch.float32, torch.float32),
+    ((130, 260), (64, 128), torch.float64, torch.float64),
+]
+
+
+@pytest.mark.parametrize("noise", [None, NOISE])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize(("shape", "tile", "dtype", "logits"), MASK_CASES)
 @pytest.mark.parametrize("mode", MODES)
-def test_masked_weight_equals_cpu(mode, dtype):
-    case = make_case(130, 260, (64, 128), mode, dtype)
-    grad = torch.randn(130, 260).to(dtype)
-    kwargs = dict(tile=(64, 128), pattern_scale=2.0, tile_scale=3.0, noise=NOISE)
+def test_masked_weight_equals_cpu(mode, shape, tile, dtype, logits, hard, noise):
+    """To the accuracy of the card's log2 and exp2; run to run bit for bit. Where patterns are hard, two that are equally
+    likely to that accuracy may be chosen either way: one group in 10^4 at most, and sums are not compared."""
+    weight, pattern, tiles, fixed = make_case(*shape, tile, mode, dtype)
+    case = (weight, None if pattern is None else pattern.to(logits), tiles, fixed)
+    on_card = [None if t is None else t.cuda() for t in case]
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    kwargs = dict(tile=tile, pattern_scale=2.0, tile_scale=3.0, noise=noise, hard_pattern=hard, hard_tile=hard)
     on_cpu = run(masked_weight, case, grad, **kwargs)
-    on_gpu = run(masked_weight, [None if t is None else t.cuda() for t in case], grad.cuda(), **kwargs)
-    again = run(masked_weight, [None if t is None else t.cuda() for t in case], grad.cuda(), **kwargs)
-    relative = 1e-12 if dtype == torch.float64 else 4e-6
+    on_gpu, again = (run(masked_weight, on_card, grad.cuda(), **kwargs) for _ in range(2))
+    relative = 1e-12 if dtype == torch.float64 else 1e-5
+    may_flip = hard and mode != "tile"
     for got, repeated, expected in zip(on_gpu, again, on_cpu, strict=True):
         if expected is None:
             continue
         assert torch.equal(got, repeated)
-        rounding = torch.finfo(got.dtype).eps if got.dtype == dtype else 0
-        error = (got.cpu().double() - expected.double()).abs().max()
-        assert error <= (relative + rounding) * max(expected.double().abs().max(), 1)
+        if may_flip and expected.numel() < weight.numel():
+            continue
+        rounding = torch.finfo(got.dtype).eps if got.dtype.itemsize == 2 else 0
+        error = (got.cpu().double() - expected.double()).abs()
+        far = error > (relative + rounding) * max(expected.double().abs().max(), 1)
+        assert far.double().mean() <= (1e-4 if may_flip else 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("shape", "tile", "dtype", "logits"), MASK_CASES)
+def test_backward_sees_the_mask_of_forward(mode, shape, tile, dtype, logits):
+    weight, pattern, tiles, fixed = (None if t is None else t.cuda() for t in make_case(*shape, tile, mode, dtype))
+    pattern = None if pattern is None else pattern.to(logits)
+    sampling = mask_sampling(pattern_scale=2.0, noise=(5, 9), device="cuda")
+    arguments = (weight, pattern, fixed, tiles, *sampling, *tile, False, False, 7)
+    masked, _ = torch.ops.patch_kernels.masked_weight(*arguments)
+    grads = torch.randn_like(weight), torch.ones(2, dtype=torch.float64, device="cuda")
+    assert torch.equal(torch.ops.patch_kernels.masked_weight_backward(*grads, *arguments, True)[2], masked)
+
+
+def test_graph_of_a_mask_reads_the_new_draw():
+    weight, pattern, tiles, _ = (None if t is None else t.cuda() for t in make_case(256, 256, (128, 128), "joint"))
+    weight = weight.bfloat16()
+    static = mask_sampling(noise=(1, 0), device="cuda")
+    call = lambda sampling: masked_weight(weight, pattern, tiles, sampling=sampling, layer=3)  # noqa: E731
+    with torch.no_grad():
+        call(static)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            masked, sums = call(static)
+        for draw in (5, 6):
+            new = mask_sampling(pattern_temperature=0.5 + draw, noise=(1, draw), device="cuda")
+            for target, value in zip(static, new, strict=True):
+                target.copy_(value)
+            graph.replay()
+            expected = call(new)
+            torch.cuda.synchronize()
+            assert torch.equal(masked, expected[0]) and torch.equal(sums, expected[1])
 
 
 def test_side_stream_and_graph_replay():
