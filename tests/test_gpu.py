@@ -103,8 +103,8 @@ MASK_CASES = [
 @pytest.mark.parametrize(("shape", "tile", "dtype", "logits"), MASK_CASES)
 @pytest.mark.parametrize("mode", MODES)
 def test_masked_weight_equals_cpu(mode, shape, tile, dtype, logits, hard, noise):
-    """To the accuracy of the card's log2 and exp2; run to run bit for bit. Where patterns are hard, two that are equally
-    likely to that accuracy may be chosen either way: one group in 10^4 at most, and sums are not compared."""
+    """To the accuracy of the card's log2 and exp2; run to run bit for bit. Where patterns are hard, two equally
+    likely ones may be chosen either way: one group in 10^4 at most, and sums are not compared."""
     weight, pattern, tiles, fixed = make_case(*shape, tile, mode, dtype)
     case = (weight, None if pattern is None else pattern.to(logits), tiles, fixed)
     on_card = [None if t is None else t.cuda() for t in case]
