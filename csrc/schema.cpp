@@ -22,5 +22,9 @@ STABLE_TORCH_LIBRARY(patch_kernels, m) {
       "Tensor? fixed_pattern, Tensor? tile_logits, int tile_rows, int tile_cols, float pattern_temperature, "
       "float pattern_scale, float tile_temperature, float tile_scale, bool hard_pattern, bool hard_tile, int seed, "
       "int layer, int draw, bool noise) -> (Tensor, Tensor)");
+  m.def(
+      "adamw_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? exp_avg_scale, "
+      "Tensor(e!)? exp_avg_sq_scale, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, int step, int seed, int stream) -> ()");
   m.def("has_cuda_shim() -> bool");
 }

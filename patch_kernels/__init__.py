@@ -1,5 +1,6 @@
 """Ops on hybrid dense / 2:4 weights and the drop-in linear layer. Knows no model and no training."""
 
+from patch_kernels.adamw import adamw_step
 from patch_kernels.layout import TiledWeight, tiles_that_are_two_of_four
 from patch_kernels.linear import TiledLinear
 from patch_kernels.ops import masked_weight, payload_bytes, tile_grid, tile_linear
@@ -10,6 +11,7 @@ __all__ = [
     "TILE",
     "TiledLinear",
     "TiledWeight",
+    "adamw_step",
     "masked_weight",
     "pack_keep",
     "payload_bytes",

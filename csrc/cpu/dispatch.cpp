@@ -57,6 +57,8 @@ void masked_weight_backward(const MaskedWeightArgs& args, const void* grad_maske
   PK_CALL(masked_weight_backward, args, grad_masked, grad_sums, grad_pattern_logits, grad_tile_logits, parallel)
 }
 
+void adamw_step(const AdamWArgs& args, ParallelFor parallel) { PK_CALL(adamw_step, args, parallel) }
+
 const char* instruction_set() {
   switch (isa()) {
     case Isa::kAvx512:

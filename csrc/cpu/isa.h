@@ -9,6 +9,7 @@
   void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel);         \
   void masked_weight_backward(const MaskedWeightArgs& args, const void* grad_masked, const double* grad_sums, \
                               void* grad_pattern_logits, void* grad_tile_logits, ParallelFor parallel);       \
+  void adamw_step(const AdamWArgs& args, ParallelFor parallel);                                               \
   }
 
 PK_DECLARE_ISA(generic)
