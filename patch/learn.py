@@ -94,8 +94,8 @@ class LearnConfig:
     lr ... max_grad_norm  AdamW with warm-up and cosine decay to lr * min_lr_ratio, gradients clipped
                           together.
     moments          what AdamW's moments are stored in: "float32", "bfloat16" or "int8" (8-bit floating-point
-                     codes with a scale for 256 values; for a second beta up to about 0.99). Below float32 the
-                     rounding is stochastic, a function of seed, step and position.
+                     codes with a scale for 256 values). Below float32 the rounding is stochastic, a function
+                     of seed, step and position.
     logits_dtype     "float32", or "bfloat16" with stochastic rounding for the 2:4 logits (tile logits are few
                      and stay float32). A joint run holds 1.5 logits per weight: logits and moments take 18
                      bytes per weight by default, 12 with bfloat16 moments, 9 with int8 moments or with both

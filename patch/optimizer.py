@@ -41,7 +41,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     """AdamW with moments in fp32, bf16 or 8 bits, on fp32 or bf16 parameters, rounded stochastically.
 
     moments     "float32", "bfloat16" (4 bytes a parameter for both) or "int8" (2 bytes and 1/32; 8-bit floating-point
-                codes with a scale for 256 values, see patch_kernels.adamw_step; meant for beta2 up to about 0.99).
+                codes with a scale for 256 values, see patch_kernels.adamw_step).
     seed        of the rounding; a run is a function of it, whatever the number of threads, and resumes bit for bit.
     grad_scale  attribute: None, or a fp32 tensor of one element that the next steps multiply the gradients by.
     raises      ValueError for other moments, and for parameters in another dtype.

@@ -6,7 +6,8 @@
 namespace patch_kernels::cpu::PK_ISA {
 namespace {
 
-constexpr int kLanes = kAdamWBlock / kRoundings;  // Philox calls of a block, at once
+// Philox calls of a block, at once. GCC unrolls loops of 16 or fewer whole and then multiplies one number at a time.
+constexpr int kLanes = kAdamWBlock / kRoundings;
 
 struct Block {
   int64_t index;
