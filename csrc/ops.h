@@ -49,6 +49,32 @@ struct MaskedWeightGrads {
   void* masked;               // the forward result once more, or null
 };
 
+constexpr int kAdamWBlock = 256;  // values of an 8-bit moment that share a scale
+
+// Everything of an AdamW step that is the same for all values.
+struct AdamWFactors {
+  float grad_share, beta2, square_share;  // 1 - beta1, beta2, 1 - beta2
+  float decay;                            // 1 - lr * weight_decay
+  float step_size, root_correction, eps;  // lr / (1 - beta1^t), sqrt(1 - beta2^t)
+};
+
+// See patch_kernels.adamw_step in Python.
+struct AdamWArgs {
+  void* param;
+  const void* grad;  // like param
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* exp_avg_scale;     // ceil(elems/kAdamWBlock) with 8-bit moments, else null
+  float* exp_avg_sq_scale;  // the same
+  const float* grad_scale;  // one value, or null
+  int64_t elems;
+  AdamWFactors factors;
+  uint64_t seed;
+  uint32_t stream, step;
+  DType param_type;  // fp32 or bf16
+  int moment_bits;   // 32 (fp32), 16 (bf16) or 8 (codes of adamw_math.h)
+};
+
 // First violation found while packing: a sparse tile's group that does not keep exactly two (see pack_tiles).
 struct PackError {
   int64_t count;  // offending groups
@@ -69,6 +95,7 @@ void tile_linear(const TileLinearArgs& args, ParallelFor parallel);
 // masked like weight; sums (2) fp64.
 void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel);
 void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel);
+void adamw_step(const AdamWArgs& args, ParallelFor parallel);
 const char* instruction_set();
 }  // namespace cpu
 
@@ -78,6 +105,8 @@ void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, void* stream);
 // partial_sums: (tile rows, tile cols, 2) fp64 workspace.
 void masked_weight(const MaskedWeightArgs& args, void* masked, double* partial_sums, double* sums, void* stream);
 void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, void* stream);
+// param, grad and moments start at multiples of 16 bytes.
+void adamw_step(const AdamWArgs& args, void* stream);
 }  // namespace cuda
 
 }  // namespace patch_kernels

@@ -20,5 +20,9 @@ STABLE_TORCH_LIBRARY(patch_kernels, m) {
       "masked_weight_backward(Tensor grad_masked, Tensor grad_sums, Tensor weight, Tensor? pattern_logits, "
       "Tensor? fixed_pattern, Tensor? tile_logits, Tensor factors, Tensor? key, int tile_rows, int tile_cols, "
       "bool hard_pattern, bool hard_tile, int layer, bool with_masked) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "adamw_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? exp_avg_scale, "
+      "Tensor(e!)? exp_avg_sq_scale, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, int step, int seed, int stream) -> ()");
   m.def("has_cuda_shim() -> bool");
 }

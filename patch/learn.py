@@ -15,6 +15,8 @@ from patch.priors import PRIOR_MODES
 MODES = ("joint", "tile", "mask_llm")
 WEIGHT_REG_FORMS = ("norm", "squared")
 REDUCTIONS = ("mean", "sum")
+MOMENTS = ("float32", "bfloat16", "int8")
+LOGITS_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,14 @@ class LearnConfig:
     tile             (rows, columns) of a tile; columns a multiple of 4.
     lr ... max_grad_norm  AdamW with warm-up and cosine decay to lr * min_lr_ratio, gradients clipped
                           together.
+    moments          what AdamW's moments are stored in: "float32", "bfloat16" or "int8" (8-bit floating-point
+                     codes with a scale for 256 values). Below float32 the rounding is stochastic, a function
+                     of seed, step and position.
+    logits_dtype     "float32", or "bfloat16" with stochastic rounding for the 2:4 logits (tile logits are few
+                     and stay float32). A joint run holds 1.5 logits per weight: logits and moments take 18
+                     bytes per weight by default, 12 with bfloat16 moments, 9 with int8 moments or with both
+                     in bfloat16, 6 with bfloat16 logits and int8 moments; gradients add 6, or 3 with bfloat16
+                     logits. A float64 model takes neither.
     sparse_reg       factor of |density - target|.
     weight_reg       factor of the kept weight norm's reward, which decays linearly to 0; 0 switches it off.
     weight_reg_form  "norm" (published code) or "squared" (the papers' equations).
@@ -118,6 +128,8 @@ class LearnConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 5
     max_grad_norm: float = 1.0
+    moments: str = "float32"
+    logits_dtype: str = "float32"
     sparse_reg: float = 7.0
     weight_reg: float = 10.0
     weight_reg_form: str = "norm"
@@ -222,6 +234,8 @@ class LearnConfig:
     def _check_choices(self) -> None:
         choices = {
             "mode": MODES,
+            "moments": MOMENTS,
+            "logits_dtype": LOGITS_DTYPES,
             "prior_mode": PRIOR_MODES,
             "weight_reg_form": WEIGHT_REG_FORMS,
             "layer_target_reduction": REDUCTIONS,

@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from patch import training_state
 from patch.learn import LearnConfig, Schedule, learning_rate_factor
 from patch.masked_linear import MaskedLayers
+from patch.optimizer import LowPrecisionAdamW, make_optimizer
 
 
 class MaskTrainer(Trainer):
@@ -99,15 +100,18 @@ class MaskTrainer(Trainer):
     def create_optimizer(self, model=None):
         """AdamW over the logits alone, one group."""
         if self.optimizer is None:
-            config = self.config
-            self.optimizer = torch.optim.AdamW(
-                list(self._logits.values()),
-                lr=config.lr,
-                betas=config.betas,
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-            )
+            self.optimizer = make_optimizer(self._logits, self.config)
+            self._scales_gradients = isinstance(self.optimizer, LowPrecisionAdamW)
         return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        """Norm of all gradients. Where the optimizer scales them itself, clipping is not another pass over them."""
+        if not self._scales_gradients:
+            return super()._clip_grad_norm(model)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._logits.values() if p.grad is not None])
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        optimizer.grad_scale = (self.config.max_grad_norm / (norm.float() + 1e-6)).clamp(max=1.0)
+        return norm
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Linear warm-up from 0, then cosine."""
@@ -192,7 +196,8 @@ class MaskTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is None:
             return
-        moments = training_state.load_moments(Path(checkpoint, training_state.OPTIMIZER), self._logits)
+        path = Path(checkpoint, training_state.OPTIMIZER)
+        moments = training_state.load_moments(path, self._logits, self.config.moments)
         self.optimizer.load_state_dict(
             self.optimizer.state_dict() | {"state": {i: moments[name] for i, name in enumerate(self._logits)}}
         )

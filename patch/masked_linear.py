@@ -74,7 +74,7 @@ class SamplingState:
 
 
 class MaskedLinear(nn.Module):
-    """y = x @ (mask * weight).T + bias with a frozen weight and bias and trainable float32 mask logits.
+    """y = x @ (mask * weight).T + bias with a frozen weight and bias and trainable mask logits.
 
     linear          its Parameters are shared, not copied, and are no longer trained.
     index           position of the layer among the masked ones; part of the noise key.
@@ -247,8 +247,9 @@ def initial_logits(
     """(pattern, tile) start logits of a layer, None where the mode has none; a function of (seed, index) and
     priors.
 
-    float32, because a 16-bit logit near 0.04 cannot be moved by a step of 1e-4 (half a unit in the last
-    place); float64 for a float64 weight.
+    float32, because rounding to the nearest a 16-bit logit near 0.04 cannot be moved by a step of 1e-4 (half
+    a unit in the last place); float64 for a float64 weight. With config.logits_dtype "bfloat16" the pattern
+    logits are bfloat16, and the optimizer rounds them stochastically.
     """
     shape = (linear.out_features, linear.in_features)
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + index) % (1 << 63))
@@ -260,6 +261,8 @@ def initial_logits(
         pattern = raw.to(device)
         if keep is not None:
             pattern = pattern_prior(pattern, keep, config.pattern_prior_strength, mode=config.prior_mode)
+        if config.logits_dtype == "bfloat16":
+            pattern = pattern.to(torch.bfloat16)
     if config.mode != "mask_llm":
         raw = torch.randn(tile_grid(config.tile, shape), generator=generator, dtype=dtype) * config.init_std
         tile = raw.to(device)

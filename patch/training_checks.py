@@ -27,6 +27,7 @@ def check_inputs(
             f"config: expected a LearnConfig, got {type(config).__name__}; use LearnConfig.from_preset('joint', 0.45)"
         )
     _check_model(linears)
+    _check_precision(config, linears)
     _check_blocks(model, blocks, config)
     if config.mode == "tile" and prior_masks is None:
         raise ValueError(
@@ -68,6 +69,17 @@ def _check_model(linears: Mapping[str, nn.Linear]) -> None:
             raise ValueError(
                 f"model: expected dense weights, got a pruned layer {name}; load the dense model and pass "
                 "the masks as prior_masks"
+            )
+
+
+def _check_precision(config: LearnConfig, linears: Mapping[str, nn.Linear]) -> None:
+    for setting in ("moments", "logits_dtype"):
+        value = getattr(config, setting)
+        double = [name for name, linear in linears.items() if linear.weight.dtype == torch.float64]
+        if value != "float32" and double:
+            raise ValueError(
+                f"{setting}: expected float32 for the float64 weights of {double[0]}, got {value}; leave it out or "
+                "load the model with dtype=torch.bfloat16"
             )
 
 

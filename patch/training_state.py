@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from patch.checkpoint import model_fingerprint
 from patch.folder import dump_json, read_json, verify_folder, write_folder
 from patch.learn import LearnConfig
+from patch.optimizer import moment_state
 
 logger = logging.getLogger(__name__)
 
@@ -166,18 +167,18 @@ def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
         return {name: file.get_tensor(name) for name in expected}
 
 
-def load_moments(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """AdamW state by parameter name."""
+def load_moments(path: Path, parameters: Mapping[str, Tensor], moments: str) -> dict[str, dict[str, Tensor]]:
+    """AdamW state by parameter name, in the dtypes it was saved with; moments as in LearnConfig."""
     expected = {
-        f"{name}|{key}": value if key != "step" else torch.zeros(())
-        for name, value in parameters.items()
-        for key in ("step", "exp_avg", "exp_avg_sq")
+        f"{name}|{key}": value
+        for name, parameter in parameters.items()
+        for key, value in moment_state(parameter, moments, device="meta").items()
     }
-    moments: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for name, value in load_tensors(path, expected).items():
         parameter, key = name.rsplit("|", 1)
-        moments[parameter][key] = value
-    return moments
+        states[parameter][key] = value
+    return states
 
 
 class MetricsLog:

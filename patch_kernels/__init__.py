@@ -1,5 +1,6 @@
 """Ops on hybrid dense / 2:4 weights and the drop-in linear layer. Knows no model and no training."""
 
+from patch_kernels.adamw import adamw_step
 from patch_kernels.layout import TiledWeight, tiles_that_are_two_of_four
 from patch_kernels.linear import TiledLinear
 from patch_kernels.masked import MaskSampling, mask_sampling, masked_linear, masked_weight
@@ -12,6 +13,7 @@ __all__ = [
     "MaskSampling",
     "TiledLinear",
     "TiledWeight",
+    "adamw_step",
     "mask_sampling",
     "masked_linear",
     "masked_weight",

@@ -149,3 +149,89 @@ def tile_linear(x, weight, bias=None):
     if bias is not None:
         y = y + bias.double()
     return y.to(x.dtype)
+
+
+_ROUNDING_STREAM = 1 << 31  # set in the second counter word for stochastic rounding
+
+
+def rounding_bits(seed: int, stream: int, step: int, what: int, elems: int) -> torch.Tensor:
+    """16 random bits (elems,) int64 to round with; what: 0 parameter, 1 first moment, 2 second moment."""
+    draw = torch.arange(-(-elems // 8), dtype=torch.int64)
+    words = philox4x32(
+        [
+            draw & _LOW32,
+            draw >> 32 | _ROUNDING_STREAM,
+            torch.full_like(draw, step),
+            torch.full_like(draw, stream << 2 | what),
+        ],
+        seed,
+    )
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=1).flatten()[:elems]
+
+
+def round_to_bfloat16(x: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    """fp32 to bf16: up with the probability that makes the mean exact. Finite stays finite."""
+    bits = x.view(torch.int32).long() & _LOW32
+    magnitude = bits & 0x7FFFFFFF
+    rounded = (magnitude + random) >> 16
+    rounded = torch.where(magnitude < 0x7F800000, rounded.clamp(max=0x7F7F), rounded)
+    rounded = torch.where(magnitude > 0x7F800000, 0x7FC0, rounded) | (bits >> 16 & 0x8000)
+    return rounded.to(torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def decode_moment(codes: torch.Tensor, scale: torch.Tensor, signed: bool) -> torch.Tensor:
+    """uint8 codes (n,) and their blocks' scales to fp32: exponent and three mantissa bits of an fp32 number."""
+    scales = scale.repeat_interleave(256)[: codes.numel()]
+    magnitude = codes.long() & (0x7F if signed else 0xFF)
+    value = (magnitude << 20).to(torch.int32).view(torch.float32) * 2.0 ** (113 if signed else 97) * scales
+    return torch.where(codes >= 0x80, -value, value) if signed else value
+
+
+def encode_moment(x: torch.Tensor, random: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 (n,) to uint8 codes and scales, the power of two at or below each block's largest magnitude."""
+    blocks = torch.nn.functional.pad(x.abs(), (0, -x.numel() % 256)).reshape(-1, 256)
+    scale = torch.exp2(torch.frexp(blocks.amax(1))[1].double() - 1).clamp(min=2.0**-126).float()
+    scale[~blocks.isfinite().all(1)] = torch.nan
+    inverse = (1 / scale).repeat_interleave(256)[: x.numel()]
+    bits = (x.abs() * inverse * 2.0 ** (-113 if signed else -97)).view(torch.int32).long()
+    codes = (bits + (random << 4)) >> 20
+    codes = codes | (x.signbit().long() << 7) if signed else torch.where((codes == 0) & (x > 0), 1, codes)
+    return (codes & 0xFF).to(torch.uint8), scale
+
+
+@torch.no_grad()
+def adamw_step(
+    param, grad, exp_avg, exp_avg_sq, *, step, lr, betas, eps, weight_decay, exp_avg_scale=None,
+    exp_avg_sq_scale=None, grad_scale=None, seed=0, stream=0,
+) -> None:  # fmt: skip
+    """patch_kernels.adamw_step on CPU tensors."""
+
+    def fp32(value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.float32)
+
+    def store(tensor: torch.Tensor, value: torch.Tensor, what: int, scale: torch.Tensor | None = None) -> None:
+        if tensor.dtype != torch.float32:
+            random = rounding_bits(seed, stream, step, what, tensor.numel())
+            if tensor.dtype == torch.bfloat16:
+                value = round_to_bfloat16(value, random)
+            else:
+                value, scales = encode_moment(value, random, signed=what == 1)
+                scale.copy_(scales)
+        tensor.copy_(value.reshape(tensor.shape))
+
+    def load(tensor: torch.Tensor, scale: torch.Tensor | None = None, signed: bool = False) -> torch.Tensor:
+        flat = tensor.reshape(-1)
+        return decode_moment(flat, scale, signed) if tensor.dtype == torch.uint8 else flat.float()
+
+    p, g = load(param), load(grad)
+    m, v = load(exp_avg, exp_avg_scale, signed=True), load(exp_avg_sq, exp_avg_sq_scale)
+    g = g if grad_scale is None else g * grad_scale.reshape(())
+    m = m + (g - m) * fp32(1 - betas[0])
+    v = v * fp32(betas[1]) + g * g * fp32(1 - betas[1])
+    root = v.double().sqrt().float()  # torch's fp32 square root is not correctly rounded everywhere
+    denominator = root / fp32((1 - betas[1] ** step) ** 0.5) + fp32(eps)
+    p = p * fp32(1 - lr * weight_decay) - fp32(lr / (1 - betas[0] ** step)) * m / denominator
+    store(param, p, 0)
+    store(exp_avg, m, 1, exp_avg_scale)
+    store(exp_avg_sq, v, 2, exp_avg_sq_scale)

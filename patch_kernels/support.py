@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from patch_kernels import masked, ops, reference
+from patch_kernels import adamw, masked, ops, reference
 from patch_kernels._library import build_info, gemm_status
 from patch_kernels.layout import TiledWeight
 
@@ -61,10 +61,30 @@ def _check_masked_weight(device: torch.device) -> None:
                 raise ArithmeticError(f"differs from the reference by {(got - expected).abs().max():.2e}")
 
 
+def _check_adamw(device: torch.device) -> None:
+    for moments in (torch.float32, torch.bfloat16, torch.uint8):
+        generator = torch.Generator().manual_seed(0)
+        start, grad = torch.randn(1000, generator=generator), torch.randn(1000, generator=generator)
+        results = []
+        for function, target in ((adamw.adamw_step, device), (reference.adamw_step, torch.device("cpu"))):
+            state = [start.clone(), torch.zeros(1000, dtype=moments), torch.zeros(1000, dtype=moments)]
+            param, exp_avg, exp_avg_sq = (t.to(target) for t in state)
+            first, second = (torch.zeros(4, device=target) if moments == torch.uint8 else None for _ in range(2))
+            for step in (1, 2):
+                function(
+                    param, grad.to(target), exp_avg, exp_avg_sq, exp_avg_scale=first, exp_avg_sq_scale=second,
+                    step=step, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, seed=1, stream=2,
+                )  # fmt: skip
+            results.append([t.cpu() for t in (param, exp_avg, exp_avg_sq)])
+        if not all(torch.equal(got, expected) for got, expected in zip(*results, strict=True)):
+            raise ArithmeticError(f"with {moments} moments the bits are not those of the reference")
+
+
 CHECKS: dict[str, Callable[[torch.device], None]] = {
     "pack_tiles, unpack_tiles": _check_pack,
     "tile_linear": _check_linear,
     "masked_weight": _check_masked_weight,
+    "adamw_step": _check_adamw,
 }
 
 

@@ -50,6 +50,7 @@ OTHER_KERNELS = {
     "any_backward": 4,
     "reduce_kernel": 1,
     "add_splits_sm80": 2,
+    "adamw_kernel": 6,
 }
 
 
@@ -337,6 +338,13 @@ def test_mask_instructions(kernels):
 
 def test_metadata_registers_stay_while_they_may_be_read(kernels):
     assert [c for k in kernels if k.name == "sm90_kernel" for c in metadata_complaints(k)] == []
+
+
+def test_adamw_moves_whole_vectors(kernels):
+    """Eight values at a time of six kernels: 16 bytes, 8 of 8-bit moments."""
+    adamw = [k for k in kernels if k.name == "adamw_kernel"]
+    counts = {r"LDG\.E\.128 ": 30, r"LDG\.E\.64 ": 4, r"STG\.E\.EF\.128 ": 21, r"STG\.E\.EF\.64 ": 4}
+    assert {pattern: sum(k.count(pattern) for k in adamw) for pattern in counts} == counts
 
 
 def test_library_has_the_architectures_it_claims():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from strategies import SHAPES, hybrid_mask
+from test_adamw import adamw_state, random_gradient, same_bits
 from test_masked_weight import MODES, NOISE, make_case, run
 from test_tile_linear import integer_case
 
-from patch_kernels import TiledLinear, TiledWeight, mask_sampling, masked_weight, ops, reference
+from patch_kernels import TiledLinear, TiledWeight, adamw_step, mask_sampling, masked_weight, ops, reference
 from patch_kernels._library import gemm_status
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -157,6 +158,29 @@ def test_graph_of_a_mask_reads_the_new_draw():
             expected = call(new)
             torch.cuda.synchronize()
             assert torch.equal(masked, expected[0]) and torch.equal(sums, expected[1])
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elems", [0, 1, 255, 256, 4099, (1 << 24) + 9])
+def test_adamw_equals_cpu(elems, dtype, moments):
+    """Bit for bit; the largest takes several turns of a grid-stride loop."""
+    generator = torch.Generator().manual_seed(0)
+    on_cpu = adamw_state(elems, dtype, moments, generator)
+    on_gpu = {name: value.cuda() for name, value in on_cpu.items()}
+    for step in range(1, 4):
+        grad, scale = random_gradient(elems, dtype, generator), torch.tensor([0.3])
+        settings = dict(step=step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, seed=7, stream=3)
+        adamw_step(**on_cpu, grad=grad, grad_scale=scale, **settings)
+        adamw_step(**on_gpu, grad=grad.cuda(), grad_scale=scale.cuda(), **settings)
+        assert all(same_bits(on_gpu[name].cpu(), value) for name, value in on_cpu.items())
+
+
+def test_adamw_refuses_unaligned_parameters():
+    state = adamw_state(257, torch.float32, torch.float32, torch.Generator())
+    state = {name: value.cuda()[1:] for name, value in state.items()}
+    with pytest.raises(RuntimeError, match="must start at multiples of 16 bytes; clone them"):
+        adamw_step(**state, grad=torch.ones(256).cuda(), step=1, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
 
 
 def test_side_stream_and_graph_replay():

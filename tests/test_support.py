@@ -23,10 +23,12 @@ def test_report_is_json_and_every_op_works_here():
 def test_self_check_notices_a_wrong_result(monkeypatch):
     monkeypatch.setattr(support.masked, "masked_weight", lambda w, p, t, **k: (w + 0 * p.sum() + 0 * t.sum(), w.sum()))
     monkeypatch.setattr(support.TiledWeight, "unpack", lambda self: torch.zeros(self.shape))
+    monkeypatch.setattr(support.adamw, "adamw_step", lambda *a, **k: None)
     rows = {row["op"]: row for row in support.check_device(torch.device("cpu"))}
     assert not rows["pack_tiles, unpack_tiles"]["ok"] and not rows["masked_weight"]["ok"]
     assert rows["tile_linear"]["ok"]
     assert "Rebuild" in rows["masked_weight"]["advice"]
+    assert rows["adamw_step"]["error"] == "with torch.float32 moments the bits are not those of the reference"
 
 
 def test_cuda_stream_symbol_is_bound_exactly_on_a_cuda_torch():

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "../plan.h"
+#include "adamw.h"
 #include "common.h"
 
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -102,6 +103,15 @@ std::tuple<Tensor, Tensor, Tensor> masked_weight_backward(const Tensor& grad_mas
   return {gradients.grad_pattern, gradients.grad_tile, gradients.masked};
 }
 
+void adamw_step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                const OptionalTensor& exp_avg_scale, const OptionalTensor& exp_avg_sq_scale,
+                const OptionalTensor& grad_scale, double lr, double beta1, double beta2, double eps,
+                double weight_decay, int64_t step, int64_t seed, int64_t stream) {
+  const AdamWCall call = adamw_call(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad_scale,
+                                    adamw_factors(lr, beta1, beta2, eps, weight_decay, step), step, seed, stream);
+  cpu::adamw_step(call.args, torch_parallel);
+}
+
 bool has_cuda_shim() { return aoti_torch_get_current_cuda_stream != nullptr; }
 
 }  // namespace
@@ -115,6 +125,7 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CPU, m) {
   m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear));
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
   m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
+  m.impl("adamw_step", TORCH_BOX(&patch_kernels::adamw_step));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CompositeExplicitAutograd, m) {

@@ -5,6 +5,7 @@
 
 #include "../cuda/tile_linear.h"
 #include "../plan.h"
+#include "adamw.h"
 #include "common.h"
 
 // Weak: the symbol lives in libtorch_cuda, which a CPU torch does not have. This library loads on both.
@@ -167,6 +168,20 @@ std::tuple<Tensor, Tensor, Tensor> masked_weight_backward(const Tensor& grad_mas
   return {gradients.grad_pattern, gradients.grad_tile, gradients.masked};
 }
 
+void adamw_step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                const OptionalTensor& exp_avg_scale, const OptionalTensor& exp_avg_sq_scale,
+                const OptionalTensor& grad_scale, double lr, double beta1, double beta2, double eps,
+                double weight_decay, int64_t step, int64_t seed, int64_t stream) {
+  const DeviceGuard guard(param.get_device());
+  const AdamWCall call = adamw_call(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad_scale,
+                                    adamw_factors(lr, beta1, beta2, eps, weight_decay, step), step, seed, stream);
+  for (const Tensor* tensor : {&param, &call.grad, &exp_avg, &exp_avg_sq}) {
+    STD_TORCH_CHECK(is_aligned(tensor->const_data_ptr()),
+                    "adamw_step: param, grad and moments must start at multiples of 16 bytes; clone them");
+  }
+  cuda::adamw_step(call.args, current_stream(param));
+}
+
 }  // namespace
 }  // namespace patch_kernels
 
@@ -176,6 +191,7 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CUDA, m) {
   m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear_train));
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
   m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
+  m.impl("adamw_step", TORCH_BOX(&patch_kernels::adamw_step));
 }
 
 // The GEMM of a device for `patch-llm info` and for warnings, as JSON, read through ctypes.

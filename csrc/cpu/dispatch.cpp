@@ -56,6 +56,8 @@ void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrad
   PK_CALL(masked_weight_backward, args, grads, parallel)
 }
 
+void adamw_step(const AdamWArgs& args, ParallelFor parallel) { PK_CALL(adamw_step, args, parallel) }
+
 const char* instruction_set() {
   switch (isa()) {
     case Isa::kAvx512:

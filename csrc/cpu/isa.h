@@ -8,6 +8,7 @@
   void tile_linear(const TileLinearArgs& args, ParallelFor parallel);                                              \
   void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel);              \
   void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel); \
+  void adamw_step(const AdamWArgs& args, ParallelFor parallel);                                                    \
   }
 
 PK_DECLARE_ISA(generic)

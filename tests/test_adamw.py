@@ -1,0 +1,285 @@
+"""adamw_step: arithmetic against torch and the reference, stochastic rounding, determinism, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from patch_kernels import adamw_step, reference
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16)
+MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+SETTINGS = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def adamw_state(elems, dtype, moments, generator):
+    """param, moments and scales before the first step, by their names in adamw_step."""
+    state = {"param": torch.randn(elems, generator=generator).to(dtype)}
+    state |= {name: torch.zeros(elems, dtype=moments) for name in ("exp_avg", "exp_avg_sq")}
+    if moments == torch.uint8:
+        state |= {f"{name}_scale": torch.zeros(-(-elems // 256)) for name in ("exp_avg", "exp_avg_sq")}
+    return state
+
+
+def random_gradient(elems, dtype, generator):
+    """Magnitudes over 15 decades, so that a block of 8-bit moments has values far below its scale."""
+    exponents = torch.randint(-12, 3, (elems,), generator=generator)
+    return (torch.randn(elems, generator=generator) * 10.0**exponents).to(dtype)
+
+
+def same_bits(a, b):
+    kinds = {2: torch.int16, 4: torch.int32}
+    kind = kinds.get(a.element_size(), a.dtype)
+    return a.dtype == b.dtype and torch.equal(a.view(kind), b.view(kind))
+
+
+def run_steps(function, elems, dtype, moments, steps=4):
+    generator = torch.Generator().manual_seed(0)
+    state = adamw_state(elems, dtype, moments, generator)
+    for step in range(1, steps + 1):
+        grad = random_gradient(elems, dtype, generator)
+        function(**state, grad=grad, step=step, grad_scale=torch.tensor([0.3]), seed=-7, stream=3, **SETTINGS)
+    return state
+
+
+@pytest.mark.parametrize("moments", MOMENT_DTYPES)
+@pytest.mark.parametrize("dtype", PARAM_DTYPES)
+@pytest.mark.parametrize("elems", [0, 1, 7, 255, 256, 257, 3001])
+def test_equals_reference_bit_for_bit(elems, dtype, moments):
+    got, expected = (run_steps(f, elems, dtype, moments) for f in (adamw_step, reference.adamw_step))
+    for name, value in expected.items():
+        assert same_bits(got[name], value), name
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_fp32_equals_torch(weight_decay):
+    generator = torch.Generator().manual_seed(1)
+    param = nn.Parameter(torch.randn(1000, generator=generator))
+    state = {"param": param.detach().clone(), "exp_avg": torch.zeros(1000), "exp_avg_sq": torch.zeros(1000)}
+    settings = SETTINGS | {"weight_decay": weight_decay}
+    optimizer = torch.optim.AdamW([param], fused=True, **settings)
+    for step in range(1, 31):
+        param.grad = torch.randn(1000, generator=generator)
+        optimizer.step()
+        adamw_step(**state, grad=param.grad, step=step, **settings)
+    torch.testing.assert_close(state["param"], param.detach(), rtol=1e-6, atol=1e-7)
+    for name in ("exp_avg", "exp_avg_sq"):  # sums of gradients of size 1, which cancel
+        torch.testing.assert_close(state[name], optimizer.state[param][name], rtol=1e-6, atol=1e-7)
+
+
+def test_strided_gradient_and_any_shape():
+    grad = torch.randn(6, 5).T
+    states = [adamw_state(30, torch.float32, torch.bfloat16, torch.Generator().manual_seed(2)) for _ in range(2)]
+    states[0] = {name: value.reshape(5, 6) for name, value in states[0].items()}
+    adamw_step(**states[0], grad=grad, step=1, **SETTINGS)
+    adamw_step(**states[1], grad=grad.flatten(), step=1, **SETTINGS)
+    assert all(same_bits(states[0][name].flatten(), value) for name, value in states[1].items())
+
+
+def rounded(values, step=1, moments=torch.bfloat16):
+    """First moment after a step with beta1 = 0, that is fp32 values rounded by the op."""
+    state = adamw_state(values.numel(), torch.float32, moments, torch.Generator())
+    settings = SETTINGS | {"betas": (0.0, 0.95), "lr": 0.0}
+    adamw_step(**state, grad=values, step=step, **settings)
+    if moments == torch.uint8:
+        return reference.decode_moment(state["exp_avg"], state["exp_avg_scale"], signed=True)
+    return state["exp_avg"]
+
+
+def test_every_bfloat16_value_stays_exact():
+    """Infinities too; NaN stays NaN."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    got = rounded(every.float())
+    assert torch.equal(got.isnan(), every.isnan())
+    assert torch.equal(got[~every.isnan()], every[~every.isnan()])
+
+
+def test_rounds_to_a_neighbour_and_never_to_infinity():
+    bits = torch.randint(-(1 << 31), 1 << 31, (1 << 18,), generator=torch.Generator().manual_seed(3))
+    edges = torch.tensor([0x7F7FFFFF, 0x7F7F0001, -0x00800001, 0x00000001, 0x007FFFFF, 0x7F800001])
+    values = torch.cat([bits, edges]).to(torch.int32).view(torch.float32)
+    got = rounded(values)
+    assert torch.equal(got.isnan(), values.isnan())
+    finite = values.isfinite()
+    down = (values.view(torch.int32) & -(1 << 16))[finite]  # towards zero
+    steps = (got.float().view(torch.int32)[finite] - down) >> 16
+    zero = (got == 0)[finite]  # the sign of a zero is free: 0 + (g - 0) * 1
+    assert ((steps == 0) | (steps == 1) | (zero & (down & 0x7FFFFFFF == 0))).all()
+    assert got[finite].isfinite().all()
+
+
+def test_rounding_up_has_exactly_the_probability_of_the_fraction():
+    """All 65536 random values, for fractions of every size, both signs, a carry into the exponent, subnormals."""
+    random = torch.arange(1 << 16)
+    for base in (0x3F800000, 0x3FFF0000, 0x00010000, 0x42290000):
+        for fraction in (0, 1, 2, 255, 0x7FFF, 0x8000, 0xFFFF):
+            value = torch.tensor([base + fraction], dtype=torch.int32).view(torch.float32)
+            for signed in (value, -value):
+                got = reference.round_to_bfloat16(signed.expand(1 << 16).contiguous(), random).float()
+                assert (got.abs() > base_value(base)).sum() == fraction
+                assert torch.equal(got.signbit(), signed.signbit().expand(1 << 16))
+
+
+def base_value(bits):
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.uint8])
+def test_rounding_is_unbiased(moments):
+    """The op's own random bits: mean of 2^16 roundings of each of 16 values, within 5 standard deviations."""
+    values = torch.cat([torch.linspace(1.0, 1.99, 12), torch.tensor([0.0423, -1.7, 3e-5, -2e-5])])
+    got = rounded(values.repeat(1 << 16), moments=moments).float().double().reshape(-1, 16)
+    deviation = got.std(0) / 2**8
+    assert ((got.mean(0) - values.double()).abs() <= 5 * deviation).all()
+    for value, column in zip(values, got.T, strict=True):
+        low, high = column.min(), column.max()
+        assert low <= value <= high and column.unique().numel() <= 2
+
+
+def test_rounding_bits_are_random_and_apart():
+    """Bits of steps, streams and tensors are uniform and do not correlate, nor with the noise of a mask."""
+    keys = [(1, 0, 1, 1), (1, 0, 1, 2), (1, 0, 2, 1), (1, 1, 1, 1), (2, 0, 1, 1)]
+    streams = torch.stack([reference.rounding_bits(*key, 1 << 16).double() for key in keys]) / 65536
+    assert (streams.mean(1) - 0.5).abs().max() < 0.006 and (streams.var(1) - 1 / 12).abs().max() < 0.002
+    assert (torch.corrcoef(streams) - torch.eye(5)).abs().max() < 0.02
+    neighbours = torch.stack([streams[0, :-1], streams[0, 1:]])
+    assert torch.corrcoef(neighbours)[0, 1].abs() < 0.02
+    noise = reference.pattern_noise(1, 5, 1, 8192)[:, 0]  # the same key, counter words 2 and 3 equal
+    draws = streams[0].reshape(-1, 8)[:, 1]
+    assert torch.corrcoef(torch.stack([draws, noise]))[0, 1].abs() < 0.06
+
+
+def test_every_code_is_exact_and_orders_as_its_value():
+    scale = torch.tensor([0.25])
+    codes = torch.arange(256, dtype=torch.uint8)
+    for signed, top in ((True, 0x78), (False, 0xF8)):
+        values = reference.decode_moment(codes, scale, signed)
+        assert torch.equal(values[:128].sort().values, values[:128])
+        usable = codes[(codes & 0x7F if signed else codes) < top]  # below twice the scale
+        block = torch.cat([values[usable.long()], torch.full((256 - len(usable),), 0.25)])
+        for random in (0, 0x8000, 0xFFFF):
+            again, scales = reference.encode_moment(block, torch.full((256,), random), signed)
+            assert torch.equal(again[: len(usable)], usable) and torch.equal(scales, scale)
+
+
+def test_a_positive_second_moment_never_becomes_zero():
+    grad = torch.full((512,), 1e-12)
+    grad[0] = 1.0
+    state = adamw_state(512, torch.float32, torch.uint8, torch.Generator())
+    for step in range(1, 20):
+        adamw_step(**state, grad=grad, step=step, **SETTINGS)
+        assert (state["exp_avg_sq"] > 0).all()
+    adamw_step(**state, grad=torch.zeros(512), step=20, **SETTINGS)
+    assert (state["exp_avg_sq"] > 0).all()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_not_finite_gradient_makes_its_block_of_codes_nan(value):
+    grad = torch.ones(512)
+    grad[3] = value
+    state = adamw_state(512, torch.float32, torch.uint8, torch.Generator())
+    adamw_step(**state, grad=grad, step=1, **SETTINGS)
+    for name in ("exp_avg", "exp_avg_sq"):
+        decoded = reference.decode_moment(state[name], state[f"{name}_scale"], name == "exp_avg")
+        assert decoded[:256].isnan().all() and decoded[256:].isfinite().all()
+
+
+def test_extreme_magnitudes_of_codes():
+    """Scales at both ends of fp32: nothing overflows, and the second moment is never too small."""
+    for value in (1e-45, 1e-39, 1e-30, 3e38):
+        got = rounded(torch.full((256,), value), moments=torch.uint8)
+        assert ((got - value).abs() <= max(0.125 * value, 2.0**-142)).all(), value
+
+
+@pytest.mark.parametrize("moments", MOMENT_DTYPES)
+@pytest.mark.parametrize("dtype", PARAM_DTYPES)
+def test_threads_do_not_change_the_result(dtype, moments):
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 4):
+            torch.set_num_threads(number)
+            results.append(run_steps(adamw_step, 20_011, dtype, moments, steps=2))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same_bits(value, results[1][name]) for name, value in results[0].items())
+
+
+def digest():
+    """Of the results for all dtypes."""
+    hashed = hashlib.sha256()
+    for dtype in PARAM_DTYPES:
+        for moments in MOMENT_DTYPES:
+            for value in run_steps(adamw_step, 3001, dtype, moments, steps=3).values():
+                hashed.update(value.view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_every_instruction_set_gives_the_same_bits(isa):
+    here = Path(__file__).parent
+    script = f"import sys; sys.path[:0] = {[str(here), str(here.parent)]!r}; import test_adamw as t; print(t.digest())"
+    environment = dict(os.environ, PATCH_KERNELS_ISA=isa)
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [digest()]
+
+
+@pytest.mark.parametrize("moments", MOMENT_DTYPES)
+@pytest.mark.parametrize("dtype", PARAM_DTYPES)
+def test_opcheck(dtype, moments):
+    state = adamw_state(300, dtype, moments, torch.Generator().manual_seed(0))
+    names = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+    tensors = (state["param"], torch.ones(300, dtype=dtype), *(state.get(name) for name in names), torch.ones(1))
+    torch.library.opcheck(torch.ops.patch_kernels.adamw_step.default, (*tensors, 0.1, 0.9, 0.95, 1e-8, 0.1, 1, 0, 0))
+
+
+def test_a_graph_with_the_old_parameter_says_so():
+    param = torch.ones(8, requires_grad=True)
+    loss = param.square().sum()
+    state = {"param": param, "exp_avg": torch.zeros(8), "exp_avg_sq": torch.zeros(8)}
+    with torch.no_grad():
+        adamw_step(**state, grad=torch.ones(8), step=1, **SETTINGS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def bad_call(**changes):
+    state = adamw_state(300, torch.float32, changes.pop("moments", torch.bfloat16), torch.Generator())
+    adamw_step(**(state | {"grad": torch.zeros(300), "step": 1} | SETTINGS | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(param=torch.zeros(300).half()), "contiguous param in float32 or bfloat16, got torch.float16"),
+        (dict(param=torch.zeros(600)[::2]), r"contiguous param .*strides \(2,\)"),
+        (dict(exp_avg=torch.zeros(300).int()), "exp_avg in float32, bfloat16 or uint8, got torch.int32"),
+        (dict(grad=torch.zeros(299)), r"grad as torch.float32 \(300,\) .* got torch.float32 \(299,\)"),
+        (dict(grad=torch.zeros(300).bfloat16()), "grad as torch.float32 .* got torch.bfloat16"),
+        (dict(grad=torch.zeros(300, device="meta")), "expected grad on cpu like param, got meta"),
+        (dict(exp_avg=torch.zeros(299).bfloat16()), r"exp_avg as torch.bfloat16 \(300,\) .*\(299,\)"),
+        (dict(exp_avg_sq=torch.zeros(300)), r"exp_avg_sq as torch.bfloat16 .* got torch.float32"),
+        (dict(exp_avg_sq=torch.zeros(600).bfloat16()[::2]), r"contiguous exp_avg_sq, got strides \(2,\)"),
+        (dict(exp_avg_scale=torch.zeros(2)), r"exp_avg_scale as None .* got torch.float32 \(2,\). Scales belong"),
+        (dict(moments=torch.uint8, exp_avg_scale=None), r"exp_avg_scale as torch.float32 \(2,\) .* got None"),
+        (dict(moments=torch.uint8, exp_avg_sq_scale=torch.zeros(1)), r"exp_avg_sq_scale as .*\(2,\).*got .*\(1,\)"),
+        (dict(grad_scale=torch.ones(2)), r"grad_scale as torch.float32 \(1,\) .* got torch.float32 \(2,\)"),
+        (dict(step=0), r"a step in \[1, 2\^32\).*got step=0, seed=0, stream=0"),
+        (dict(seed=1 << 63), "64-bit seed .*seed=9223372036854775808"),
+        (dict(stream=1 << 30), r"stream in \[0, 2\^30\).*stream=1073741824"),
+        (dict(lr=-1.0), r"lr, eps and weight_decay >= 0 .* got lr=-1.0"),
+        (dict(betas=(0.9, 1.0)), r"betas in \[0, 1\), got .*betas=\(0.9, 1.0\)"),
+    ],
+)
+def test_bad_input_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bad_call(**changes)
