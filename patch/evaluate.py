@@ -205,9 +205,9 @@ def lm_eval_model(model: nn.Module, tokenizer: Any, *, batch_size: int = 1) -> A
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length, device=device)
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Largest number of positions the model's config allows, None when it names none."""
-    config = getattr(model, "config", None)
+def context_length(model: Any) -> int | None:
+    """Largest number of positions that a model or a configuration allows, None when it names none."""
+    config = getattr(model, "config", model)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)

@@ -98,7 +98,7 @@ class MaskTrainer(Trainer):
             )
 
     def create_optimizer(self, model=None):
-        """AdamW over the logits alone, one group."""
+        """The optimiser of `make_optimizer`."""
         if self.optimizer is None:
             self.optimizer = make_optimizer(self._logits, self.config)
             self._scales_gradients = isinstance(self.optimizer, LowPrecisionAdamW)

@@ -111,7 +111,7 @@ def learn(
         if checkpoint is not None:
             training_state.check_identity(checkpoint, training_state.read_identity(checkpoint), identity)
             logger.info("resuming from %s", checkpoint)
-        run = _Run(
+        run = Run(
             folder,
             identity,
             checkpoint,
@@ -132,7 +132,7 @@ def learn(
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Where and how one call of learn trains."""
 
     folder: Path
@@ -149,7 +149,7 @@ def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
     """Train the logits: (keep masks, tile grids, metrics, soft density). Leaves the model plain and dense."""
     total_steps = config.total_steps(train_blocks.shape[0])
     steps_done = 0 if run.checkpoint is None else int(run.checkpoint.name.rsplit("-", 1)[1])
-    with _prepared(model, config):
+    with prepared(model, config):
         layers = MaskedLayers(model, linears, config, prior_masks=prior_masks, tile_scores=tile_scores)
         metrics = None
         try:
@@ -161,7 +161,7 @@ def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
                 ShuffledBlocks(train_blocks, config),
                 layers,
                 metrics=metrics,
-                arguments=_arguments(config, total_steps, run),
+                arguments=training_arguments(config, total_steps, run),
                 identity=run.identity,
                 callbacks=run.callbacks,
                 progress=run.progress,
@@ -181,7 +181,7 @@ def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
     return masks, grids, metrics.lines, soft_density
 
 
-def _arguments(config: LearnConfig, total_steps: int, run: _Run) -> TrainingArguments:
+def training_arguments(config: LearnConfig, total_steps: int, run: Run) -> TrainingArguments:
     use_cpu = not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(run.folder),
@@ -211,7 +211,7 @@ def _arguments(config: LearnConfig, total_steps: int, run: _Run) -> TrainingArgu
 
 
 @contextlib.contextmanager
-def _prepared(model: nn.Module, config: LearnConfig) -> Iterator[None]:
+def prepared(model: nn.Module, config: LearnConfig) -> Iterator[None]:
     """Frozen weights, train mode, no key-value cache, checkpointing if asked; all undone at the end."""
     device = next(model.parameters()).device
     training = {module: module.training for module in model.modules()}

@@ -26,9 +26,9 @@ def check_inputs(
         raise TypeError(
             f"config: expected a LearnConfig, got {type(config).__name__}; use LearnConfig.from_preset('joint', 0.45)"
         )
-    _check_model(linears)
+    check_model(linears)
     _check_precision(config, linears)
-    _check_blocks(model, blocks, config)
+    check_blocks(model, blocks, config)
     if config.mode == "tile" and prior_masks is None:
         raise ValueError(
             "prior_masks: expected 2:4 keep masks for mode tile, which keeps their patterns, got none; prune "
@@ -44,7 +44,7 @@ def check_inputs(
             _check_scores(name, scores, tile_grid(config.tile, tuple(linears[name].weight.shape)))
 
 
-def _check_model(linears: Mapping[str, nn.Linear]) -> None:
+def check_model(linears: Mapping[str, nn.Linear]) -> None:
     for name, linear in linears.items():
         weight = linear.weight
         if weight.dtype not in _DTYPES:
@@ -83,7 +83,7 @@ def _check_precision(config: LearnConfig, linears: Mapping[str, nn.Linear]) -> N
             )
 
 
-def _check_blocks(model: nn.Module, blocks: Tensor, config: LearnConfig) -> None:
+def check_blocks(model: nn.Module, blocks: Tensor, config: LearnConfig) -> None:
     if not isinstance(blocks, Tensor) or blocks.dtype != torch.int64:
         got = f"a {blocks.dtype} tensor" if isinstance(blocks, Tensor) else type(blocks).__name__
         raise TypeError(f"train_blocks: expected an int64 tensor of token ids, got {got}; use patch.data.pack_blocks")

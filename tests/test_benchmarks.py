@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
-from benchmarks import bench_tile_linear, build_gpu, gpu, gpu_checks, harness, shapes
+from benchmarks import bench_tile_linear, build_gpu, gpu, gpu_checks, harness, memory_table, shapes
 from patch_kernels import payload_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -361,3 +362,26 @@ def test_bench_plans_needs_a_gpu():
     run = subprocess.run([sys.executable, "-m", "benchmarks.bench_plans"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == "bench_plans: needs an NVIDIA GPU that torch can use, found none.\n"
+
+
+def test_memory_table(tmp_path, monkeypatch, capsys):
+    runs = (("tile", {}), ("mask_llm", {"no_such_setting": "x"}))
+    monkeypatch.setattr(memory_table, "RUNS", runs)
+    memory_table.main(["--models", "Qwen2.5-0.5B", "--csv", str(tmp_path / "table.csv")])
+    printed = capsys.readouterr().out
+    assert "skipped: mask_llm with {'no_such_setting': 'x'}: LearnConfig has no setting no_such_setting" in printed
+    with open(tmp_path / "table.csv", newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert (line["model"], line["mode"], line["fits_141_GB"]) == ("Qwen2.5-0.5B", "tile", "yes")
+    # 24 blocks: q and o 896 x 896, k and v 128 x 896, gate, up and down 896 x 4864; the embedding is the output head.
+    assert line["masked_weights_GB"] == f"{24 * (2 * 896 * (896 + 128) + 3 * 896 * 4864) * 2 / 1e9:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Qwen2.5-0.5B", 0.494), ("Llama-3.2-1B", 1.236), ("Llama-2-7B", 6.738), ("Llama-3.1-8B", 8.030)],
+)
+def test_memory_table_has_the_published_sizes(name, billions):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(memory_table.model_config(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=6e-4)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from conftest import build_tiny_model
 from strategies import SHAPES, hybrid_mask
 from test_adamw import adamw_state, random_gradient, same_bits
 from test_masked_weight import MODES, NOISE, make_case, run
 from test_tile_linear import integer_case
 
+from patch.learn import LearnConfig
+from patch.memory import learning_memory
+from patch.models import maskable_linears
+from patch.trainer import learn
 from patch_kernels import TiledLinear, TiledWeight, adamw_step, mask_sampling, masked_weight, ops, reference
 from patch_kernels._library import gemm_status
 
@@ -205,3 +212,19 @@ def test_side_stream_and_graph_replay():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y.cpu(), expected)
+
+
+@pytest.mark.parametrize("mode", ["joint", "tile", "mask_llm"])
+def test_memory_estimate_is_the_measured_peak(mode):
+    # Large enough that cuBLAS workspaces do not count.
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "vocab_size": 32000}
+    model = build_tiny_model("llama", dtype=torch.bfloat16, max_position_embeddings=2048, **sizes).cuda()
+    config = LearnConfig.from_preset(mode, 0.5, global_batch_size=2, warmup_steps=0, grad_checkpoint=True)
+    keep = torch.tensor([True, True, False, False])
+    linears = maskable_linears(model)
+    masks = {name: keep.repeat(lin.weight.numel() // 4).view(lin.weight.shape) for name, lin in linears.items()}
+    expected = learning_memory(model.config, config, seqlen=2048, dtype=torch.bfloat16, with_prior=True)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    learn(model, torch.randint(0, 32000, (4, 2048)), config, prior_masks=masks, progress=False)
+    assert expected.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.05)

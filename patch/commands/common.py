@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +110,31 @@ def load_model(path: str, *, dtype: str = "auto", device: str | None = None) -> 
     check_model_path(path)
     where = device_of(device)
     wanted = dtype_of(dtype)
-    try:
+    with _model_errors(path):
         model = patch.load(path, dtype=wanted)
+    return model.to(where).eval()
+
+
+def load_model_config(path: str) -> Any:
+    """transformers configuration of a dense model; nothing else of the model is read."""
+    from transformers import AutoConfig
+
+    check_model_path(path)
+    with _model_errors(path):
+        config = AutoConfig.from_pretrained(path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"--model: expected a dense model, {path!r} has a quantization_config in its config.json. Give the model "
+            "that it was made from."
+        )
+    return config
+
+
+@contextlib.contextmanager
+def _model_errors(path: str) -> Iterator[None]:
+    """transformers' errors about a model that is not there, as one sentence that says what to do."""
+    try:
+        yield
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -119,7 +143,6 @@ def load_model(path: str, *, dtype: str = "auto", device: str | None = None) -> 
             f"--model: expected a model folder or a Hugging Face id, got {path!r} which cannot be loaded ({reason}). "
             "Check the name, and the network or the cache."
         ) from error
-    return model.to(where).eval()
 
 
 def hide_bars_without_terminal() -> None:

@@ -26,6 +26,7 @@ examples:
   patch-llm prune --model ./llama --method sparsegpt --data c4 --target-sparsity 0.35 --out prior
   patch-llm learn --model ./llama --prior prior --data slimpajama --sparsity 0.35 --out learned
   patch-llm learn --config learned/config.resolved.yaml --resume        # go on after an interrupt
+  patch-llm learn --model ./llama --sparsity 0.45 --set learn.grad_checkpoint=true --dry-run    # how much memory
   patch-llm learn --model ./llama --preset tile --prior prior --data text.jsonl --sparsity 0.45 \\
       --steps 200 --set learn.lr=5e-4 --out short
 
@@ -59,8 +60,10 @@ class Options:
     """Settings of `learn`; the hyper-parameters are in the section `learn` (patch.learn.LearnConfig)."""
 
     model: str = setting(help=common.MODEL_HELP, metavar="MODEL")
-    data: str = setting(help=common.DATA_HELP, metavar="TEXT")
-    out: Path = setting(help="folder for the result, checkpoints and metrics.jsonl", metavar="DIR")
+    data: str | None = setting(None, f"{common.DATA_HELP} (required unless --dry-run)", metavar="TEXT")
+    out: Path | None = setting(
+        None, "folder for the result, checkpoints and metrics.jsonl (required unless --dry-run)", metavar="DIR"
+    )
     preset: Literal["joint", "tile", "mask_llm"] = setting(
         "joint", "published hyper-parameters: joint, tile or mask_llm (default joint)", metavar="PRESET"
     )
@@ -74,6 +77,7 @@ class Options:
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
     resume: bool = setting(False, "go on from the newest complete checkpoint in --out")
     overwrite: bool = setting(False, "remove an earlier learning run in --out and start anew")
+    dry_run: bool = setting(False, "print the memory that learning needs, from the model's config.json alone")
     learn: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,11 +89,19 @@ class Options:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value}. Leave it out for the default.")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite: expected one of them, got both. Keep the run or replace it.")
+        needed = [f"--{name}" for name in ("data", "out") if getattr(self, name) is None and not self.dry_run]
+        if needed:
+            raise ValueError(
+                f"expected {', '.join(needed)}, got nothing. Give it as a flag, in --config, or by --set KEY=VALUE."
+            )
 
 
 def run(options: Options) -> None:
     """Learn, and save the artifact in OUT/result; see the module's docstring."""
     config = learning_config(options)
+    if options.dry_run:
+        print_memory(options, config)
+        return
     _check_out(options)
     common.check_text_source(options.data)
     if options.prior is not None:
@@ -123,8 +135,39 @@ def run(options: Options) -> None:
     common.print_written(options.out, "masks, metrics.jsonl and config.resolved.yaml", next_step)
 
 
+def print_memory(options: Options, config: LearnConfig) -> None:
+    """What learning with these options would allocate at its peak; reads config.json and writes nothing."""
+    dtype, model_config = common.dtype_of(options.dtype), common.load_model_config(options.model)
+    if dtype == "auto":
+        dtype = model_config.dtype
+    if dtype is None:
+        raise ValueError(
+            f"--dtype: expected a dtype in the config.json of {options.model}, got none. Give it, for example --dtype "
+            "bf16."
+        )
+    from patch.memory import learning_memory
+
+    seqlen = _seqlen(options, model_config)
+    estimate = learning_memory(
+        model_config,
+        config,
+        seqlen=seqlen,
+        dtype=dtype,
+        exclude=options.exclude,
+        with_prior=options.prior is not None,
+    )
+    print(
+        f"memory to learn {options.model}: preset {config.mode}, {str(dtype).removeprefix('torch.')} weights, "
+        f"{config.local_batch_size} x {seqlen} tokens, gradient checkpointing "
+        f"{'on' if config.grad_checkpoint else 'off'}"
+    )
+    print(estimate.text())
+
+
 def on_interrupt(options: Options) -> str:
     """Learning keeps its checkpoints."""
+    if options.dry_run:
+        return "nothing was started"
     found = [p for p in Path(options.out).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     if not found:
         return (
@@ -201,12 +244,18 @@ def _prior(options: Options, config: LearnConfig, model: nn.Module):
     return artifact.masks, scores
 
 
+def _seqlen(options: Options, model: Any) -> int:
+    """Tokens per block for a model or its configuration."""
+    from patch.evaluate import context_length
+
+    return options.seqlen or min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN)
+
+
 def _blocks(options: Options, config: LearnConfig, model: nn.Module) -> Tensor:
     """Packed training blocks, as many as --steps or --blocks ask for."""
     from patch.data import training_blocks
-    from patch.evaluate import context_length
 
-    seqlen = options.seqlen or min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN)
+    seqlen = _seqlen(options, model)
     wanted = options.blocks
     if options.steps is not None:
         if options.steps % config.epochs:

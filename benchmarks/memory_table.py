@@ -1,0 +1,88 @@
+"""Which models fit which GPU memory while their masks are learned: the estimates of `patch-llm learn --dry-run`.
+
+python -m benchmarks.memory_table --csv benchmarks/results/learn_memory.csv
+
+One block of 4096 tokens per forward pass, bf16 weights, gradient checkpointing on; the other settings are the presets'.
+Nothing is loaded or downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+
+from benchmarks import harness
+from patch.learn import LearnConfig
+from patch.memory import CARDS_GB, GB, learning_memory
+
+SEQLEN = 4096
+MODELS = {
+    "Qwen2.5-0.5B": (Qwen2Config, (896, 4864, 24, 14, 2, 151936), {"tie_word_embeddings": True}),
+    "Llama-3.2-1B": (LlamaConfig, (2048, 8192, 16, 32, 8, 128256), {"tie_word_embeddings": True, "head_dim": 64}),
+    "Llama-2-7B": (LlamaConfig, (4096, 11008, 32, 32, 32, 32000), {}),
+    "Llama-3.1-8B": (LlamaConfig, (4096, 14336, 32, 32, 8, 128256), {}),
+    "Llama-2-13B": (LlamaConfig, (5120, 13824, 40, 40, 40, 32000), {}),
+}
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+# (preset, settings that differ from it)
+RUNS = (
+    ("joint", {}),
+    ("joint", {"logits_dtype": "bfloat16", "moments": "bfloat16"}),
+    ("joint", {"logits_dtype": "bfloat16", "moments": "int8"}),
+    ("tile", {}),
+    ("mask_llm", {}),
+    ("mask_llm", {"logits_dtype": "bfloat16", "moments": "int8"}),
+)
+
+
+def model_config(name: str) -> PretrainedConfig:
+    """Configuration of a published model, as far as its sizes go."""
+    cls, sizes, more = MODELS[name]
+    return cls(**dict(zip(SIZES, sizes, strict=True)), max_position_embeddings=SEQLEN, **more)
+
+
+def unknown_settings(settings: dict[str, str]) -> list[str]:
+    """Those that this version's LearnConfig does not have."""
+    return [name for name in settings if name not in {field.name for field in dataclasses.fields(LearnConfig)}]
+
+
+def row(name: str, mode: str, settings: dict[str, str]) -> dict[str, str]:
+    """A line of the table, sizes in GB (10^9 bytes)."""
+    sparsity = None if mode == "mask_llm" else 0.45
+    config = LearnConfig.from_preset(mode, sparsity, grad_checkpoint=True, **settings)
+    found = learning_memory(model_config(name), config, seqlen=SEQLEN, dtype=torch.bfloat16)
+    result = {"model": name, "mode": mode, "settings": " ".join(f"{k}={v}" for k, v in settings.items())}
+    result |= {f"{kind.replace(' ', '_')}_GB": f"{size / GB:.2f}" for kind, size in found.by_kind.items()}
+    result |= {"peak_GB": f"{found.peak / GB:.2f}", "peak_phase": found.peak_phase}
+    return result | {f"fits_{size}_GB": "yes" if found.peak <= size * GB else "no" for size in CARDS_GB}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, help="save the table here")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    options = parser.parse_args(arguments)
+    rows = []
+    for mode, settings in RUNS:
+        if unknown := unknown_settings(settings):
+            print(f"skipped: {mode} with {settings}: LearnConfig has no setting {', '.join(unknown)}")
+            continue
+        rows += [row(name, mode, settings) for name in options.models]
+    harness.print_table(rows)
+    if options.csv:
+        harness.save_csv(options.csv, rows)
+
+
+if __name__ == "__main__":
+    main()
