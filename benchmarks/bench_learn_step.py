@@ -358,9 +358,7 @@ def why_too_large(name: str, model: nn.Module, case: Case) -> str:
     weights = sum(linear.weight.numel() for linear in maskable_linears(model).values())
     needed = logit_state_bytes(weights, 4 if name == OURS else case.dtype.itemsize)
     free = torch.cuda.mem_get_info()[0]
-    return (
-        "" if needed < free else f"does not fit: needs {needed >> 30} GiB for logits alone, {free >> 30} GiB are free"
-    )
+    return "" if needed < free else f"does not fit: needs {needed >> 30} GiB for logits, {free >> 30} GiB are free"
 
 
 def logit_state_bytes(weights: int, logit_bytes: int) -> int:

@@ -419,7 +419,9 @@ def start_child(stage: str, seconds: float, options) -> str:
     command += ["--stage-seconds", f"{max(seconds - CHILD_SECONDS, LEAST_SECONDS):.0f}"]
     command += ["--dry-run"] if options.dry_run else []
     command += ["--bin", str(options.bin)] if options.bin else []
-    done = run_tool(command, seconds)
+    # Tiny sizes: two threads would mostly wait for each other.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} if options.dry_run else None
+    done = run_tool(command, seconds, environment)
     return f"exit code {done['rc']}: {done['output'].strip()[-1500:]}"
 
 
