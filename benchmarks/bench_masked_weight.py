@@ -1,87 +1,385 @@
-"""masked_weight on this machine against the same mathematics in eager PyTorch: time and peak memory.
+"""masked_weight against the same mathematics in eager PyTorch and compiled by torch.compile, and the bandwidth limit.
 
-python -m benchmarks.bench_masked_weight --csv benchmarks/results/masked_weight_cpu.csv
+CPU  python -m benchmarks.bench_masked_weight --csv benchmarks/results/masked_weight_cpu.csv
+GPU  python -m benchmarks.bench_masked_weight --csv out.csv --check
+Both passes with time and peak memory, wins and losses. --check compares ours with patch_kernels.reference before it is
+timed; --dry goes through everything on the CPU with tiny sizes.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from benchmarks import harness
-from patch_kernels import PATTERNS, masked_weight
+from benchmarks import harness, shapes
+from benchmarks.bench_tile_linear import GRAPH_SECONDS, ROTATION_BYTES, run_within
+from benchmarks.eager_masks import sample_mask
+from patch.learn import MODES
+from patch_kernels import PATTERNS, masked_weight, pack_keep, reference, tile_grid
 
+TILE = (128, 128)
+NOISE = (1, 2, 3)
 SETTINGS = dict(pattern_temperature=0.7, pattern_scale=200.0, tile_temperature=0.7, tile_scale=100.0)
+CPU_SHAPES = [(1024, 1024), (4096, 4096)]
+GPU_SHAPES = [(4096, 4096), (8192, 8192), (14336, 4096), (11008, 4096), (28672, 8192)]
+DRY_SHAPES = [(256, 384)]
+CHECKED_ROWS = 256  # compared with the reference: a group's noise and result do not depend on what comes after it
+COPY_BYTES = 256 << 20
+OURS, EAGER, COMPILED, LIMIT = "ours", "eager", "torch.compile", "limit"
+MEASURES = ("median_ms", "p5_ms", "p95_ms", "eager_over_this", "limit_share", "peak_MiB")
+PHASES = ("forward", "backward", "forward+backward")
 
 
-def inputs(rows: int, cols: int, dtype: torch.dtype):
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, cols, generator=generator).to(dtype)
-    pattern = (0.014 * torch.randn(rows * cols // 4, 6, generator=generator)).requires_grad_()
-    tiles = (0.014 * torch.randn(rows // 128, cols // 128, generator=generator)).requires_grad_()
-    return weight, pattern, tiles
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of masked_weight."""
+
+    rows: int
+    cols: int
+    mode: str
+    dtype: torch.dtype
+    logits: torch.dtype
+    hard: bool = False
+
+    def bytes(self, phase: str) -> float:
+        """Least bytes through memory."""
+        sizes = self.rows, self.cols, self.mode, self.dtype.itemsize, self.logits.itemsize
+        forward, backward = shapes.mask_forward_bytes(*sizes), shapes.mask_backward_bytes(*sizes)
+        return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[phase]
+
+    def columns(self) -> dict:
+        return {
+            "shape": f"{self.rows}x{self.cols}",
+            "mode": self.mode,
+            "dtype": str(self.dtype)[6:],
+            "logits": str(self.logits)[6:],
+            "hard": self.hard,
+        }
 
 
-def eager_masked_weight(weight, pattern_logits, tile_logits):
-    """What a PyTorch user writes: Gumbel-softmax, expand, multiply, sum. Full-size tensors in between."""
-    gumbel = -torch.empty_like(pattern_logits).exponential_().log()
-    scores = pattern_logits * SETTINGS["pattern_scale"] + gumbel
-    probability = torch.softmax(scores / SETTINGS["pattern_temperature"], dim=1)
-    mask = (probability @ PATTERNS.to(probability.dtype)).reshape(weight.shape)
-    uniform = torch.rand_like(tile_logits)
-    scores = tile_logits * SETTINGS["tile_scale"] + torch.logit(uniform)
-    dense = torch.sigmoid(scores / SETTINGS["tile_temperature"])
-    dense = dense.repeat_interleave(128, 0).repeat_interleave(128, 1)
-    mask = dense + (1 - dense) * mask
-    masked = (mask * weight).to(weight.dtype)
-    return masked, torch.stack([mask.sum(), masked.float().square().sum()]).double()
+def cases(sizes: list[tuple[int, int]], pairs: list[tuple[torch.dtype, torch.dtype]]) -> list[Case]:
+    """All cases, hard samples last; pairs are dtypes of weight and logits."""
+    result = [Case(*size, mode, *pair) for pair in pairs for size in sizes for mode in MODES]
+    return result + [Case(*sizes[0], mode, *pairs[0], True) for mode in MODES]
 
 
-def fused(weight, pattern, tiles):
-    return masked_weight(weight, pattern, tiles, noise=(0, 0, 0), **SETTINGS)
+@dataclasses.dataclass
+class Inputs:
+    """Tensors of a case; `grad` is what comes back from the matrix multiplication."""
+
+    weight: torch.Tensor
+    pattern: torch.Tensor | None
+    tiles: torch.Tensor | None
+    keep: torch.Tensor | None
+    grad: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.patterns = PATTERNS.to(self.weight.device, (self.tiles if self.pattern is None else self.pattern).dtype)
+        self.fixed = None if self.keep is None else pack_keep(self.keep.bool())
+
+    def leaves(self) -> list[torch.Tensor]:
+        return [t for t in (self.pattern, self.tiles) if t is not None]
+
+    def band(self, rows: int) -> Inputs:
+        """The same inputs of the first rows alone."""
+        groups = rows * self.weight.shape[1] // 4
+        return Inputs(
+            self.weight[:rows],
+            None if self.pattern is None else self.pattern.detach()[:groups].requires_grad_(),
+            None if self.tiles is None else self.tiles.detach()[: tile_grid((rows, 1))[0]].requires_grad_(),
+            None if self.keep is None else self.keep[:rows],
+            self.grad[:rows],
+        )
 
 
-def forward(function, weight, pattern, tiles):
+def inputs(case: Case, device: str = "cpu") -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+    shape, groups = (case.rows, case.cols), case.rows * case.cols // 4
+
+    def random(*size):
+        return torch.randn(size, generator=generator, device=device)
+
+    pattern = tiles = keep = None
+    if case.mode == "tile":
+        chosen = torch.randint(0, 6, (groups,), generator=generator, device=device)
+        keep = PATTERNS.to(device)[chosen].reshape(shape).to(case.logits)
+    else:
+        pattern = (0.014 * random(groups, 6)).to(case.logits).requires_grad_()
+    if case.mode != "mask_llm":
+        tiles = (0.014 * random(*tile_grid(shape))).to(case.logits).requires_grad_()
+    return Inputs(random(*shape).to(case.dtype), pattern, tiles, keep, random(*shape).to(case.dtype))
+
+
+def settings(case: Case) -> dict:
+    return SETTINGS | {"hard_pattern": case.hard, "hard_tile": case.hard}
+
+
+def ours(data: Inputs, options: dict):
+    return masked_weight(
+        data.weight, data.pattern, data.tiles, tile=TILE, fixed_pattern=data.fixed, noise=NOISE, **options
+    )
+
+
+def eager(data: Inputs, options: dict):
+    """What a PyTorch user writes, with full-size tensors in between."""
+    shape = tuple(data.weight.shape)
+    mask = sample_mask(data.pattern, data.tiles, data.keep, data.patterns, shape, TILE, options)
+    masked = (mask * data.weight).to(data.weight.dtype)
+    norm = torch.linalg.vector_norm(masked, dtype=torch.float32)
+    return masked, torch.stack([mask.sum(dtype=torch.float32), norm.square()]).double()
+
+
+def forward(function: Callable, data: Inputs, options: dict, slot: list) -> None:
+    """The pass as learning does it, with what backward needs kept; slot holds the result until its next turn."""
+    slot[:] = [function(data, options)[0].detach()]
+
+
+def forward_backward(function: Callable, data: Inputs, options: dict, slot: list) -> None:
+    masked, sums = function(data, options)
+    gradients = torch.autograd.grad([masked, sums], data.leaves(), [data.grad, torch.ones_like(sums)])
+    slot[:] = [masked.detach(), *gradients]
+
+
+def refusal(case: Case) -> str | None:
+    """Why masked_weight does not take this case's dtypes, or None."""
+    small = dataclasses.replace(case, rows=128, cols=128)
+    try:
+        ours(inputs(small), settings(small))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def differing(got: torch.Tensor, expected: torch.Tensor) -> int:
+    """Values that differ by more than 4e-6 of the largest (1e-12 in fp64) and one rounding of a 16-bit result."""
+    relative = 1e-12 if got.dtype == torch.float64 else 4e-6
+    relative += torch.finfo(got.dtype).eps if got.dtype.itemsize == 2 else 0
+    expected = expected.to(got.device).double()
+    return int(((got.double() - expected).abs() <= relative * expected.abs().max().clamp_min(1)).logical_not().sum())
+
+
+def check(case: Case, data: Inputs) -> list[str]:
+    """What of ours differs from patch_kernels.reference in the first rows: values, sums and gradients.
+
+    A hard sample may flip where two choices are equal but for rounding: one of 10000 values is let through there.
+    """
+    rows = min(CHECKED_ROWS, case.rows)
+    results = []
+    for function in (masked_weight, reference.masked_weight):
+        band = data.band(rows)
+        options = settings(case) | dict(tile=TILE, fixed_pattern=band.fixed, noise=NOISE)
+        masked, sums = function(band.weight, band.pattern, band.tiles, **options)
+        gradients = torch.autograd.grad([masked, sums], band.leaves(), [band.grad, torch.full_like(sums, 0.1)])
+        results.append([masked.detach(), sums.detach().float(), *gradients])
     with torch.no_grad():
-        function(weight, pattern, tiles)
+        whole = ours(data, settings(case))[0][:rows]
+    names = ["masked", "sums", *(["pattern gradient"] if case.mode != "tile" else []), "tile gradient"]
+    wrong = []
+    for name, got, expected in zip(names, *results, strict=False):
+        count = differing(got, expected)
+        if count > (got.numel() // 10000 if case.hard else 0) and not (case.hard and name in ("sums", "tile gradient")):
+            wrong.append(f"{place(case)}: {name}: {count} of {got.numel()} values differ from the reference")
+    if not torch.equal(whole, results[0][0]):
+        wrong.append(f"{place(case)}: the first {rows} rows depend on those after them")
+    return wrong
 
 
-def forward_backward(function, weight, pattern, tiles):
-    pattern.grad = tiles.grad = None
-    masked, sums = function(weight, pattern, tiles)
-    torch.autograd.backward([masked, sums], [torch.ones_like(masked), torch.ones(2, dtype=torch.float64)])
+def place(case: Case) -> str:
+    return " ".join(str(value) for value in case.columns().values() if value is not False).replace("True", "hard")
 
 
-def prepare_memory(function, shape, dtype):
-    return functools.partial(forward_backward, function, *inputs(*shape, dtype))
+def rivals_of(compiled: bool) -> dict[str, Callable]:
+    """Functions by name. Compiled anew for every case: a second shape would make the sizes symbolic."""
+    rivals: dict[str, Callable] = {OURS: ours, EAGER: eager}
+    if compiled:
+        torch.compiler.reset()
+        rivals[COMPILED] = torch.compile(eager, dynamic=False)
+    return rivals
 
 
-def main() -> None:
-    options = harness.parser(__doc__).parse_args()
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def rows_of(
+    case: Case, times: dict[str, dict[str, list[float]]], peaks: dict[str, float], missing: dict[str, str], tbps: float
+) -> list[dict]:
+    """Rows of a case from seconds by phase and rival; "backward" is the difference within a round."""
+    for name in times["forward"]:
+        pairs = zip(times["forward+backward"][name], times["forward"][name], strict=True)
+        times["backward"][name] = [both - alone for both, alone in pairs]
     rows = []
-    for shape in ((1024, 1024), (4096, 4096)):
-        for dtype in (torch.float32, torch.bfloat16):
-            case = inputs(*shape, dtype)
-            rivals = {"fused": fused, "eager": eager_masked_weight}
-            for phase in (forward, forward_backward):
-                times = harness.interleaved_times(
-                    {name: functools.partial(phase, f, *case) for name, f in rivals.items()}, options.repeats
-                )
-                eager_ms = harness.summary(times["eager"])["median_ms"]
-                for name, f in rivals.items():
-                    row = {"shape": f"{shape[0]}x{shape[1]}", "dtype": str(dtype)[6:], "phase": phase.__name__}
-                    row |= {"method": name} | harness.summary(times[name])
-                    row["speedup"] = eager_ms / row["median_ms"]
-                    if phase is forward_backward:
-                        prepare = functools.partial(prepare_memory, f, shape, dtype)
-                        row["peak_MiB"] = harness.peak_bytes(prepare) / 2**20
-                    else:
-                        row["peak_MiB"] = ""
-                    rows.append(row)
-    harness.print_table(rows)
-    if options.csv:
-        harness.save_csv(options.csv, rows)
+    for phase in PHASES:
+        limit_ms = 1e-9 * case.bytes(phase) / tbps
+        medians = {name: harness.summary(samples)["median_ms"] for name, samples in times[phase].items()}
+        for name in [*medians, *missing, LIMIT]:
+            row = case.columns() | {"phase": phase, "method": name}
+            row |= dict.fromkeys(MEASURES, "")
+            row["note"] = missing.get(name, "")
+            if name in medians:
+                row |= harness.summary(times[phase][name])
+                row["limit_share"] = limit_ms / medians[name]
+                row["peak_MiB"] = peaks.get(name, "") if phase == "forward+backward" else ""
+                if name == OURS and medians[OURS] > min(medians.values()):
+                    row["note"] = "loss"
+            elif name == LIMIT:
+                row |= {"median_ms": limit_ms, "limit_share": 1.0, "note": f"{tbps:.3f} TB/s"}
+            if row["median_ms"] != "" and EAGER in medians:
+                row["eager_over_this"] = medians[EAGER] / row["median_ms"]
+            rows.append(row)
+    return rows
+
+
+def prepared_step(name: str, case: Case) -> Callable[[], None]:
+    """Both passes of a rival, run once already: compilation and first allocations are not its memory."""
+    call = functools.partial(forward_backward, rivals_of(name == COMPILED)[name], inputs(case), settings(case))
+    call([])
+    return functools.partial(call, [])
+
+
+def copy_tbps() -> float:
+    """TB/s that a large copy reaches on this CPU, read and write counted."""
+    source, target = torch.zeros(2, COPY_BYTES, dtype=torch.uint8)
+    seconds = harness.interleaved_times({"copy": lambda: target.copy_(source)}, 5)["copy"]
+    return 2e-12 * COPY_BYTES / min(seconds)
+
+
+@dataclasses.dataclass
+class Run:
+    """All cases within a budget of seconds."""
+
+    device: str
+    samples: int
+    tbps: float
+    checks: bool = False
+    compiled: Callable[[Case], bool] = lambda case: True
+    peaks: bool = True
+    l2_bytes: int = 0
+    csv: Path | None = None  # saved after every case: a run may be stopped
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    wrong: list[str] = dataclasses.field(default_factory=list)
+    not_run: list[Case] = dataclasses.field(default_factory=list)
+
+    def run(self, todo: list[Case], budget_seconds: float = math.inf) -> None:
+        self.not_run = run_within(todo, self.measure, budget_seconds)
+
+    def measure(self, case: Case) -> None:
+        reason = refusal(case)
+        if reason is not None:
+            row = case.columns() | {"phase": PHASES[-1], "method": OURS} | dict.fromkeys(MEASURES, "")
+            self.rows.append(row | {"note": f"not accepted: {reason}"})
+            return
+        data = inputs(case, self.device)
+        wrong = check(case, data) if self.checks else []
+        self.wrong += wrong
+        if not wrong:  # a wrong result is not timed
+            rivals, missing = rivals_of(self.compiled(case)), {}
+            measure = self._on_gpu if self.device == "cuda" else self._on_cpu
+            times, peaks = measure(case, data, rivals, missing)
+            self.rows += rows_of(case, times, peaks, missing, self.tbps)
+        if self.csv is not None and self.rows:
+            harness.save_csv(self.csv, self.rows)
+
+    def _on_cpu(self, case: Case, data: Inputs, rivals: dict[str, Callable], missing: dict[str, str]):
+        calls, peaks = {}, {}
+        for name, function in rivals.items():
+            both = functools.partial(forward_backward, function, data, settings(case), [])
+            try:
+                both()
+                if self.peaks:
+                    peaks[name] = harness.peak_bytes(functools.partial(prepared_step, name, case)) / 2**20
+            except Exception as error:  # a rival that this machine cannot compile must not cost the others their rows
+                missing[name] = reason_of(error)
+                continue
+            calls[name, "forward"] = functools.partial(forward, function, data, settings(case), [])
+            calls[name, "forward+backward"] = both
+        return by_phase(harness.interleaved_times(calls, self.samples)), peaks
+
+    def _on_gpu(self, case: Case, data: Inputs, rivals: dict[str, Callable], missing: dict[str, str]):
+        # The copies in turn, each with a result of its own, together exceed L2 twice: nothing is found there.
+        count = harness.copies_to_exceed_l2(int(case.bytes("forward")), self.l2_bytes, ROTATION_BYTES)
+        copies = [data, *(inputs(case, self.device) for _ in range(count - 1))]
+        graphs, peaks = {}, {}
+        for name, function in rivals.items():
+            made = {}
+            try:
+                peaks[name] = cuda_peak_mib(functools.partial(forward_backward, function, data, settings(case)))
+                for phase, step in (("forward", forward), ("forward+backward", forward_backward)):
+                    calls = [functools.partial(step, function, copy, settings(case), []) for copy in copies]
+                    floor = case.bytes(phase) / (1e12 * self.tbps)
+                    launches = count * math.ceil(min(max(GRAPH_SECONDS / floor, 2), 200) / count)
+                    made[name, phase] = (harness.capture(calls, launches), launches)
+            except Exception as error:  # the same; out of memory too
+                missing[name] = reason_of(error)
+                continue
+            finally:
+                torch.cuda.empty_cache()
+            graphs |= made
+        return by_phase(harness.interleaved_graph_times(graphs, self.samples)), peaks
+
+
+def by_phase(times: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, list[float]]]:
+    result: dict[str, dict[str, list[float]]] = {phase: {} for phase in PHASES}
+    for (name, phase), samples in times.items():
+        result[phase][name] = samples
+    return result
+
+
+def cuda_peak_mib(call: Callable[[list], None]) -> float:
+    """Most memory that a second call takes, what it leaves behind included."""
+    call([])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call([])
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def parser() -> argparse.ArgumentParser:
+    result = harness.parser(__doc__)
+    result.formatter_class = argparse.RawDescriptionHelpFormatter
+    result.add_argument("--budget-seconds", type=float, default=math.inf)
+    result.add_argument("--bandwidth", type=float, help="rated TB/s; default by the GPU's name, on a CPU measured")
+    result.add_argument("--check", action="store_true", help="compare ours with the reference before timing")
+    result.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, eager alone as rival, no memory")
+    return result
+
+
+def dry_run(checks: bool = True) -> Run:
+    """Everything that a CPU can try in a second."""
+    run = Run("cpu", 1, 0.01, checks, compiled=lambda case: False, peaks=False)
+    run.run(cases(DRY_SHAPES, [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]))
+    return run
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if options.dry:
+        run = dry_run(options.check)
+    elif torch.cuda.is_available():
+        tbps = options.bandwidth or shapes.bandwidth_tbps(torch.cuda.get_device_name())
+        l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        run = Run("cuda", max(options.repeats, 20), tbps, options.check, l2_bytes=l2_bytes, csv=options.csv)
+        pairs = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+        run.run(cases(GPU_SHAPES, pairs), options.budget_seconds)
+    else:
+        tbps = options.bandwidth or copy_tbps()
+        run = Run("cpu", options.repeats, tbps, options.check, csv=options.csv)
+        pairs = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+        run.run(cases(CPU_SHAPES, pairs), options.budget_seconds)
+    if run.rows:
+        harness.print_table(run.rows)
+    if options.csv and run.rows:
+        harness.save_csv(options.csv, run.rows)
+    for case in run.not_run:
+        print(f"not run for lack of time: {place(case)}")
+    if run.wrong:
+        raise SystemExit("wrong, not timed: " + "; ".join(run.wrong))
 
 
 if __name__ == "__main__":

@@ -27,10 +27,15 @@ STAGES = {
     "micro": 130,
     "exact": 120,
     "determinism": 60,
+    "masks": 120,
     "sanitizer": 100,
     "timing": 600,
+    "mask_timing": 240,
+    "learn_step": 300,
     "ncu": 150,
 }
+# Not begun with less than half of their time: the first cells alone would count as finished.
+WHOLE_OR_LATER = ("mask_timing", "learn_step")
 RESERVE_SECONDS = 90
 LEAST_SECONDS = 5  # with less time left a stage is not begun
 CHILD_SECONDS = 10  # for a stage's process to import torch and to write its file
@@ -201,6 +206,34 @@ def determinism(options) -> dict:
         return require_kernels(tally(cases))
 
 
+def masks(options) -> dict:
+    import torch
+
+    from benchmarks import gpu_mask_checks as checks
+    from patch.learn import MODES
+
+    if options.dry_run:
+        cases = [
+            checks.equality_cases("cpu", checks.DRY_CASES),
+            checks.repeat_cases("cpu", 3, [(256, 384)]),
+            checks.same_mask_cases("cpu", 3),
+            checks.learn_case("cpu", "joint"),
+        ]
+        return tally(itertools.chain(*cases))
+    cases = [
+        checks.equality_cases("cuda", checks.CASES),
+        checks.repeat_cases("cuda", 20, [(640, 2048), (4096, 4096), (8192, 8192)]),
+        checks.same_mask_cases("cuda", 20),
+        *(checks.learn_case("cuda", mode) for mode in MODES),
+    ]
+    free = torch.cuda.mem_get_info()[0]
+    fits = free >= checks.LARGE_BYTES
+    data = tally(itertools.chain(*cases, checks.large_cases() if fits else ()))
+    if not fits:
+        data["summary"] += f"; logits beyond 2^32 bytes not run: {free >> 30} of {checks.LARGE_BYTES >> 30} GiB free"
+    return data
+
+
 def sanitizer(options) -> dict:
     if options.dry_run:
         raise Skip("compute-sanitizer needs a GPU")
@@ -260,29 +293,82 @@ def timing(options) -> dict:
     return require_kernels(data)
 
 
+def mask_timing(options) -> dict:
+    import torch
+
+    from benchmarks import bench_masked_weight as bench
+    from benchmarks import shapes
+
+    if options.dry_run:
+        run = bench.dry_run()
+        return mask_rows(run, bench.place)
+    run = bench.Run(
+        "cuda",
+        20,
+        shapes.bandwidth_tbps(torch.cuda.get_device_name()),
+        checks=True,
+        compiled=lambda case: case.rows == case.cols == 4096 and not case.hard,  # each compilation takes seconds
+        l2_bytes=torch.cuda.get_device_properties(0).L2_cache_size,
+        csv=options.out / "masked_weight.csv",
+    )
+    pairs = [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+    run.run(bench.cases(bench.GPU_SHAPES, pairs), options.stage_seconds)
+    return mask_rows(run, bench.place)
+
+
+def mask_rows(run, place: Callable[[object], str]) -> dict:
+    return {
+        "rows": run.rows,
+        "wrong": run.wrong,
+        "not_run": [place(case) for case in run.not_run],
+        "failed": bool(run.wrong) or not run.rows,
+        "summary": f"{len(run.rows)} rows, {len(run.wrong)} wrong, {len(run.not_run)} cases without time",
+    }
+
+
+def learn_step(options) -> dict:
+    from benchmarks import bench_learn_step as bench
+    from patch.learn import MODES
+
+    wrong = [text for mode in MODES for text in bench.check(mode, device="cpu" if options.dry_run else "cuda")]
+    if options.dry_run:
+        run = bench.dry_run()
+    else:
+        run = bench.Run("cuda", 10, csv=options.out / "learn_step.csv")
+        run.run(bench.gpu_cases(1), options.stage_seconds)
+    return {
+        "rows": run.rows,
+        "wrong": wrong,
+        "not_run": [str(case) for case in run.not_run],
+        "failed": bool(wrong) or not run.rows,
+        "summary": f"{len(run.rows)} rows, {len(wrong)} wrong, {len(run.not_run)} cases without time",
+    }
+
+
 def ncu(options) -> dict:
     if options.dry_run:
         raise Skip("ncu needs a GPU")
     if shutil.which("ncu") is None:
         raise Skip("ncu is not installed")
-    from benchmarks.gpu_checks import PROFILES
+    from benchmarks import gpu_checks, gpu_mask_checks
 
+    profiles = [(module.__name__, name) for module in (gpu_checks, gpu_mask_checks) for name in module.PROFILES]
     sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "WarpStateStats", "Occupancy")
     flags = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
     for section in sections:
         flags += ["--section", section]
     deadline = time.monotonic() + options.stage_seconds
     data: dict = {}
-    for name in PROFILES:
+    for module, name in profiles:
         left = deadline - time.monotonic()
         if left < LEAST_SECONDS:
             data[name] = {"rc": None, "output": "not run: no time left"}
             continue
-        child = [sys.executable, "-m", "benchmarks.gpu_checks", "--profile", name]
+        child = [sys.executable, "-m", module, "--profile", name]
         done = run_tool(["ncu", *flags, *child], left)
         data[name] = done | {"output": done["output"][-60000:]}
     failed = [name for name in data if data[name]["rc"] != 0]
-    return data | {"failed": bool(failed), "summary": f"{len(data) - len(failed)} of {len(PROFILES)} kernels profiled"}
+    return data | {"failed": bool(failed), "summary": f"{len(data) - len(failed)} of {len(profiles)} kernels profiled"}
 
 
 FUNCTIONS = {
@@ -290,8 +376,11 @@ FUNCTIONS = {
     "micro": micro,
     "exact": exact,
     "determinism": determinism,
+    "masks": masks,
     "sanitizer": sanitizer,
     "timing": timing,
+    "mask_timing": mask_timing,
+    "learn_step": learn_step,
     "ncu": ncu,
 }
 
@@ -330,7 +419,9 @@ def start_child(stage: str, seconds: float, options) -> str:
     command += ["--stage-seconds", f"{max(seconds - CHILD_SECONDS, LEAST_SECONDS):.0f}"]
     command += ["--dry-run"] if options.dry_run else []
     command += ["--bin", str(options.bin)] if options.bin else []
-    done = run_tool(command, seconds)
+    # Tiny sizes: two threads would mostly wait for each other.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} if options.dry_run else None
+    done = run_tool(command, seconds, environment)
     return f"exit code {done['rc']}: {done['output'].strip()[-1500:]}"
 
 
@@ -347,7 +438,7 @@ def run_stages(stages: list[str], options, child: Callable[[str, float, object],
             if index + 1 < len(stages) and stage == "timing":
                 left -= RESERVE_SECONDS
             seconds = min(left, STAGES[stage])
-            if seconds < LEAST_SECONDS:
+            if seconds < (STAGES[stage] / 2 if stage in WHOLE_OR_LATER else LEAST_SECONDS):
                 write_json(path, {"stage": stage, "status": "not run", "reason": "no time left", "seconds": 0})
             else:
                 print(f"{stage} ...", flush=True)
@@ -385,7 +476,7 @@ def stage_names(text: str) -> list[str]:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results, at most 8 files")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results, a file a stage and CSV")
     parser.add_argument("--stages", type=stage_names, help="run these again, e.g. exact,timing; default all unfinished")
     parser.add_argument("--bin", type=Path, help="folder of benchmarks.build_gpu")
     parser.add_argument("--dry-run", action="store_true", help="the whole flow on the CPU with tiny sizes")

@@ -1,4 +1,4 @@
-"""Checks of tile_linear that need torch alone, for benchmarks.gpu: exact integers, repeated launches, graph replay.
+"""Checks of tile_linear for benchmarks.gpu: exact integers, repeated launches, graph replay.
 
 python -m benchmarks.gpu_checks --sanitizer     the small cases that compute-sanitizer watches
 python -m benchmarks.gpu_checks --profile NAME  one call between cudaProfilerStart and Stop, for ncu
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks import gpu_mask_checks
 from benchmarks.bench_tile_linear import packed_weight
 from patch_kernels import PATTERNS, TiledLinear, TiledWeight, ops, reference, tile_grid
 from patch_kernels._library import gemm_status
@@ -191,6 +192,8 @@ def main() -> None:
     with torch.no_grad():
         if options.sanitizer:
             sanitizer_cases("cuda")
+            with torch.enable_grad():
+                gpu_mask_checks.sanitizer_cases("cuda")
         else:
             profile(options.profile)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import multiprocessing
 import platform
 import statistics
@@ -62,6 +63,31 @@ def copies_to_exceed_l2(nbytes: int, l2_bytes: int, memory_bytes: int) -> int:
     return max(1, min(2 * l2_bytes // nbytes + 1, memory_bytes // nbytes))
 
 
+def interleaved_event_times(
+    functions: dict[str, Callable[[], object]], repeats: int, failed: Callable[[str, Exception], None]
+) -> dict[str, list[float]]:
+    """Seconds of each call on the GPU, rounds as in interleaved_graph_times; for calls that no graph can hold.
+
+    A function that runs out of memory is taken out of `functions`, reported to `failed` and left out of the result.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for round_index in range(repeats + 1):
+        for name in list(times)[:: 1 if round_index % 2 else -1]:
+            try:
+                begin.record()
+                functions[name]()
+                end.record()
+                end.synchronize()
+            except torch.OutOfMemoryError as error:
+                del times[name], functions[name]  # and what the function holds
+                failed(name, error)
+                continue
+            if round_index > 0:
+                times[name].append(1e-3 * begin.elapsed_time(end))
+    return times
+
+
 def capture(calls: Sequence[Callable[[], object]], launches: int) -> torch.cuda.CUDAGraph:
     """CUDA graph of `launches` calls, taking calls in turn. Each is called once before, outside of the graph."""
     stream = torch.cuda.Stream()
@@ -111,6 +137,7 @@ def _status_bytes(field: str) -> int:
 
 def _measure_memory(function: Callable[[], Callable[[], object]], connection) -> None:
     step = function()
+    ctypes.CDLL(None).malloc_trim(0)  # what preparing freed must not serve the step unseen
     # getrusage would report the peak of the parent process, which exec inherits; this resets our own.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")

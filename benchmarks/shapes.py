@@ -1,4 +1,4 @@
-"""Layer shapes, cell order and the byte and operation counts of tile_linear benchmarks. Plain arithmetic, no device."""
+"""Layer shapes, cell order and the byte and operation counts of the benchmarks. Plain arithmetic, no device."""
 
 from __future__ import annotations
 
@@ -89,3 +89,33 @@ def bandwidth_tbps(card: str) -> float:
 def roofline_seconds(cell: Cell, sparsity: float, tbps: float, tflops: float = DENSE_TFLOPS) -> float:
     """Least time: the larger of bytes over bandwidth and executed operations over the dense rate."""
     return max(call_bytes(cell, sparsity) / (1e12 * tbps), executed_flops(cell, sparsity) / (1e12 * tflops))
+
+
+def mask_logit_bytes(groups: int, mode: str, logit_bytes: int) -> float:
+    """Bytes that say what the 2:4 masks are: six logits a group of four weights, or four bits where they are fixed."""
+    return 0.5 * groups if mode == "tile" else 6 * logit_bytes * groups
+
+
+def mask_forward_bytes(rows: int, cols: int, mode: str, weight_bytes: int = 2, logit_bytes: int = 4) -> float:
+    """Least bytes of masked_weight's forward pass: weight and logits read, masked weight written.
+
+    Tile logits are left out here and below: one for 16384 weights.
+    """
+    groups = rows * cols // 4
+    return 2 * 4 * weight_bytes * groups + mask_logit_bytes(groups, mode, logit_bytes)
+
+
+def mask_backward_bytes(
+    rows: int, cols: int, mode: str, weight_bytes: int = 2, logit_bytes: int = 4, writes_masked: bool = False
+) -> float:
+    """Least bytes of its backward pass: weight, gradient and logits read, gradients of the logits written.
+
+    writes_masked  the masked weight is made again in the same pass.
+    """
+    groups = rows * cols // 4
+    gradients = 0 if mode == "tile" else 6 * logit_bytes * groups
+    return (
+        (3 if writes_masked else 2) * 4 * weight_bytes * groups
+        + mask_logit_bytes(groups, mode, logit_bytes)
+        + gradients
+    )

@@ -7,9 +7,10 @@ is counted.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
+from transformers.utils import import_utils
 
 from patch.learn import LearnConfig
 from patch.mask_trainer import MaskTrainer, ShuffledBlocks
@@ -110,8 +112,7 @@ def learning_memory(
     with_prior    prior masks are given. Mode "tile" always has them.
     returns       bytes of tensors on the device that `learn` would use here. Torch cannot walk a GPU's step without a
                   GPU: then the kernels are the CPU's, whose attention keeps what a GPU's flash attention keeps, and
-                  cuBLAS workspaces (up to 32 MiB) are missing. Models with RMS norms come out too high by one to three
-                  float32 hidden states (tokens x hidden size).
+                  cuBLAS workspaces (up to 32 MiB) are missing.
     raises        ValueError for models, blocks and layers that `learn` refuses for their sizes or dtypes.
     """
     # One number seen as all blocks: only the size matters.
@@ -125,7 +126,7 @@ def learning_memory(
         linears = maskable_linears(model, exclude)
         check_blocks(model, blocks, config)
         priors = None
-        with prepared(model, config), fake:
+        with prepared(model, config), _as_in_a_run(), fake:
             if with_prior or config.mode == "tile":
                 priors = {name: torch.empty(linear.weight.shape, dtype=torch.bool) for name, linear in linears.items()}
             ledger = _Ledger(arguments.device.type)
@@ -135,6 +136,17 @@ def learning_memory(
     masked_elems = sum(linear.weight.numel() for linear in linears.values())
     host_bytes = 0 if priors is None else masked_elems
     return MemoryEstimate(ledger.phases, host_bytes, masked_elems, len(linears), arguments.device.type)
+
+
+@contextlib.contextmanager
+def _as_in_a_run() -> Iterator[None]:
+    """transformers takes fake tensors for a graph being traced, and would write out attention masks that no run has."""
+    actual = import_utils.is_fake_tensor
+    import_utils.is_fake_tensor = lambda _: False
+    try:
+        yield
+    finally:
+        import_utils.is_fake_tensor = actual
 
 
 def _walk(model, linears, config, blocks, priors, arguments, ledger) -> None:

@@ -13,8 +13,20 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import bench_tile_linear, build_gpu, gpu, gpu_checks, harness, memory_table, shapes
-from patch_kernels import payload_bytes
+from benchmarks import (
+    bench_learn_step,
+    bench_masked_weight,
+    bench_tile_linear,
+    build_gpu,
+    gpu,
+    gpu_checks,
+    gpu_mask_checks,
+    harness,
+    memory_table,
+    shapes,
+)
+from patch.masked_linear import MaskedLinear
+from patch_kernels import masked_weight, payload_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,6 +69,23 @@ def test_rated_bandwidth_by_card():
     assert shapes.bandwidth_tbps("NVIDIA GH200 480GB") == 4.0
     with pytest.raises(ValueError, match=r"expected one of H200, .* got 'NVIDIA A10'. Pass --bandwidth TB/s"):
         shapes.bandwidth_tbps("NVIDIA A10")
+
+
+def test_mask_bytes_by_hand():
+    # A group: weight 8 + masked 8 + logits 24 or 12 or half a byte; backward the gradients of the logits besides.
+    for mode in ("joint", "mask_llm"):
+        assert shapes.mask_forward_bytes(4, 8, mode) == 8 * (8 + 8 + 24)
+        assert shapes.mask_forward_bytes(4, 8, mode, logit_bytes=2) == 8 * (8 + 8 + 12)
+        assert shapes.mask_forward_bytes(4, 8, mode, weight_bytes=4) == 8 * (16 + 16 + 24)
+        assert shapes.mask_backward_bytes(4, 8, mode) == 8 * (8 + 8 + 24 + 24)
+        assert shapes.mask_backward_bytes(4, 8, mode, logit_bytes=2) == 8 * (8 + 8 + 12 + 12)
+        assert shapes.mask_backward_bytes(4, 8, mode, writes_masked=True) == 8 * (8 + 8 + 24 + 24 + 8)
+    assert shapes.mask_forward_bytes(4, 8, "tile") == 8 * (8 + 8 + 0.5)
+    assert shapes.mask_backward_bytes(4, 8, "tile") == 8 * (8 + 8 + 0.5)
+    # numbers of one 8192x8192 layer on an H200: 140 us and 224 us
+    assert 1e6 * shapes.mask_forward_bytes(8192, 8192, "joint") / 4.8e12 == pytest.approx(139.8, rel=1e-3)
+    assert 1e6 * shapes.mask_backward_bytes(8192, 8192, "joint") / 4.8e12 == pytest.approx(223.7, rel=1e-3)
+    assert bench_learn_step.logit_state_bytes(1000, 4) == 24_000
 
 
 def test_cells_put_the_most_informative_first():
@@ -228,6 +257,8 @@ def test_dry_run_end_to_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{stage}.json" for stage in gpu.STAGES)
     results = {stage: json.loads((tmp_path / f"{stage}.json").read_text()) for stage in gpu.STAGES}
+    assert results["masks"]["data"]["cases"] == 115 and results["masks"]["data"]["bad"] == []
+    assert results["mask_timing"]["data"]["rows"] and results["learn_step"]["data"]["rows"]
     assert {stage for stage in results if results[stage]["status"] == "skipped"} == {"micro", "sanitizer", "ncu"}
     assert results["micro"]["reason"] == "micro programs run on a GPU only"
     assert results["facts"]["data"]["device"] == "cpu"
@@ -286,6 +317,15 @@ def test_no_time_left_is_said_and_made_up_for_later(tmp_path):
     assert calls == ["facts", "ncu", "timing"]
 
 
+def test_a_stage_of_many_cells_waits_for_half_of_its_time(tmp_path):
+    calls = []
+    child = writes("ok", tmp_path, calls)
+    results = gpu.run_stages(["mask_timing", "ncu"], options(tmp_path, minutes=1.9), child)  # 114 s of 240 s
+    assert [r["status"] for r in results] == ["not run", "ok"]
+    gpu.run_stages(["mask_timing", "ncu"], options(tmp_path, minutes=2.1), child)
+    assert calls == ["ncu", "mask_timing"]
+
+
 def test_without_cuda_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["--out", str(tmp_path)]) == 2
@@ -296,7 +336,7 @@ def test_without_cuda_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys
 def test_unknown_stage_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--stages", "facts,fast"])
-    assert "expected stages of facts,micro,exact,determinism,sanitizer,timing,ncu, got fast" in capsys.readouterr().err
+    assert f"expected stages of {','.join(gpu.STAGES)}, got fast" in capsys.readouterr().err
 
 
 def test_micro_stage_reads_programs_and_reports_the_broken(tmp_path):
@@ -344,6 +384,114 @@ def test_build_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["build_gpu", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"needs nvcc 12\.8 or newer, but none was found. Set CUDA_HOME"):
         build_gpu.main()
+
+
+def scaled_masked_weight(*args, **kwargs):
+    masked, sums = masked_weight(*args, **kwargs)
+    return 1.01 * masked, sums
+
+
+def test_masked_weight_dry_run(tmp_path, capsys):
+    bench_masked_weight.main(["--dry", "--check", "--csv", str(tmp_path / "m.csv")])
+    with (tmp_path / "m.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:6] == ["shape", "mode", "dtype", "logits", "hard", "phase"]
+    assert {"method", *bench_masked_weight.MEASURES, "note", "commit", "device"} <= set(rows[0])
+    timed = [row for row in rows if row["logits"] == "float32"]
+    assert {row["method"] for row in timed} == {"ours", "eager", "limit"} and len(timed) == 2 * 3 * 3 * 3
+    limit = next(row for row in timed if row["method"] == "limit" and row["mode"] == "joint")
+    assert float(limit["median_ms"]) == pytest.approx(256 * 384 / 4 * 40 / 0.01e12 * 1e3)
+    # 16-bit logits are either timed or refused in a row that says so.
+    for row in rows:
+        if row["logits"] == "bfloat16" and row["method"] == "ours" and not row["median_ms"]:
+            assert row["note"].startswith("not accepted: masked_weight: expected")
+    assert "256x384" in capsys.readouterr().out
+
+
+def test_wrong_masked_weight_is_named_and_not_timed(monkeypatch):
+    monkeypatch.setattr(bench_masked_weight, "masked_weight", scaled_masked_weight)
+    monkeypatch.setattr(bench_masked_weight, "refusal", lambda case: None)
+    run = bench_masked_weight.Run("cpu", 1, 0.01, checks=True, compiled=lambda case: False, peaks=lambda case: False)
+    run.run(bench_masked_weight.cases([(128, 128)], [(torch.bfloat16, torch.float32)])[:1])
+    assert run.rows == []
+    assert run.wrong[0].startswith("128x128 joint bfloat16 float32: masked: ")
+    assert run.wrong[0].endswith("values differ from the reference")
+
+
+def test_mask_rows_show_losses_and_what_was_missing():
+    case = bench_masked_weight.Case(128, 128, "joint", torch.bfloat16, torch.float32)
+    times = {
+        "forward": {"ours": [1e-3, 1e-3], "eager": [4e-3, 4e-3]},
+        "backward": {},
+        "forward+backward": {"ours": [6e-3, 6e-3], "eager": [5e-3, 5e-3]},
+    }
+    rows = bench_masked_weight.rows_of(case, times, {"ours": 1.0}, {"torch.compile": "CppCompileError: no g++"}, 1.0)
+    assert [row["method"] for row in rows] == ["ours", "eager", "torch.compile", "limit"] * 3
+    found = {(row["phase"], row["method"]): row for row in rows}
+    assert found["forward", "ours"]["eager_over_this"] == 4 and found["forward", "ours"]["note"] == ""
+    assert found["backward", "ours"]["median_ms"] == pytest.approx(5)
+    assert found["backward", "ours"]["note"] == found["forward+backward", "ours"]["note"] == "loss"
+    assert found["forward", "torch.compile"]["note"] == "CppCompileError: no g++"
+    assert found["forward", "ours"]["limit_share"] == pytest.approx(4096 * 40 / 1e12 / 1e-3)
+    assert found["forward+backward", "ours"]["peak_MiB"] == 1.0
+
+
+def test_learn_step_rows_show_losses_and_what_did_not_fit():
+    case = bench_learn_step.Case("dry", torch.float32, "joint", 64, 16)
+    times = {"dense": [1e-3], "dense, no dW": [5e-4], "ours": [2e-3], "eager": [1e-3]}
+    rows = {row["method"]: row for row in bench_learn_step.rows_of(case, times, {"ours": 3.0}, {})}
+    assert (rows["ours"]["over_dense"], rows["ours"]["eager_over_this"], rows["ours"]["note"]) == (2, 0.5, "loss")
+    assert rows["ours"]["tokens_per_s"] == pytest.approx(32000) and rows["ours"]["peak_MiB"] == 3.0
+    del times["eager"]
+    rows = {r["method"]: r for r in bench_learn_step.rows_of(case, times, {}, {"eager": "out of memory"})}
+    assert rows["eager"]["note"] == "out of memory" and rows["eager"]["median_ms"] == ""
+    assert rows["ours"]["eager_over_this"] == "" and rows["ours"]["note"] == ""
+
+
+@pytest.mark.parametrize("mode", ["joint", "tile", "mask_llm"])
+def test_ours_and_eager_agree(mode):
+    assert bench_learn_step.check(mode) == []
+
+
+def test_learn_step_check_fails_when_ours_is_wrong(monkeypatch):
+    forward = MaskedLinear.forward
+    monkeypatch.setattr(MaskedLinear, "forward", lambda self, x: 1.01 * forward(self, x))
+    with pytest.raises(SystemExit, match=r"ours and eager disagree, nothing was timed: joint: loss .* of ours"):
+        bench_learn_step.main(["--dry", "--check"])
+
+
+def test_copies_of_a_model_share_weights_and_nothing_else():
+    model = bench_learn_step.build_model("dry", torch.float32, "cpu")
+    copy = bench_learn_step.shared_copy(model)
+    for mine, theirs in zip(model.parameters(), copy.parameters(), strict=True):
+        assert mine is not theirs and mine.data_ptr() == theirs.data_ptr() and not theirs.requires_grad
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight
+
+
+def test_mask_checks_notice_another_mask(monkeypatch):
+    draws = iter(range(10))
+
+    def redraws(*args, noise, **kwargs):  # forward and backward with noise of their own
+        weight, pattern, tiles = args
+        value, _ = masked_weight(weight, pattern, tiles, noise=(1, 2, 100 + next(draws)), **kwargs)
+        gradient, sums = masked_weight(*args, noise=noise, **kwargs)
+        return value.detach() + gradient - gradient.detach(), sums
+
+    monkeypatch.setattr(gpu_mask_checks, "masked_weight", redraws)
+    assert gpu.tally(gpu_mask_checks.same_mask_cases("cpu", 2))["failed"]
+    repeated = gpu_mask_checks.run
+    monkeypatch.setattr(
+        gpu_mask_checks,
+        "run",
+        lambda f, data, tile, noise, **kwargs: repeated(f, data, tile, noise=(*noise[:2], next(draws)), **kwargs),
+    )
+    monkeypatch.setattr(gpu_mask_checks, "masked_weight", masked_weight)
+    assert gpu.tally(gpu_mask_checks.repeat_cases("cpu", 2, [(128, 128)]))["bad"][0]["different"] == 1
+
+
+def test_mask_equality_counts_what_differs(monkeypatch):
+    monkeypatch.setattr(gpu_mask_checks, "masked_weight", scaled_masked_weight)
+    assert all(count > 0 for _, count in gpu_mask_checks.equality_cases("cpu", gpu_mask_checks.DRY_CASES[2:]))
 
 
 @pytest.mark.slow
