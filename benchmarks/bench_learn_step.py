@@ -32,7 +32,8 @@ from patch.learn import MODES, LearnConfig, Schedule
 from patch.mask_trainer import MaskTrainer, ShuffledBlocks
 from patch.masked_linear import MaskedLayers
 from patch.models import maskable_linears
-from patch.trainer import _arguments, _prepared, _Run
+from patch.trainer import Run as LearnRun
+from patch.trainer import prepared, training_arguments
 from patch.training_state import MetricsLog
 from patch_kernels import PATTERNS, reference
 
@@ -169,13 +170,13 @@ def predicted_tokens(batches: list[torch.Tensor]) -> torch.Tensor:
 def make_trainer(model: nn.Module, case: Case, device: str) -> MaskTrainer:
     config, batches = case.config(), case.batches(device)
     with tempfile.TemporaryDirectory() as folder:
-        run = _Run(Path(folder), {}, None, False, 0, False, (), ())
+        run = LearnRun(Path(folder), {}, None, False, 0, False, (), ())
         trainer = MaskTrainer(
             model,
             ShuffledBlocks(torch.cat(batches).cpu(), config),
             masked_layers(model, case),
             metrics=MetricsLog(None),
-            arguments=_arguments(config, TOTAL_STEPS, run),
+            arguments=training_arguments(config, TOTAL_STEPS, run),
             identity={},
             progress=False,
         )
@@ -192,7 +193,7 @@ def ours_step(model: nn.Module, case: Case, device: str) -> Step:
         trainer.begin_step()
         for ids in batches:
             trainer.training_step(model, {"input_ids": ids, "labels": ids}, count)
-        norm = trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        norm = trainer._clip_grad_norm(model)
         trainer.check_finite()
         trainer.optimizer.step()
         rate = trainer.lr_scheduler.get_last_lr()[0]
@@ -246,7 +247,7 @@ def make_step(name: str, model: nn.Module, case: Case, device: str) -> Step:
 
 def frozen(model: nn.Module, case: Case):
     """The model as `learn` prepares it, for a `with`; checkpointing is set on the copies."""
-    return _prepared(model, dataclasses.replace(case.config(), grad_checkpoint=False))
+    return prepared(model, dataclasses.replace(case.config(), grad_checkpoint=False))
 
 
 def two_steps(name: str, model: nn.Module, case: Case, device: str) -> None:

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from patch import training_state
 from patch.learn import LearnConfig, Schedule, learning_rate_factor
 from patch.masked_linear import MaskedLayers
-from patch.optimizer import LowPrecisionAdamW, make_optimizer
+from patch.optimizer import make_optimizer, scale_gradients
 
 
 class MaskTrainer(Trainer):
@@ -42,6 +42,7 @@ class MaskTrainer(Trainer):
         }
         self._micro_step = 0
         self._step_values: Tensor | None = None
+        self._grad_norm: Tensor | None = None
         self._clock = (0, time.monotonic())
         super().__init__(
             model=model,
@@ -82,14 +83,14 @@ class MaskTrainer(Trainer):
 
     def begin_step(self) -> None:
         """Set what is constant during an optimiser step."""
-        self._micro_step = 0
+        self._micro_step, self._grad_norm = 0, None
         for name, schedule in self._schedules.items():
             setattr(self.layers.state, name, schedule.at(self.state.global_step))
 
     def check_finite(self) -> None:
         """Stop before the optimiser turns a broken step into broken logits."""
-        norms = [logits.grad.norm() for logits in self._logits.values() if logits.grad is not None]
-        if not torch.stack([self._step_values.sum(), *(norm.double() for norm in norms)]).isfinite().all():
+        norm = self._grad_norm if self._grad_norm is not None else self._total_norm()
+        if not torch.stack([self._step_values.sum(), norm.double()]).isfinite().all():
             loss = self._step_values.tolist()
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: expected a finite loss and finite gradients, got token "
@@ -101,17 +102,17 @@ class MaskTrainer(Trainer):
         """The optimiser of `make_optimizer`."""
         if self.optimizer is None:
             self.optimizer = make_optimizer(self._logits, self.config)
-            self._scales_gradients = isinstance(self.optimizer, LowPrecisionAdamW)
         return self.optimizer
 
     def _clip_grad_norm(self, model):
-        """Norm of all gradients. Where the optimizer scales them itself, clipping is not another pass over them."""
-        if not self._scales_gradients:
-            return super()._clip_grad_norm(model)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._logits.values() if p.grad is not None])
+        """Norm of all gradients; the optimizer itself scales them down to max_grad_norm."""
+        self._grad_norm = norm = self._total_norm()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-        optimizer.grad_scale = (self.config.max_grad_norm / (norm.float() + 1e-6)).clamp(max=1.0)
+        scale_gradients(optimizer, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def _total_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self._logits.values() if p.grad is not None])
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Linear warm-up from 0, then cosine."""
@@ -225,12 +226,12 @@ class Objective:
         masked = list(layers.layers.values())
         device = masked[0].weight.device
         self.elems = torch.tensor([layer.weight.numel() for layer in masked], dtype=torch.float64, device=device)
-        norms = [layer.weight.detach().double().square().sum() for layer in masked]
-        self.squared_norms = torch.stack(norms).to(device)
-        groups = layers.block_of_layer if config.layer_target else [0] * len(masked)
-        self.groups = torch.tensor(groups, device=device)
-        self.group_count = max(groups) + 1
-        self.group_elems = self._pool(self.elems)
+        norms = [torch.linalg.vector_norm(layer.weight.detach(), dtype=torch.float64) for layer in masked]
+        self.squared_norms = torch.stack([norm.to(device) for norm in norms]).square()
+        groups = torch.tensor(layers.block_of_layer if config.layer_target else [0] * len(masked), device=device)
+        # (groups, layers): sums by a product, since index_add has no fixed order on a GPU.
+        self.membership = (groups == torch.arange(int(groups.max()) + 1, device=device)[:, None]).double()
+        self.group_elems = self.membership @ self.elems
 
     def __call__(self, sums: list[Tensor], progress: float) -> tuple[Tensor, Tensor, Tensor]:
         """(penalty with gradient, density, kept share of the norm) of one micro-batch; progress = t / T."""
@@ -243,7 +244,7 @@ class Objective:
         table = torch.stack([pair.to(self.elems.device) for pair in sums])
         penalty = table.new_zeros(())
         if config.mode != "mask_llm":
-            gap = (self._pool(table[:, 0]) / self.group_elems - (1.0 - config.target_sparsity)).abs()
+            gap = (self.membership @ table[:, 0] / self.group_elems - (1.0 - config.target_sparsity)).abs()
             total = gap.mean() if config.layer_target_reduction == "mean" else gap.sum()
             penalty = penalty + config.sparse_reg * total
         if config.weight_reg > 0:
@@ -260,9 +261,6 @@ class Objective:
             return kept_squares.sum(), self.squared_norms.sum()
         # The clamp keeps the gradient of sqrt finite for a layer whose kept weights are all zero.
         return kept_squares.clamp_min(1e-30).sqrt().sum(), self.squared_norms.sqrt().sum()
-
-    def _pool(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.group_count).index_add(0, self.groups, values)
 
 
 class ShuffledBlocks(Dataset):

@@ -213,14 +213,15 @@ class MaskedLayers:
     @torch.no_grad()
     def hard_density(self) -> float:
         """Share of nonzeros if the masks were hardened now; groups keep exactly 2 of 4 by construction."""
-        kept = total = 0.0
+        dense = []
         for layer in self.layers.values():
-            areas = tile_areas(layer.tile, layer.shape).double()
-            total += float(areas.sum())
-            kept += 0.5 * float(areas.sum())
             if layer.tile_logits is not None:
-                kept += 0.5 * float(areas[(layer.tile_logits > 0).cpu()].sum())
-        return kept / total
+                areas = tile_areas(layer.tile, layer.shape).to(layer.tile_logits.device, torch.float64)
+                dense.append((areas * (layer.tile_logits > 0)).sum())
+        if not dense:
+            return 0.5
+        total = sum(layer.weight.numel() for layer in self.layers.values())
+        return 0.5 + 0.5 * float(torch.stack([area.to(dense[0].device) for area in dense]).sum()) / total
 
     def harden(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Final (keep masks, tile_is_sparse grids) by layer; with config.exact_budget tiles go by rank."""

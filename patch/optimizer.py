@@ -26,6 +26,22 @@ def make_optimizer(logits: Mapping[str, nn.Parameter], config: LearnConfig) -> t
     return LowPrecisionAdamW(parameters, moments=config.moments, seed=config.seed, **settings)
 
 
+def scale_gradients(optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
+    """Have the next step of an optimizer multiply its gradients by a tensor of one value.
+
+    LowPrecisionAdamW and torch's fused optimizers do it on the way, which costs no pass over the gradients. For others,
+    and for float64 logits (the fused step takes a float32 scale), they are multiplied here.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if isinstance(optimizer, LowPrecisionAdamW):
+        optimizer.grad_scale = factor.float()
+    elif optimizer.defaults.get("fused") and all(parameter.dtype == torch.float32 for parameter in parameters):
+        optimizer.grad_scale = factor.float().reciprocal()  # the fused step divides by it
+    else:
+        for parameter in parameters:
+            parameter.grad.mul_(factor.to(parameter.device))
+
+
 def moment_state(parameter: Tensor, moments: str, device: torch.device | str | None = None) -> dict[str, Tensor]:
     """State of a parameter before its first step: step (), exp_avg, exp_avg_sq, and scales for "int8"."""
     device = parameter.device if device is None else device
