@@ -94,6 +94,21 @@ def test_estimate_is_the_measured_peak(arch, dtype, mode, accumulation, checkpoi
 
 
 @cpu_only
+@pytest.mark.parametrize(
+    ("logits", "moments"), [("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16")]
+)
+def test_estimate_with_less_precision(logits, moments):
+    model = model_of("llama", torch.bfloat16)
+    config = config_of("joint", 2, grad_checkpoint=True, logits_dtype=logits, moments=moments)
+    found = estimate(model, config)
+    assert found.peak == pytest.approx(measured_peak(model, config), rel=0.05)
+    elems = sum(linear.weight.numel() for linear in maskable_linears(model).values())
+    tiles = 12 * elems // 32**2  # logits and moments of tiles
+    assert found.by_kind["logits"] <= elems * 6 * (1 if logits == "float32" else 0.5) + tiles
+    assert found.by_kind["moments"] <= elems * (6 if moments == "bfloat16" else 3.1) + tiles
+
+
+@cpu_only
 def test_end_is_the_peak_when_activations_are_few():
     model, config = model_of("llama", torch.bfloat16, num_hidden_layers=5), config_of("tile", grad_checkpoint=True)
     found = estimate(model, config, seqlen=16)
