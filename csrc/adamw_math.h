@@ -42,7 +42,7 @@ PK_HD void rounding_words(const AdamWArgs& args, Rounded what, uint64_t first, u
 PK_HD void adamw_value(float grad, const AdamWFactors& f, float& param, float& exp_avg, float& exp_avg_sq) {
   exp_avg = exp_avg + (grad - exp_avg) * f.grad_share;
   exp_avg_sq = exp_avg_sq * f.beta2 + grad * grad * f.square_share;
-  const float denominator = sqrtf(exp_avg_sq) / f.root_correction + f.eps;
+  const float denominator = sqrtf(exp_avg_sq) * f.root_factor + f.eps;
   param = param * f.decay - f.step_size * exp_avg / denominator;
 }
 

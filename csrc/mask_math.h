@@ -143,6 +143,16 @@ PK_HD float exp2_nonpositive(float x) {
 }
 PK_HD double exp2_nonpositive(double x) { return ::exp2(x); }
 
+// The larger one; of NaN and a number, the number (b may not be NaN).
+PK_HD float larger(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+PK_HD double larger(double a, double b) { return a > b ? a : b; }
+
 PK_HD float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
@@ -155,19 +165,20 @@ PK_HD float reciprocal(float x) {
 PK_HD double reciprocal(double x) { return 1.0 / x; }
 
 // 21 random bits to u = (bits + 0.5) / 2^21: exact in fp32 and strictly inside (0, 1), as is 1 - u.
-PK_HD float uniform21(uint32_t bits, float) { return bit_cast<float>(0x3F800002u | bits << 2) - 1.0f; }
+PK_HD float uniform21(uint32_t bits, float) {
+  return bit_cast<float>(0x3F800000u | bits << 2) - 0.99999976158142089844f;  // 1 + bits / 2^21, less 1 - 2^-22
+}
 PK_HD double uniform21(uint32_t bits, double) {
   return (static_cast<double>(static_cast<int32_t>(bits)) + 0.5) * (1.0 / 2097152.0);
 }
 
 // -log2(u), an exponential variate in units of ln 2. The largest Gumbel values come from u near 1, where a log2 with an
 // absolute error is no longer right: 1 % of the result at u = 1 - 2^-15, all of it at the last u. There -log2(1 - t) is
-// its series, whose relative error is below t^6 / 7.
+// its series, whose relative error is below t^5 / 6.
 template <class Real>
 PK_HD Real exponential(uint32_t bits) {
   const Real u = uniform21(bits, Real(0)), t = Real(1) - u;
-  Real series = Real(kLog2E / 6);
-  series = mul_add(series, t, Real(kLog2E / 5));
+  Real series = Real(kLog2E / 5);
   series = mul_add(series, t, Real(kLog2E / 4));
   series = mul_add(series, t, Real(kLog2E / 3));
   series = mul_add(series, t, Real(kLog2E / 2));
@@ -238,13 +249,12 @@ PK_HD void pattern_probabilities(const Real (&logits)[kPatterns][kLanes], uint64
   Real total[kLanes], highest[kLanes];
   for (int l = 0; l < kLanes; ++l) highest[l] = p[0][l];
   for (int k = 1; k < kPatterns; ++k) {
-    for (int l = 0; l < kLanes; ++l) highest[l] = p[k][l] > highest[l] ? p[k][l] : highest[l];
+    for (int l = 0; l < kLanes; ++l) highest[l] = larger(p[k][l], highest[l]);
   }
-  for (int l = 0; l < kLanes; ++l) total[l] = 0;
   for (int k = 0; k < kPatterns; ++k) {
     for (int l = 0; l < kLanes; ++l) {
       p[k][l] = exp2_nonpositive(p[k][l] - highest[l]);
-      total[l] += p[k][l];
+      total[l] = k == 0 ? p[k][l] : total[l] + p[k][l];
     }
   }
   for (int l = 0; l < kLanes; ++l) total[l] = reciprocal(total[l]);
@@ -261,7 +271,7 @@ PK_HD void pattern_mask(const Real (&p)[kPatterns][kLanes], bool hard, Real (&m)
     Real highest[kLanes], taken[kLanes];
     for (int l = 0; l < kLanes; ++l) highest[l] = p[0][l];
     for (int k = 1; k < kPatterns; ++k) {
-      for (int l = 0; l < kLanes; ++l) highest[l] = p[k][l] > highest[l] ? p[k][l] : highest[l];
+      for (int l = 0; l < kLanes; ++l) highest[l] = larger(p[k][l], highest[l]);
     }
     for (int l = 0; l < kLanes; ++l) taken[l] = 0;
     for (int k = 0; k < kPatterns; ++k) {
@@ -405,6 +415,24 @@ PK_HD void store_as(float value, Half& out) {
   result = magnitude >= 0x47800000u ? 0x7C00u : result;  // 65536 and above
   result = magnitude > 0x7F800000u ? 0x7E00u : result;   // NaN
   out.bits = static_cast<uint16_t>(sign | result);
+#endif
+}
+// Two values as one word, the first in its lower half.
+template <class T>
+PK_HD uint32_t pack_pair(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;  // one instruction for both; singly, they would go through the unit that log2 and exp2 need
+  if constexpr (std::is_same_v<T, Half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+#else
+  T pair[2];
+  store_as(low, pair[0]);
+  store_as(high, pair[1]);
+  return static_cast<uint32_t>(pair[0].bits) | static_cast<uint32_t>(pair[1].bits) << 16;
 #endif
 }
 PK_HD void store_as(float value, float& out) { out = value; }

@@ -1,7 +1,6 @@
 // The fast masked-weight kernels, lane by lane: 128 columns a tile, 16-bit weights. A lane owns pairs of groups (eight
 // weights of a row, 16 bytes); a warp's step is 32 pairs, two rows of the tile. Logits lie 24 or 48 bytes a pair, so
-// they cross between memory and lanes through shared memory: 16-byte accesses of consecutive lanes outside, and no bank
-// conflict inside (a stride of 12 words for 16-byte reads, of 6 words for 8-byte ones, visits every bank once).
+// they cross between memory and lanes through shared memory, by 16-byte accesses of consecutive lanes outside.
 //
 // The CUDA kernels (cuda/masked_weight.cu) call these functions between their warp barriers; the emulator
 // (emulate/main_mask.cpp) calls them for 32 lanes in turn.
@@ -32,18 +31,31 @@ struct alignas(16) Chunk {
 
 struct FixedPattern {};  // in place of a logit type: two groups a byte
 
-// Where the logits of one warp step lie, in chunks of 16 bytes.
+// Where the logits of one warp step lie, in chunks of 16 bytes. The lanes of a row copy the chunks of that row.
 template <class L>
 struct LogitChunks {
   static constexpr int kPairBytes = 2 * kPatterns * static_cast<int>(sizeof(L));
+  static constexpr int kWeightBytes = kPairBytes / kPairColumns;  // 6 or 3
   static constexpr int kRowChunks = kPairsPerRow * kPairBytes / 16;
   static constexpr int kStepChunks = kStepRows * kRowChunks;
-  static constexpr int kPerLane = (kStepChunks + kLaneCount - 1) / kLaneCount;
+  static constexpr int kPerLane = (kRowChunks + kPairsPerRow - 1) / kPairsPerRow;
 };
 template <>
 struct LogitChunks<FixedPattern> {
   static constexpr int kStepChunks = 0, kPerLane = 0;
 };
+
+// Says that a value is best computed once: nvcc would rather do it again at every use.
+template <class Value>
+PK_HD void keep_in_register([[maybe_unused]] Value& value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Value) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+#endif
+}
 
 // Part of the weight that a CTA covers.
 struct TileSpan {
@@ -65,7 +77,7 @@ inline bool has_tile_kernel(const MaskedWeightArgs& args) {
   const bool short_logits = args.pattern_logits && args.pattern_dtype == DType::kBFloat16;
   return (args.dtype == DType::kFloat16 || args.dtype == DType::kBFloat16) && args.tile_cols == kTile &&
          args.cols % (short_logits ? 2 * kPairColumns : kPairColumns) == 0 &&
-         args.tile_rows * args.cols < (int64_t{1} << 28);
+         (args.tile_rows < args.rows ? args.tile_rows : args.rows) * args.cols < (int64_t{1} << 28);
 }
 
 // What a lane keeps while its warp goes through a tile, for T weights and L logits.
@@ -80,7 +92,10 @@ struct MaskLane {
   int lane, warp;
   int64_t tile_weight;  // first weight of the tile
   int own_weight;       // the lane's first weight of step 0, from there
-  int row_stride;       // weights
+  int step_stride;      // weights from a step to the next
+  int rows_left;        // of the tile, from the lane's row of step 0 on
+  int active_rows;      // the same, 0 if the lane's columns are outside
+  int chunks;           // of logits that the lane copies each step
   Factors<float> factors;
   NoiseKey noise;
 
@@ -90,48 +105,61 @@ struct MaskLane {
         lane(lane),
         warp(warp),
         tile_weight(span.row0 * args.cols + span.col0),
-        own_weight((warp * kStepRows + lane / kPairsPerRow) * static_cast<int>(args.cols) + col()),
-        row_stride(static_cast<int>(args.cols)),
+        own_weight(own_row() * static_cast<int>(args.cols) + col()),
+        step_stride(kRowsAStep * static_cast<int>(args.cols)),
+        rows_left(span.rows - own_row()),
+        active_rows(col() < span.cols ? rows_left : 0),
+        chunks(0),
         factors(make_factors<float>(args.factors[0], args.factors[1])),
-        noise(noise_key(args.key, args.layer)) {}
+        noise(noise_key(args.key, args.layer)) {
+    if constexpr (kLearned) {
+      chunks = (span.cols * Chunks::kWeightBytes / 16 - lane % kPairsPerRow + kPairsPerRow - 1) / kPairsPerRow;
+      keep_in_register(chunks);
+      keep_in_register(rows_left);
+    }
+    keep_in_register(own_weight);
+    keep_in_register(step_stride);
+    keep_in_register(active_rows);
+  }
 
   // Steps that warp 0, the busiest, needs; all warps take as many.
   PK_HD int steps() const { return (span.rows + kRowsAStep - 1) / kRowsAStep; }
 
-  PK_HD int row(int step) const { return step * kRowsAStep + warp * kStepRows + lane / kPairsPerRow; }
+  PK_HD int own_row() const { return warp * kStepRows + lane / kPairsPerRow; }
   PK_HD int col() const { return lane % kPairsPerRow * kPairColumns; }
-  PK_HD bool is_active(int step) const { return row(step) < span.rows && col() < span.cols; }
-  PK_HD int offset(int step) const { return own_weight + step * kRowsAStep * row_stride; }
-  PK_HD int64_t first_weight(int step) const { return tile_weight + offset(step); }
+  PK_HD bool has_row(int step) const { return step * kRowsAStep < rows_left; }
+  PK_HD bool is_active(int step) const { return step * kRowsAStep < active_rows; }
+  PK_HD int64_t first_weight(int step) const { return tile_weight + (own_weight + step * step_stride); }
 
   PK_HD Chunk load_weights(const void* base, int step) const {
     if (!is_active(step)) return {};
-    return *reinterpret_cast<const Chunk*>(static_cast<const T*>(base) + tile_weight + offset(step));
+    return *reinterpret_cast<const Chunk*>(static_cast<const T*>(base) + first_weight(step));
   }
   PK_HD void store_weights(const Chunk& weights, void* base, int step) const {
-    if (is_active(step)) *reinterpret_cast<Chunk*>(static_cast<T*>(base) + tile_weight + offset(step)) = weights;
+    if (is_active(step)) *reinterpret_cast<Chunk*>(static_cast<T*>(base) + first_weight(step)) = weights;
   }
   PK_HD uint32_t load_nibbles(int step) const {
     return is_active(step) ? args.fixed_pattern[first_weight(step) / kPairColumns] : 0u;
   }
 
-  // Calls copy(chunk in shared memory, address in `logits`) for the lane's share of a step's logits.
+  // The lane's share of a step's logits: `chunks` pieces of 16 bytes, kPairsPerRow pieces apart, at the same places of
+  // memory from own_chunks and of a stage from first_chunk.
+  PK_HD int first_chunk() const { return lane / kPairsPerRow * Chunks::kRowChunks + lane % kPairsPerRow; }
+  PK_HD const char* own_chunks(const void* logits) const {
+    return static_cast<const char*>(logits) + (tile_weight + own_weight - col()) * Chunks::kWeightBytes +
+           16 * (lane % kPairsPerRow);
+  }
+  PK_HD int64_t chunk_stride() const { return int64_t{step_stride} * Chunks::kWeightBytes; }
+
+  // Calls copy(i) for each of them that there is: piece i is kPairsPerRow * i pieces from the first.
   template <class Copy>
-  PK_HD void for_chunks(const void* logits, int step, Copy&& copy) const {
-    if constexpr (kLearned) {
-      constexpr int kLogitBytes = static_cast<int>(sizeof(L)) * kPatterns / 2;  // of half a group, two weights
-      const int valid = span.cols / 2 * kLogitBytes / 16;                       // chunks of a row
-      const int first_row = step * kRowsAStep + warp * kStepRows;
-      const auto* base = static_cast<const char*>(logits) + tile_weight / 2 * kLogitBytes;
+  PK_HD void for_chunks(int step, Copy&& copy) const {
+    if (!has_row(step)) return;
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
-      for (int i = 0; i < Chunks::kPerLane; ++i) {
-        const int chunk = lane + kLaneCount * i;
-        const int row = first_row + chunk / Chunks::kRowChunks, within = chunk % Chunks::kRowChunks;
-        if (chunk >= Chunks::kStepChunks || row >= span.rows || within >= valid) continue;
-        copy(chunk, base + (row * (row_stride / 2 * kLogitBytes) + 16 * within));
-      }
+    for (int i = 0; i < Chunks::kPerLane; ++i) {
+      if (i < chunks) copy(i);
     }
   }
 
@@ -164,21 +192,22 @@ struct MaskLane {
     for (int h = 0; h < 2; ++h) {
       float p[kPatterns][1], m[kGroup][1];
       group_mask(stage, nibbles, step, h, p, m);
+      float values[kGroup];
       for (int j = 0; j < kGroup; ++j) {
         const float mask = gated_mask(gate, m[j][0]);
-        const float value = masked_value(mask, weight_of(weights, h, j));
+        values[j] = masked_value(mask, weight_of(weights, h, j));
         mask_sum += mask;
-        square_sum = mul_add(value, value, square_sum);
-        set_weight(out, h, j, value);
+        square_sum = mul_add(values[j], values[j], square_sum);
       }
+      set_weights(out, h, values);
     }
     return out;
   }
 
   // One step backward: gradients of the pair's logits take the logits' place in `stage`; the pair's share of the gate's
-  // gradient is added; returns the masked weights.
+  // gradient is added; returns the masked weights if they are asked for.
   PK_HD Chunk backward(const Chunk& weights, const Chunk& grads, Chunk* stage, uint32_t nibbles, int step, float gate,
-                       float density_grad, float norm_grad, float& gate_grad) const {
+                       float density_grad, float norm_grad, float& gate_grad, bool with_masked) const {
     Chunk out{};
     if (!is_active(step)) return out;
     const float d[1] = {gate};
@@ -189,7 +218,11 @@ struct MaskLane {
       for (int j = 0; j < kGroup; ++j) {
         w[j][0] = weight_of(weights, h, j);
         g[j][0] = weight_of(grads, h, j);
-        set_weight(out, h, j, masked_value(gated_mask(gate, m[j][0]), w[j][0]));
+      }
+      if (with_masked) {
+        float values[kGroup];
+        for (int j = 0; j < kGroup; ++j) values[j] = masked_value(gated_mask(gate, m[j][0]), w[j][0]);
+        set_weights(out, h, values);
       }
       mask_gradient<float, 1>(g, w, m, d, density_grad, norm_grad, pattern_grad, gate_share);
       gate_grad += gate_share[0];
@@ -209,12 +242,12 @@ struct MaskLane {
     const uint32_t word = h ? chunk.words[2 + j / 2] : chunk.words[j / 2];
     return load_as<float>(T{static_cast<uint16_t>(word >> (16 * (j & 1)))});
   }
-  PK_HD static void set_weight(Chunk& chunk, int h, int j, float value) {
-    T stored;
-    store_as(value, stored);
-    const uint32_t bits = static_cast<uint32_t>(stored.bits) << (16 * (j & 1));
-    chunk.words[j / 2] |= h ? 0u : bits;
-    chunk.words[2 + j / 2] |= h ? bits : 0u;
+  PK_HD static void set_weights(Chunk& chunk, int h, const float (&values)[kGroup]) {
+    const uint32_t low = pack_pair<T>(values[0], values[1]), high = pack_pair<T>(values[2], values[3]);
+    chunk.words[0] = h ? chunk.words[0] : low;
+    chunk.words[1] = h ? chunk.words[1] : high;
+    chunk.words[2] = h ? low : 0u;
+    chunk.words[3] = h ? high : 0u;
   }
 };
 

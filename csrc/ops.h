@@ -55,7 +55,7 @@ constexpr int kAdamWBlock = 256;  // values of an 8-bit moment that share a scal
 struct AdamWFactors {
   float grad_share, beta2, square_share;  // 1 - beta1, beta2, 1 - beta2
   float decay;                            // 1 - lr * weight_decay
-  float step_size, root_correction, eps;  // lr / (1 - beta1^t), sqrt(1 - beta2^t)
+  float step_size, root_factor, eps;      // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
 };
 
 // See patch_kernels.adamw_step in Python.

@@ -230,7 +230,7 @@ def adamw_step(
     m = m + (g - m) * fp32(1 - betas[0])
     v = v * fp32(betas[1]) + g * g * fp32(1 - betas[1])
     root = v.double().sqrt().float()  # torch's fp32 square root is not correctly rounded everywhere
-    denominator = root / fp32((1 - betas[1] ** step) ** 0.5) + fp32(eps)
+    denominator = root * fp32(1 / (1 - betas[1] ** step) ** 0.5) + fp32(eps)
     p = p * fp32(1 - lr * weight_decay) - fp32(lr / (1 - betas[0] ** step)) * m / denominator
     store(param, p, 0)
     store(exp_avg, m, 1, exp_avg_scale)

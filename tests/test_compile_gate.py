@@ -86,7 +86,7 @@ class Kernel:
         if self.name == "tile_linear_sm80":
             bn, row_warps, token_warps, _ = self.config
             return 32 * row_warps * token_warps, 1 if bn >= 64 else 2
-        return 256, 3 if self.name in ("tile_forward", "tile_backward") else 1
+        return 256, {"tile_forward": 4, "tile_backward": 3}.get(self.name, 1)
 
     @property
     def logits(self) -> str:
@@ -282,6 +282,7 @@ def mask_complaints(kernel: Kernel) -> list[str]:
             r"(LDG|STG)\S*\.[US](8|16)\b": 0 if is_learned else 2,  # two groups of a fixed pattern are one byte
             r"MUFU\.LG2": 2 + (12 if is_learned else 0),
             r"MUFU\.EX2": 1 + (6 if is_learned else 0),
+            r"F2F\.(BF16|F16)": 0,  # one value at a time, in the unit of log2 and exp2
             r"ATOM|RED\b": 0,
         },
     )

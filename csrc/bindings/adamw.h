@@ -22,7 +22,7 @@ inline AdamWFactors adamw_factors(double lr, double beta1, double beta2, double 
           static_cast<float>(1.0 - beta2),
           static_cast<float>(1.0 - lr * weight_decay),
           static_cast<float>(lr / correction1),
-          static_cast<float>(std::sqrt(correction2)),
+          static_cast<float>(1.0 / std::sqrt(correction2)),
           static_cast<float>(eps)};
 }
 

@@ -11,16 +11,17 @@ namespace {
 
 constexpr int kThreads = kLaneCount * kMaskWarps;
 
-// Sum over the CTA in a fixed order; the result is valid in thread 0.
+// Sum over a CTA of kWarps in a fixed order; the result is valid in thread 0.
+template <int kWarps = kMaskWarps>
 __device__ double block_sum(double value) {
-  __shared__ double warp_sums[kMaskWarps];
+  __shared__ double warp_sums[kWarps];
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xFFFFFFFFu, value, offset);
   __syncthreads();  // an earlier call may still be reading
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
   __syncthreads();
   double total = 0.0;
   if (threadIdx.x == 0) {
-    for (int w = 0; w < kMaskWarps; ++w) total += warp_sums[w];
+    for (int w = 0; w < kWarps; ++w) total += warp_sums[w];
   }
   return total;
 }
@@ -43,7 +44,7 @@ __device__ TileGate<Real> cta_gate(const MaskedWeightArgs& args) {
   return gate;
 }
 
-__device__ void write_sums(float mask_sum, float square_sum, double* partial_sums) {
+__device__ void write_sums(double mask_sum, double square_sum, double* partial_sums) {
   const double mask_total = block_sum(mask_sum), square_total = block_sum(square_sum);
   if (threadIdx.x == 0) {
     partial_sums[2 * int64_t{blockIdx.x}] = mask_total;
@@ -63,30 +64,43 @@ __device__ void write_tile_gradient(const MaskedWeightArgs& args, double gate_su
 }
 
 // cp.async: 16 bytes past L1 and the registers (PTX ISA, "Non-bulk copy"). Logits are read once.
-__device__ void copy_async(Chunk* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
+__device__ void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+constexpr int kRowBytes = 16 * kPairsPerRow;  // between the chunks of a lane
+
 // All groups but the last have arrived.
 __device__ void wait_for_step() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-// Walks the CTA's tile. For each step, `load(step)` gives a lane's registers, asked for one step ahead, and
-// `body(lane, step, registers, stage)` runs when the step's logits are in `stage` for all lanes of the warp.
-template <class T, class L, class Load, class Body>
-__device__ void walk_tile(const MaskLane<T, L>& lane, Load&& load, Body&& body) {
+// Walks the CTA's tile. `prepare()` runs once, while the first loads are under way. For each step, `load(step)` gives a
+// lane's registers, asked for one step ahead, and `body(step, registers, stage)` runs when the step's logits are in
+// `stage` for all lanes of the warp.
+template <class T, class L, class Load, class Prepare, class Body>
+__device__ void walk_tile(const MaskLane<T, L>& lane, Load&& load, Prepare&& prepare, Body&& body) {
   constexpr int kStepChunks = LogitChunks<L>::kStepChunks;
   __shared__ Chunk stages[2][kMaskWarps][kStepChunks > 0 ? kStepChunks : 1];
+  const char* source = nullptr;
+  uint32_t own_stage = 0;
+  if constexpr (kStepChunks > 0) {
+    source = lane.own_chunks(lane.args.pattern_logits);
+    own_stage = static_cast<uint32_t>(__cvta_generic_to_shared(&stages[0][lane.warp][lane.first_chunk()]));
+    keep_in_register(source);
+    keep_in_register(own_stage);
+  }
+  // Steps in their order.
   const auto fetch = [&](int step) {
-    Chunk* stage = stages[step & 1][lane.warp];
-    lane.for_chunks(lane.args.pattern_logits, step,
-                    [&](int chunk, const void* from) { copy_async(stage + chunk, from); });
+    if constexpr (kStepChunks > 0) {
+      const uint32_t to = own_stage + (step & 1) * static_cast<uint32_t>(sizeof(stages[0]));
+      lane.for_chunks(step, [&](int i) { copy_async(to + kRowBytes * i, source + kRowBytes * i); });
+      source += lane.chunk_stride();
+    }
     commit_copies();
   };
   const int steps = lane.steps();
   fetch(0);
   auto registers = load(0);
+  prepare();
   for (int step = 0; step < steps; ++step) {
     auto next = registers;
     if (step + 1 < steps) next = load(step + 1);
@@ -122,13 +136,13 @@ __device__ uint32_t nibbles_of(const MaskLane<T, L>& lane, int step) {
 }
 
 template <class T, class L>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 4)
     tile_forward(const __grid_constant__ MaskedWeightArgs args, T* masked, double* partial_sums) {
   const MaskLane<T, L> lane(args, blockIdx.x, threadIdx.x % kLaneCount, threadIdx.x / kLaneCount);
-  const float gate = cta_gate<float>(args).forward;
-  float mask_sum = 0.0f, square_sum = 0.0f;
+  float gate = 0.0f, mask_sum = 0.0f, square_sum = 0.0f;
   walk_tile(
       lane, [&](int step) { return ForwardRegisters{lane.load_weights(args.weight, step), nibbles_of(lane, step)}; },
+      [&] { gate = cta_gate<float>(args).forward; },
       [&](int step, const ForwardRegisters& r, const Chunk* stage) {
         const Chunk out = lane.forward(r.weights, stage, r.nibbles, step, gate, mask_sum, square_sum);
         lane.store_weights(out, masked, step);
@@ -140,7 +154,13 @@ template <class T, class L>
 __global__ void __launch_bounds__(kThreads, 3)
     tile_backward(const __grid_constant__ MaskedWeightArgs args, const __grid_constant__ MaskedWeightGrads grads) {
   const MaskLane<T, L> lane(args, blockIdx.x, threadIdx.x % kLaneCount, threadIdx.x / kLaneCount);
-  const TileGate<float> gate = cta_gate<float>(args);
+  char* sink = nullptr;
+  if constexpr (MaskLane<T, L>::kLearned) {
+    sink = const_cast<char*>(lane.own_chunks(grads.grad_pattern_logits));
+    keep_in_register(sink);
+    __builtin_assume(__isGlobal(sink));  // else the stores are generic
+  }
+  TileGate<float> gate{};
   const float density_grad = static_cast<float>(grads.grad_sums[0]);
   const float norm_grad = static_cast<float>(grads.grad_sums[1]);
   float gate_sum = 0.0f;
@@ -150,13 +170,18 @@ __global__ void __launch_bounds__(kThreads, 3)
         return BackwardRegisters{lane.load_weights(args.weight, step), lane.load_weights(grads.grad_masked, step),
                                  nibbles_of(lane, step)};
       },
+      [&] { gate = cta_gate<float>(args); },
       [&](int step, const BackwardRegisters& r, Chunk* stage) {
-        const Chunk out =
-            lane.backward(r.weights, r.grads, stage, r.nibbles, step, gate.forward, density_grad, norm_grad, gate_sum);
+        const Chunk out = lane.backward(r.weights, r.grads, stage, r.nibbles, step, gate.forward, density_grad,
+                                        norm_grad, gate_sum, grads.masked != nullptr);
         if (grads.masked) lane.store_weights(out, grads.masked, step);
-        __syncwarp();
-        lane.for_chunks(grads.grad_pattern_logits, step,
-                        [&](int chunk, const void* to) { *static_cast<Chunk*>(const_cast<void*>(to)) = stage[chunk]; });
+        if constexpr (MaskLane<T, L>::kLearned) {
+          __syncwarp();
+          const Chunk* from = stage + lane.first_chunk();
+          lane.for_chunks(step,
+                          [&](int i) { *reinterpret_cast<Chunk*>(sink + kRowBytes * i) = from[kPairsPerRow * i]; });
+          sink += lane.chunk_stride();
+        }
       });
   write_tile_gradient(args, gate_sum, gate, grads.grad_tile_logits);
 }
@@ -200,26 +225,24 @@ __global__ void __launch_bounds__(kThreads) any_forward(MaskedWeightArgs args, T
   const Real gate = cta_gate<Real>(args).forward;
   const auto factors = make_factors<Real>(args.factors[0], args.factors[1]);
   const NoiseKey noise = noise_key(args.key, args.layer);
-  Real mask_sum = 0, square_sum = 0;
+  double mask_sum = 0.0, square_sum = 0.0;  // a tile may be a whole layer
   for (int i = threadIdx.x; i < span.rows * (span.cols / kGroup); i += kThreads) {
     const int64_t group = group_of(args, span, i);
     Real w[kGroup][1], m[kGroup][1], p[kPatterns][1];
     load_group(static_cast<const T*>(args.weight) + group * kGroup, w);
     group_pattern(args, factors, noise, group, p, m);
+    Real group_mask = 0, group_square = 0;
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       const Real mask = gated_mask(gate, m[j][0]);
       const Real value = masked_value(mask, w[j][0]);
-      mask_sum += mask;
-      square_sum = mul_add(value, value, square_sum);
+      group_mask += mask;
+      group_square = mul_add(value, value, group_square);
       store_as(value, masked[group * kGroup + j]);
     }
+    mask_sum += group_mask, square_sum += group_square;
   }
-  const double mask_total = block_sum(mask_sum), square_total = block_sum(square_sum);
-  if (threadIdx.x == 0) {
-    partial_sums[2 * int64_t{blockIdx.x}] = mask_total;
-    partial_sums[2 * int64_t{blockIdx.x} + 1] = square_total;
-  }
+  write_sums(mask_sum, square_sum, partial_sums);
 }
 
 template <class T, class Real>
@@ -229,7 +252,7 @@ __global__ void __launch_bounds__(kThreads) any_backward(MaskedWeightArgs args, 
   const auto factors = make_factors<Real>(args.factors[0], args.factors[1]);
   const NoiseKey noise = noise_key(args.key, args.layer);
   const Real density_grad = static_cast<Real>(grads.grad_sums[0]), norm_grad = static_cast<Real>(grads.grad_sums[1]);
-  Real gate_sum = 0;
+  double gate_sum = 0.0;
   for (int i = threadIdx.x; i < span.rows * (span.cols / kGroup); i += kThreads) {
     const int64_t group = group_of(args, span, i);
     Real w[kGroup][1], g[kGroup][1], m[kGroup][1], p[kPatterns][1], pattern_grad[kGroup][1], gate_grad[1];
@@ -263,13 +286,17 @@ __global__ void __launch_bounds__(kThreads) any_backward(MaskedWeightArgs args, 
   write_tile_gradient(args, gate_sum, gate, grads.grad_tile_logits);
 }
 
-__global__ void __launch_bounds__(kThreads) reduce_kernel(const double* partial_sums, int64_t tiles, double* sums) {
+constexpr int kReduceThreads = 1024;
+
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_kernel(const double2* partial_sums, int64_t tiles, double* sums) {
   double mask_sum = 0.0, square_sum = 0.0;
-  for (int64_t t = threadIdx.x; t < tiles; t += kThreads) {
-    mask_sum += partial_sums[2 * t];
-    square_sum += partial_sums[2 * t + 1];
+  for (int64_t t = threadIdx.x; t < tiles; t += kReduceThreads) {
+    const double2 tile = partial_sums[t];
+    mask_sum += tile.x, square_sum += tile.y;
   }
-  const double mask_total = block_sum(mask_sum), square_total = block_sum(square_sum);
+  constexpr int kWarps = kReduceThreads / 32;
+  const double mask_total = block_sum<kWarps>(mask_sum), square_total = block_sum<kWarps>(square_sum);
   if (threadIdx.x == 0) sums[0] = mask_total, sums[1] = square_total;
 }
 
@@ -332,7 +359,7 @@ void masked_weight(const MaskedWeightArgs& args, void* masked, double* partial_s
     });
   }
   check_launch("masked_weight");
-  reduce_kernel<<<1, kThreads, 0, stream>>>(partial_sums, tiles, sums);
+  reduce_kernel<<<1, kReduceThreads, 0, stream>>>(reinterpret_cast<const double2*>(partial_sums), tiles, sums);
   check_launch("masked_weight sums");
 }
 

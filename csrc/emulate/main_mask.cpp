@@ -141,10 +141,14 @@ struct EmulatedWarp {
   }
   void fetch_lane(const MaskLane<T, L>& lane, int step) {
     if (fault == Fault::kStaleStage && step == 2) return;
-    lane.for_chunks(lane.args.pattern_logits, step, [&](int chunk, const void* from) {
-      if (fault == Fault::kLostChunk && chunk == 17) return;
-      memcpy(&stages[step & 1][chunk], from, sizeof(Chunk));
-    });
+    if constexpr (MaskLane<T, L>::kLearned) {
+      const char* from = lane.own_chunks(lane.args.pattern_logits) + step * lane.chunk_stride();
+      lane.for_chunks(step, [&](int i) {
+        const int chunk = lane.first_chunk() + kPairsPerRow * i;
+        if (fault == Fault::kLostChunk && chunk == 17) return;
+        memcpy(&stages[step & 1].at(chunk), from + 16 * kPairsPerRow * i, sizeof(Chunk));
+      });
+    }
   }
   void fetch(int step) {
     for_lanes([&](auto& lane) { fetch_lane(lane, step); });
@@ -211,14 +215,17 @@ void emulate(Case& c, std::mt19937& random, Fault fault) {
             float gate_grad = 0.0f;
             const Chunk out =
                 lane.backward(lane.load_weights(args.weight, step), lane.load_weights(c.grad.data(), step), stage,
-                              nibbles_of(lane, step), step, gate.forward, density_grad, norm_grad, gate_grad);
+                              nibbles_of(lane, step), step, gate.forward, density_grad, norm_grad, gate_grad, true);
             lane.store_weights(out, c.masked_again.data(), step);
             gate_sum += gate_grad;
           },
           [&](const auto& lane, int step, const Chunk* stage) {
-            lane.for_chunks(grads.grad_pattern_logits, step, [&](int chunk, const void* to) {
-              *static_cast<Chunk*>(const_cast<void*>(to)) = stage[chunk];
-            });
+            if constexpr (MaskLane<T, L>::kLearned) {
+              char* to = const_cast<char*>(lane.own_chunks(grads.grad_pattern_logits)) + step * lane.chunk_stride();
+              lane.for_chunks(step, [&](int i) {
+                memcpy(to + 16 * kPairsPerRow * i, stage + lane.first_chunk() + kPairsPerRow * i, sizeof(Chunk));
+              });
+            }
           });
     }
     if (!args.tile_logits) continue;
