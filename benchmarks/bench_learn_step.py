@@ -5,7 +5,8 @@ GPU  python -m benchmarks.bench_learn_step --csv out.csv --check
 dense        forward and backward, every masked Linear's weight gets its gradient (made and dropped); no optimiser
 dense, no dW the same without gradients of weights
 ours         MaskTrainer's step: masks, token loss, penalty, backward, clipping, AdamW, log
-eager        the same mathematics as plain PyTorch writes it (eager_masks.py), logits in the weights' dtype
+eager        the same mathematics as plain PyTorch writes it (eager_masks.py), logits in the weights' dtype, clipping
+             and AdamW by torch, fused
 Random weights: time does not depend on them. --check compares loss and gradients of ours and eager before timing; --dry
 goes through everything on the CPU with a tiny model.
 """
@@ -18,7 +19,7 @@ import functools
 import gc
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +51,8 @@ TOTAL_STEPS = 2000  # of the schedules; what is timed are the first
 SCHEDULES = ("pattern_temperature", "pattern_scale", "tile_temperature", "tile_scale")
 DENSE, DENSE_DX, OURS, EAGER = "dense", "dense, no dW", "ours", "eager"
 RIVALS = (DENSE, DENSE_DX, OURS, EAGER)
+LONG_TOKENS = 1024  # from here on a CPU repeats half as often
+ALONE = "timed alone: does not fit beside the others"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Case:
 
 
 def cases(sizes: list[str], dtypes: list[torch.dtype], tokens: list[int], block: int, accumulation: int) -> list[Case]:
-    return [Case(s, d, m, t, min(block, t), accumulation) for d in dtypes for s in sizes for t in tokens for m in MODES]
+    """Each size in turn, within it each dtype, then tokens, then modes."""
+    return [Case(s, d, m, t, min(block, t), accumulation) for s in sizes for d in dtypes for t in tokens for m in MODES]
 
 
 def gpu_cases(accumulation: int) -> list[Case]:
@@ -216,7 +220,7 @@ def eager_step(model: nn.Module, case: Case, device: str) -> Step:
     masks = EagerMasks(model, masked_layers(model, case).layers, config)
     logits, count = masks.parameters(), predicted_tokens(batches)
     optimizer = torch.optim.AdamW(
-        logits, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        logits, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
     schedules = {name: Schedule(*getattr(config, name), TOTAL_STEPS) for name in SCHEDULES}
     done = 0
@@ -235,11 +239,17 @@ def eager_step(model: nn.Module, case: Case, device: str) -> Step:
     return step
 
 
-def make_step(name: str, model: nn.Module, case: Case, device: str) -> Step:
-    """A rival's step on its own copy of the model, the weights shared."""
+def own_copy(model: nn.Module, case: Case) -> nn.Module:
+    """A rival's model, the weights shared."""
     model = shared_copy(model)
     if case.checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def make_step(name: str, model: nn.Module, case: Case, device: str) -> Step:
+    """A rival's step on its own copy of the model."""
+    model = own_copy(model, case)
     if name in (DENSE, DENSE_DX):
         return dense_step(model, case, device, name == DENSE)
     return (ours_step if name == OURS else eager_step)(model, case, device)
@@ -272,13 +282,13 @@ def noise_of(case: Case, shape: tuple[int, int], index: int, draw: int, seed: in
     ).to(dtype)
 
 
-def check(mode: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[str]:
+def check(mode: str, dtype: torch.dtype = torch.float64, device: str = "cpu", *, checkpoint: bool = False) -> list[str]:
     """Losses and gradients of a step that differ between ours and eager, on a tiny model with the same noise."""
-    case = Case("dry", dtype, mode, 64, 16, accumulation=2)
+    case = Case("dry", dtype, mode, 64, 16, accumulation=2, checkpoint=checkpoint)
     relative = 1e-9 if dtype == torch.float64 else 2e-4
     base = build_model(case.size, dtype, device)
     with frozen(base, case):
-        model, rival = shared_copy(base), shared_copy(base)
+        model, rival = own_copy(base, case), own_copy(base, case)
         trainer = make_trainer(model, case, device)
         layers = trainer.layers
         masks = EagerMasks(rival, masked_layers(rival, case).layers, layers.config)
@@ -296,6 +306,7 @@ def check(mode: str, dtype: torch.dtype = torch.float64, device: str = "cpu") ->
             ]
             expected = eager_loss(rival, masks, ids, count, 0.5, 1000 / TOTAL_STEPS)
             expected.backward()
+            masks.forget()
             if abs(mine.item() - expected.item()) > relative * abs(expected.item()):
                 wrong.append(f"{mode}: loss {mine.item()} of ours, {expected.item()} of eager")
         for (name, ours), eager in zip(layers.parameters().items(), masks.parameters(), strict=True):
@@ -320,35 +331,45 @@ class Run:
         self.not_run = run_within(todo, self.measure, budget_seconds)
 
     def measure(self, case: Case) -> None:
-        missing: dict[str, str] = {}
+        notes: dict[str, str] = {}  # why a rival is missing, or how it was timed
         model = build_model(case.size, case.dtype, self.device)
         if self.device == "cuda":
-            missing = {name: text for name in (OURS, EAGER) if (text := why_too_large(name, model, case))}
-            peaks = {name: cuda_peak_mib(name, model, case, missing) for name in RIVALS if name not in missing}
+            notes = {name: text for name in (OURS, EAGER) if (text := why_too_large(name, model, case))}
+            peaks = {name: cuda_peak_mib(name, model, case, notes) for name in RIVALS if name not in notes}
             with frozen(model, case):
-                times = harness.interleaved_event_times(
-                    self._steps(model, case, missing),
-                    self.repeats,
-                    lambda name, error: missing.update({name: out_of_memory(error)}),
-                )
+                times = self._event_times(model, case, RIVALS, notes)
+                for name in [name for name in notes if peaks.get(name)]:  # what was measured alone, fits alone
+                    notes.pop(name)
+                    times |= self._event_times(model, case, (name,), notes)
+                    notes.setdefault(name, ALONE)
         else:
             names = RIVALS if self.peaks(case) else ()
             peaks = {name: harness.peak_bytes(functools.partial(loaded_model, name, case)) / 2**20 for name in names}
             with frozen(model, case):
-                times = harness.interleaved_times(self._steps(model, case, missing), self.repeats)
-        self.rows += rows_of(case, times, peaks, missing)
+                repeats = self.repeats if case.tokens < LONG_TOKENS else (self.repeats + 1) // 2
+                times = harness.interleaved_times(self._steps(model, case, RIVALS, notes), repeats)
+        self.rows += rows_of(case, times, peaks, notes)
         if self.csv is not None:
             harness.save_csv(self.csv, self.rows)
 
-    def _steps(self, model: nn.Module, case: Case, missing: dict[str, str]) -> dict[str, Step]:
-        """Steps of the rivals that fit beside each other."""
+    def _event_times(self, model: nn.Module, case: Case, names: Sequence[str], notes: dict[str, str]):
+        """Seconds on the GPU of the rivals whose states fit beside each other."""
+        steps = self._steps(model, case, names, notes)
+        times = harness.interleaved_event_times(
+            steps, self.repeats, lambda name, error: notes.update({name: out_of_memory(error)})
+        )
+        steps.clear()
+        free_memory()
+        return times
+
+    def _steps(self, model: nn.Module, case: Case, names: Sequence[str], notes: dict[str, str]) -> dict[str, Step]:
         steps = {}
-        for name in RIVALS:
-            if name not in missing:
+        for name in names:
+            if name not in notes:
                 try:
                     steps[name] = make_step(name, model, case, self.device)
                 except torch.OutOfMemoryError as error:
-                    missing[name] = out_of_memory(error)
+                    notes[name] = out_of_memory(error)
         return steps
 
 
@@ -367,31 +388,34 @@ def logit_state_bytes(weights: int, logit_bytes: int) -> int:
     return 4 * logit_bytes * 6 * weights // 4
 
 
+def free_memory() -> None:
+    gc.collect()  # hooks and modules refer to each other
+    torch.cuda.empty_cache()
+
+
 def out_of_memory(error: Exception) -> str:
     """The row's note. Frees what the failed step left."""
     error.__traceback__ = None
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     return "out of memory"
 
 
-def cuda_peak_mib(name: str, model: nn.Module, case: Case, missing: dict[str, str]) -> float | str:
-    """Peak over the loaded model; "" and an entry in missing when it does not fit."""
+def cuda_peak_mib(name: str, model: nn.Module, case: Case, notes: dict[str, str]) -> float | str:
+    """Peak over the loaded model; "" and an entry in notes when it does not fit."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     try:
         two_steps(name, model, case, "cuda")
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     except torch.OutOfMemoryError as error:
-        missing[name] = out_of_memory(error)
+        notes[name] = out_of_memory(error)
         return ""
     finally:
-        gc.collect()  # hooks and modules refer to each other
-        torch.cuda.empty_cache()
+        free_memory()
 
 
 def rows_of(
-    case: Case, times: dict[str, list[float]], peaks: dict[str, float | str], missing: dict[str, str]
+    case: Case, times: dict[str, list[float]], peaks: dict[str, float | str], notes: dict[str, str]
 ) -> list[dict]:
     """One row a rival, wins and losses."""
     medians = {name: harness.summary(samples)["median_ms"] for name, samples in times.items()}
@@ -399,7 +423,7 @@ def rows_of(
     for name in RIVALS:
         row = case.columns() | {"method": name}
         measures = ("median_ms", "p5_ms", "p95_ms", "tokens_per_s", "over_dense", "eager_over_this")
-        row |= dict.fromkeys(measures, "") | {"peak_MiB": peaks.get(name, ""), "note": missing.get(name, "")}
+        row |= dict.fromkeys(measures, "") | {"peak_MiB": peaks.get(name, ""), "note": notes.get(name, "")}
         if name in medians:
             row |= harness.summary(times[name])
             row["tokens_per_s"] = 1e3 * case.tokens / medians[name]
@@ -407,7 +431,8 @@ def rows_of(
                 row["over_dense"] = medians[name] / medians[DENSE]
             if EAGER in medians:
                 row["eager_over_this"] = medians[EAGER] / medians[name]
-                row["note"] = "loss" if name == OURS and row["eager_over_this"] < 1 else ""
+                if name == OURS and row["eager_over_this"] < 1:
+                    row["note"] = "; ".join(filter(None, ["loss", row["note"]]))
         rows.append(row)
     return rows
 

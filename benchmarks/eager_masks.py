@@ -1,4 +1,5 @@
-"""Mask learning as plain PyTorch writes it: every mask, noise and expanded tile at full size, kept by autograd.
+"""Mask learning as plain PyTorch writes it: every mask, noise and expanded tile at full size, kept by autograd or, with
+gradient checkpointing, drawn again from the same random state.
 
 The rival of bench_masked_weight and bench_learn_step. Source of the mathematics: PATCH (Hourri, Mozaffari, Mehri
 Dehnavi 2025), section 3; MaskLLM (Fang et al. 2024).
@@ -59,24 +60,46 @@ def sample_mask(
 
 
 class EagerLinear(nn.Module):
-    """y = x @ (weight * mask).T with the mask that EagerMasks left here."""
+    """y = x @ (weight * mask).T; the mask is drawn in forward, so that checkpointing draws it again and keeps none.
 
-    def __init__(self, layer: MaskedLinear, dtype: torch.dtype) -> None:
+    sums    mask sum and norm of the masked weight, as far as the penalty needs them, of the first forward since
+            EagerMasks.forget: a recomputation must make its own, but no penalty uses them.
+    """
+
+    def __init__(self, layer: MaskedLinear, index: int, masks: EagerMasks) -> None:
         super().__init__()
         self.weight, self.bias, self.tile = layer.weight, layer.bias, layer.tile
+        dtype = layer.weight.dtype
         for name in ("pattern_logits", "tile_logits"):
             logits = getattr(layer, name)
             setattr(self, name, None if logits is None else nn.Parameter(logits.detach().to(dtype, copy=True)))
         fixed = layer.fixed_pattern
         self.keep = None if fixed is None else unpack_keep(fixed, layer.shape).to(dtype)
-        self.mask: Tensor | None = None
+        self.index, self.masks = index, masks
+        self.sums: tuple[Tensor | None, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
+        masks, config = self.masks, self.masks.config
+        mask = sample_mask(
+            self.pattern_logits,
+            self.tile_logits,
+            self.keep,
+            masks.patterns,
+            tuple(self.weight.shape),
+            self.tile,
+            masks.settings,
+            None if masks.noise is None else masks.noise(self.index),
+        )
+        masked = mask * self.weight
+        kept = mask.sum(dtype=masks.sum_dtype) if config.mode != "mask_llm" else None
+        norm = torch.linalg.vector_norm(masked, dtype=masks.sum_dtype) if config.weight_reg > 0 else None
+        if self.sums is None:
+            self.sums = kept, norm
+        return F.linear(x, masked, self.bias)
 
 
 class EagerMasks:
-    """EagerLinear in the place of every MaskedLinear of a model, with the same start; masks drawn by a pre-hook.
+    """EagerLinear in the place of every MaskedLinear of a model, with the same start.
 
     The logits have the weights' dtype. `noise(layer index)` gives the noise instead of torch's generator.
     """
@@ -89,7 +112,7 @@ class EagerMasks:
         noise: Callable[[int], Noise] | None = None,
     ) -> None:
         self.config, self.noise = config, noise
-        self.layers = {name: EagerLinear(layer, layer.weight.dtype) for name, layer in layers.items()}
+        self.layers = {name: EagerLinear(layer, index, self) for index, (name, layer) in enumerate(layers.items())}
         for name, layer in self.layers.items():
             model.set_submodule(name, layer)
         self.settings: dict = {}  # temperatures, scales and hard_* of the optimiser step
@@ -98,45 +121,30 @@ class EagerMasks:
         self.elems = sum(weight.numel() for weight in weights)
         self.sum_dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
         self.dense_norms = [self._power(torch.linalg.vector_norm(w, dtype=self.sum_dtype)) for w in weights]
-        model.register_forward_pre_hook(self._draw)
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in (layer.pattern_logits, layer.tile_logits) if p is not None]
-
-    def _draw(self, model: nn.Module, inputs: tuple) -> None:
-        for index, layer in enumerate(self.layers.values()):
-            layer.mask = sample_mask(
-                layer.pattern_logits,
-                layer.tile_logits,
-                layer.keep,
-                self.patterns,
-                tuple(layer.weight.shape),
-                layer.tile,
-                self.settings,
-                None if self.noise is None else self.noise(index),
-            )
 
     def _power(self, norm: Tensor) -> Tensor:
         return norm.square() if self.config.weight_reg_form == "squared" else norm
 
     def penalty(self, progress: float) -> Tensor:
-        """Both regulariser terms of the masks drawn last, from the full masks."""
-        config, layers = self.config, self.layers.values()
+        """Both regulariser terms of the forward pass since `forget`."""
+        config = self.config
+        kept, norms = zip(*(layer.sums for layer in self.layers.values()), strict=True)
         total = torch.zeros((), dtype=self.sum_dtype, device=self.dense_norms[0].device)
         if config.mode != "mask_llm":
-            density = sum(layer.mask.sum(dtype=self.sum_dtype) for layer in layers) / self.elems
-            total = total + config.sparse_reg * (density - (1 - config.target_sparsity)).abs()
+            total = total + config.sparse_reg * (sum(kept) / self.elems - (1 - config.target_sparsity)).abs()
         if config.weight_reg > 0:
-            norms = (torch.linalg.vector_norm(layer.mask * layer.weight, dtype=self.sum_dtype) for layer in layers)
-            kept = sum(self._power(norm) for norm in norms)
-            kept = kept / sum(self.dense_norms) if config.weight_reg_normalized else kept
-            total = total - config.weight_reg * (1 - progress) * kept
+            share = sum(self._power(norm) for norm in norms)
+            share = share / sum(self.dense_norms) if config.weight_reg_normalized else share
+            total = total - config.weight_reg * (1 - progress) * share
         return total
 
     def forget(self) -> None:
-        """Drop the masks, and with them what autograd keeps."""
+        """Drop the sums, and with them what autograd keeps; before the next forward pass."""
         for layer in self.layers.values():
-            layer.mask = None
+            layer.sums = None
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
