@@ -151,6 +151,7 @@ def peak_bytes(prepare: Callable[[], Callable[[], object]]) -> int:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_memory, args=(prepare, sender))
     process.start()
+    sender.close()  # so that a process that dies ends the wait
     grown = receiver.recv()
     process.join()
     return grown
