@@ -204,7 +204,7 @@ def _walk_step(model, trainer, config, seqlen, ledger) -> None:
     trainer.begin_step()
     trainer.training_step(model, batches[-1])
     if config.max_grad_norm > 0:
-        trainer._clip_grad_norm(model)
+        trainer.clip_gradients()
     trainer.check_finite()
     optimizer.step()
     optimizer.zero_grad()
