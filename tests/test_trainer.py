@@ -26,6 +26,7 @@ from patch.models import keep_masks, maskable_linears
 from patch.priors import tile_scores
 from patch.pruning import prune_weight
 from patch.trainer import learn
+from patch.training_state import check_identity, run_identity
 from patch_kernels import reference
 
 BLOCKS = torch.randint(0, 256, (30, 16), generator=torch.Generator().manual_seed(5))
@@ -555,6 +556,27 @@ def test_resume_with_something_else_is_refused(tiny_model, tmp_path, uninterrupt
             resume=True,
             exclude=change.get("exclude", ()),
         )
+
+
+def test_settings_younger_than_the_run_had_their_defaults(tiny_model, tmp_path):
+    def identity(**settings):
+        return run_identity(tiny_model(), BLOCKS, config(**settings), {}, 1)
+
+    older = identity()
+    for name in ("moments", "logits_dtype", "pattern_scale"):
+        del older["config"][name]
+    check_identity(tmp_path, older, identity())
+    for name, value in (("moments", "int8"), ("logits_dtype", "bfloat16")):
+        with pytest.raises(ValueError, match=f"expected {name}='float32' as in the run that wrote it, got '{value}'"):
+            check_identity(tmp_path, older, identity(**{name: value}))
+
+
+@pytest.mark.parametrize("damage", [[], {}, {"config": None}])
+def test_identity_of_something_else_is_refused(tiny_model, tmp_path, damage):
+    expected = run_identity(tiny_model(), BLOCKS, config(), {}, 1)
+    found = expected | damage if damage else damage
+    with pytest.raises(ValueError, match="expected the identity of a learning run, got something else; choose another"):
+        check_identity(tmp_path, found, expected)
 
 
 def test_used_folder_is_refused_without_resume(tiny_model, uninterrupted):
