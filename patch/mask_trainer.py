@@ -51,7 +51,9 @@ class MaskTrainer(Trainer):
             data_collator=_collate,
             callbacks=list(callbacks),
         )
-        self._objective = Objective(layers)  # after Trainer has moved the model to its device
+        # After Trainer has moved the model to its device.
+        self._objective = Objective(layers)
+        self._devices = {layer.weight.device for layer in layers.layers.values()}
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if progress and sys.stderr.isatty():
@@ -63,6 +65,8 @@ class MaskTrainer(Trainer):
         state, step = self.layers.state, self.state.global_step
         accumulation = self.args.gradient_accumulation_steps
         state.draw = (step * accumulation + self._micro_step) * self.args.world_size + self.args.process_index
+        for device in self._devices:
+            state.sampling(device)
         state.sums.clear()
         state.collect = True
         try:
@@ -105,14 +109,23 @@ class MaskTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model):
-        """Norm of all gradients; the optimizer itself scales them down to max_grad_norm."""
+        return self.clip_gradients()
+
+    def clip_gradients(self) -> Tensor:
+        """Norm of all gradients; the optimizer itself scales them down to max_grad_norm in its next step."""
         self._grad_norm = norm = self._total_norm()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         scale_gradients(optimizer, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _total_norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self._logits.values() if p.grad is not None])
+        gradients = [p.grad for p in self._logits.values() if p.grad is not None]
+        # In the gradients' own dtype the norm of bfloat16 logits would have three digits.
+        norms = [
+            torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).to(gradients[0].device)
+            for g in gradients
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Linear warm-up from 0, then cosine."""

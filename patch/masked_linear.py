@@ -51,8 +51,8 @@ class SamplingState:
     def sampling(self, device: torch.device, *, noise: bool = True) -> MaskSampling:
         """The numbers above as tensors on a device, made once for all its layers.
 
-        A compiled forward pass whose step was announced by `sampling` before reads the tensors alone, so a
-        new draw or temperature does not compile it again.
+        A compiled forward pass whose step was announced by a call of this before (the trainer makes it) reads
+        the tensors alone, so a new draw or temperature does not compile it again.
         """
         made = self._tensors.get((device, noise))
         if made is None:

@@ -28,7 +28,7 @@ from patch.mask_trainer import MaskTrainer, ShuffledBlocks
 from patch.masked_linear import MaskedLayers
 from patch.models import apply_keep_masks, maskable_linears
 from patch.trainer import Run, prepared, training_arguments
-from patch.training_checks import check_blocks, check_model
+from patch.training_checks import check_blocks, check_model, check_precision
 
 GB = 10**9
 CARDS_GB = (24, 80, 141)
@@ -124,6 +124,7 @@ def learning_memory(
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
         model.to = lambda *_, **__: model  # it is where it belongs, and Module.to cannot exchange fake tensors
         linears = maskable_linears(model, exclude)
+        check_precision(config, linears)
         check_blocks(model, blocks, config)
         priors = None
         with prepared(model, config), _as_in_a_run(), fake:
@@ -203,7 +204,7 @@ def _walk_step(model, trainer, config, seqlen, ledger) -> None:
     trainer.begin_step()
     trainer.training_step(model, batches[-1])
     if config.max_grad_norm > 0:
-        trainer._clip_grad_norm(model)
+        trainer.clip_gradients()
     trainer.check_finite()
     optimizer.step()
     optimizer.zero_grad()

@@ -27,7 +27,7 @@ def make_optimizer(logits: Mapping[str, nn.Parameter], config: LearnConfig) -> t
 
 
 def scale_gradients(optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
-    """Have the next step of an optimizer multiply its gradients by a tensor of one value.
+    """Have the next step of an optimizer, and no later one, multiply its gradients by a tensor of one value.
 
     LowPrecisionAdamW and torch's fused optimizers do it on the way, which costs no pass over the gradients. For others,
     and for float64 logits (the fused step takes a float32 scale), they are multiplied here.
@@ -36,10 +36,16 @@ def scale_gradients(optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
     if isinstance(optimizer, LowPrecisionAdamW):
         optimizer.grad_scale = factor.float()
     elif optimizer.defaults.get("fused") and all(parameter.dtype == torch.float32 for parameter in parameters):
+        if not hasattr(optimizer, "grad_scale"):  # a copy of the optimizer has neither the attribute nor the hook
+            optimizer.register_step_post_hook(_forget_scale)
         optimizer.grad_scale = factor.float().reciprocal()  # the fused step divides by it
     else:
         for parameter in parameters:
             parameter.grad.mul_(factor.to(parameter.device))
+
+
+def _forget_scale(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    optimizer.grad_scale = None
 
 
 def moment_state(parameter: Tensor, moments: str, device: torch.device | str | None = None) -> dict[str, Tensor]:
@@ -59,7 +65,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     moments     "float32", "bfloat16" (4 bytes a parameter for both) or "int8" (2 bytes and 1/32; 8-bit floating-point
                 codes with a scale for 256 values, see patch_kernels.adamw_step).
     seed        of the rounding; a run is a function of it, whatever the number of threads, and resumes bit for bit.
-    grad_scale  attribute: None, or a fp32 tensor of one element that the next steps multiply the gradients by.
+    grad_scale  attribute: None, or a fp32 tensor of one element that the next step multiplies the gradients by.
     raises      ValueError for other moments, and for parameters in another dtype.
     """
 
@@ -122,7 +128,12 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 seed=self.seed,
                 stream=stream,
             )
+        self.grad_scale = None
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies and pickles; torch's has its own attributes only.
+        return super().__getstate__() | {name: getattr(self, name) for name in ("moments", "seed", "grad_scale")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that moments keep their dtype (torch casts them to the parameter's).

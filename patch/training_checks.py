@@ -27,7 +27,7 @@ def check_inputs(
             f"config: expected a LearnConfig, got {type(config).__name__}; use LearnConfig.from_preset('joint', 0.45)"
         )
     check_model(linears)
-    _check_precision(config, linears)
+    check_precision(config, linears)
     check_blocks(model, blocks, config)
     if config.mode == "tile" and prior_masks is None:
         raise ValueError(
@@ -72,7 +72,7 @@ def check_model(linears: Mapping[str, nn.Linear]) -> None:
             )
 
 
-def _check_precision(config: LearnConfig, linears: Mapping[str, nn.Linear]) -> None:
+def check_precision(config: LearnConfig, linears: Mapping[str, nn.Linear]) -> None:
     for setting in ("moments", "logits_dtype"):
         value = getattr(config, setting)
         double = [name for name, linear in linears.items() if linear.weight.dtype == torch.float64]

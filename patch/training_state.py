@@ -54,19 +54,18 @@ def run_identity(
     world_size: int,
 ) -> dict[str, Any]:
     """JSON values that must agree before a run may go on: model, data, priors, settings, processes."""
-    settings = {key: value for key, value in asdict(config).items() if key not in _FREE_SETTINGS}
     return {
         "model": model_fingerprint(model),
         "data": _data_fingerprint(blocks),
         "layers_and_priors": _tensors_fingerprint(tensors),
         "world_size": world_size,
-        "config": json.loads(json.dumps(settings)),
+        "config": _settings(config),
     }
 
 
 def check_identity(folder: Path, found: Any, expected: Mapping[str, Any]) -> None:
     """raises ValueError naming what differs between the stored run and the one asked for."""
-    if not isinstance(found, dict) or set(found) != set(expected):
+    if not isinstance(found, dict) or set(found) != set(expected) or not isinstance(found["config"], dict):
         raise ValueError(
             f"{folder}: expected the identity of a learning run, got something else; choose another folder"
         )
@@ -82,11 +81,12 @@ def check_identity(folder: Path, found: Any, expected: Mapping[str, Any]) -> Non
                 f"{folder}: expected {label} of the run that wrote it ({_short(found[key])}), got others "
                 f"({_short(expected[key])}); resume with the same ones or choose another output_dir"
             )
+    # A setting that did not exist yet had what is now its default.
+    before = _settings(LearnConfig()) | found["config"]
     for key, value in expected["config"].items():
-        before = found["config"].get(key) if isinstance(found["config"], dict) else None
-        if before != value:
+        if before[key] != value:
             raise ValueError(
-                f"{folder}: expected {key}={before!r} as in the run that wrote it, got {value!r}; resume "
+                f"{folder}: expected {key}={before[key]!r} as in the run that wrote it, got {value!r}; resume "
                 "with the same setting or choose another output_dir"
             )
 
@@ -286,6 +286,11 @@ def _free_name(path: Path) -> Path:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
+
+
+def _settings(config: LearnConfig) -> dict[str, Any]:
+    """The settings that the trajectory depends on, as JSON gives them back."""
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in _FREE_SETTINGS}))
 
 
 def _data_fingerprint(blocks: Tensor) -> str:

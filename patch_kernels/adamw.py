@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patch_kernels.ops import _ops
+import patch_kernels.ops  # noqa: F401  loads the compiled library
 
+_ops = torch.ops.patch_kernels
 SCALE_BLOCK = 256  # values of an 8-bit moment that share a scale
 _PARAM_DTYPES = (torch.float32, torch.bfloat16)
 _MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
@@ -36,6 +37,9 @@ def adamw_step(
     stream: int = 0,
 ) -> None:
     """One step of AdamW in one pass and in place: param and moments are written, nothing of their size is allocated.
+
+    step, lr and what follows from them are numbers of the call: a captured CUDA graph would replay one step's, so
+    do not capture it.
 
     g = grad_scale * grad;  m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g * g
     param = (1 - lr * weight_decay) * param - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)

@@ -55,7 +55,8 @@ def mask_sampling(
     }
     for name, value in values.items():
         bound = " > 0" if name.endswith("temperature") else ""
-        if not math.isfinite(value) or (bound and value <= 0):
+        # Not math.isfinite: torch.compile cannot trace it for a number that changed between two calls.
+        if not (0 if bound else -math.inf) < value < math.inf:
             raise ValueError(
                 f"masked_weight: expected a finite {name}{bound}, got {value}. Schedules of a temperature must end "
                 "above 0, e.g. 0.05."
@@ -111,21 +112,33 @@ def masked_weight(
     noise           (seed, layer, draw): Philox noise that is a function of these alone, so recomputation, resuming and
                     any sharding see the same mask; None for no noise.
     sampling        mask_sampling(...) with `layer`, instead of the temperatures, scales and noise: for a compiled or
-                    captured step, and to make the tensors once for all layers.
+                    captured step, and to make the tensors once for all layers. Without it the numbers are copied from
+                    the host, which a CUDA graph cannot capture, and torch.compile compiles again for new ones.
     returns         masked, like weight; sums (2,) fp64: sum of the mask, and sum of masked**2. Both are differentiable.
                     Backward recomputes everything; nothing of the logits' size is kept.
     raises          ValueError naming the argument, what was expected and what came.
     Source: PATCH (arXiv 2509.23410) section 3; Gumbel-softmax, Jang et al. 2017; MaskLLM, Fang et al. 2024.
     """
+    numbers = {
+        "pattern_temperature": pattern_temperature,
+        "pattern_scale": pattern_scale,
+        "tile_temperature": tile_temperature,
+        "tile_scale": tile_scale,
+    }
     if sampling is None:
+        if layer != 0:
+            raise ValueError(
+                f"masked_weight: expected layer together with sampling, got layer={layer} alone. Pass sampling, or "
+                "noise=(seed, layer, draw)."
+            )
         layer = 0 if noise is None else noise[1]
-        sampling = mask_sampling(
-            pattern_temperature=pattern_temperature,
-            pattern_scale=pattern_scale,
-            tile_temperature=tile_temperature,
-            tile_scale=tile_scale,
-            noise=None if noise is None else (noise[0], noise[2]),
-            device=weight.device,
+        noise = None if noise is None else (noise[0], noise[2])
+        sampling = mask_sampling(**numbers, noise=noise, device=weight.device)
+    elif noise is not None or any(value != 1.0 for value in numbers.values()):
+        given = [name for name, value in numbers.items() if value != 1.0] + ["noise"] * (noise is not None)
+        raise ValueError(
+            f"masked_weight: expected sampling without the numbers that it holds, got {', '.join(given)} too. Pass "
+            "them to mask_sampling."
         )
     _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, tile, sampling, layer)
     return _ops.masked_weight(
@@ -154,13 +167,15 @@ def masked_linear(
 
     x        (..., K) of weight's dtype; gets a gradient where it requires one, as does bias. weight is frozen.
     returns  y (..., N) in weight's dtype and sums (2,) fp64, both differentiable.
-    raises   ValueError as masked_weight, and for an x of another dtype or width.
+    raises   ValueError as masked_weight, for an x of another dtype or width, and under autocast.
     """
     _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, tile, sampling, layer)
-    if x.dtype != weight.dtype or x.shape[-1:] != weight.shape[1:]:
+    kind = weight.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if x.dtype != weight.dtype or x.shape[-1:] != weight.shape[1:] or autocast:
         raise ValueError(
             f"masked_linear: expected x (..., {weight.shape[1]}) in {weight.dtype} like the weight, got {x.dtype} "
-            f"{tuple(x.shape)}. Convert x; autocast is not supported."
+            f"{tuple(x.shape)}{' under autocast' if autocast else ''}. Convert x; autocast is not supported."
         )
     return _MaskedLinear.apply(
         x,
@@ -260,7 +275,7 @@ def _fake_backward(
 ):  # fmt: skip
     real = torch.float64 if weight.dtype == torch.float64 else torch.float32
     grads = tuple(
-        weight.new_empty(0, dtype=real) if logits is None else torch.empty_like(logits)
+        weight.new_empty(0, dtype=real) if logits is None else weight.new_empty(logits.shape, dtype=logits.dtype)
         for logits in (pattern_logits, tile_logits)
     )
     return *grads, weight.new_empty(weight.shape if with_masked else 0)
@@ -285,9 +300,18 @@ def _backward(ctx, grad_masked, grad_sums):
     )
 
 
+def _second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "masked_weight: expected first derivatives only, got a backward pass through its backward pass. For second "
+        "derivatives use patch_kernels.reference.masked_weight."
+    )
+
+
 torch.library.register_fake(
     "patch_kernels::masked_weight",
     lambda weight, *_: (weight.new_empty(weight.shape), weight.new_empty(2, dtype=torch.float64)),
 )
 torch.library.register_fake("patch_kernels::masked_weight_backward", _fake_backward)
 torch.library.register_autograd("patch_kernels::masked_weight", _backward, setup_context=_setup_context)
+# Without a formula autograd would take the gradients for constants.
+torch.library.register_autograd("patch_kernels::masked_weight_backward", _second_derivative)

@@ -226,3 +226,7 @@ def test_interrupt_says_what_is_kept(tmp_path, capsys, monkeypatch):
     assert f"interrupted: nothing was written to {tmp_path / 'o'}; run the same command again" in err
     options = learn_command.Options("m", "d", tmp_path)
     assert "no checkpoint was complete yet" in learn_command.on_interrupt(options)
+    monkeypatch.setattr(learn_command, "run", interrupt)
+    status, _, err = run(capsys, "learn", "--model", "m", "--sparsity", "0.45", "--dry-run")
+    assert status == 130
+    assert "interrupted: nothing was started" in err

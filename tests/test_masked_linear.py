@@ -146,6 +146,21 @@ def test_sums_are_stashed_only_while_collecting():
     assert layer.state.take_sums() == []
 
 
+def test_an_announced_step_does_not_compile_again():
+    layer, _ = make_layer(collect=True, dtype=torch.float32)
+    x = torch.randn(2, SHAPE[1])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for draw in range(12):
+        layer.state.draw, layer.state.tile_scale = draw, 15.0 + draw
+        layer.state.pattern_temperature = layer.state.tile_temperature = 4.0 - 0.3 * draw
+        layer.state.sampling(x.device)
+        results = [(function(x), *layer.state.take_sums()) for function in (compiled, layer)]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def config(mode="joint", **overrides):
     return LearnConfig.from_preset(mode, 0.5 if mode == "mask_llm" else 0.3, tile=(32, 32), **overrides)
 

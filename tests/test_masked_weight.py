@@ -342,10 +342,41 @@ def test_masked_linear_refuses_other_inputs(x, message):
         masked_linear(x, weight, bias, pattern, tiles, sampling, **kwargs)
 
 
+def test_masked_linear_refuses_autocast():
+    x, weight, bias, pattern, tiles, sampling, kwargs = linear_case("joint", torch.float32)
+    message = r"got torch.float32 \(2, 3, 20\) under autocast. Convert x; autocast is not supported"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=message):
+        masked_linear(x, weight, bias, pattern, tiles, sampling, **kwargs)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=False):  # another device's is none of its business
+        masked_linear(x, weight, bias, pattern, tiles, sampling, **kwargs)
+
+
+def test_masked_linear_takes_meta_tensors():
+    """A device that knows no autocast."""
+    on_meta = [None if t is None else t.to("meta") for t in linear_case("joint", torch.float32)[:5]]
+    y, _ = masked_linear(*on_meta, mask_sampling(device="meta"), layer=0, tile=(8, 8))
+    assert y.shape == (2, 3, 12)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_second_derivatives_are_refused(linear):
+    """They would be wrong without a word: to autograd the backward op is a constant."""
+    x, weight, bias, pattern, tiles, sampling, kwargs = linear_case("joint")
+    if linear:
+        y, _ = masked_linear(x, weight, bias, pattern, tiles, sampling, **kwargs)
+        wanted = (x, pattern, tiles)
+    else:
+        y, _ = masked_weight(weight, pattern, tiles, sampling=sampling, **kwargs)
+        wanted = (pattern, tiles)
+    for gradient in torch.autograd.grad(y.square().sum(), wanted, create_graph=True):
+        with pytest.raises(NotImplementedError, match=r"first derivatives only, got .* use patch_kernels.reference"):
+            torch.autograd.grad(gradient.sum(), pattern, retain_graph=True)
+
+
 def op_arguments(mode, shape=(12, 20), tile=(8, 8), dtype=torch.float32, noise=True, hard=False, contiguous=True):
     weight, pattern, tiles, fixed = make_case(*shape, tile, mode, dtype)
     if not contiguous:
-        weight = weight.T.contiguous().T
+        weight, pattern, tiles = (t.T.contiguous().T for t in (weight, pattern, tiles))
     grads = [None if t is None else t.requires_grad_() for t in (pattern, tiles)]
     sampling = mask_sampling(pattern_temperature=0.7, tile_scale=3.0, noise=(1, 3) if noise else None)
     return (weight, grads[0], fixed, grads[1], *sampling, *tile, hard, hard, 2)
@@ -404,6 +435,26 @@ def test_compiles_once_for_all_steps(backend, linear):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_compiles_with_plain_numbers():
+    """Another graph for other numbers, but the same bits."""
+    weight, pattern, tiles, _ = make_case(64, 64, (32, 32), "joint")
+    pattern.requires_grad_(), tiles.requires_grad_()
+
+    def step(temperature, scale, draw):
+        kwargs = dict(pattern_temperature=temperature, tile_temperature=temperature, tile_scale=scale)
+        masked, sums = masked_weight(weight, pattern, tiles, tile=(32, 32), noise=(1, 2, draw), **kwargs)
+        return masked.square().sum() + sums.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for draw in range(4):
+        results = []
+        for function in (compiled, step):
+            value = function(4.0 - draw, 1.5 + draw, draw)
+            results.append((value, *torch.autograd.grad(value, (pattern, tiles))))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 WEIGHT, PATTERN, TILES, _ = make_case(8, 8, (4, 4), "joint")
 FIXED = make_case(8, 8, (4, 4), "tile")[3]
 
@@ -428,6 +479,17 @@ FIXED = make_case(8, 8, (4, 4), "tile")[3]
         (dict(pattern_temperature=0.0), "pattern_temperature > 0, got 0.0"),
         (dict(tile_temperature=float("nan")), "tile_temperature > 0, got nan"),
         (dict(pattern_scale=float("inf")), "finite pattern_scale, got inf"),
+        (dict(tile_scale=-float("inf")), "finite tile_scale, got -inf"),
+        (dict(tile_scale=float("nan")), "finite tile_scale, got nan"),
+        (dict(layer=3), r"layer together with sampling, got layer=3 alone. Pass sampling, or noise="),
+        (dict(layer=3, noise=(1, 3, 0)), "got layer=3 alone"),
+        (
+            dict(sampling=mask_sampling(), tile_scale=2.0, noise=(1, 0, 0)),
+            "sampling without the numbers that it holds, got tile_scale, noise too. Pass them to mask_sampling",
+        ),
+        (dict(sampling=mask_sampling(), pattern_temperature=0.5), "got pattern_temperature too"),
+        (dict(sampling=mask_sampling(), pattern_scale=2.0), "got pattern_scale too"),
+        (dict(sampling=mask_sampling(), tile_temperature=0.5), "got tile_temperature too"),
         (dict(noise=(1, -1, 0)), r"layer number in \[0, 2\^31\), got -1"),
         (dict(noise=(1, 0, 1 << 32)), r"draw in \[0, 2\^32\), got seed 1 and draw 4294967296"),
         (dict(noise=(1 << 63, 0, 0)), "a 64-bit seed"),

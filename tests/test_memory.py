@@ -236,6 +236,8 @@ def test_what_learning_refuses_is_refused():
         estimate(model_of("llama"), config_of("joint"), dtype=torch.float16)
     with pytest.raises(ValueError, match="expected at most 512 tokens per block"):
         estimate(model_of("opt"), config_of("joint"), seqlen=1024)
+    with pytest.raises(ValueError, match=r"moments: expected float32 for the float64 weights of .* got bfloat16"):
+        estimate(model_of("llama"), config_of("joint", moments="bfloat16"), dtype=torch.float64)
     with pytest.raises(ValueError, match="which matches none"):
         estimate(model_of("llama"), config_of("joint"), exclude=("*.nothing",))
 
@@ -311,6 +313,14 @@ def test_dry_run_needs_a_dtype_and_a_dense_model(config_only, capsys):
     status, _, err = run(capsys, *flags)
     assert status == 2
     assert f"--model: expected a dense model, '{config_only}' has a quantization_config in its config.json" in err
+
+
+def test_dry_run_refuses_float64_with_less_precision(tmp_path, capsys):
+    model_of("llama", torch.float64).config.save_pretrained(tmp_path)
+    flags = ["learn", "--model", tmp_path, "--preset", "mask_llm", "--set", "learn.moments=bfloat16", "--dry-run"]
+    status, out, err = run(capsys, *flags)
+    assert (status, out) == (2, "")
+    assert "moments: expected float32 for the float64 weights of model.layers.0.self_attn.q_proj, got bfloat16" in err
 
 
 def test_learning_still_needs_text_and_folder(config_only, capsys):

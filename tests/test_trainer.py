@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from patch.learn import LearnConfig, Schedule, density, weight_norm_ratio
+from patch.learn import MOMENTS, LearnConfig, Schedule, density, weight_norm_ratio
 from patch.mask import combine, sample_pattern_mask, sample_tile_mask
 from patch.mask_trainer import Objective, ShuffledBlocks
 from patch.masked_linear import MaskedLayers, MaskedLinear, SamplingState, initial_logits
@@ -26,6 +26,7 @@ from patch.models import keep_masks, maskable_linears
 from patch.priors import tile_scores
 from patch.pruning import prune_weight
 from patch.trainer import learn
+from patch.training_state import check_identity, run_identity
 from patch_kernels import reference
 
 BLOCKS = torch.randint(0, 256, (30, 16), generator=torch.Generator().manual_seed(5))
@@ -229,6 +230,55 @@ def test_accumulation_does_not_change_the_step(tiny_model, tmp_path, monkeypatch
     for one, four in zip(runs[4][1], runs[1][1], strict=True):
         for key in ("loss", "lm_loss", "soft_density", "norm_ratio", "grad_norm", "lr"):
             assert four[key] == pytest.approx(one[key], rel=1e-5), key
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the last step, as they were before it."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_clipping_scales_the_step(tiny_model, tmp_path, moments):
+    """One step. With eps = 1 its size is that of the gradient; with a small eps Adam would hide the clip."""
+    free = Gradients()
+    for limit, callbacks in ((1000.0, [free]), (0.01, [])):
+        settings = config(
+            moments=moments, max_grad_norm=limit, eps=1.0, lr=100.0, warmup_steps=0, save_steps=1, weight_decay=0.0025
+        )
+        result = learn(tiny_model(), BLOCKS[:4], settings, output_dir=tmp_path / str(limit), callbacks=callbacks)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in free.found.values()))
+        assert 0.1 < norm < 1000.0 and result.metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-6)
+        start = MaskedLayers(tiny_model(), maskable_linears(tiny_model()), settings).parameters()
+        for name, value in final_logits(tmp_path / str(limit)).items():
+            gradient = free.found[name] * min(1.0, limit / norm)
+            # After one step the corrected moments are g and g * g.
+            expected = 0.75 * start[name].detach() - 100 * gradient / (gradient.abs() + 1.0)
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_layers_do_not_compile_again_during_training(tiny_model):
+    class Compile(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            for module in model.modules():
+                if isinstance(module, MaskedLinear):
+                    module.compile(fullgraph=True, backend="eager")
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    result = learn(tiny_model(), BLOCKS, config(), exclude=["*.self_attn.*", "*.mlp.[gu]*"], callbacks=[Compile()])
+    assert list(result.masks) == [f"model.layers.{block}.mlp.down_proj" for block in range(2)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_norm_of_bfloat16_gradients_is_a_float32_one(tiny_model, tmp_path):
+    gradients = Gradients()
+    settings = config(logits_dtype="bfloat16", warmup_steps=0)
+    result = learn(tiny_model(), BLOCKS[:4], settings, callbacks=[gradients])
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.found.values()))
+    assert {g.dtype for g in gradients.found.values()} == {torch.bfloat16, torch.float32}
+    assert result.metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-6)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3", "opt"])
@@ -506,6 +556,27 @@ def test_resume_with_something_else_is_refused(tiny_model, tmp_path, uninterrupt
             resume=True,
             exclude=change.get("exclude", ()),
         )
+
+
+def test_settings_younger_than_the_run_had_their_defaults(tiny_model, tmp_path):
+    def identity(**settings):
+        return run_identity(tiny_model(), BLOCKS, config(**settings), {}, 1)
+
+    older = identity()
+    for name in ("moments", "logits_dtype", "pattern_scale"):
+        del older["config"][name]
+    check_identity(tmp_path, older, identity())
+    for name, value in (("moments", "int8"), ("logits_dtype", "bfloat16")):
+        with pytest.raises(ValueError, match=f"expected {name}='float32' as in the run that wrote it, got '{value}'"):
+            check_identity(tmp_path, older, identity(**{name: value}))
+
+
+@pytest.mark.parametrize("damage", [[], {}, {"config": None}])
+def test_identity_of_something_else_is_refused(tiny_model, tmp_path, damage):
+    expected = run_identity(tiny_model(), BLOCKS, config(), {}, 1)
+    found = expected | damage if damage else damage
+    with pytest.raises(ValueError, match="expected the identity of a learning run, got something else; choose another"):
+        check_identity(tmp_path, found, expected)
 
 
 def test_used_folder_is_refused_without_resume(tiny_model, uninterrupted):
