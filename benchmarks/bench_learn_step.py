@@ -197,7 +197,7 @@ def ours_step(model: nn.Module, case: Case, device: str) -> Step:
         trainer.begin_step()
         for ids in batches:
             trainer.training_step(model, {"input_ids": ids, "labels": ids}, count)
-        norm = trainer._clip_grad_norm(model)
+        norm = trainer.clip_gradients()
         trainer.check_finite()
         trainer.optimizer.step()
         rate = trainer.lr_scheduler.get_last_lr()[0]
