@@ -201,7 +201,7 @@ def training_arguments(config: LearnConfig, total_steps: int, run: Run) -> Train
         remove_unused_columns=False,
         dataloader_pin_memory=not use_cpu,
         ddp_find_unused_parameters=False,
-        bf16=False,  # the model computes in its own dtype; the logits stay float32
+        bf16=False,  # the model computes in its own dtype, the logits are kept in config.logits_dtype
     )
     # One process drives one device. Trainer's fallback for more, DataParallel, copies the modules on every
     # forward pass, and the sums that the layers stash would be lost in the copies.
