@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import harness
+from benchmarks import harness, shapes
 from benchmarks.bench_tile_linear import run_within
 from benchmarks.eager_masks import EagerMasks, shared_copy
 from patch.learn import MODES, LearnConfig, Schedule
@@ -38,14 +38,12 @@ from patch.trainer import prepared, training_arguments
 from patch.training_state import MetricsLog
 from patch_kernels import PATTERNS, reference
 
-# hidden, intermediate, layers, heads, key-value heads, vocabulary
+# In the order of shapes.CONFIG_FIELDS.
 SIZES = {
     "dry": (64, 128, 2, 2, 1, 97),
     "cpu 512x4": (512, 1376, 4, 8, 8, 1024),
     "cpu 1024x2": (1024, 2752, 2, 16, 16, 1024),
-    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256),
-    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
+    **{name.lower(): shapes.CONFIGS[name] for name in ("Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-2-7B")},
 }
 TOTAL_STEPS = 2000  # of the schedules; what is timed are the first
 SCHEDULES = ("pattern_temperature", "pattern_scale", "tile_temperature", "tile_scale")
@@ -107,17 +105,7 @@ def gpu_cases(accumulation: int) -> list[Case]:
 
 def build_model(size: str, dtype: torch.dtype, device: str) -> nn.Module:
     """Random weights, made on the device."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SIZES[size]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig(**shapes.config_sizes(SIZES[size]), max_position_embeddings=8192, tie_word_embeddings=True)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -292,7 +280,7 @@ def check(mode: str, dtype: torch.dtype = torch.float64, device: str = "cpu", *,
         trainer = make_trainer(model, case, device)
         layers = trainer.layers
         masks = EagerMasks(rival, masked_layers(rival, case).layers, layers.config)
-        shapes = [layer.shape for layer in layers.layers.values()]
+        weight_shapes = [layer.shape for layer in layers.layers.values()]
         count = predicted_tokens(case.batches(device))
         trainer.state.global_step = 1000
         trainer.begin_step()
@@ -302,7 +290,7 @@ def check(mode: str, dtype: torch.dtype = torch.float64, device: str = "cpu", *,
             mine = trainer.compute_loss(model, {"input_ids": ids, "labels": ids}, num_items_in_batch=count)
             mine.backward()
             masks.noise = lambda index, draw=draw: [
-                tensor.to(device) for tensor in noise_of(case, shapes[index], index, draw, layers.config.seed)
+                tensor.to(device) for tensor in noise_of(case, weight_shapes[index], index, draw, layers.config.seed)
             ]
             expected = eager_loss(rival, masks, ids, count, 0.5, 1000 / TOTAL_STEPS)
             expected.backward()

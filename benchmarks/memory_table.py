@@ -14,26 +14,19 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
-from benchmarks import harness
+from benchmarks import harness, shapes
 from patch.learn import LearnConfig
 from patch.memory import CARDS_GB, GB, learning_memory
 
 SEQLEN = 4096
+# Configuration class and what is not in shapes.CONFIGS.
 MODELS = {
-    "Qwen2.5-0.5B": (Qwen2Config, (896, 4864, 24, 14, 2, 151936), {"tie_word_embeddings": True}),
-    "Llama-3.2-1B": (LlamaConfig, (2048, 8192, 16, 32, 8, 128256), {"tie_word_embeddings": True, "head_dim": 64}),
-    "Llama-2-7B": (LlamaConfig, (4096, 11008, 32, 32, 32, 32000), {}),
-    "Llama-3.1-8B": (LlamaConfig, (4096, 14336, 32, 32, 8, 128256), {}),
-    "Llama-2-13B": (LlamaConfig, (5120, 13824, 40, 40, 40, 32000), {}),
+    "Qwen2.5-0.5B": (Qwen2Config, {"tie_word_embeddings": True}),
+    "Llama-3.2-1B": (LlamaConfig, {"tie_word_embeddings": True, "head_dim": 64}),
+    "Llama-2-7B": (LlamaConfig, {}),
+    "Llama-3.1-8B": (LlamaConfig, {}),
+    "Llama-2-13B": (LlamaConfig, {}),
 }
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
 # (preset, settings that differ from it)
 RUNS = (
     ("joint", {}),
@@ -48,8 +41,8 @@ RUNS = (
 
 def model_config(name: str) -> PretrainedConfig:
     """Configuration of a published model, as far as its sizes go."""
-    cls, sizes, more = MODELS[name]
-    return cls(**dict(zip(SIZES, sizes, strict=True)), max_position_embeddings=SEQLEN, **more)
+    cls, more = MODELS[name]
+    return cls(**shapes.config_sizes(shapes.CONFIGS[name]), max_position_embeddings=SEQLEN, **more)
 
 
 def row(name: str, mode: str, settings: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,29 @@ MODELS = {
     "llama-3-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
     "llama-3-70b": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
 }
+# Sizes of published models by the names of transformers' configurations.
+CONFIG_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+CONFIGS = {
+    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936),
+    "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256),
+    "Llama-2-7B": (4096, 11008, 32, 32, 32, 32000),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
+    "Llama-2-13B": (5120, 13824, 40, 40, 40, 32000),
+}
+
+
+def config_sizes(sizes: tuple[int, ...]) -> dict[str, int]:
+    """Keyword arguments of a transformers configuration."""
+    return dict(zip(CONFIG_FIELDS, sizes, strict=True))
+
+
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 SPARSITIES = (0.0, 0.25, 0.35, 0.45, 0.5)
 

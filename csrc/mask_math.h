@@ -191,11 +191,11 @@ PK_HD double exponential<double>(uint32_t bits) {
   return -::log2(uniform21(bits, 0.0));
 }
 
-// Probability of the dense choice and the forward value for one tile: sigmoid((scale*logit + logistic)/temperature).
+// The dense choice of one tile: d = sigmoid((scale*logit + logistic)/temperature).
 template <class Real>
 struct TileGate {
-  Real soft;     // what gradients see
-  Real forward;  // soft, or 0/1 if hard
+  Real forward;  // d, or 0/1 if hard
+  Real slope;    // of the soft d over the logit
 };
 
 template <class Real>
@@ -213,7 +213,7 @@ PK_HD TileGate<Real> tile_gate(Real logit, uint32_t row, uint32_t col, const Fac
   // sigmoid through 2^-|z|, which neither overflows nor loses the small tail
   const Real e = exp2_nonpositive(z < 0 ? z : -z);
   const Real soft = (z < 0 ? e : Real(1)) * reciprocal(Real(1) + e);
-  return {soft, hard ? Real(z > 0 ? 1 : 0) : soft};
+  return {hard ? Real(z > 0 ? 1 : 0) : soft, factors.gradient * soft * (Real(1) - soft)};
 }
 
 // Pattern probabilities p[k][lane] of groups first..first+kLanes-1 from their logits l[k][lane]:

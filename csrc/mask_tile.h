@@ -42,7 +42,7 @@ struct LogitChunks {
 };
 template <>
 struct LogitChunks<FixedPattern> {
-  static constexpr int kStepChunks = 0, kPerLane = 0;
+  static constexpr int kStepChunks = 0;
 };
 
 // Says that a value is best computed once: nvcc would rather do it again at every use.
@@ -69,6 +69,16 @@ PK_HD TileSpan tile_span(const MaskedWeightArgs& args, uint32_t tile) {
   const int64_t rows = args.rows - row0, cols = args.cols - col0;
   return {row0, col0, static_cast<int>(rows < args.tile_rows ? rows : args.tile_rows),
           static_cast<int>(cols < args.tile_cols ? cols : args.tile_cols)};
+}
+
+// Gate of a tile; without tile logits, none is dense.
+template <class Real>
+PK_HD TileGate<Real> gate_of(const MaskedWeightArgs& args, uint32_t tile) {
+  if (!args.tile_logits) return {Real(0), Real(0)};
+  const uint32_t tile_cols = static_cast<uint32_t>(ceil_div(args.cols, args.tile_cols));
+  return tile_gate<Real>(static_cast<const Real*>(args.tile_logits)[tile], tile / tile_cols, tile % tile_cols,
+                         make_factors<Real>(args.factors[2], args.factors[3]), args.hard_tile,
+                         noise_key(args.key, args.layer));
 }
 
 // Whether the functions below serve a call: rows of weights and logits start at multiples of 16 bytes, and offsets
@@ -138,8 +148,13 @@ struct MaskLane {
   PK_HD void store_weights(const Chunk& weights, void* base, int step) const {
     if (is_active(step)) *reinterpret_cast<Chunk*>(static_cast<T*>(base) + first_weight(step)) = weights;
   }
+  // The pair's fixed patterns; 0 where patterns are learned.
   PK_HD uint32_t load_nibbles(int step) const {
-    return is_active(step) ? args.fixed_pattern[first_weight(step) / kPairColumns] : 0u;
+    if constexpr (kLearned) {
+      return 0;
+    } else {
+      return is_active(step) ? args.fixed_pattern[first_weight(step) / kPairColumns] : 0u;
+    }
   }
 
   // The lane's share of a step's logits: `chunks` pieces of 16 bytes, kPairsPerRow pieces apart, at the same places of

@@ -174,6 +174,7 @@ class MaskedLayers:
         # Read now: decoder_blocks recognises the blocks by their nn.Linear layers.
         self.block_of_layer = _block_of_layer(model, list(linears)) if config.layer_target else None
         self.layers: dict[str, MaskedLinear] = {}
+        self._tile_areas: dict[str, Tensor] = {}
         for index, (name, linear) in enumerate(linears.items()):
             keep = None if prior_masks is None else prior_masks[name].to(linear.weight.device)
             scores = None if tile_scores is None else tile_scores[name]
@@ -213,15 +214,23 @@ class MaskedLayers:
     @torch.no_grad()
     def hard_density(self) -> float:
         """Share of nonzeros if the masks were hardened now; groups keep exactly 2 of 4 by construction."""
-        dense = []
-        for layer in self.layers.values():
-            if layer.tile_logits is not None:
-                areas = tile_areas(layer.tile, layer.shape).to(layer.tile_logits.device, torch.float64)
-                dense.append((areas * (layer.tile_logits > 0)).sum())
+        dense = [
+            (self._areas(name, layer.tile_logits.device) * (layer.tile_logits > 0)).sum()
+            for name, layer in self.layers.items()
+            if layer.tile_logits is not None
+        ]
         if not dense:
             return 0.5
         total = sum(layer.weight.numel() for layer in self.layers.values())
         return 0.5 + 0.5 * float(torch.stack([area.to(dense[0].device) for area in dense]).sum()) / total
+
+    def _areas(self, name: str, device: torch.device) -> Tensor:
+        """float64 areas of a layer's tiles, kept on the device: the density is logged at every step."""
+        areas = self._tile_areas.get(name)
+        if areas is None or areas.device != device:
+            layer = self.layers[name]
+            areas = self._tile_areas[name] = tile_areas(layer.tile, layer.shape).to(device, torch.float64)
+        return areas
 
     def harden(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Final (keep masks, tile_is_sparse grids) by layer; with config.exact_budget tiles go by rank."""

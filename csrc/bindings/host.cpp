@@ -48,12 +48,10 @@ py::dict read_schedule(const std::vector<int32_t>& words) {
   return parts;
 }
 
-// exponential() of all 2^21 inputs, as float32; `with_series` false: of log2 alone, as it would be without the series.
-py::bytes exponentials(bool with_series) {
+// exponential() of all 2^21 inputs, as float32.
+py::bytes exponentials() {
   std::vector<float> values(1 << 21);
-  for (uint32_t bits = 0; bits < values.size(); ++bits) {
-    values[bits] = with_series ? pk::exponential<float>(bits) : -pk::log2_positive(pk::uniform21(bits, 0.0f));
-  }
+  for (uint32_t bits = 0; bits < values.size(); ++bits) values[bits] = pk::exponential<float>(bits);
   return py::bytes(reinterpret_cast<const char*>(values.data()), sizeof(float) * values.size());
 }
 

@@ -27,18 +27,18 @@ struct Sampling {
 template <class Real>
 struct GateRow {
   std::vector<Real> forward;
-  std::vector<Real> soft_derivative;  // per tile: d(gate)/d(logit)
+  std::vector<Real> slopes;  // per tile
 
   GateRow(const MaskedWeightArgs& args, const Sampling<Real>& sampling, int64_t tile_row) {
     const int64_t groups = args.cols / kGroup, tile_cols = ceil_div(args.cols, args.tile_cols);
     forward.assign(ceil_div(groups, kLanes) * kLanes, Real(0));
     if (!args.tile_logits) return;
-    soft_derivative.resize(tile_cols);
+    slopes.resize(tile_cols);
     const Real* logits = static_cast<const Real*>(args.tile_logits) + tile_row * tile_cols;
     for (int64_t c = 0; c < tile_cols; ++c) {
       const auto gate = tile_gate<Real>(logits[c], static_cast<uint32_t>(tile_row), static_cast<uint32_t>(c),
                                         sampling.tile, args.hard_tile, sampling.noise);
-      soft_derivative[c] = sampling.tile.gradient * gate.soft * (Real(1) - gate.soft);
+      slopes[c] = gate.slope;
       const int64_t begin = c * args.tile_cols / kGroup, stop = (c + 1) * args.tile_cols / kGroup;
       for (int64_t g = begin; g < stop && g < groups; ++g) forward[g] = gate.forward;
     }
@@ -200,7 +200,7 @@ void backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, Para
         double sum = 0.0;
         const int64_t begin_group = c * args.tile_cols / kGroup, end_group = (c + 1) * args.tile_cols / kGroup;
         for (int64_t g = begin_group; g < end_group && g < groups; ++g) sum += gate_grads[g];
-        grad_tile_logits[t * tile_cols + c] = static_cast<Real>(sum) * gates.soft_derivative[c];
+        grad_tile_logits[t * tile_cols + c] = static_cast<Real>(sum) * gates.slopes[c];
       }
     }
   });

@@ -31,13 +31,7 @@ template <class Real>
 __device__ TileGate<Real> cta_gate(const MaskedWeightArgs& args) {
   __shared__ TileGate<Real> gate;
   if (threadIdx.x < 32) {
-    TileGate<Real> own{Real(0), Real(0)};
-    if (args.tile_logits) {
-      const uint32_t tile_cols = static_cast<uint32_t>(ceil_div(args.cols, args.tile_cols));
-      own = tile_gate<Real>(static_cast<const Real*>(args.tile_logits)[blockIdx.x], blockIdx.x / tile_cols,
-                            blockIdx.x % tile_cols, make_factors<Real>(args.factors[2], args.factors[3]),
-                            args.hard_tile, noise_key(args.key, args.layer));
-    }
+    const TileGate<Real> own = gate_of<Real>(args, blockIdx.x);
     if (threadIdx.x == 0) gate = own;
   }
   __syncthreads();
@@ -57,10 +51,7 @@ __device__ void write_tile_gradient(const MaskedWeightArgs& args, double gate_su
                                     void* grad_tile_logits) {
   if (!args.tile_logits) return;
   const double total = block_sum(gate_sum);
-  if (threadIdx.x == 0) {
-    const Real slope = static_cast<Real>(args.factors[3]) * gate.soft * (Real(1) - gate.soft);
-    static_cast<Real*>(grad_tile_logits)[blockIdx.x] = static_cast<Real>(total) * slope;
-  }
+  if (threadIdx.x == 0) static_cast<Real*>(grad_tile_logits)[blockIdx.x] = static_cast<Real>(total) * gate.slope;
 }
 
 // cp.async: 16 bytes past L1 and the registers (PTX ISA, "Non-bulk copy"). Logits are read once.
@@ -102,13 +93,9 @@ __device__ void walk_tile(const MaskLane<T, L>& lane, Load&& load, Prepare&& pre
   auto registers = load(0);
   prepare();
   for (int step = 0; step < steps; ++step) {
-    auto next = registers;
-    if (step + 1 < steps) next = load(step + 1);
-    if (step + 1 < steps) {
-      fetch(step + 1);
-    } else {
-      commit_copies();  // an empty group, so that the wait means the same
-    }
+    // Beyond the last step no lane has a row: nothing is loaded, and the empty group keeps the wait's meaning.
+    const auto next = load(step + 1);
+    fetch(step + 1);
     wait_for_step();
     __syncwarp();
     body(step, registers, stages[step & 1][lane.warp]);
@@ -127,21 +114,12 @@ struct BackwardRegisters {
 };
 
 template <class T, class L>
-__device__ uint32_t nibbles_of(const MaskLane<T, L>& lane, int step) {
-  if constexpr (MaskLane<T, L>::kLearned) {
-    return 0;
-  } else {
-    return lane.load_nibbles(step);
-  }
-}
-
-template <class T, class L>
 __global__ void __launch_bounds__(kThreads, 4)
     tile_forward(const __grid_constant__ MaskedWeightArgs args, T* masked, double* partial_sums) {
   const MaskLane<T, L> lane(args, blockIdx.x, threadIdx.x % kLaneCount, threadIdx.x / kLaneCount);
   float gate = 0.0f, mask_sum = 0.0f, square_sum = 0.0f;
   walk_tile(
-      lane, [&](int step) { return ForwardRegisters{lane.load_weights(args.weight, step), nibbles_of(lane, step)}; },
+      lane, [&](int step) { return ForwardRegisters{lane.load_weights(args.weight, step), lane.load_nibbles(step)}; },
       [&] { gate = cta_gate<float>(args).forward; },
       [&](int step, const ForwardRegisters& r, const Chunk* stage) {
         const Chunk out = lane.forward(r.weights, stage, r.nibbles, step, gate, mask_sum, square_sum);
@@ -168,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       lane,
       [&](int step) {
         return BackwardRegisters{lane.load_weights(args.weight, step), lane.load_weights(grads.grad_masked, step),
-                                 nibbles_of(lane, step)};
+                                 lane.load_nibbles(step)};
       },
       [&] { gate = cta_gate<float>(args); },
       [&](int step, const BackwardRegisters& r, Chunk* stage) {

@@ -161,8 +161,8 @@ struct EmulatedWarp {
     if (fault != Fault::kNoArrivalBarrier) fetch(0);
     for (int step = 0; step < steps; ++step) {
       Chunk* stage = stages[step & 1].data();
-      if (step + 1 < steps && fault != Fault::kNoArrivalBarrier) fetch(step + 1);
-      if (step + 2 < steps && fault == Fault::kStageReusedEarly) fetch(step + 2);
+      if (fault != Fault::kNoArrivalBarrier) fetch(step + 1);
+      if (fault == Fault::kStageReusedEarly) fetch(step + 2);
       for_lanes([&](auto& lane) {
         if (fault == Fault::kNoArrivalBarrier) fetch_lane(lane, step);
         body(lane, step, stage);
@@ -173,23 +173,6 @@ struct EmulatedWarp {
   }
 };
 
-TileGate<float> gate_of(const MaskedWeightArgs& args, uint32_t tile) {
-  if (!args.tile_logits) return {0.0f, 0.0f};
-  const auto tile_cols = static_cast<uint32_t>(ceil_div(args.cols, args.tile_cols));
-  return tile_gate<float>(static_cast<const float*>(args.tile_logits)[tile], tile / tile_cols, tile % tile_cols,
-                          make_factors<float>(args.factors[2], args.factors[3]), args.hard_tile,
-                          noise_key(args.key, args.layer));
-}
-
-template <class T, class L>
-uint32_t nibbles_of(const MaskLane<T, L>& lane, int step) {
-  if constexpr (MaskLane<T, L>::kLearned) {
-    return 0;
-  } else {
-    return lane.load_nibbles(step);
-  }
-}
-
 template <class T, class L>
 void emulate(Case& c, std::mt19937& random, Fault fault) {
   const MaskedWeightArgs& args = c.args;
@@ -197,14 +180,14 @@ void emulate(Case& c, std::mt19937& random, Fault fault) {
   const int64_t tiles = ceil_div(args.rows, args.tile_rows) * ceil_div(args.cols, args.tile_cols);
   const auto density_grad = static_cast<float>(c.grad_sums[0]), norm_grad = static_cast<float>(c.grad_sums[1]);
   for (uint32_t tile = 0; tile < tiles; ++tile) {
-    const TileGate<float> gate = gate_of(args, tile);
+    const TileGate<float> gate = gate_of<float>(args, tile);
     double gate_sum = 0.0;
     for (int warp = 0; warp < kMaskWarps; ++warp) {
       EmulatedWarp<T, L> forward(args, tile, warp, random, fault), backward(args, tile, warp, random, fault);
       forward.walk(
           [&](const auto& lane, int step, const Chunk* stage) {
             float mask_sum = 0.0f, square_sum = 0.0f;
-            const Chunk out = lane.forward(lane.load_weights(args.weight, step), stage, nibbles_of(lane, step), step,
+            const Chunk out = lane.forward(lane.load_weights(args.weight, step), stage, lane.load_nibbles(step), step,
                                            gate.forward, mask_sum, square_sum);
             lane.store_weights(out, c.masked.data(), step);
             c.sums[0] += mask_sum, c.sums[1] += square_sum;
@@ -215,7 +198,7 @@ void emulate(Case& c, std::mt19937& random, Fault fault) {
             float gate_grad = 0.0f;
             const Chunk out =
                 lane.backward(lane.load_weights(args.weight, step), lane.load_weights(c.grad.data(), step), stage,
-                              nibbles_of(lane, step), step, gate.forward, density_grad, norm_grad, gate_grad, true);
+                              lane.load_nibbles(step), step, gate.forward, density_grad, norm_grad, gate_grad, true);
             lane.store_weights(out, c.masked_again.data(), step);
             gate_sum += gate_grad;
           },
@@ -229,8 +212,7 @@ void emulate(Case& c, std::mt19937& random, Fault fault) {
           });
     }
     if (!args.tile_logits) continue;
-    const float slope = static_cast<float>(args.factors[3]) * gate.soft * (1.0f - gate.soft);
-    c.grad_tiles[tile] = static_cast<float>(gate_sum) * slope;
+    c.grad_tiles[tile] = static_cast<float>(gate_sum) * gate.slope;
   }
 }
 
