@@ -283,3 +283,31 @@ def bad_call(**changes):
 def test_bad_input_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         bad_call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(param=torch.zeros(8).half()), "param must be contiguous float32 or bfloat16"),
+        (dict(grad=torch.zeros(7)), "grad must have param's dtype and shape"),
+        (dict(exp_avg_sq=torch.zeros(8).bfloat16()), "moments must be contiguous, of one dtype and of param's shape"),
+        (dict(exp_avg=torch.zeros(8).half(), exp_avg_sq=torch.zeros(8).half()), "moments must be float32, bfloat16 or"),
+        (dict(exp_avg_scale=torch.zeros(1)), "scales belong to uint8 moments"),
+        (dict(grad_scale=torch.ones(2)), "grad_scale must be one float32 value"),
+        (
+            dict(
+                exp_avg=torch.zeros(8).byte(),
+                exp_avg_sq=torch.zeros(8).byte(),
+                exp_avg_scale=torch.zeros(2),
+                exp_avg_sq_scale=torch.zeros(1),
+            ),
+            "scales must be contiguous float32, one per 256 values",
+        ),
+    ],
+)
+def test_callers_of_the_bare_op_are_refused(change, message):
+    """What Python would have caught; memory is safe without it too."""
+    tensors = {name: torch.zeros(8) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
+    tensors |= {"exp_avg_scale": None, "exp_avg_sq_scale": None, "grad_scale": None}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.patch_kernels.adamw_step(*(tensors | change).values(), 0.1, 0.9, 0.95, 1e-8, 0.0, 1, 0, 0)

@@ -501,3 +501,43 @@ def test_bad_input_is_refused(arguments, message):
     call = dict(weight=WEIGHT, pattern_logits=PATTERN, tile_logits=TILES, tile=(4, 4)) | arguments
     with pytest.raises(ValueError, match=message):
         masked_weight(**call)
+
+
+SAMPLING = mask_sampling(noise=(1, 2))
+GOOD = dict(weight=WEIGHT, pattern=PATTERN, fixed=None, tiles=TILES, factors=SAMPLING.factors, key=SAMPLING.key)
+GOOD |= dict(rows=4, cols=4, hard_pattern=False, hard_tile=False, layer=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(weight=WEIGHT[0]), r"weight must be \(N, K\)"),
+        (dict(fixed=FIXED), "give either pattern_logits or fixed_pattern"),
+        (dict(rows=0), "tile must have at least 1 row"),
+        (dict(factors=torch.ones(4)), "factors must be four doubles"),
+        (dict(factors=torch.ones(3).double()), "factors must be four doubles"),
+        (dict(factors=torch.tensor([0.0, 1, 1, 1]).double()), "factors must be finite, with positive temperatures"),
+        (dict(factors=torch.tensor([1, torch.inf, 1, 1]).double()), "factors must be finite"),
+        (dict(key=torch.ones(3).long()), "key has the wrong dtype or number of elements; expected 2, got 3"),
+        (dict(key=torch.ones(2)), "key has the wrong dtype"),
+        (dict(pattern=PATTERN[1:]), "pattern_logits has the wrong dtype or number of elements; expected 96, got 90"),
+        (dict(tiles=TILES.bfloat16()), "tile_logits has the wrong dtype"),
+    ],
+)
+def test_callers_of_the_bare_op_are_refused(change, message):
+    """What Python would have caught; memory is safe without it too."""
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.patch_kernels.masked_weight(*(GOOD | change).values())
+
+
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        ((WEIGHT[:4], torch.ones(2).double()), "grad_masked must be like weight and grad_sums two doubles"),
+        ((WEIGHT.double(), torch.ones(2).double()), "grad_masked must be like weight"),
+        ((WEIGHT, torch.ones(2)), "grad_sums two doubles"),
+    ],
+)
+def test_bare_backward_refuses_other_gradients(grads, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.patch_kernels.masked_weight_backward(*grads, *GOOD.values(), False)
