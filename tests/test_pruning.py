@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from patch.pruning import METHODS, prune_weight, sparsegpt, wanda
+from patch.pruning import METHODS, hessian, prune_weight, sparsegpt, wanda
 from patch.pruning.selection import PruneOptions, keep_above_threshold, keep_in_rows, keep_two_of_four
 
 SHAPES = [(6, 16), (5, 24), (9, 40)]
@@ -368,7 +368,7 @@ def test_unstructured_takes_any_width(method):
 def test_singular_hessian_is_damped_more_and_said(caplog):
     weight, inputs = make_case(6, 32)
     inputs = [x[:4] for x in inputs[:1]]  # rank 4 of 32
-    with caplog.at_level(logging.WARNING, logger="patch.pruning.sparsegpt"):
+    with caplog.at_level(logging.WARNING, logger="patch.pruning.hessian"):
         pruned = prune_weight(weight, "sparsegpt", inputs=inputs, damping=0)
     assert "not positive definite with damping 0; retrying with 0.0001" in caplog.text
     assert torch.isfinite(pruned.weight).all()
@@ -403,7 +403,7 @@ def test_reduced_matmul_precision_is_not_used_and_comes_back():
         pruned = prune_weight(weight, "sparsegpt", inputs=inputs)
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        with sparsegpt._full_precision():
+        with hessian.full_precision():
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
     finally:

@@ -20,6 +20,6 @@ from patch.pruning.selection import (
 
 def prune(weight: torch.Tensor, statistics: None, options: PruneOptions) -> Pruned:
     """Prune weight (N, K) by |weight|; `statistics` is unused."""
-    score = weight.detach().to(working_dtype(weight)).abs()
+    score = weight.detach().to(working_dtype(weight, options.precision)).abs()
     keep = keep_two_of_four(score) if options.pattern == "2:4" else keep_above_threshold(score, options.sparsity)
     return select(weight, keep)

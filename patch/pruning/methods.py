@@ -26,9 +26,10 @@ class Method:
     prune: Callable[[torch.Tensor, Any, PruneOptions], Pruned]
     statistics: type | None = None
 
-    def new_statistics(self, weight: torch.Tensor) -> Any:
+    def new_statistics(self, weight: torch.Tensor, options: PruneOptions) -> Any:
         """Empty statistics for the inputs of weight (N, K), on its device."""
-        return self.statistics(weight.shape[1], dtype=working_dtype(weight), device=weight.device)
+        dtype = working_dtype(weight, options.precision)
+        return self.statistics(weight.shape[1], dtype=dtype, device=weight.device)
 
 
 METHODS: dict[str, Method] = {
@@ -49,10 +50,10 @@ def get_method(name: str) -> Method:
     raise ValueError(f"method: expected one of {known}, got {name!r}. Choose one of them.")
 
 
-def make_options(pattern, sparsity, block_size, damping, shift_zero_metrics) -> PruneOptions:
+def make_options(pattern, sparsity, block_size, damping, shift_zero_metrics, precision) -> PruneOptions:
     """Checked options; block_size None is the default."""
     block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
-    return PruneOptions(pattern, sparsity, block_size, damping, shift_zero_metrics)
+    return PruneOptions(pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
 
 
 @torch.no_grad()
@@ -66,6 +67,7 @@ def prune_weight(
     block_size: int | None = None,
     damping: float = 0.01,
     shift_zero_metrics: bool = False,
+    precision: str = "fp32",
 ) -> Pruned:
     """Prune one weight (N, K); nothing is changed in place.
 
@@ -82,12 +84,14 @@ def prune_weight(
                 when that is not enough to invert it.
     shift_zero_metrics  wanda: lift all channel energies so that dead input channels do not score 0.
 
-    Maths in fp32, in fp64 for fp64 weights. Magnitude and wanda leave kept weights bit-identical, sparsegpt
+    precision   "fp32" or "fp64": of scores, statistics and updates. fp64 weights always take fp64.
+
+    Magnitude and wanda leave kept weights bit-identical, sparsegpt
     updates them. Equal scores are pruned from the lower column up. Raises ValueError or TypeError before any
     work.
     """
     chosen = get_method(method)
-    options = make_options(pattern, sparsity, block_size, damping, shift_zero_metrics)
+    options = make_options(pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     check_weight(weight, options, "weight")
     if chosen.statistics is not None:
         _check_samples(inputs, weight, method)
@@ -95,7 +99,7 @@ def prune_weight(
         return Pruned(weight.detach().clone(), torch.ones_like(weight, dtype=torch.bool))
     statistics = None
     if chosen.statistics is not None:
-        statistics = chosen.new_statistics(weight)
+        statistics = chosen.new_statistics(weight, options)
         for x in inputs:
             statistics.add(x)
     return chosen.prune(weight, statistics, options)

@@ -26,6 +26,7 @@ def prune_model(
     shift_zero_metrics: bool = False,
     block_size: int | None = None,
     damping: float = 0.01,
+    precision: str = "fp32",
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -44,7 +45,7 @@ def prune_model(
     were pruned by then stay pruned and have their mask. Source: the sequential scheme of SparseGPT and Wanda.
     """
     chosen = get_method(method)
-    options = make_options(pattern, sparsity, block_size, damping, shift_zero_metrics)
+    options = make_options(pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     linears = maskable_linears(model, exclude)
     if chosen.statistics is not None:
         if calibration is None:
@@ -118,7 +119,7 @@ def _prune_block(
     options: PruneOptions,
 ) -> None:
     """Prune the layers of one block, all from statistics of the still dense block."""
-    statistics = {name: chosen.new_statistics(linear.weight) for name, linear in members.items()}
+    statistics = {name: chosen.new_statistics(linear.weight, options) for name, linear in members.items()}
     with _observed(members, statistics):
         for _ in inputs.run(index, block):
             pass

@@ -13,6 +13,7 @@ import torch
 
 GROUP = 4
 PATTERNS = ("2:4", "unstructured")
+PRECISIONS = ("fp32", "fp64")
 DEFAULT_BLOCK_SIZE = 128
 
 
@@ -37,6 +38,7 @@ class PruneOptions:
     block_size: int = DEFAULT_BLOCK_SIZE
     damping: float = 0.01
     shift_zero_metrics: bool = False
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.pattern not in PATTERNS:
@@ -70,6 +72,10 @@ class PruneOptions:
         if not isinstance(self.shift_zero_metrics, bool):
             raise TypeError(
                 f"shift_zero_metrics: expected True or False, got {self.shift_zero_metrics!r}. Pass a bool."
+            )
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}. fp32 is the usual one."
             )
 
 
@@ -123,9 +129,18 @@ def check_inputs(x: torch.Tensor, in_features: int, device: torch.device, label:
         )
 
 
-def working_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Precision of scores and statistics: fp64 for fp64 weights, else fp32."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+def check_updated(weight: torch.Tensor) -> None:
+    """Refuse updated weights that left the range of their dtype."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"expected updated weights within the range of {weight.dtype}, got NaN or infinite ones. Prune "
+            "in fp32 or bf16, raise damping, or give more calibration samples."
+        )
+
+
+def working_dtype(weight: torch.Tensor, precision: str = "fp32") -> torch.dtype:
+    """Precision of scores and statistics: fp64 when asked for and for fp64 weights, else fp32."""
+    return torch.float64 if precision == "fp64" or weight.dtype == torch.float64 else torch.float32
 
 
 def keep_two_of_four(score: torch.Tensor) -> torch.Tensor:
