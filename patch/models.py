@@ -97,6 +97,16 @@ def apply_keep_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, exc
     Everything is checked before the first weight changes; raises ValueError or TypeError. A pruned value is
     selected away, not multiplied by zero, so an infinite one does not become NaN.
     """
+    linears = check_keep_masks(model, masks, exclude)
+    for name, linear in linears.items():
+        set_keep_mask(linear, masks[name])
+        linear.weight.masked_fill_(~linear.keep_mask, 0)
+
+
+def check_keep_masks(
+    model: nn.Module, masks: Mapping[str, torch.Tensor], exclude: Sequence[str] = ()
+) -> dict[str, nn.Linear]:
+    """The layers of `maskable_linears(model, exclude)`; raises unless `masks` has a fitting mask for each."""
     linears = maskable_linears(model, exclude)
     missing = [name for name in linears if name not in masks]
     extra = [name for name in masks if name not in linears]
@@ -108,9 +118,7 @@ def apply_keep_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, exc
         )
     for name, keep in masks.items():
         _check_keep(keep, linears[name], f"layer '{name}'")
-    for name, linear in linears.items():
-        set_keep_mask(linear, masks[name])
-        linear.weight.masked_fill_(~linear.keep_mask, 0)
+    return linears
 
 
 def measured_sparsity(masks: Mapping[str, torch.Tensor]) -> float:

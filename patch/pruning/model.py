@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from patch.calibration import BlockInputs, calibration_mode, capture_block_inputs, check_calibration, placed
+from patch.calibration import check_calibration, placed
 from patch.models import decoder_blocks, maskable_linears, set_keep_mask
 from patch.pruning.methods import Method, get_method, make_options
-from patch.pruning.selection import Pruned, PruneOptions, check_inputs, check_weight
+from patch.pruning.selection import PruneOptions, check_weight
+from patch.pruning.sequential import check_device, store, update_blocks
 
 
 def prune_model(
@@ -55,7 +55,7 @@ def prune_model(
             )
         check_calibration(model, calibration)
         decoder_blocks(model)
-    _check_device(device)
+    check_device(device)
     for name, linear in linears.items():
         check_weight(linear.weight, options, f"layer '{name}'")
 
@@ -68,7 +68,15 @@ def prune_model(
     if chosen.statistics is None:
         _prune_layers(chosen, linears, options, device, bar_options)
     else:
-        _prune_sequentially(model, chosen, linears, calibration, options, device, bar_options)
+        update_blocks(
+            model,
+            linears,
+            calibration,
+            lambda weight: chosen.new_statistics(weight, options),
+            lambda name, linear, statistics: chosen.prune(linear.weight, statistics, options),
+            device=device,
+            bar_options=bar_options,
+        )
     return {name: linear.keep_mask for name, linear in linears.items()}
 
 
@@ -83,101 +91,4 @@ def _prune_layers(
     """Prune each layer on its own, for a method without calibration."""
     for linear in tqdm(linears.values(), unit="layer", **bar_options):
         with placed(linear, device):
-            _store(linear, chosen.prune(linear.weight, None, options))
-
-
-def _prune_sequentially(
-    model: nn.Module,
-    chosen: Method,
-    linears: Mapping[str, nn.Linear],
-    calibration: torch.Tensor,
-    options: PruneOptions,
-    device: torch.device | str | None,
-    bar_options: Mapping[str, Any],
-) -> None:
-    """Prune block after block, each from the inputs that the pruned blocks before it produce."""
-    _, blocks = decoder_blocks(model)
-    with calibration_mode(model), tqdm(total=len(blocks), unit="block", **bar_options) as bar:
-        inputs = capture_block_inputs(model, calibration, device)
-        for index, block in enumerate(blocks):
-            own = set(block.modules())
-            members = {name: linear for name, linear in linears.items() if linear in own}
-            with placed(block, device):
-                if members:
-                    _prune_block(chosen, index, block, members, inputs, options)
-                if index + 1 < len(blocks):
-                    inputs.advance(index, block)
-            bar.update()
-
-
-def _prune_block(
-    chosen: Method,
-    index: int,
-    block: nn.Module,
-    members: Mapping[str, nn.Linear],
-    inputs: BlockInputs,
-    options: PruneOptions,
-) -> None:
-    """Prune the layers of one block, all from statistics of the still dense block."""
-    statistics = {name: chosen.new_statistics(linear.weight, options) for name, linear in members.items()}
-    with _observed(members, statistics):
-        for _ in inputs.run(index, block):
-            pass
-    for name, linear in members.items():
-        # Popped: a Hessian is as large as a layer and is of no use once its layer is pruned.
-        gathered = statistics.pop(name)
-        if gathered.samples == 0:
-            raise ValueError(
-                f"layer '{name}': expected to see calibration inputs, got none; its block does not call it "
-                "for these samples. Put it in exclude."
-            )
-        try:
-            pruned = chosen.prune(linear.weight, gathered, options)
-        except ValueError as error:
-            raise ValueError(f"layer '{name}': {error}") from error
-        _store(linear, pruned)
-
-
-@contextmanager
-def _observed(linears: Mapping[str, nn.Linear], statistics: Mapping[str, Any]) -> Iterator[None]:
-    """Feed what each layer is called with to its statistics during the body."""
-
-    def observer(name: str):
-        def observe(linear: nn.Linear, args: tuple, kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            x = x.reshape(-1, x.shape[-1])
-            check_inputs(x, linear.in_features, linear.weight.device, f"layer '{name}'")
-            statistics[name].add(x)
-
-        return observe
-
-    handles = []
-    try:
-        for name, linear in linears.items():
-            handles.append(linear.register_forward_pre_hook(observer(name), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check_device(device: torch.device | str | None) -> None:
-    """Refuse a device that does not exist here, before the first block is moved to it."""
-    try:
-        kind = None if device is None else torch.device(device).type
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device: expected a torch device such as 'cuda' or 'cpu', got {device!r}. Pass None to prune "
-            "where the model is."
-        ) from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device: expected a device of this machine, got {device!r} but torch sees no GPU. Pass None to "
-            "prune where the model is."
-        )
-
-
-def _store(linear: nn.Linear, pruned: Pruned) -> None:
-    """Give the layer its pruned weight and its mask, which then moves with it between devices."""
-    linear.weight.copy_(pruned.weight)
-    set_keep_mask(linear, pruned.keep)
+            store(linear, chosen.prune(linear.weight, None, options))

@@ -8,7 +8,11 @@ Models Can be Accurately Pruned in One-Shot", 2023.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from patch.pruning.hessian import Statistics, damped_until, full_precision, inverse_factor
 from patch.pruning.selection import (
@@ -20,10 +24,10 @@ from patch.pruning.selection import (
     keep_two_of_four,
 )
 
-__all__ = ["Statistics", "prune"]
+__all__ = ["Statistics", "prune", "sweep"]
 
 
-def prune(weight: torch.Tensor, statistics: Statistics, options: PruneOptions) -> Pruned:
+def prune(weight: Tensor, statistics: Statistics, options: PruneOptions) -> Pruned:
     """Prune weight (N, K) and update what is kept.
 
     Columns whose input was always zero are set to zero. Raises ValueError when the Hessian cannot be inverted
@@ -31,31 +35,47 @@ def prune(weight: torch.Tensor, statistics: Statistics, options: PruneOptions) -
     """
     dead = statistics.hessian.diagonal() == 0
     current = weight.detach().to(statistics.hessian.dtype).masked_fill(dead, 0)
+    keep = torch.empty_like(current, dtype=torch.bool)
     with full_precision():
         factor = damped_until(statistics.hessian, options.damping, inverse_factor)
-        keep = torch.empty_like(current, dtype=torch.bool)
-        for start in range(0, current.shape[1], options.block_size):
-            end = min(start + options.block_size, current.shape[1])
-            error = _prune_block(current[:, start:end], keep[:, start:end], factor[start:end, start:end], options)
-            current[:, end:] -= error @ factor[start:end, end:]
-    result = current.masked_fill_(~keep, 0).to(weight.dtype)
+        sweep(current, keep, factor, options.block_size, partial(_choose, options=options))
+    result = current.to(weight.dtype)
     check_updated(result)
     return Pruned(result, keep)
 
 
-def _prune_block(block: torch.Tensor, keep: torch.Tensor, factor: torch.Tensor, options: PruneOptions) -> torch.Tensor:
-    """Prune a block of columns (N, B) in place, filling keep (N, B); factor is U of the block.
+def sweep(
+    weight: Tensor, keep: Tensor, factor: Tensor, block_size: int, choose: Callable[..., None] | None = None
+) -> None:
+    """Zero what is not kept, column by column in place, the columns to the right making up for the error.
 
-    Returns the scaled errors (N, B), from which the columns after the block are updated.
+    weight  (N, K) in the precision of factor (K, K), the U of `inverse_factor`
+    keep    (N, K) bool; given, or filled as the columns are reached by
+            choose(block (N, B), keep (N, B), diagonal of U (B,), column in the block)
     """
+    for start in range(0, weight.shape[1], block_size):
+        part = slice(start, min(start + block_size, weight.shape[1]))
+        error = _sweep_block(weight[:, part], keep[:, part], factor[part, part], choose)
+        weight[:, part.stop :] -= error @ factor[part, part.stop :]
+    weight.masked_fill_(~keep, 0)
+
+
+def _sweep_block(block: Tensor, keep: Tensor, factor: Tensor, choose: Callable[..., None] | None) -> Tensor:
+    """One block of `sweep`; returns the scaled errors (N, B), from which the columns after it are updated."""
     diagonal = factor.diagonal()
-    if options.pattern == "unstructured":
-        keep.copy_(keep_above_threshold(block.square() / diagonal.square(), options.sparsity))
     error = torch.empty_like(block)
     for c in range(block.shape[1]):
-        if options.pattern == "2:4" and c % GROUP == 0:
-            group = slice(c, c + GROUP)
-            keep[:, group] = keep_two_of_four(block[:, group].square() / diagonal[group].square())
+        if choose is not None:
+            choose(block, keep, diagonal, c)
         error[:, c] = (block[:, c] / diagonal[c]).masked_fill(keep[:, c], 0)
         block[:, c + 1 :].addr_(error[:, c], factor[c, c + 1 :], alpha=-1)
     return error
+
+
+def _choose(block: Tensor, keep: Tensor, diagonal: Tensor, column: int, options: PruneOptions) -> None:
+    """Choose what to keep: of a whole block at its first column, or of each group of four at its first."""
+    if options.pattern == "2:4" and column % GROUP == 0:
+        group = slice(column, column + GROUP)
+        keep[:, group] = keep_two_of_four(block[:, group].square() / diagonal[group].square())
+    elif options.pattern == "unstructured" and column == 0:
+        keep.copy_(keep_above_threshold(block.square() / diagonal.square(), options.sparsity))
