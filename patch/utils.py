@@ -11,6 +11,7 @@ model returned), missing prune_args have defaults, unknown ones are refused, set
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patch import config as configuration
 from patch.checkpoint import (
     Artifact,
     config_fingerprint,
@@ -39,12 +41,13 @@ from patch.evaluate import (
 from patch.folder import file_sha256, resolve_folder
 from patch.models import apply_keep_masks
 from patch.priors import tile_scores
-from patch.pruning import get_method, prune_model
+from patch.pruning import ProxSparseConfig, check_method, needs_calibration, prune_model, reference_method
 from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQLEN = 2048
+PROX_SPARSE_NSAMPLES = 400  # of its published settings: one for each step
 PRUNE_DEFAULTS: dict[str, Any] = {
     "prune_method": "wanda",
     "sparsity_type": "2:4",
@@ -56,6 +59,7 @@ PRUNE_DEFAULTS: dict[str, Any] = {
     "eval_dataset": "wikitext2",
     "shift_zero_metrics": False,
     "fine_tune": False,
+    "prox_sparse": None,
 }
 
 
@@ -72,11 +76,13 @@ def prepare_pruned_model(
 
     checkpoint_name        folder of the result. If it exists it is loaded, after checking that it was made
                            from this model, method, ratio, tile size, calibration set and seed.
-    prune_args             dict or namespace with keys of PRUNE_DEFAULTS
+    prune_args             dict or namespace with keys of PRUNE_DEFAULTS; "prox_sparse" takes a dict with fields of
+                           patch.pruning.ProxSparseConfig for that method, whose nsamples is 400 by default
     mask_tile_size         (rows, cols) of the tiles that will be learned
     target_sparsity_ratio  0..0.5, of the unstructured reference model that gives the tile scores
     Every pruned layer gets its keep mask (patch.models.keep_masks) and a buffer `distribution_scores`
-    (rows, cols), the share of weights that the reference keeps in each tile.
+    (rows, cols), the share of weights that the reference keeps in each tile. The reference of prox_sparse, which
+    knows no unstructured masks, is pruned by wanda.
     raises  ValueError or TypeError before any work.
     """
     args = _prune_args(prune_args)
@@ -91,7 +97,7 @@ def prepare_pruned_model(
         return _apply(model, load_artifact(folder, expect=meta, model=model))
 
     calibration, text_hash = None, None
-    if get_method(args["prune_method"]).statistics is not None:
+    if needs_calibration(args["prune_method"]):
         calibration, text_hash = calibration_windows(
             tokenizer,
             args["calibration_dataset"],
@@ -102,12 +108,21 @@ def prepare_pruned_model(
     options = {"calibration": calibration, "shift_zero_metrics": args["shift_zero_metrics"]}
     reference = copy.deepcopy(model)
     reference_masks = prune_model(
-        reference, args["prune_method"], pattern="unstructured", sparsity=target_sparsity_ratio, **options
+        reference,
+        reference_method(args["prune_method"]),
+        pattern="unstructured",
+        sparsity=target_sparsity_ratio,
+        **options,
     )
     scores = {name: tile_scores(keep, tile) for name, keep in reference_masks.items()}
     del reference, reference_masks
     masks = prune_model(
-        model, args["prune_method"], pattern=args["sparsity_type"], sparsity=args["sparsity_ratio"], **options
+        model,
+        args["prune_method"],
+        pattern=args["sparsity_type"],
+        sparsity=args["sparsity_ratio"],
+        prox=args["prox_sparse"],
+        **options,
     )
     weights = {name: model.get_submodule(name).weight.detach() for name in masks}
     save_artifact(
@@ -192,10 +207,23 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(PRUNE_DEFAULTS)):
         raise ValueError(f"prune_args: unknown keys {unknown}; expected only {sorted(PRUNE_DEFAULTS)}")
     args = PRUNE_DEFAULTS | values
-    get_method(args["prune_method"])
+    check_method(args["prune_method"])
+    if args["prune_method"] == "prox_sparse":
+        args["nsamples"] = values.get("nsamples", PROX_SPARSE_NSAMPLES)
+        args["prox_sparse"] = _prox_config(args["prox_sparse"])
+    elif args["prox_sparse"] is not None:
+        raise ValueError(
+            f"prune_args: expected prox_sparse only with prune_method 'prox_sparse', got it with "
+            f"{args['prune_method']!r}; leave it out"
+        )
     _check_ratio("prune_args['sparsity_ratio']", args["sparsity_ratio"])
     if args["sparsity_type"] not in ("2:4", "unstructured"):
         raise ValueError(f"prune_args: expected sparsity_type '2:4' or 'unstructured', got {args['sparsity_type']!r}")
+    if args["prune_method"] == "prox_sparse" and args["sparsity_type"] != "2:4":
+        raise ValueError(
+            f"prune_args: expected sparsity_type '2:4' for prox_sparse, got {args['sparsity_type']!r}; use wanda for "
+            "an unstructured mask"
+        )
     if args["sparsity_type"] == "2:4" and args["sparsity_ratio"] != 0.5:
         raise ValueError(
             f"prune_args: expected sparsity_ratio 0.5 for 2:4, got {args['sparsity_ratio']}; set it to 0.5"
@@ -231,6 +259,14 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     return args
 
 
+def _prox_config(given: Any) -> ProxSparseConfig:
+    if given is None or isinstance(given, ProxSparseConfig):
+        return given or ProxSparseConfig()
+    if not isinstance(given, Mapping):
+        raise TypeError(f"prune_args: expected prox_sparse as a dict or ProxSparseConfig, got {type(given).__name__}")
+    return configuration.build(ProxSparseConfig, given, prefix="prox_sparse.")
+
+
 def _tile(size: Any) -> tuple[int, int]:
     valid = isinstance(size, tuple | list) and len(size) == 2
     if not valid or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
@@ -259,7 +295,9 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
         "target_sparsity": target,
         "tile": list(tile),
     }
-    if get_method(method).statistics is not None:
+    if args["prox_sparse"] is not None:
+        meta["prox_sparse"] = dataclasses.asdict(args["prox_sparse"])
+    if needs_calibration(method):
         source = args["calibration_dataset"]
         named = os.fspath(source) in NAMED_SETS
         meta |= {

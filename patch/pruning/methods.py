@@ -37,14 +37,38 @@ METHODS: dict[str, Method] = {
     "wanda": Method(wanda.prune, wanda.Statistics),
     "sparsegpt": Method(sparsegpt.prune, sparsegpt.Statistics),
 }
-_NOT_YET = ("thanos", "prox_sparse")
+# These learn the masks of all layers at once: no entry above, `prune_model` calls them.
+LEARNED_METHODS = ("prox_sparse",)
+_NOT_YET = ("thanos",)
 
 
 def get_method(name: str) -> Method:
-    """The registered method; raises ValueError for any other name."""
-    if isinstance(name, str) and name in METHODS:
-        return METHODS[name]
-    known = ", ".join(METHODS)
+    """The registered method that prunes one weight; raises ValueError for any other name."""
+    check_method(name)
+    if name in LEARNED_METHODS:
+        raise ValueError(
+            f"method: expected one that prunes a single weight ({', '.join(METHODS)}), got '{name}', which learns the "
+            "masks of a whole model. Use patch.pruning.prune_model."
+        )
+    return METHODS[name]
+
+
+def needs_calibration(name: str) -> bool:
+    """Whether the method reads token ids; raises ValueError for an unknown one."""
+    check_method(name)
+    return name in LEARNED_METHODS or METHODS[name].statistics is not None
+
+
+def reference_method(name: str) -> str:
+    """The method that prunes the unstructured reference of the tile scores: itself, or wanda where it knows only 2:4."""
+    return "wanda" if name in LEARNED_METHODS else name
+
+
+def check_method(name: str) -> None:
+    """Raises ValueError for a name that is no method."""
+    if isinstance(name, str) and (name in METHODS or name in LEARNED_METHODS):
+        return
+    known = ", ".join([*METHODS, *LEARNED_METHODS])
     if name in _NOT_YET:
         raise ValueError(f"method: expected one of {known}, got '{name}' which is not implemented yet. Use sparsegpt.")
     raise ValueError(f"method: expected one of {known}, got {name!r}. Choose one of them.")
