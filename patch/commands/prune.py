@@ -96,6 +96,8 @@ def run(options: Options) -> None:
     options = dataclasses.replace(options, nsamples=options.nsamples or DEFAULT_NSAMPLES.get(options.method, 128))
     needs_text = needs_calibration(options.method)
     prox = _prox_config(options)
+    if prox is not None:
+        options = dataclasses.replace(options, prox=configuration.to_dict(prox))
     if needs_text:
         common.check_text_source(options.data)
     model = common.load_model(options.model, dtype=options.dtype, device=options.device)

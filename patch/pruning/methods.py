@@ -60,7 +60,7 @@ def needs_calibration(name: str) -> bool:
 
 
 def reference_method(name: str) -> str:
-    """The method that prunes the unstructured reference of the tile scores: itself, or wanda where it knows only 2:4."""
+    """The method for the unstructured reference of the tile scores: itself, or wanda where it knows only 2:4."""
     return "wanda" if name in LEARNED_METHODS else name
 
 
