@@ -416,9 +416,14 @@ X = [torch.ones(3, 8)]
 NAN = torch.full((4, 8), math.nan)
 INF = torch.ones(3, 8).index_fill(0, torch.tensor([1]), math.inf)
 BAD = {
-    "unknown method": ((W, "wander"), {}, ValueError, "magnitude, wanda, sparsegpt, got 'wander'"),
+    "unknown method": ((W, "wander"), {}, ValueError, "magnitude, wanda, sparsegpt, prox_sparse, got 'wander'"),
     "thanos": ((W, "thanos"), {}, ValueError, "'thanos' which is not implemented yet. Use sparsegpt"),
-    "prox_sparse": ((W, "prox_sparse"), {}, ValueError, "'prox_sparse' which is not implemented yet"),
+    "prox_sparse": (
+        (W, "prox_sparse"),
+        {},
+        ValueError,
+        "single weight .* got 'prox_sparse', .* Use patch.pruning.prune_model",
+    ),
     "method None": ((W, None), {}, ValueError, "got None. Choose one"),
     "unhashable method": ((W, ["wanda"]), {}, ValueError, r"got \['wanda'\]. Choose one"),
     "unknown pattern": (
