@@ -86,7 +86,7 @@ def test_prox_of_equal_entries_in_closed_form():
     a = torch.tensor([0.02, 0.3, 1.0, 1.15, 1.2, 5.0], dtype=torch.float64)
     w = (torch.sqrt(1 + 4 * a) - 1) / 2
     three = 1.5 * (a - w) ** 2 + w**3 < a**2 / 2
-    assert three.tolist() == [True, True, True, True, False, False]
+    assert three.tolist() == [True, True, True, True, True, False]
     result = prox(torch.stack([a, a, a, torch.zeros_like(a)], dim=1), 1.0)
     for row, value, entry, is_three in zip(result, w, a, three, strict=True):
         expected = [value, value, value, 0.0] if is_three else [entry, entry, 0.0, 0.0]
@@ -94,11 +94,13 @@ def test_prox_of_equal_entries_in_closed_form():
 
 
 def test_prox_where_descent_from_zero_with_full_steps_ends_elsewhere():
-    v = torch.tensor([1.0372346411999949, 1.0237956021644143, 1.021999683327701, 0.8425187874089105]).double()
+    v = torch.tensor(
+        [1.0372346411999949, 1.0237956021644143, 1.021999683327701, 0.8425187874089105], dtype=torch.float64
+    )
     result = prox(v, 1.0)
     assert (result != 0).tolist() == [True, True, True, False]
     assert objective(result, v, 1.0) == pytest.approx(0.8420713, abs=1e-6)
-    assert v[2:].square().sum() / 2 == pytest.approx(0.8771766, abs=1e-6)  # what the two largest alone cost
+    assert v[2:].square().sum() / 2 == pytest.approx(0.8771606, abs=1e-6)  # what the two largest alone cost
 
 
 def test_prox_of_special_values():
@@ -141,11 +143,14 @@ def test_prox_of_other_shapes_dtypes_and_chunks(shape, dtype):
     result = prox(v, 0.4)
     assert torch.equal(v, before)
     assert result.shape == v.shape and result.dtype == dtype
-    assert torch.equal(prox(v, 0.4, chunk_groups=1), result)
+    # How long a group is iterated depends on its neighbours in the chunk, after it has converged to rounding.
+    rounding = 16 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    alone = prox(v, 0.4, chunk_groups=1)
     if dtype.itemsize == 2:
-        assert torch.equal(result, prox(v.float(), 0.4).to(dtype))
+        assert torch.equal(result, alone) and torch.equal(result, prox(v.float(), 0.4).to(dtype))
     else:
-        assert torch.allclose(result.double(), prox(v.double(), 0.4), rtol=0, atol=8 * torch.finfo(dtype).eps)
+        assert torch.allclose(result, alone, rtol=0, atol=rounding)
+        assert torch.allclose(result.double(), prox(v.double(), 0.4), rtol=0, atol=rounding)
     if len(shape) == 2:
         strided = torch.empty(shape[1], shape[0], dtype=dtype).T.copy_(v)
         assert torch.equal(prox(strided, 0.4), result)
@@ -176,7 +181,7 @@ def test_frozen_weight_penalty_and_its_gradient():
         (w / (w0 + (-0.3 if w0 < 0 else 0.3)) * (w - w0)) ** 2
         for w, w0 in zip(weight.flatten().tolist(), original.flatten().tolist(), strict=True)
     )
-    assert float(penalty) == pytest.approx(expected, rel=1e-14)
+    assert penalty.item() == pytest.approx(expected, rel=1e-14)
     penalty.backward()
     with torch.no_grad():
         assert torch.allclose(frozen_weight_gradient(weight, original, 0.3), weight.grad, rtol=1e-12, atol=1e-14)
@@ -235,8 +240,8 @@ def plain_training(model, batches, config):
     first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
     warmup = math.ceil(config.steps * config.warmup_ratio)
     for step, batch in enumerate(batches):
-        logits = model(batch).logits[:, :-1]
-        loss = -logits.log_softmax(-1).gather(-1, batch[:, 1:, None]).mean()
+        logits = model(batch).logits[:, :-1].float()  # as transformers' own loss, in any dtype
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         gradients = list(torch.autograd.grad(loss, weights))
         for i, (weight, original) in enumerate(zip(weights, originals, strict=True)):
             scale = original + config.frozen_epsilon * torch.where(original < 0, -1.0, 1.0)
@@ -422,13 +427,13 @@ def test_settings_are_checked(settings, error, message):
 def test_operators_refuse_other_input():
     with pytest.raises(TypeError, match=r"prox: expected a floating-point tensor .* got a torch.int64 tensor"):
         prox(torch.ones(4, dtype=torch.int64), 0.1)
-    with pytest.raises(TypeError, match="got list. Convert it"):
+    with pytest.raises(TypeError, match=r"got list. Convert it"):
         prox([1.0, 2.0, 3.0, 4.0], 0.1)
     with pytest.raises(ValueError, match=r"prox: expected a last dimension divisible by 4, got shape \(2, 6\). Pad"):
         prox(torch.ones(2, 6), 0.1)
     with pytest.raises(ValueError, match=r"regularizer: expected a last dimension divisible by 4, got shape \(\)"):
         regularizer(torch.tensor(1.0))
-    with pytest.raises(ValueError, match="lam: expected a finite number 0 or more, got -0.1"):
+    with pytest.raises(ValueError, match=r"lam: expected a finite number 0 or more, got -0.1"):
         prox(torch.ones(4), -0.1)
 
 
@@ -461,7 +466,7 @@ def test_bad_input_is_refused_before_any_work(name):
 def test_prune_functions_refuse_what_the_method_cannot_do():
     model = build_tiny_model(**SMALL)
     for settings in ({"pattern": "unstructured"}, {"pattern": "unstructured", "sparsity": 0.3}, {"sparsity": 0.3}):
-        with pytest.raises(ValueError, match="expected pattern 2:4 and sparsity 0.5 for 'prox_sparse'.*Use wanda"):
+        with pytest.raises(ValueError, match=r"expected pattern 2:4 and sparsity 0.5 for 'prox_sparse'.*Use wanda"):
             prune_model(model, "prox_sparse", calibration=ids(), **settings)
     with pytest.raises(ValueError, match="calibration: expected token ids for method 'prox_sparse', got none"):
         prune_model(model, "prox_sparse")
@@ -476,7 +481,9 @@ def test_loss_that_is_not_finite_is_said():
     with torch.no_grad():
         model.model.embed_tokens.weight[ids()[0, 0]] = math.nan
     before = snapshot(model)
-    with pytest.raises(FloatingPointError, match="a finite loss, got nan at step 1 of 400. The model's weights are as"):
+    with pytest.raises(
+        FloatingPointError, match=r"a finite loss, got nan at step 1 of 400. The model's weights are as"
+    ):
         learn_masks(model, ids()[:1], progress=False)
     assert_bits(model, before)
 
@@ -492,7 +499,7 @@ def test_gradient_that_is_not_finite_is_said():
 
     handle = model.model.norm.register_forward_hook(poison)
     before = snapshot(model)
-    with pytest.raises(FloatingPointError, match="a finite gradient, got (nan|inf) at step 3 of 5"):
+    with pytest.raises(FloatingPointError, match=r"a finite gradient, got (nan|inf) at step 3 of 5"):
         learn_masks(model, ids(), ProxSparseConfig(steps=5), progress=False)
     handle.remove()
     assert_bits(model, before)
@@ -501,7 +508,7 @@ def test_gradient_that_is_not_finite_is_said():
 def test_layer_that_is_never_called_is_named():
     model = build_tiny_model(**SMALL)
     model.model.layers[1].spare = nn.Linear(32, 32)
-    with pytest.raises(ValueError, match="layer 'model.layers.1.spare': expected to see calibration inputs, got none"):
+    with pytest.raises(ValueError, match=r"layer 'model.layers.1.spare': expected to see calibration inputs, got none"):
         learn_masks(model, ids(), ProxSparseConfig(steps=1), progress=False)
     assert len(learn_masks(model, ids(), ProxSparseConfig(steps=1), exclude=["*.spare"], progress=False)) == 14
 

@@ -422,7 +422,7 @@ BAD = {
         (W, "prox_sparse"),
         {},
         ValueError,
-        "single weight .* got 'prox_sparse', .* Use patch.pruning.prune_model",
+        "got 'prox_sparse', .* Use patch.pruning.prune_model",
     ),
     "method None": ((W, None), {}, ValueError, "got None. Choose one"),
     "unhashable method": ((W, ["wanda"]), {}, ValueError, r"got \['wanda'\]. Choose one"),

@@ -361,7 +361,7 @@ def _triples(w: Tensor) -> Tensor:
 
 
 def _scale(original: Tensor, epsilon: float) -> Tensor:
-    return original + torch.where(original < 0, -epsilon, epsilon)
+    return torch.where(original < 0, original - epsilon, original + epsilon)
 
 
 def _check_groups(label: str, weight: Tensor) -> None:
