@@ -38,7 +38,7 @@ class ProxSparseConfig:
     """How `learn_masks` trains; checked when made. Defaults are the published ones.
 
     lam              weight of the regulariser in the proximal step; not multiplied by lr. The published value
-                     differs from model to model, see docs/pruning.md
+                     differs from model to model, see docs/proxsparse.md
     lr               peak learning rate of AdamW (betas 0.9 and 0.999, eps 1e-8, no weight decay)
     steps            optimiser steps; samples are read in a new random order each time all were read
     batch_size       samples per step
@@ -242,7 +242,7 @@ def _train(
                     weight.copy_(master)
             if step % _BAR_INTERVAL == 0 or step + 1 == config.steps:
                 share = _violations(masters)
-                bar.set_postfix(loss=f"{float(loss):.4f}", violations=f"{share:.4f}", refresh=False)
+                bar.set_postfix(loss=f"{loss.item():.4f}", violations=f"{share:.4f}", refresh=False)
             bar.update()
     for master, name in zip(masters, weights.values(), strict=True):
         if master not in optimizer.state:
@@ -288,7 +288,7 @@ def _violations(weights: Sequence[Tensor]) -> float:
 def _check_finite(what: str, value: Tensor, step: int, config: ProxSparseConfig) -> None:
     if not torch.isfinite(value):
         raise FloatingPointError(
-            f"ProxSparse: expected a finite {what}, got {float(value)} at step {step + 1} of {config.steps}. The "
+            f"ProxSparse: expected a finite {what}, got {value.item()} at step {step + 1} of {config.steps}. The "
             "model's weights are as before; lower lr, or check the model and the calibration text."
         )
 
