@@ -218,7 +218,7 @@ def _train(
     for weight in weights:
         weight.requires_grad_(True)
         weight.grad = None
-    # A step of lr 1e-4 is below half a unit in the last place of most bf16 weights and would be lost.
+    # A step of 1e-4 is below half a unit in the last place of a bf16 weight above 1/32 and would be lost.
     masters = [weight.detach().to(working_dtype(weight)) for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=config.lr, weight_decay=0.0, fused=True)
     batches = _batches(len(calibration), config)
