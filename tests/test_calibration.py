@@ -95,7 +95,7 @@ def assert_same(model, masks, expected_model, expected_masks):
 
 
 @pytest.mark.parametrize("pattern, sparsity", [("2:4", 0.5), ("unstructured", 0.35)])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_equals_pruning_by_whole_model_runs(tiny_model, arch, method, pattern, sparsity):
     model = build(tiny_model, arch)
