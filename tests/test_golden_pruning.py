@@ -32,15 +32,15 @@ def reference(method, weight, inputs, pattern, sparsity, **options):
     return weight.double() * keep, keep
 
 
-def make_layer(n=12, k=16, *, dead=5, seed=0):
-    """fp32 weight (n, k) and samples of different lengths with correlated channels, one of them always zero."""
+def make_layer(n=12, k=16, *, dead=(5,), seed=0):
+    """fp32 weight (n, k) and samples of different lengths with correlated channels, those in `dead` always zero."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, k, generator=generator)
     mix = torch.eye(k) + torch.randn(k, k, generator=generator) / math.sqrt(k)
     scale = torch.rand(k, generator=generator) * 3 + 0.2
     inputs = [(torch.randn(tokens, k, generator=generator) @ mix) * scale for tokens in (2 * k, k + 3, 3 * k)]
     for x in inputs:
-        x[:, dead] = 0
+        x[:, list(dead)] = 0
     return weight, inputs
 
 
@@ -56,8 +56,10 @@ def test_a_reference_for_every_method():
 
 @pytest.mark.parametrize("pattern, sparsity", PATTERNS)
 @pytest.mark.parametrize("method", METHODS)
-def test_layer(method, pattern, sparsity):
-    weight, inputs = make_layer()
+@pytest.mark.parametrize("dead", [(5,), (4, 5, 6)])
+def test_layer(dead, method, pattern, sparsity):
+    """With three dead channels in a group of four, 2:4 has to keep a weight of one of them."""
+    weight, inputs = make_layer(dead=dead)
     expected, keep = reference(method, weight, inputs, pattern, sparsity)
     pruned = prune_weight(weight.double(), method, pattern=pattern, sparsity=sparsity, inputs=inputs, precision="fp64")
     assert_pruned(pruned, expected, keep)
@@ -160,8 +162,8 @@ def test_thanos_prunes_every_row():
 
 def test_thanos_one_block_is_the_least_error_of_its_mask():
     """With all columns in one block the update is the least-squares optimum of each row."""
-    weight, inputs = make_layer(dead=-1)
-    weight, inputs = weight.double()[:, :-1], [x.double()[:, :-1] for x in inputs]  # no dead channel
+    weight, inputs = make_layer(dead=())
+    weight, inputs = weight.double(), [x.double() for x in inputs]
     pruned = prune_weight(weight, "thanos", pattern="unstructured", inputs=inputs, damping=0)
     h = sum(x.T @ x for x in inputs)
     for new, old, keep in zip(pruned.weight, weight, pruned.keep, strict=True):
