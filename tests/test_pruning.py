@@ -100,7 +100,7 @@ def test_sparsegpt_damping_is_used():
     assert (pruned.weight - usual.weight).abs().max() > 1e-3
 
 
-def test_sparsegpt_loses_less_than_wanda_and_magnitude():
+def test_updating_methods_lose_less_than_wanda_and_magnitude():
     weight, inputs = make_case(32, 64, samples=8)
     x = torch.cat(inputs)
     loss = {
