@@ -1,4 +1,4 @@
-"""Every pruning method that works layer by layer, both patterns, against plain fp64 loops: masks equal, weights within fp64 rounding."""
+"""Layer-wise pruning methods, both patterns, against plain fp64 loops: equal masks, weights to fp64 rounding."""
 
 from __future__ import annotations
 
