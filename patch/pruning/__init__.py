@@ -7,7 +7,7 @@ the method uses.
 
 from __future__ import annotations
 
-from patch.pruning.compensate import COMPENSATIONS, Compensation, compensate
+from patch.pruning.compensation import COMPENSATIONS, Compensation, compensate
 from patch.pruning.methods import METHODS, Method, get_method, prune_weight
 from patch.pruning.model import prune_model
 from patch.pruning.selection import PATTERNS, Pruned, PruneOptions
