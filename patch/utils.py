@@ -41,7 +41,8 @@ from patch.evaluate import (
 from patch.folder import file_sha256, resolve_folder
 from patch.models import apply_keep_masks
 from patch.priors import tile_scores
-from patch.pruning import ProxSparseConfig, check_method, needs_calibration, prune_model, reference_method
+from patch.pruning import ProxSparseConfig, PruneOptions, get_method, prune_model, reference_method
+from patch.pruning.methods import make_options
 from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,9 @@ PRUNE_DEFAULTS: dict[str, Any] = {
     "calibration_dataset": "c4",
     "eval_dataset": "wikitext2",
     "shift_zero_metrics": False,
+    "precision": "fp32",
+    "damping": 0.01,
+    "block_size": None,
     "fine_tune": False,
     "prox_sparse": None,
 }
@@ -97,7 +101,7 @@ def prepare_pruned_model(
         return _apply(model, load_artifact(folder, expect=meta, model=model))
 
     calibration, text_hash = None, None
-    if needs_calibration(args["prune_method"]):
+    if get_method(args["prune_method"]).needs_calibration:
         calibration, text_hash = calibration_windows(
             tokenizer,
             args["calibration_dataset"],
@@ -105,7 +109,8 @@ def prepare_pruned_model(
             seqlen=_seqlen(model),
             seed=seed,
         )
-    options = {"calibration": calibration, "shift_zero_metrics": args["shift_zero_metrics"]}
+    options = {key: args[key] for key in ("shift_zero_metrics", "precision", "damping", "block_size")}
+    options["calibration"] = calibration
     reference = copy.deepcopy(model)
     reference_masks = prune_model(
         reference,
@@ -207,10 +212,14 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(PRUNE_DEFAULTS)):
         raise ValueError(f"prune_args: unknown keys {unknown}; expected only {sorted(PRUNE_DEFAULTS)}")
     args = PRUNE_DEFAULTS | values
-    check_method(args["prune_method"])
-    if args["prune_method"] == "prox_sparse":
+    if get_method(args["prune_method"]).is_learned:
         args["nsamples"] = values.get("nsamples", PROX_SPARSE_NSAMPLES)
         args["prox_sparse"] = _prox_config(args["prox_sparse"])
+        if args["sparsity_type"] != "2:4":
+            raise ValueError(
+                f"prune_args: expected sparsity_type '2:4' for prox_sparse, got {args['sparsity_type']!r}; use wanda "
+                "for an unstructured mask"
+            )
     elif args["prox_sparse"] is not None:
         raise ValueError(
             f"prune_args: expected prox_sparse only with prune_method 'prox_sparse', got it with "
@@ -219,11 +228,6 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     _check_ratio("prune_args['sparsity_ratio']", args["sparsity_ratio"])
     if args["sparsity_type"] not in ("2:4", "unstructured"):
         raise ValueError(f"prune_args: expected sparsity_type '2:4' or 'unstructured', got {args['sparsity_type']!r}")
-    if args["prune_method"] == "prox_sparse" and args["sparsity_type"] != "2:4":
-        raise ValueError(
-            f"prune_args: expected sparsity_type '2:4' for prox_sparse, got {args['sparsity_type']!r}; use wanda for "
-            "an unstructured mask"
-        )
     if args["sparsity_type"] == "2:4" and args["sparsity_ratio"] != 0.5:
         raise ValueError(
             f"prune_args: expected sparsity_ratio 0.5 for 2:4, got {args['sparsity_ratio']}; set it to 0.5"
@@ -239,6 +243,7 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     for key in ("shift_zero_metrics", "fine_tune"):
         if not isinstance(args[key], bool):
             raise TypeError(f"prune_args: expected {key} True or False, got {args[key]!r}")
+    _pruning(args)
     if args["fine_tune"]:
         raise ValueError(
             "prune_args: fine_tune is not available; mask learning starts from the dense weights, so it "
@@ -265,6 +270,15 @@ def _prox_config(given: Any) -> ProxSparseConfig:
     if not isinstance(given, Mapping):
         raise TypeError(f"prune_args: expected prox_sparse as a dict or ProxSparseConfig, got {type(given).__name__}")
     return configuration.build(ProxSparseConfig, given, prefix="prox_sparse.")
+
+
+def _pruning(args: Mapping[str, Any]) -> PruneOptions:
+    """Checked options of the pruning itself, with the method's block size where none is given."""
+    keys = ("sparsity_type", "sparsity_ratio", "block_size", "damping", "shift_zero_metrics", "precision")
+    try:
+        return make_options(get_method(args["prune_method"]), *(args[key] for key in keys))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"prune_args: {error}") from error
 
 
 def _tile(size: Any) -> tuple[int, int]:
@@ -297,7 +311,7 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
     }
     if args["prox_sparse"] is not None:
         meta["prox_sparse"] = dataclasses.asdict(args["prox_sparse"])
-    if needs_calibration(method):
+    if get_method(method).needs_calibration:
         source = args["calibration_dataset"]
         named = os.fspath(source) in NAMED_SETS
         meta |= {
@@ -306,7 +320,10 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
             "seqlen": _seqlen(model),
             "seed": seed,
             "shift_zero_metrics": args["shift_zero_metrics"],
+            "precision": args["precision"],
         }
+    if get_method(method).updates_weights:
+        meta |= {"damping": args["damping"], "block_size": _pruning(args).block_size}
     return meta
 
 

@@ -1,4 +1,4 @@
-"""`patch-llm prune`: one-shot pruning; writes the masks (and updated weights) as an artifact."""
+"""`patch-llm prune`: one-shot pruning and ProxSparse; writes the masks (and updated weights) as an artifact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from patch.pruning import ProxSparseConfig
 
 NAME = "prune"
-SUMMARY = "prune a model (magnitude, Wanda, SparseGPT, ProxSparse)"
+SUMMARY = "prune a model one-shot (magnitude, Wanda, SparseGPT, Thanos) or by ProxSparse"
 EXAMPLES = """\
 examples:
   patch-llm prune --model ./llama --method wanda --data calibration.txt --out wanda
@@ -43,7 +43,7 @@ class Options:
 
     model: str = setting(help=common.MODEL_HELP, metavar="MODEL")
     out: Path = setting(help="folder to write", metavar="DIR")
-    method: str = setting("wanda", "magnitude, wanda, sparsegpt or prox_sparse (default wanda)", metavar="METHOD")
+    method: str = setting("wanda", "magnitude, wanda (default), sparsegpt, thanos or prox_sparse", metavar="METHOD")
     pattern: Literal["2:4", "unstructured"] = setting(
         "2:4", "2:4 keeps two of four consecutive weights; or unstructured", metavar="PATTERN"
     )
@@ -57,6 +57,13 @@ class Options:
     )
     tile: tuple[int, int] = setting((128, 128), "rows,columns of a scored tile (default 128,128)", metavar="R,C")
     shift_zero_metrics: bool = setting(False, "Wanda: raise the statistics of inputs that are always zero")
+    precision: Literal["fp32", "fp64"] = setting("fp32", "of scores, statistics and updates", metavar="P")
+    damping: float = setting(
+        0.01, "SparseGPT, Thanos: share of the mean diagonal added to the Hessian (default 0.01)", metavar="SHARE"
+    )
+    block_size: int | None = setting(
+        None, "SparseGPT, Thanos: columns treated at once (default 128; 512 for Thanos 2:4)", metavar="N"
+    )
     exclude: tuple[str, ...] = setting((), "layers to leave dense, as patterns such as '*.k_proj'", metavar="A,B")
     seed: int = setting(0, "seed of the calibration samples (default 0)", metavar="N")
     dtype: str = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
@@ -91,17 +98,27 @@ def run(options: Options) -> None:
     out = common.check_new_folder(options.out, overwrite=options.overwrite, what="result")
     from patch.checkpoint import config_fingerprint, save_artifact
     from patch.models import maskable_linears, measured_sparsity
-    from patch.pruning import needs_calibration, prune_model
+    from patch.pruning import get_method, prune_model
+    from patch.pruning.methods import make_options
 
+    method = get_method(options.method)
+    pruning = make_options(
+        method,
+        options.pattern,
+        options.sparsity,
+        options.block_size,
+        options.damping,
+        options.shift_zero_metrics,
+        options.precision,
+    )
     options = dataclasses.replace(options, nsamples=options.nsamples or DEFAULT_NSAMPLES.get(options.method, 128))
-    needs_text = needs_calibration(options.method)
     prox = _prox_config(options)
     if prox is not None:
         options = dataclasses.replace(options, prox=configuration.to_dict(prox))
-    if needs_text:
+    if method.needs_calibration:
         common.check_text_source(options.data)
     model = common.load_model(options.model, dtype=options.dtype, device=options.device)
-    calibration, text_sha256 = _calibration(options, model) if needs_text else (None, None)
+    calibration, text_sha256 = _calibration(options, model) if method.needs_calibration else (None, None)
     # The reference is made from the dense model, so before that is pruned.
     scores = None if options.target_sparsity is None else _tile_scores(options, model, calibration)
     masks = prune_model(
@@ -113,7 +130,7 @@ def run(options: Options) -> None:
         **_shared(options, calibration),
     )
     linears = maskable_linears(model, options.exclude)
-    weights = {name: linear.weight for name, linear in linears.items()} if options.method == "sparsegpt" else None
+    weights = {name: linear.weight for name, linear in linears.items()} if method.updates_weights else None
     meta = common.provenance(
         options.data if calibration is not None else None,
         text_sha256,
@@ -128,8 +145,11 @@ def run(options: Options) -> None:
         nsamples=options.nsamples,
         seqlen=None if calibration is None else calibration.shape[1],
         shift_zero_metrics=options.shift_zero_metrics,
+        precision=options.precision,
+        damping=options.damping,
+        block_size=pruning.block_size,
         exclude=options.exclude,
-        **({} if prox is None else {"prox": dataclasses.asdict(prox)}),
+        **({} if prox is None else {"prox": options.prox}),
     )
     resolved = dump_yaml(options, header="patch-llm prune --config THIS_FILE")
     save_artifact(out, masks, meta=meta, tile_scores=scores, weights=weights, extra={RESOLVED_NAME: resolved})
@@ -196,5 +216,8 @@ def _shared(options: Options, calibration: Tensor | None) -> dict[str, Any]:
     return {
         "calibration": calibration,
         "shift_zero_metrics": options.shift_zero_metrics,
+        "precision": options.precision,
+        "damping": options.damping,
+        "block_size": options.block_size,
         "exclude": options.exclude,
     }

@@ -1,4 +1,4 @@
-"""Pruning: magnitude, Wanda and SparseGPT for one weight or a whole model, ProxSparse for a whole model.
+"""Pruning: magnitude, Wanda, SparseGPT and Thanos for one weight or a whole model, ProxSparse for a whole model.
 
 A method is one module with a function `prune(weight, statistics, options) -> Pruned` and, if it needs
 calibration data, a class `Statistics` that takes a layer's inputs one sample at a time and keeps only what
@@ -7,17 +7,8 @@ the method uses.
 
 from __future__ import annotations
 
-from patch.pruning.compensate import COMPENSATIONS, Compensation, compensate
-from patch.pruning.methods import (
-    LEARNED_METHODS,
-    METHODS,
-    Method,
-    check_method,
-    get_method,
-    needs_calibration,
-    prune_weight,
-    reference_method,
-)
+from patch.pruning.compensation import COMPENSATIONS, Compensation, compensate
+from patch.pruning.methods import LEARNED_METHODS, METHODS, Method, get_method, prune_weight, reference_method
 from patch.pruning.model import prune_model
 from patch.pruning.proxsparse import ProxSparseConfig
 from patch.pruning.selection import PATTERNS, Pruned, PruneOptions
@@ -32,10 +23,8 @@ __all__ = [
     "ProxSparseConfig",
     "PruneOptions",
     "Pruned",
-    "check_method",
     "compensate",
     "get_method",
-    "needs_calibration",
     "prune_model",
     "prune_weight",
     "reference_method",

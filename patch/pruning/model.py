@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from patch.calibration import check_calibration, placed
 from patch.models import apply_keep_masks, decoder_blocks, maskable_linears, set_keep_mask
-from patch.pruning.methods import LEARNED_METHODS, Method, get_method, make_options
+from patch.pruning.methods import Method, get_method, make_options
 from patch.pruning.proxsparse import ProxSparseConfig, learn_masks
 from patch.pruning.selection import PruneOptions, check_weight
 from patch.pruning.sequential import check_device, store, update_blocks
@@ -41,7 +41,7 @@ def prune_model(
 
     method       of `prune_weight`, or "prox_sparse", which trains the whole model and knows only 2:4: see
                  `patch.pruning.proxsparse.learn_masks`. Its masks are applied to the original weights.
-    calibration  (samples, seqlen) int64 token ids, read by all methods but magnitude.
+    calibration  (samples, seqlen) int64 token ids, read by all but magnitude.
     prox         how prox_sparse trains; None: the published defaults.
     exclude      fnmatch patterns over names of layers that stay dense.
     device       where each block (prox_sparse: the model) is put while it is worked on; None: where it is.
@@ -49,24 +49,27 @@ def prune_model(
     Train/eval state, `use_cache` and hooks are as before afterwards, also after an exception; layers that
     were pruned by then stay pruned and have their mask. Source: the sequential scheme of SparseGPT and Wanda.
     """
-    if method in LEARNED_METHODS:
-        if pattern != "2:4" or sparsity != 0.5:
-            raise ValueError(
-                f"method: expected pattern 2:4 and sparsity 0.5 for '{method}', whose regulariser knows no other, got "
-                f"{pattern} and {sparsity}. Use wanda for an unstructured mask."
-            )
-        masks = learn_masks(
-            model, _required(calibration, method), prox, exclude=exclude, device=device, progress=progress
+    chosen = get_method(method)
+    options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
+    if chosen.needs_calibration and calibration is None:
+        raise ValueError(
+            f"calibration: expected token ids for method '{method}', got none. Pass windows of (samples, "
+            "seqlen) token ids, or use method='magnitude'."
         )
+    if chosen.is_learned:
+        if pattern != "2:4":
+            raise ValueError(
+                f"pattern: expected 2:4 for method '{method}', whose regulariser knows no other, got {pattern}. Use "
+                "wanda for an unstructured mask."
+            )
+        masks = learn_masks(model, calibration, prox, exclude=exclude, device=device, progress=progress)
         apply_keep_masks(model, masks, exclude=exclude)
         return {name: model.get_submodule(name).keep_mask for name in masks}
     if prox is not None:
         raise ValueError(f"prox: expected None for method '{method}', got settings of prox_sparse. Leave it out.")
-    chosen = get_method(method)
-    options = make_options(pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     linears = maskable_linears(model, exclude)
     if chosen.statistics is not None:
-        check_calibration(model, _required(calibration, method))
+        check_calibration(model, calibration)
         decoder_blocks(model)
     check_device(device)
     for name, linear in linears.items():
@@ -91,15 +94,6 @@ def prune_model(
             bar_options=bar_options,
         )
     return {name: linear.keep_mask for name, linear in linears.items()}
-
-
-def _required(calibration: torch.Tensor | None, method: str) -> torch.Tensor:
-    if calibration is None:
-        raise ValueError(
-            f"calibration: expected token ids for method '{method}', got none. Pass windows of (samples, "
-            "seqlen) token ids, or use method='magnitude'."
-        )
-    return calibration
 
 
 @torch.no_grad()
