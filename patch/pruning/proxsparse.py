@@ -111,8 +111,8 @@ def prox(v: Tensor, lam: float, *, chunk_groups: int = _CHUNK_GROUPS) -> Tensor:
     result = torch.empty_like(groups)
     for part, out in zip(groups.split(chunk_groups), result.split(chunk_groups), strict=True):
         z = part.T.to(working_dtype(v)).abs().contiguous()
-        w = _descend(z, lam, torch.zeros_like(z))
         hard = lam * z.amax(0) >= 1 / 6
+        w = _descend(z.masked_fill(hard, 0), lam, torch.zeros_like(z))
         if hard.any():
             w[:, hard] = _best_of_candidates(z[:, hard], lam)
         out.copy_(w.T.copysign(part))
