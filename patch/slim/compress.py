@@ -169,13 +169,20 @@ def restore_compression(
     """Give a masked model the adapters of an artifact and mark its layers as compressed with `settings`.
 
     settings  CompressOptions.as_dict(), or None for an artifact of an uncompressed model
+    raises    ValueError before any change when the settings are not those of this version.
     """
+    try:
+        options = None if settings is None else CompressOptions(**settings)
+    except TypeError as error:
+        raise ValueError(
+            f"compression: expected the settings of CompressOptions, got others ({error}). The artifact was made by "
+            "another version; compress again."
+        ) from None
     for name, (left, right) in stored.items():
         layer = attach_adapter(model, name, left.shape[1])
         layer.lora_left.copy_(left)
         layer.lora_right.copy_(right)
-    if settings is not None:
-        options = CompressOptions(**settings)
+    if options is not None:
         for linear in maskable_linears(model).values():
             if isinstance(getattr(linear, "keep_mask", None), Tensor):
                 linear.compression = options

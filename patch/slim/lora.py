@@ -58,6 +58,15 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model with adapters, for formats that hold weights only and would leave them out."""
+    if adapted := adapted_layers(model):
+        raise ValueError(
+            f"{next(iter(adapted))}: expected a layer without adapters, {len(adapted)} layers have some and model folders "
+            "do not hold them. Keep the artifact, or compress without lora_rank."
+        )
+
+
 def attach_adapter(model: nn.Module, name: str, rank: int) -> AdaptedLinear:
     """Put a layer with an adapter of zeros in the place of the layer `name`."""
     adapted = AdaptedLinear.from_linear(model.get_submodule(name), rank)

@@ -73,7 +73,8 @@ def quantize_weight(
         limit = clipping_value(kept if keep is None else kept[keep], bits).reshape(1, 1)
     else:
         limit = groups.abs().amax(dim=_axis(block, along_rows), keepdim=True)
-    scale = (2 ** (bits - 1) - 1) / limit
+    # A tensor divided by a tensor: number / tensor is a product with the reciprocal, one rounding more.
+    scale = torch.full_like(limit, 2 ** (bits - 1) - 1) / limit
     scale = scale.masked_fill(~scale.isfinite(), 1)  # all zeros, or too small for the reciprocal
     rounded = (groups * scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     restored = (rounded / scale).reshape(kept.shape)
