@@ -19,6 +19,8 @@ PROGRAM = "patch-llm"
 COMMANDS = {
     "prune": "patch.commands.prune",
     "learn": "patch.commands.learn",
+    "compress": "patch.commands.compress",
+    "fine-tune": "patch.commands.fine_tune",
     "export": "patch.commands.export",
     "eval": "patch.commands.evaluate",
     "generate": "patch.commands.generate",

@@ -98,13 +98,16 @@ def test_pruned_weights_have_no_part_in_the_gradient(tiny_model):
 
 
 def test_small_steps_are_not_lost_in_bf16(tiny_model):
+    """Weights above 2^-5 have a spacing of 2^-12 or more in bf16: a step of 2e-5 alone would be rounded away."""
     model = masked(tiny_model, {"lora_rank": 0.1}, dtype=torch.bfloat16)
     before, dtypes = state(model), [parameter.dtype for parameter in model.parameters()]
-    fine_tune(model, blocks(), FineTuneOptions(**QUICK | {"lr": 1e-4, "epochs": 4}), progress=False)
+    fine_tune(model, blocks(), FineTuneOptions(**QUICK | {"lr": 2e-5, "epochs": 6}), progress=False)
     assert dtypes == [parameter.dtype for parameter in model.parameters()]
     for name, keep in keep_masks(model).items():
         weight = model.get_submodule(name).weight
-        assert not weight[~keep].any() and not torch.equal(weight, before[f"{name}.weight"])
+        large = keep & (weight.abs() > 2**-5)
+        assert not weight[~keep].any()
+        assert (weight != before[f"{name}.weight"])[large].float().mean() > 0.2
 
 
 @pytest.mark.parametrize("settings", [None, {"lora_rank": 0.1}])
@@ -202,7 +205,7 @@ def test_quantised_weights_alone_cannot_be_trained(tiny_model):
     [
         ({"lr": 0}, ValueError, "lr: expected a number above 0, got 0"),
         ({"lr": "1e-5"}, TypeError, "lr: expected float, got '1e-5'. The default is 1e-05"),
-        ({"lr": -1.0}, ValueError, "lr: expected 1 or more, got -1.0"),
+        ({"lr": -1.0}, ValueError, "lr: expected 0 or more, got -1.0"),
         ({"epochs": 0}, ValueError, "epochs: expected 1 or more, got 0"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps: expected 0 or more, got -1"),
         ({"grad_checkpoint": 1}, TypeError, "grad_checkpoint: expected bool, got 1"),

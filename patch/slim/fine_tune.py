@@ -70,8 +70,8 @@ class FineTuneOptions:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not (number if kind is float else type(value) is kind):
                 raise TypeError(f"{field.name}: expected {kind.__name__}, got {value!r}. The default is {field.default!r}.")
-            least = 0 if field.name in ("weight_decay", "warmup_steps", "seed") else 1
-            if kind is int and value < least or kind is float and value < 0:
+            least = 0 if kind is float or field.name in ("warmup_steps", "seed") else 1
+            if kind is not bool and value < least:
                 raise ValueError(f"{field.name}: expected {least} or more, got {value}. The default is {field.default}.")
         if self.lr == 0:
             raise ValueError("lr: expected a number above 0, got 0. The published one is 1e-5.")
