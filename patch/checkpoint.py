@@ -134,7 +134,9 @@ def save_artifact(
         if updated:
             save_file({f"{name}.weight": _plain(weight) for name, weight in updated.items()}, directory / WEIGHTS)
         if adapters:
-            parts = {f"{n}.{side}": _plain(p) for n, pair in adapters.items() for side, p in zip(_SIDES, pair, strict=True)}
+            parts = {
+                f"{n}.{side}": _plain(p) for n, pair in adapters.items() for side, p in zip(_SIDES, pair, strict=True)
+            }
             save_file(parts, directory / ADAPTERS)
         for name, content in (extra or {}).items():
             (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -332,7 +334,10 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _check_expectations(folder: Path, meta: dict[str, Any], expect: Mapping[str, Any]) -> None:
-    for key, wanted in _check_meta(dict(expect)).items():
+    checked = _check_meta(dict(expect))
+    # In the caller's order: another method is named before the settings that differ because of it.
+    for key in expect:
+        wanted = checked[key]
         if wanted is not None and meta.get(key) != wanted:
             raise ValueError(
                 f"{folder}: expected {key} = {wanted!r}, the artifact was made with {key} = "

@@ -19,6 +19,7 @@ PROGRAM = "patch-llm"
 COMMANDS = {
     "prune": "patch.commands.prune",
     "learn": "patch.commands.learn",
+    "compensate": "patch.commands.compensate",
     "compress": "patch.commands.compress",
     "fine-tune": "patch.commands.fine_tune",
     "export": "patch.commands.export",

@@ -305,5 +305,7 @@ def test_energy_is_asked_for_and_two_of_four_adapters_need_fitting_layers():
     weight, keep, _ = layer()
     with pytest.raises(ValueError, match="energy: expected the input energies for slim_lora"):
         compress_weight(weight, keep, CompressOptions(**ADAPTED))
-    with pytest.raises(ValueError, match="odd: expected in_features divisible by 4 to prune its left adapter 2:4, got 6"):
+    with pytest.raises(
+        ValueError, match="odd: expected in_features divisible by 4 to prune its left adapter 2:4, got 6"
+    ):
         CompressOptions(prune_lora=True, **ADAPTED).check_shape((8, 6), "odd")

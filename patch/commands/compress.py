@@ -44,7 +44,9 @@ class Options:
     weight_tile_size: int = setting(256, "weights in a group (default 256)", metavar="N")
     column_wise_grouping: bool = setting(False, "groups along a row of the weight; off: along a column")
     scale_important_weights: bool = setting(False, "round the 1 %% of columns that matter most more finely")
-    lora_rank: float = setting(0.0, "rank of adapters as a share of the layer's smaller size (default none)", metavar="R")
+    lora_rank: float = setting(
+        0.0, "rank of adapters as a share of the layer's smaller size (default none)", metavar="R"
+    )
     slim_lora: bool = setting(True, "weigh the adapters' error by the inputs (needs --data)")
     prune_lora: bool = setting(False, "2:4 sparse left adapters")
     quantize_lora: bool = setting(False, "quantise the adapters in groups of --lora-tile-size")
@@ -111,7 +113,9 @@ def run(options: Options) -> None:
     )
     mean = sum(errors.values()) / len(errors)
     print(f"compressed {len(errors)} layers: relative error {mean:.4f} on average, {max(errors.values()):.4f} at most")
-    common.print_written(out, "the compressed weights", f"patch-llm eval --model {options.model} --masks {out} --data TEXT")
+    common.print_written(
+        out, "the compressed weights", f"patch-llm eval --model {options.model} --masks {out} --data TEXT"
+    )
 
 
 def on_interrupt(options: Options) -> str:

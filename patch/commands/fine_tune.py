@@ -122,7 +122,9 @@ def _check_out(options: Options) -> None:
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out: expected a folder, {options.out} is a file. Choose another --out.")
     if (options.out / RESULT).exists() and options.resume:
-        raise ValueError(f"--resume: expected an unfinished run, {options.out / RESULT} is complete. Use it as --masks.")
+        raise ValueError(
+            f"--resume: expected an unfinished run, {options.out / RESULT} is complete. Use it as --masks."
+        )
     earlier = [RESULT] if (options.out / RESULT).exists() else []
     earlier += sorted(path.name for path in options.out.glob("checkpoint-*"))
     if earlier and not (options.resume or options.overwrite):

@@ -159,7 +159,9 @@ def compress_model(
 
 def adapters(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """{layer name: (L, R)} of a compressed model, as an artifact stores them."""
-    return {name: (layer.lora_left.detach(), layer.lora_right.detach()) for name, layer in adapted_layers(model).items()}
+    return {
+        name: (layer.lora_left.detach(), layer.lora_right.detach()) for name, layer in adapted_layers(model).items()
+    }
 
 
 @torch.no_grad()

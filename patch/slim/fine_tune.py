@@ -69,10 +69,14 @@ class FineTuneOptions:
             value, kind = getattr(self, field.name), type(field.default)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not (number if kind is float else type(value) is kind):
-                raise TypeError(f"{field.name}: expected {kind.__name__}, got {value!r}. The default is {field.default!r}.")
+                raise TypeError(
+                    f"{field.name}: expected {kind.__name__}, got {value!r}. The default is {field.default!r}."
+                )
             least = 0 if kind is float or field.name in ("warmup_steps", "seed") else 1
             if kind is not bool and value < least:
-                raise ValueError(f"{field.name}: expected {least} or more, got {value}. The default is {field.default}.")
+                raise ValueError(
+                    f"{field.name}: expected {least} or more, got {value}. The default is {field.default}."
+                )
         if self.lr == 0:
             raise ValueError("lr: expected a number above 0, got 0. The published one is 1e-5.")
         if self.batch_size % self.local_batch_size:
@@ -173,11 +177,7 @@ def trained_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     chosen: dict[str, list[nn.Parameter]] = {}
     for name in masks:
         layer = model.get_submodule(name)
-        if layer.weight.dtype not in _DTYPES:
-            raise TypeError(
-                f"layer '{name}': expected fp32, bf16 or fp64 weights, got {layer.weight.dtype}. Load the model with "
-                "dtype=torch.bfloat16."
-            )
+        check_trainable(layer.weight, f"layer '{name}'")
         made = getattr(layer, "compression", None)
         parameters = [] if made is not None and made.quantize_weight else [layer.weight]
         # 2:4 or quantised adapters would lose that; they are used as they are.
@@ -191,6 +191,14 @@ def trained_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
             "compress with lora_rank and without quantize_lora and prune_lora."
         )
     return chosen
+
+
+def check_trainable(weight: Tensor, label: str) -> None:
+    """Refuse a weight in a dtype that is not trained; `label` names it in the message."""
+    if weight.dtype not in _DTYPES:
+        raise TypeError(
+            f"{label}: expected fp32, bf16 or fp64 weights, got {weight.dtype}. Load the model with dtype=torch.bfloat16."
+        )
 
 
 class _MaskedTrainer(Trainer):

@@ -52,7 +52,12 @@ class CompressOptions:
         check_block(self.weight_tile_size, "weight_tile_size")
         check_block(self.lora_tile_size, "lora_tile_size")
         rank = self.lora_rank
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank) or not 0 <= rank <= 1:
+        if (
+            isinstance(rank, bool)
+            or not isinstance(rank, (int, float))
+            or not math.isfinite(rank)
+            or not 0 <= rank <= 1
+        ):
             raise ValueError(
                 f"lora_rank: expected a share of the layer's smaller size, 0 to 1, got {rank!r}. The usual one is 0.1."
             )
@@ -75,7 +80,9 @@ class CompressOptions:
         }
         for name, (needed, is_set) in needs.items():
             if getattr(self, name) and not is_set:
-                raise ValueError(f"{name}: expected {needed} to be set as well, got {getattr(self, needed)!r}. Set both.")
+                raise ValueError(
+                    f"{name}: expected {needed} to be set as well, got {getattr(self, needed)!r}. Set both."
+                )
 
     @property
     def is_active(self) -> bool:

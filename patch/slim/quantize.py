@@ -157,7 +157,9 @@ def _grouped(weight: Tensor, block: int | None, along_rows: bool) -> Tensor:
     if block is None:
         return weight
     rows, columns = weight.shape
-    return weight.reshape(rows, columns // block, block) if along_rows else weight.reshape(rows // block, block, columns)
+    return (
+        weight.reshape(rows, columns // block, block) if along_rows else weight.reshape(rows // block, block, columns)
+    )
 
 
 def _axis(block: int | None, along_rows: bool) -> int | tuple[int, int]:
