@@ -293,7 +293,7 @@ def test_prepare_pruned_model_compresses_and_loads_again(tmp_path, arguments, se
     for name, keep in keep_masks(third).items():
         assert torch.equal(keep, masks[name])
         assert torch.equal(third.get_submodule(name).distribution_scores, plain.get_submodule(name).distribution_scores)
-    for other in ({}, settings | {"lora_rank": 0.2}):
+    for other in ({}, settings | {"bitwidth": 5}):
         with pytest.raises(ValueError, match=r"expected (a result without )?compression"):
             other = arguments | {"prune_method": settings["prune_method"]} | other
             prepare_pruned_model(small_model(), build_byte_tokenizer(), tmp_path / "c", other, TILE, 0.35)

@@ -124,7 +124,7 @@ def test_resumed_is_uninterrupted(tiny_model, tmp_path, settings):
     parts = masked(tiny_model, settings)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(parts, blocks(), options, output_dir=tmp_path / "parts", progress=False, callbacks=[Stop()])
-    with pytest.raises(ValueError, match="output_dir: expected no earlier run, .* has checkpoints"):
+    with pytest.raises(ValueError, match=r"output_dir: expected no earlier run, .* has checkpoints"):
         fine_tune(parts, blocks(), options, output_dir=tmp_path / "parts", progress=False)
     again = masked(tiny_model, settings)
     result = fine_tune(again, blocks(), options, output_dir=tmp_path / "parts", resume=True, progress=False)

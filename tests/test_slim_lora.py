@@ -124,7 +124,7 @@ def test_quantised_adapters_have_few_values_in_each_group():
 def test_a_pruned_left_adapter_is_two_of_four_and_readjusted():
     weight, keep, energy = layer(24, 32)
     options = CompressOptions(prune_lora=True, **ADAPTED)
-    left, right = make_adapter(weight.masked_fill(keep, 0), options, energy)
+    left, _ = make_adapter(weight.masked_fill(keep, 0), options, energy)
     assert (left.ne(0).T.reshape(-1, 4).sum(1) <= 2).all() and left.any()
     made = compress_weight(weight, keep, options, energy=energy)
     assert made.error < compress_weight(weight, keep, CompressOptions(**QUANTIZED, bitwidth=8), energy=energy).error

@@ -135,7 +135,7 @@ def test_important_columns_are_rounded_more_finely():
     plain, scaled = (quantize_weight(weight, clip=False, column_factor=f) for f in (None, factor))
     limit = max(weight.abs().max().item(), 2 * weight[:, [5, 17, 200]].abs().max().item())
     assert scaled.scale.item() == 7 / limit
-    codes, expected = absmax_reference((weight * factor).numpy(), 7 / limit, 4)
+    _, expected = absmax_reference((weight * factor).numpy(), 7 / limit, 4)
     np.testing.assert_array_equal(scaled.weight.numpy(), expected / factor.numpy())
     columns = factor == 2
     lost = [(made.weight - weight)[:, columns].square().sum() for made in (plain, scaled)]

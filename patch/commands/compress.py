@@ -85,8 +85,8 @@ def run(options: Options) -> None:
     artifact = common.load_masks(options.masks, model)
     if artifact.meta.get("compression") is not None:
         raise ValueError(
-            f"--masks: expected masks that are not compressed yet, {options.masks} is a result of compress. Give what it "
-            "was made from."
+            f"--masks: expected masks that are not compressed yet, {options.masks} is a result of compress. Give what "
+            "it was made from."
         )
     calibration, text_sha256 = _calibration(options, model) if settings.needs_calibration else (None, None)
     errors = compress_model(

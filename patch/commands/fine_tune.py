@@ -129,8 +129,8 @@ def _check_out(options: Options) -> None:
     earlier += sorted(path.name for path in options.out.glob("checkpoint-*"))
     if earlier and not (options.resume or options.overwrite):
         raise ValueError(
-            f"--out: expected no earlier run, {options.out} has {', '.join(earlier[:4])}. Use --resume, replace it with "
-            "--overwrite, or choose another --out."
+            f"--out: expected no earlier run, {options.out} has {', '.join(earlier[:4])}. Use --resume, replace it "
+            "with --overwrite, or choose another --out."
         )
 
 

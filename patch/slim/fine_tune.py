@@ -89,8 +89,8 @@ class FineTuneOptions:
         """Optimiser steps for a number of blocks; what does not fill a batch is left out."""
         if blocks < self.batch_size:
             raise ValueError(
-                f"blocks: expected at least batch_size = {self.batch_size}, got {blocks}. Give more text, shorter blocks "
-                "or a smaller batch_size."
+                f"blocks: expected at least batch_size = {self.batch_size}, got {blocks}. Give more text, shorter "
+                "blocks or a smaller batch_size."
             )
         return blocks // self.batch_size * self.epochs
 
@@ -197,7 +197,8 @@ def check_trainable(weight: Tensor, label: str) -> None:
     """Refuse a weight in a dtype that is not trained; `label` names it in the message."""
     if weight.dtype not in _DTYPES:
         raise TypeError(
-            f"{label}: expected fp32, bf16 or fp64 weights, got {weight.dtype}. Load the model with dtype=torch.bfloat16."
+            f"{label}: expected fp32, bf16 or fp64 weights, got {weight.dtype}. Load the model with "
+            "dtype=torch.bfloat16."
         )
 
 
@@ -209,8 +210,8 @@ class _MaskedTrainer(Trainer):
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"step {self.state.global_step + 1}: expected a finite loss, got {loss.item()}. The weights of the step "
-                "before are unharmed; lower lr, or check the data and weights."
+                f"step {self.state.global_step + 1}: expected a finite loss, got {loss.item()}. The weights of the "
+                "step before are unharmed; lower lr, or check the data and weights."
             )
         return result
 
@@ -296,8 +297,8 @@ def _arguments(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if options.batch_size % (options.local_batch_size * processes):
         raise ValueError(
-            f"batch_size: expected a multiple of local_batch_size * processes = {options.local_batch_size} * {processes}, "
-            f"got {options.batch_size}. Change one of them."
+            f"batch_size: expected a multiple of local_batch_size * processes = {options.local_batch_size} * "
+            f"{processes}, got {options.batch_size}. Change one of them."
         )
     arguments = TrainingArguments(
         output_dir=str(folder),

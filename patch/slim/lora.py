@@ -62,8 +62,8 @@ def refuse_adapters(model: nn.Module) -> None:
     """Refuse a model with adapters, for formats that hold weights only and would leave them out."""
     if adapted := adapted_layers(model):
         raise ValueError(
-            f"{next(iter(adapted))}: expected a layer without adapters, {len(adapted)} layers have some and model folders "
-            "do not hold them. Keep the artifact, or compress without lora_rank."
+            f"{next(iter(adapted))}: expected a layer without adapters, {len(adapted)} layers have some and model "
+            "folders do not hold them. Keep the artifact, or compress without lora_rank."
         )
 
 
