@@ -194,6 +194,12 @@ def test_wrong_arguments_are_refused_before_any_work(tiny_model, change, argumen
     assert all(torch.equal(before[name], tensor) for name, tensor in state(model).items())
 
 
+def test_a_batch_must_divide_among_the_processes(tiny_model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"batch_size: expected a multiple of local_batch_size \* processes = 4 \* 3"):
+        fine_tune(masked(tiny_model), blocks(), FineTuneOptions(**QUICK), progress=False)
+
+
 def test_quantised_weights_alone_cannot_be_trained(tiny_model):
     model = masked(tiny_model, {"quantize_weight": True})
     with pytest.raises(ValueError, match="expected weights or adapters to train, got quantised ones only"):

@@ -200,7 +200,8 @@ def _check_model(
     """The layers to compress."""
     if not options.is_active:
         raise ValueError("options: expected quantize_weight or a lora_rank above 0, got neither. Set one of them.")
-    if compressed := [name for name, module in model.named_modules() if hasattr(module, "compression")]:
+    made = ((name, getattr(module, "compression", None)) for name, module in model.named_modules())
+    if compressed := [name for name, options in made if isinstance(options, CompressOptions)]:
         raise ValueError(f"layer '{compressed[0]}': expected a model that is not compressed yet. Load it again.")
     linears = check_keep_masks(model, masks, [name for name in maskable_linears(model) if name not in masks])
     for name, linear in linears.items():

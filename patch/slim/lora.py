@@ -17,6 +17,7 @@ from patch.slim.options import CompressOptions
 from patch.slim.quantize import quantize_weight
 
 ADAPTER_DTYPE = torch.bfloat16
+ADAPTER_KEYS = (".lora_left", ".lora_right")
 _PRUNING_STEPS = 100
 # Share of the mean diagonal that keeps the systems of pruned adapters regular (rank padding is all zeros).
 _RIDGE = 1e-10
