@@ -91,6 +91,15 @@ def test_eval_puts_it_on_the_dense_model(work, capsys):
     assert not load_artifact(work / "bare").adapters
 
 
+def test_quantised_weights_without_adapters_are_exported_as_they_are(work):
+    assert compress(work, "--quantize-weight", "--no-slim-quant", out="absmax") == 0
+    flags = ["--format", "dense", "--dtype", "auto", "--out", work / "dense"]
+    assert call("export", "--model", work / "model", "--masks", work / "absmax", *flags) == 0
+    assert same_states(common.load_model(str(work / "dense")), restored(work, "absmax"))
+    status = call("export", "--model", work / "model", "--masks", work / "slim", "--out", work / "refused")
+    assert status == 2 and not (work / "refused").exists()
+
+
 def test_updated_weights_are_what_is_compressed(work):
     assert compress(work, "--lora-rank", "0.1", "--no-slim-lora", masks="gpt", out="gpt-slim") == 0
     before, after = load_artifact(work / "gpt"), load_artifact(work / "gpt-slim")
