@@ -110,10 +110,13 @@ def test_small_steps_are_not_lost_in_bf16(tiny_model):
         assert (weight != before[f"{name}.weight"])[large].float().mean() > 0.2
 
 
-@pytest.mark.parametrize("settings", [None, {"lora_rank": 0.1}])
-def test_resumed_is_uninterrupted(tiny_model, tmp_path, settings):
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [(None, torch.float32), ({"lora_rank": 0.1}, torch.float32), ({"lora_rank": 0.1}, torch.bfloat16)],
+)
+def test_resumed_is_uninterrupted(tiny_model, tmp_path, settings, dtype):
     options = FineTuneOptions(**QUICK, save_steps=2)
-    whole = masked(tiny_model, settings)
+    whole = masked(tiny_model, settings, dtype=dtype)
     fine_tune(whole, blocks(), options, output_dir=tmp_path / "whole", progress=False)
 
     class Stop(TrainerCallback):
@@ -121,12 +124,12 @@ def test_resumed_is_uninterrupted(tiny_model, tmp_path, settings):
             if state.global_step == 3:
                 raise KeyboardInterrupt
 
-    parts = masked(tiny_model, settings)
+    parts = masked(tiny_model, settings, dtype=dtype)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(parts, blocks(), options, output_dir=tmp_path / "parts", progress=False, callbacks=[Stop()])
     with pytest.raises(ValueError, match=r"output_dir: expected no earlier run, .* has checkpoints"):
         fine_tune(parts, blocks(), options, output_dir=tmp_path / "parts", progress=False)
-    again = masked(tiny_model, settings)
+    again = masked(tiny_model, settings, dtype=dtype)
     result = fine_tune(again, blocks(), options, output_dir=tmp_path / "parts", resume=True, progress=False)
     assert result.steps == 6
     expected, got = state(whole), state(again)
