@@ -20,6 +20,8 @@ COMMANDS = {
     "prune": "patch.commands.prune",
     "learn": "patch.commands.learn",
     "compensate": "patch.commands.compensate",
+    "compress": "patch.commands.compress",
+    "fine-tune": "patch.commands.fine_tune",
     "export": "patch.commands.export",
     "eval": "patch.commands.evaluate",
     "generate": "patch.commands.generate",

@@ -200,16 +200,18 @@ def artifact_folder(path: str | os.PathLike, flag: str = "--masks") -> Path:
 
 
 def apply_artifact(model: nn.Module, artifact: Artifact) -> None:
-    """Put an artifact's masks (and the weights its method updated) on the dense model it was made from."""
+    """Put an artifact's masks (weights that its method updated, adapters) on the dense model it was made from."""
     import torch
 
     from patch.models import apply_keep_masks, maskable_linears
+    from patch.slim.compress import restore_compression
 
     left_dense = [name for name in maskable_linears(model) if name not in artifact.masks]
     with torch.no_grad():
         for name, weight in artifact.weights.items():
             model.get_submodule(name).weight.copy_(weight)
     apply_keep_masks(model, artifact.masks, exclude=left_dense)
+    restore_compression(model, artifact.adapters, artifact.meta.get("compression"))
 
 
 def clear_learning_run(folder: Path) -> None:
