@@ -28,19 +28,13 @@ from patch.checkpoint import (
     save_artifact,
 )
 from patch.data import calibration_windows
-from patch.evaluate import (
-    ZERO_SHOT_TASKS,
-    context_length,
-    lm_eval_model,
-    perplexity_report,
-    versions,
-    zero_shot,
-)
+from patch.evaluate import context_length, perplexity_report, versions
 from patch.folder import file_sha256, resolve_folder
 from patch.models import apply_keep_masks
 from patch.priors import tile_scores
 from patch.pruning import get_method, prune_model
 from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
+from patch.zero_shot import ZERO_SHOT_TASKS, lm_eval_model, zero_shot
 
 logger = logging.getLogger(__name__)
 
