@@ -191,6 +191,8 @@ def context_length(model: Any) -> int | None:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
+    from importlib.metadata import version
+
     import transformers
 
     from patch import __version__
@@ -199,6 +201,8 @@ def versions() -> dict[str, str]:
         "patch-llm": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "tokenizers": version("tokenizers"),
+        "datasets": version("datasets"),
         "python": platform.python_version(),
     }
 

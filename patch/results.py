@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from patch.folder import dump_json, read_json
+from patch.report import format_table
 
 FORMAT = "patch-llm-results"
 VERSION = 1
 _MODEL_KEYS = ("label", "model", "sparsity", "method", "model_fingerprint", "perplexity", "zero_shot")
 _SET_KEYS = ("perplexity", "loss", "text_sha256", "tokens", "window", "windows")
 _TASK_KEYS = ("value", "stderr", "questions", "num_fewshot", "version", "config_sha256")
+_SAID_ELSEWHERE = ("model", "model_fingerprint", "dtype", "device", "versions")
 # What two numbers must share to be comparable.
 _SAME_TEXT = ("text_sha256", "tokens", "window", "windows")
 _SAME_QUESTIONS = ("version", "num_fewshot", "questions", "config_sha256")
@@ -46,7 +48,7 @@ def make_results(
         "command": list(command),
         "settings": dict(settings),
         "versions": dict(versions),
-        "models": [_without_infinity(model) for model in models],
+        "models": [_entry(model) for model in models],
     }
 
 
@@ -87,7 +89,9 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a result file of `patch-llm eval --json`, found none; check the path")
+        raise FileNotFoundError(
+            f"{path}: expected a result file of `patch-llm eval --json`, found none; check the path"
+        )
     results = read_json(path)
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a result file of `patch-llm eval --json`, this is another kind of file")
@@ -126,13 +130,14 @@ def merge_models(files: Mapping[str, Mapping[str, Any]], labels: Sequence[str] =
     raises  ValueError for a wrong number of labels, for equal ones, and for results that cannot be compared.
     """
     merged: list[dict[str, Any]] = []
-    seen: list[tuple[Any, ...]] = []
     for name, results in files.items():
         for model in results["models"]:
-            values = tuple(model[key] for key in ("model_fingerprint", "sparsity", "perplexity", "zero_shot"))
-            if values not in seen:
-                seen.append(values)
+            keys = ("model_fingerprint", "perplexity", "zero_shot")
+            twin = next((known for known in merged if all(known[key] == model[key] for key in keys)), None)
+            if twin is None:
                 merged.append({**model, "file": name})
+            elif twin["sparsity"] is None:  # evaluated on its own first, where nothing says that it is dense
+                twin["sparsity"] = model["sparsity"]
     if labels:
         if len(labels) != len(merged):
             listed = ", ".join(f"{model['label']} ({model['file']})" for model in merged)
@@ -168,7 +173,8 @@ def check_comparable(models: Sequence[Mapping[str, Any]]) -> None:
         if first is not None and set(first["zero_shot"]["tasks"]) != set(zero_shot["tasks"]):
             raise ValueError(
                 f"{_named(model)}: zero-shot tasks are {sorted(zero_shot['tasks'])}, for {_named(first)} they are "
-                f"{sorted(first['zero_shot']['tasks'])}: their means cannot be compared; evaluate both on the same tasks"
+                f"{sorted(first['zero_shot']['tasks'])}: their means cannot be compared; evaluate both on the "
+                "same tasks"
             )
 
 
@@ -224,6 +230,15 @@ def csv_rows(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def markdown_tables(models: Sequence[Mapping[str, Any]]) -> str:
+    """Tables of compared models in Markdown, and how their numbers were made."""
+    parts = [format_table(summary_rows(models), markdown=True)]
+    if rows := task_rows(models):
+        parts.append(format_table(rows, markdown=True))
+    parts.append("\n".join(f"* {line}" for line in protocol_lines(models)))
+    return "\n\n".join(parts)
+
+
 def protocol_lines(models: Sequence[Mapping[str, Any]]) -> list[str]:
     """Sentences that say how the numbers of compared models were made."""
     lines = []
@@ -234,16 +249,17 @@ def protocol_lines(models: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{name}{split}: {report['windows']} non-overlapping windows of {report['window']} tokens out of "
             f"{report['tokens']}, exp of the mean cross-entropy; text SHA-256 {report['text_sha256']}"
         )
-    for model in models:
-        if model["zero_shot"]:
-            facts = model["zero_shot"]
-            limit = f"; ONLY the first {facts['limit']} questions of each task" if facts["limit"] else ""
-            lines.append(
-                f"zero-shot: {facts['metric']} by lm-eval {facts.get('lm_eval')}, mean over tasks not weighted by their "
-                f"questions; +- is the standard error{limit}"
-            )
-            break
-    return lines
+    scored = [model["zero_shot"] for model in models if model["zero_shot"]]
+    return lines + [zero_shot_line(report) for report in scored[:1]]
+
+
+def zero_shot_line(report: Mapping[str, Any]) -> str:
+    """One sentence that says how the accuracies of zero_shot_report were made."""
+    limit = f"; ONLY the first {report['limit']} questions of each task" if report["limit"] else ""
+    return (
+        f"zero-shot: {report['metric']} by lm-eval {report.get('lm_eval')}, plain mean over tasks; +- is the standard "
+        f"error{limit}"
+    )
 
 
 def _names(path: Path) -> Iterable[Path]:
@@ -252,12 +268,13 @@ def _names(path: Path) -> Iterable[Path]:
         yield path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
-def _without_infinity(model: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: a perplexity that overflows is null beside its loss."""
-    sets = {
-        name: {**report, "perplexity": report["perplexity"] if math.isfinite(report["perplexity"]) else None}
-        for name, report in model["perplexity"].items()
-    }
+def _entry(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model as the file holds it: what is said once for the model or the file is not repeated for every set."""
+    sets = {}
+    for name, report in model["perplexity"].items():
+        kept = {key: value for key, value in report.items() if key not in _SAID_ELSEWHERE}
+        # JSON has no infinity: a perplexity that overflows is null beside its loss.
+        sets[name] = kept | {"perplexity": kept["perplexity"] if math.isfinite(kept["perplexity"]) else None}
     return {**model, "perplexity": sets}
 
 
