@@ -20,7 +20,7 @@ needs_lm_eval = pytest.mark.skipif(
 @pytest.fixture
 def manager(tmp_path, monkeypatch):
     """lm-eval's index of the local tasks alone: reading its own 14,000 takes seconds."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     from lm_eval.tasks import TaskManager
 
     folder = lm_eval_tasks.write_task_folder(tmp_path / "tasks")

@@ -125,14 +125,14 @@ def load_model(path: str, *, dtype: str = "auto", device: str | None = None) -> 
     return model.to(where).eval()
 
 
-def load_model_config(path: str) -> Any:
-    """transformers configuration of a dense model; nothing else of the model is read."""
+def load_model_config(path: str, *, packed: bool = False) -> Any:
+    """transformers configuration of a dense (or packed, if allowed) model; nothing else of the model is read."""
     from transformers import AutoConfig
 
     check_model_path(path)
     with _model_errors(path):
         config = AutoConfig.from_pretrained(path)
-    if getattr(config, "quantization_config", None) is not None:
+    if not packed and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"--model: expected a dense model, {path!r} has a quantization_config in its config.json. Give the model "
             "that it was made from."

@@ -74,6 +74,7 @@ def run(options: Options) -> None:
     for source in options.data:
         label = _label(source, set(sets))
         sets[label] = evaluation_set(tokenizer, source, split=options.split, text_field=options.text_field)
+    window = _window(options, sets)
     models = []
     for description, model in _models(options):
         reports = {
@@ -81,7 +82,7 @@ def run(options: Options) -> None:
                 model,
                 tokenizer,
                 text,
-                window=options.window,
+                window=window,
                 max_windows=options.max_windows,
                 batch_size=options.batch_size,
                 progress=True,
@@ -161,6 +162,23 @@ def _tokenizer(options: Options) -> Any:
                 "perplexities cannot be compared. Evaluate it in a run of its own."
             )
     return tokenizer
+
+
+def _window(options: Options, sets: Mapping[str, EvaluationSet]) -> int:
+    """Tokens per window for all sets and models; raises ValueError for a set that is shorter than that."""
+    from patch.evaluate import DEFAULT_WINDOW, context_length
+
+    limit = context_length(common.load_model_config(options.model, packed=True))
+    window = options.window or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+    if limit is not None and window > limit:
+        raise ValueError(f"--window: expected at most {limit} (the model's context), got {window}. Use {limit}.")
+    for name, text in sets.items():
+        if len(text.token_ids) < window:
+            raise ValueError(
+                f"{name}: expected at least one window of {window} tokens, got {len(text.token_ids)} tokens. Give more "
+                "text or a smaller --window."
+            )
+    return window
 
 
 def _models(options: Options) -> Iterator[tuple[dict[str, Any], nn.Module]]:
