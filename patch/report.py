@@ -170,7 +170,7 @@ def _draw_by_name(axes, labels: Sequence[str], values: Sequence[float | None]) -
         axes.scatter([value for _, value in known], [row for row, _ in known], color=DENSE_COLOR, zorder=3)
         _logarithmic_if_wide(axes, "x", [value for _, value in known])
     for row, value in known:
-        axes.annotate(f"{value:.2f}", (value, row), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
+        _write_value(axes, value, (value, row))
     axes.set_yticks(list(rows), list(labels), fontsize=9)
     axes.set_ylim(len(labels) - 0.5, -0.7)
     axes.margins(x=0.15)
@@ -208,7 +208,7 @@ def _draw_by_sparsity(
         points.sort()
         axes.plot(*zip(*points, strict=True), marker=marker, color=color, linewidth=1.8, label=name, zorder=3)
         for point in points:
-            axes.annotate(f"{point[1]:.2f}", point, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+            _write_value(axes, point[1], point)
     known = [value for value in values if value is not None]
     _logarithmic_if_wide(axes, "y", known)
     shown = [sparsity for sparsity in sparsities[1:] if sparsity is not None]
@@ -220,10 +220,23 @@ def _draw_by_sparsity(
     axes.grid(alpha=0.25)
 
 
+def _write_value(axes, value: float, point: tuple[float, float]) -> None:
+    """The number above its mark, on white so that lines across stay off it."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    place = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
+    axes.annotate(f"{value:.2f}", point, fontsize=8, bbox=box, zorder=4, **place)
+
+
 def _logarithmic_if_wide(axes, axis: str, values: Sequence[float]) -> None:
     """A broken model's perplexity must not press all others into one spot."""
     if min(values, default=0) > 0 and max(values) > 10 * min(values):
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         getattr(axes, f"set_{axis}scale")("log")
+        ticks = getattr(axes, f"{axis}axis")
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ticks.set_major_formatter(lambda value, _: f"{value:g}")
+        ticks.set_minor_formatter(NullFormatter())
 
 
 def _shared_legend(figure, cells) -> None:
