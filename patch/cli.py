@@ -19,6 +19,7 @@ PROGRAM = "patch-llm"
 COMMANDS = {
     "prune": "patch.commands.prune",
     "learn": "patch.commands.learn",
+    "compensate": "patch.commands.compensate",
     "export": "patch.commands.export",
     "eval": "patch.commands.evaluate",
     "report": "patch.commands.report",
