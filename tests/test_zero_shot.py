@@ -129,7 +129,6 @@ def test_the_tasks_of_the_paper_are_lm_evals_own(tmp_path):
         zero_shot.make_task_manager(tmp_path / "absent")
 
 
-@needs_lm_eval
 def test_fingerprint_of_questions_follows_the_prompt_only():
     config = {"doc_to_text": "{{q}}", "dataset_kwargs": {"data_files": "/a"}, "process_docs": "<function f at 0x7f1>"}
     same = config | {"dataset_kwargs": {"data_files": "/b"}, "process_docs": "<function f at 0x8e2>", "new_key": 1}
