@@ -13,13 +13,14 @@ A file is JSON: format, version, date (UTC), command, settings, versions (of pac
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from patch.folder import dump_json, read_json
+from patch.folder import read_json
 from patch.report import format_table
 
 FORMAT = "patch-llm-results"
@@ -78,8 +79,8 @@ def write_new_text(path: str | os.PathLike, text: str) -> Path:
 
 
 def results_text(results: Mapping[str, Any]) -> str:
-    """The text of a result file."""
-    return dump_json(results).decode() + "\n"
+    """The text of a result file; sets and tasks keep the order they were asked for in."""
+    return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
 def read_results(path: str | os.PathLike) -> dict[str, Any]:

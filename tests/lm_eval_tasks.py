@@ -9,14 +9,15 @@ import yaml
 
 # Questions per task; the subtasks differ in size so that the group's mean must be weighted to be right.
 SIZES = {"local_plain": 24, "local_first": 9, "local_second": 21}
-WORDS = ("even", "odd", "a prime", "negative", "zero")
+# Of one length, or the shortest would win for every question and every model; the last are longer.
+WORDS = ("seven", "eight", "three", "forty", "sixty", "ninety", "twelve")
 
 
 def questions(task: str) -> list[dict]:
-    """Multiple choice with two to five choices of different lengths; the answers run through all positions."""
+    """Multiple choice with two to five choices that differ from question to question, as do the right positions."""
     rows = []
     for i in range(SIZES[task]):
-        choices = WORDS[: 2 + i % 4]
+        choices = [WORDS[(i * i + 3 * k) % 7] for k in range(2 + i % 4)]
         rows.append({"q": f"{task}: {i * i} is", "choices": choices, "gold": i // 4 % len(choices)})
     return rows
 
