@@ -24,6 +24,7 @@ COMMANDS = {
     "fine-tune": "patch.commands.fine_tune",
     "export": "patch.commands.export",
     "eval": "patch.commands.evaluate",
+    "report": "patch.commands.report",
     "generate": "patch.commands.generate",
     "info": "patch.commands.info",
     "demo": "patch.commands.demo",
@@ -116,18 +117,26 @@ def _add_settings(parser: argparse.ArgumentParser, module: ModuleType) -> None:
             field.name,
             field.metadata,
             is_bool=hints[field.name] is bool,
+            is_list=hints[field.name] == tuple[str, ...],
         )
     for flag, (key, metavar, text) in module.SECTION_FLAGS.items():
         _add_flag(optional, flag, key, {"metavar": metavar, "help": text}, is_bool=not metavar)
 
 
-def _add_flag(group: Any, flag: str, key: str, metadata: Any, *, is_bool: bool) -> None:
+def _add_flag(group: Any, flag: str, key: str, metadata: Any, *, is_bool: bool, is_list: bool = False) -> None:
+    if metadata.get("positional"):
+        # SUPPRESS: without it argparse gives an empty list, which would hide the one in --config.
+        words = {"nargs": "*", "default": argparse.SUPPRESS, "metavar": metadata["metavar"], "help": metadata["help"]}
+        group.add_argument(f"setting {key}", **words)
+        return
     options: dict[str, Any] = {"dest": f"setting {key}", "default": None, "help": metadata["help"]}
     if is_bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
         # Values stay text here: the configuration converts and checks them, with the same messages for all sources.
         options["metavar"] = metadata["metavar"]
+    if is_list:
+        options["action"] = "append"  # --data a --data b is --data a,b; argparse would keep the last one only
     group.add_argument(flag, **options)
 
 
@@ -150,7 +159,8 @@ def _given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """{dotted key: value} of the flags that were given."""
     prefix = "setting "
     values = ((name, value) for name, value in vars(arguments).items() if name.startswith(prefix))
-    return {name.removeprefix(prefix): value for name, value in values if value is not None}
+    given = {name.removeprefix(prefix): value for name, value in values if value is not None}
+    return {key: ",".join(value) if isinstance(value, list) else value for key, value in given.items()}
 
 
 def _print_error(text: str) -> None:

@@ -30,14 +30,7 @@ from patch.checkpoint import (
     save_artifact,
 )
 from patch.data import calibration_windows, training_blocks
-from patch.evaluate import (
-    ZERO_SHOT_TASKS,
-    context_length,
-    lm_eval_model,
-    perplexity_report,
-    versions,
-    zero_shot,
-)
+from patch.evaluate import context_length, perplexity_report, versions
 from patch.folder import file_sha256, resolve_folder
 from patch.models import apply_keep_masks, maskable_linears
 from patch.priors import tile_scores
@@ -47,6 +40,7 @@ from patch.slim import CompressOptions, compress_model
 from patch.slim.compress import adapters, restore_compression
 from patch.slim.fine_tune import DEFAULT_BLOCK_SIZE, DEFAULT_BLOCKS, FineTuneOptions, check_trainable, fine_tune
 from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
+from patch.zero_shot import ZERO_SHOT_TASKS, lm_eval_model, zero_shot
 
 logger = logging.getLogger(__name__)
 
