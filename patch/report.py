@@ -86,7 +86,7 @@ def plot_perplexity(
     axes.grid(alpha=0.25)
     axes.set_title(title, fontsize=11)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_models(
@@ -122,7 +122,7 @@ def plot_models(
         cell.set_visible(False)
     if sparsities is not None:
         _shared_legend(figure, cells[: len(panels)])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_tile_maps(
@@ -157,7 +157,7 @@ def plot_tile_maps(
             spine.set_visible(False)
     _tile_legend(figure)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_by_name(axes, labels: Sequence[str], values: Sequence[float | None]) -> None:
@@ -332,7 +332,8 @@ def _tile_legend(figure) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 
-def _save(figure, path: str | os.PathLike) -> None:
+def save_figure(figure, path: str | os.PathLike) -> None:
+    """Write a matplotlib figure as PNG, atomically."""
     path = Path(path)
     staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

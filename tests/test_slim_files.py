@@ -85,9 +85,10 @@ def test_eval_puts_it_on_the_dense_model(work, capsys):
     assert compress(work, "--quantize-weight", "--bitwidth", 3, out="bare") == 0
     flags = ["--model", work / "model", "--masks", f"{work}/bare,{work}/slim", "--data", work / "train.txt"]
     assert call("eval", *flags, "--window", 64, "--max-windows", 8, "--json", work / "eval.json") == 0
-    report = json.loads((work / "eval.json").read_text())["perplexity"]
-    assert report["bare"]["sparsity"] == report["slim"]["sparsity"] == 0.5
-    assert len({report[label]["perplexity"] for label in ("dense", "bare", "slim")}) == 3
+    models = {model["label"]: model for model in json.loads((work / "eval.json").read_text())["models"]}
+    assert models["bare"]["sparsity"] == models["slim"]["sparsity"] == 0.5
+    (name,) = models["dense"]["perplexity"]
+    assert len({models[label]["perplexity"][name]["perplexity"] for label in ("dense", "bare", "slim")}) == 3
     assert not load_artifact(work / "bare").adapters
 
 
