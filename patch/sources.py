@@ -41,15 +41,17 @@ class NamedSet:
     streams: dict[str, dict[str, Any]] | None = None
 
 
-def _files(_more: dict[str, Any] | None = None, /, **names: str) -> dict[str, dict[str, Any]]:
-    return {split: {"data_files": {split: name}, "split": split} | (_more or {}) for split, name in names.items()}
+def _files(**names: str) -> dict[str, dict[str, Any]]:
+    return {split: {"data_files": {split: name}, "split": split} for split, name in names.items()}
+
+
+def _streams(**names: str) -> dict[str, dict[str, Any]]:
+    return {split: arguments | {"streaming": True} for split, arguments in _files(**names).items()}
 
 
 def _splits(*names: str) -> dict[str, dict[str, Any]]:
     return {name: {"split": name} for name in names}
 
-
-_STREAMED = {"streaming": True}
 
 NAMED_SETS = {
     "c4": NamedSet(
@@ -65,8 +67,7 @@ NAMED_SETS = {
         evaluation_split="validation",
         evaluation_documents=1100,
         evaluation_windows=256,
-        streams=_files(
-            _STREAMED,
+        streams=_streams(
             train="en/c4-train.*-of-01024.json.gz",
             validation="en/c4-validation.*-of-00008.json.gz",
         ),
@@ -102,8 +103,6 @@ NAMED_SETS = {
         None,
         "text",
         _files(
-            # The card promises the whole split; one file of it would fail the check of the row counts.
-            {"verification_mode": "no_checks"},
             train="data/train-00000-of-00048-*.parquet",
             validation="data/validation-*.parquet",
             test="data/test-*.parquet",
@@ -111,8 +110,7 @@ NAMED_SETS = {
         calibration_join=None,
         evaluation_join="\n\n",
         evaluation_split="test",
-        streams=_files(
-            _STREAMED,
+        streams=_streams(
             train="data/train-*.parquet",
             validation="data/validation-*.parquet",
             test="data/test-*.parquet",

@@ -13,7 +13,6 @@ import torch
 from patch import data, sources
 
 C4_TRAIN, C4_VALIDATION = "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz"
-UNCHECKED = {"verification_mode": "no_checks"}
 
 
 def ptb(split):
@@ -49,7 +48,7 @@ RULES = {
         "DKYoon/SlimPajama-6B",
         None,
         "train",
-        {"data_files": {"train": "data/train-00000-of-00048-*.parquet"}} | UNCHECKED,
+        {"data_files": {"train": "data/train-00000-of-00048-*.parquet"}},
         "text",
         None,
     ),
@@ -65,7 +64,7 @@ RULES = {
         "DKYoon/SlimPajama-6B",
         None,
         "test",
-        {"data_files": {"test": "data/test-*.parquet"}} | UNCHECKED,
+        {"data_files": {"test": "data/test-*.parquet"}},
         "text",
         "\n\n",
     ),
