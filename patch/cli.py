@@ -20,6 +20,8 @@ COMMANDS = {
     "prune": "patch.commands.prune",
     "learn": "patch.commands.learn",
     "export": "patch.commands.export",
+    "import-masks": "patch.commands.import_masks",
+    "export-masks": "patch.commands.export_masks",
     "eval": "patch.commands.evaluate",
     "generate": "patch.commands.generate",
     "info": "patch.commands.info",
@@ -114,6 +116,11 @@ def _add_settings(parser: argparse.ArgumentParser, module: ModuleType) -> None:
             field.metadata,
             is_bool=hints[field.name] is bool,
         )
+        if field.metadata["positional"]:
+            # SUPPRESS: where the word is not given, that must not erase what the flag gave.
+            name = f"--{field.name.replace('_', '-')}"
+            options = {"nargs": "?", "default": argparse.SUPPRESS, "help": f"the same as {name}"}
+            parser.add_argument(f"setting {field.name}", metavar=field.metadata["metavar"], **options)
     for flag, (key, metavar, text) in module.SECTION_FLAGS.items():
         _add_flag(optional, flag, key, {"metavar": metavar, "help": text}, is_bool=not metavar)
 

@@ -26,9 +26,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def setting(default: Any = dataclasses.MISSING, help: str = "", *, metavar: str | None = None) -> Any:
-    """A dataclass field that becomes the flag --its-name; without a default it is required."""
-    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
+def setting(
+    default: Any = dataclasses.MISSING, help: str = "", *, metavar: str | None = None, positional: bool = False
+) -> Any:
+    """A dataclass field that becomes the flag --its-name; without a default it is required.
+
+    positional  may also be given as a word without its flag; at most one setting of a command.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar, "positional": positional})
 
 
 def check_new_folder(path: str | os.PathLike, *, overwrite: bool, what: str) -> Path:
@@ -128,6 +133,16 @@ def load_model_config(path: str) -> Any:
             "that it was made from."
         )
     return config
+
+
+def load_model_shapes(path: str) -> nn.Module:
+    """The model without its weights (on the meta device), where only names and shapes of layers are needed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_model_config(path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 @contextlib.contextmanager
