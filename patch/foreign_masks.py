@@ -130,7 +130,7 @@ def write_masks(path: str | os.PathLike, masks: Mapping[str, Tensor], meta: Mapp
     if os.path.lexists(path):
         raise FileExistsError(f"{path}: expected a new file, found one; choose another path")
     measured_sparsity(masks)  # refuses no masks, and masks that are not bool
-    arrays = {META: np.array(json.dumps(dict(meta), allow_nan=False))}
+    arrays = {META: np.array(json.dumps(dict(meta), sort_keys=True, allow_nan=False))}
     for name, keep in masks.items():
         if keep.dim() != 2:
             raise ValueError(f"layer '{name}': expected a mask (N, K), got {tuple(keep.shape)}")

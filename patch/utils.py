@@ -37,6 +37,7 @@ from patch.evaluate import (
     zero_shot,
 )
 from patch.folder import file_sha256, resolve_folder
+from patch.foreign_masks import locate, read_masks
 from patch.models import apply_keep_masks
 from patch.priors import tile_scores
 from patch.pruning import get_method, prune_model
@@ -45,6 +46,7 @@ from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQLEN = 2048
+MASKLLM = "maskllm"  # not a pruning method: the masks are those of prune_args["maskllm_checkpoint"]
 PRUNE_DEFAULTS: dict[str, Any] = {
     "prune_method": "wanda",
     "sparsity_type": "2:4",
@@ -75,6 +77,8 @@ def prepare_pruned_model(
     prune_args             dict or namespace with keys of PRUNE_DEFAULTS
     mask_tile_size         (rows, cols) of the tiles that will be learned
     target_sparsity_ratio  0..0.5, of the unstructured reference model that gives the tile scores
+    prune_method "maskllm" takes the masks of maskllm_checkpoint: a MaskLLM or PATCH file (patch.foreign_masks; a
+    .pt too), a folder with one, or a Hugging Face repository. Its reference model is pruned by Wanda.
     Every pruned layer gets its keep mask (patch.models.keep_masks) and a buffer `distribution_scores`
     (rows, cols), the share of weights that the reference keeps in each tile.
     raises  ValueError or TypeError before any work.
@@ -90,8 +94,10 @@ def prepare_pruned_model(
         logger.info("loading the pruned model from %s", folder)
         return _apply(model, load_artifact(folder, expect=meta, model=model))
 
+    stored = _stored_masks(model, args) if args["prune_method"] == MASKLLM else None
+    reference_method = _reference_method(args["prune_method"])
     calibration, text_hash = None, None
-    if get_method(args["prune_method"]).statistics is not None:
+    if get_method(reference_method).statistics is not None:
         calibration, text_hash = calibration_windows(
             tokenizer,
             args["calibration_dataset"],
@@ -102,13 +108,17 @@ def prepare_pruned_model(
     options = {"calibration": calibration, "shift_zero_metrics": args["shift_zero_metrics"]}
     reference = copy.deepcopy(model)
     reference_masks = prune_model(
-        reference, args["prune_method"], pattern="unstructured", sparsity=target_sparsity_ratio, **options
+        reference, reference_method, pattern="unstructured", sparsity=target_sparsity_ratio, **options
     )
     scores = {name: tile_scores(keep, tile) for name, keep in reference_masks.items()}
     del reference, reference_masks
-    masks = prune_model(
-        model, args["prune_method"], pattern=args["sparsity_type"], sparsity=args["sparsity_ratio"], **options
-    )
+    if stored is not None:
+        apply_keep_masks(model, stored)
+        masks = stored
+    else:
+        masks = prune_model(
+            model, args["prune_method"], pattern=args["sparsity_type"], sparsity=args["sparsity_ratio"], **options
+        )
     weights = {name: model.get_submodule(name).weight.detach() for name in masks}
     save_artifact(
         folder,
@@ -192,7 +202,8 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(PRUNE_DEFAULTS)):
         raise ValueError(f"prune_args: unknown keys {unknown}; expected only {sorted(PRUNE_DEFAULTS)}")
     args = PRUNE_DEFAULTS | values
-    get_method(args["prune_method"])
+    if args["prune_method"] != MASKLLM:
+        get_method(args["prune_method"])
     _check_ratio("prune_args['sparsity_ratio']", args["sparsity_ratio"])
     if args["sparsity_type"] not in ("2:4", "unstructured"):
         raise ValueError(f"prune_args: expected sparsity_type '2:4' or 'unstructured', got {args['sparsity_type']!r}")
@@ -217,8 +228,18 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
             "would not "
             "change the result. Leave it out"
         )
-    if args["maskllm_checkpoint"] is not None:
-        raise ValueError("prune_args: maskllm_checkpoint is not available; leave it out and learn the mask instead")
+    checkpoint = args["maskllm_checkpoint"]
+    if (args["prune_method"] == MASKLLM) != (checkpoint is not None):
+        raise ValueError(
+            f"prune_args: expected prune_method 'maskllm' and maskllm_checkpoint together, got "
+            f"{args['prune_method']!r} and {checkpoint!r}; give both or neither"
+        )
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise TypeError(f"prune_args: expected maskllm_checkpoint as a name or path, got {type(checkpoint).__name__}")
+    if checkpoint is not None and args["sparsity_type"] != "2:4":
+        raise ValueError(
+            f"prune_args: expected sparsity_type '2:4' with prune_method 'maskllm', got {args['sparsity_type']!r}"
+        )
     for key in ("calibration_dataset", "eval_dataset"):
         source = args[key]
         if not isinstance(source, str | os.PathLike):
@@ -259,7 +280,9 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
         "target_sparsity": target,
         "tile": list(tile),
     }
-    if get_method(method).statistics is not None:
+    if method == MASKLLM:
+        meta["maskllm_sha256"] = file_sha256(Path(os.path.realpath(locate(args["maskllm_checkpoint"]))))
+    if get_method(_reference_method(method)).statistics is not None:
         source = args["calibration_dataset"]
         named = os.fspath(source) in NAMED_SETS
         meta |= {
@@ -270,6 +293,21 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
             "shift_zero_metrics": args["shift_zero_metrics"],
         }
     return meta
+
+
+def _reference_method(method: str) -> str:
+    """What prunes the reference that scores the tiles: a stored mask has no scores, so it takes Wanda's."""
+    return "wanda" if method == MASKLLM else method
+
+
+def _stored_masks(model: nn.Module, args: Mapping[str, Any]) -> dict[str, Tensor]:
+    found = read_masks(args["maskllm_checkpoint"], model, allow_pt=True)
+    if found.pattern != "2:4":
+        raise ValueError(
+            f"prune_args: expected 2:4 masks as maskllm_checkpoint, {args['maskllm_checkpoint']} holds the pattern "
+            f"{found.pattern!r}; take it with `patch-llm import-masks`"
+        )
+    return found.masks
 
 
 def _seqlen(model: nn.Module) -> int:

@@ -138,7 +138,23 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
     ("args", "error", "message"),
     [
         ({"prune_method": "thanos"}, ValueError, "'thanos' which is not implemented yet"),
-        ({"prune_method": "maskllm"}, ValueError, "method: expected one of magnitude"),
+        ({"prune_method": "maskllm"}, ValueError, "maskllm_checkpoint together, got 'maskllm' and None"),
+        ({"maskllm_checkpoint": "x.npz"}, ValueError, "maskllm_checkpoint together, got 'wanda' and 'x.npz'"),
+        (
+            {"prune_method": "maskllm", "maskllm_checkpoint": "x.npz"},
+            FileNotFoundError,
+            "expected a mask file .*'x.npz'",
+        ),
+        (
+            {"prune_method": "maskllm", "maskllm_checkpoint": 3},
+            TypeError,
+            "maskllm_checkpoint as a name or path, got int",
+        ),
+        (
+            {"prune_method": "maskllm", "maskllm_checkpoint": "x.npz", "sparsity_type": "unstructured"},
+            ValueError,
+            "sparsity_type '2:4' with prune_method 'maskllm', got 'unstructured'",
+        ),
         ({"sparsity_type": "4:8"}, ValueError, "sparsity_type '2:4' or 'unstructured', got '4:8'"),
         ({"sparsity_ratio": 0.0}, ValueError, "expected sparsity_ratio 0.5 for 2:4, got 0.0"),
         ({"sparsity_ratio": 0.7}, ValueError, "a share of zeros of 0 to 0.5, got 0.7"),
@@ -146,7 +162,6 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
         ({"nsamples": 0}, ValueError, "nsamples >= 1, got 0"),
         ({"optimizer_FT_pruning": "adamw_apex"}, ValueError, "'adamw_torch', got 'adamw_apex'"),
         ({"fine_tune": True}, ValueError, "fine_tune is not available"),
-        ({"maskllm_checkpoint": "x.pt"}, ValueError, "maskllm_checkpoint is not available"),
         ({"shift_zero_metrics": 1}, TypeError, "shift_zero_metrics True or False, got 1"),
         (
             {"calibration_dataset": "openwebtext"},
