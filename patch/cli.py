@@ -19,6 +19,7 @@ PROGRAM = "patch-llm"
 COMMANDS = {
     "prune": "patch.commands.prune",
     "learn": "patch.commands.learn",
+    "compensate": "patch.commands.compensate",
     "export": "patch.commands.export",
     "import-masks": "patch.commands.import_masks",
     "export-masks": "patch.commands.export_masks",

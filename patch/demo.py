@@ -30,7 +30,7 @@ from patch.hf import load
 from patch.learn import LearnConfig
 from patch.models import apply_keep_masks, maskable_linears, measured_sparsity
 from patch.priors import tile_scores
-from patch.pruning import prune_model
+from patch.pruning import get_method, prune_model
 from patch.trainer import learn
 from patch_kernels import payload_bytes, tiles_that_are_two_of_four
 
@@ -210,7 +210,7 @@ class _Demo:
                 folder,
                 masks,
                 meta={"model": "dense", "method": method, "pattern": "2:4", "sparsity": 0.5},
-                weights=weights if method == "sparsegpt" else None,
+                weights=weights if get_method(method).updates_weights else None,
                 extra={STAGE_FILE: stage},
             )
 

@@ -40,7 +40,8 @@ from patch.folder import file_sha256, resolve_folder
 from patch.foreign_masks import locate, read_masks
 from patch.models import apply_keep_masks
 from patch.priors import tile_scores
-from patch.pruning import get_method, prune_model
+from patch.pruning import PruneOptions, get_method, prune_model
+from patch.pruning.methods import make_options
 from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ PRUNE_DEFAULTS: dict[str, Any] = {
     "calibration_dataset": "c4",
     "eval_dataset": "wikitext2",
     "shift_zero_metrics": False,
+    "precision": "fp32",
+    "damping": 0.01,
+    "block_size": None,
     "fine_tune": False,
 }
 
@@ -105,7 +109,8 @@ def prepare_pruned_model(
             seqlen=_seqlen(model),
             seed=seed,
         )
-    options = {"calibration": calibration, "shift_zero_metrics": args["shift_zero_metrics"]}
+    options = {key: args[key] for key in ("shift_zero_metrics", "precision", "damping", "block_size")}
+    options["calibration"] = calibration
     reference = copy.deepcopy(model)
     reference_masks = prune_model(
         reference, reference_method, pattern="unstructured", sparsity=target_sparsity_ratio, **options
@@ -222,6 +227,7 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     for key in ("shift_zero_metrics", "fine_tune"):
         if not isinstance(args[key], bool):
             raise TypeError(f"prune_args: expected {key} True or False, got {args[key]!r}")
+    _pruning(args)
     if args["fine_tune"]:
         raise ValueError(
             "prune_args: fine_tune is not available; mask learning starts from the dense weights, so it "
@@ -250,6 +256,15 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
                 f"({', '.join(LOCAL_SUFFIXES)}), got {os.fspath(source)!r}; check the path"
             )
     return args
+
+
+def _pruning(args: Mapping[str, Any]) -> PruneOptions:
+    """Checked options of the pruning itself, with the method's block size where none is given."""
+    keys = ("sparsity_type", "sparsity_ratio", "block_size", "damping", "shift_zero_metrics", "precision")
+    try:
+        return make_options(get_method(_reference_method(args["prune_method"])), *(args[key] for key in keys))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"prune_args: {error}") from error
 
 
 def _tile(size: Any) -> tuple[int, int]:
@@ -291,7 +306,10 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
             "seqlen": _seqlen(model),
             "seed": seed,
             "shift_zero_metrics": args["shift_zero_metrics"],
+            "precision": args["precision"],
         }
+    if get_method(_reference_method(method)).updates_weights:
+        meta |= {"damping": args["damping"], "block_size": _pruning(args).block_size}
     return meta
 
 

@@ -95,7 +95,7 @@ def assert_same(model, masks, expected_model, expected_masks):
 
 
 @pytest.mark.parametrize("pattern, sparsity", [("2:4", 0.5), ("unstructured", 0.35)])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "thanos"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_equals_pruning_by_whole_model_runs(tiny_model, arch, method, pattern, sparsity):
     model = build(tiny_model, arch)
@@ -499,7 +499,7 @@ BAD = {
     ),
     "id negative": ({"calibration": IDS - 1}, ValueError, "got -1 to -1"),
     "too long": ({"calibration": IDS.repeat(1, 17)}, ValueError, "at most 128 tokens.*got 136. Cut shorter"),
-    "method": ({"method": "thanos"}, ValueError, "not implemented yet"),
+    "method": ({"method": "wander"}, ValueError, "expected one of magnitude, .* got 'wander'"),
     "pattern": ({"pattern": "1:4"}, ValueError, "got '1:4'"),
     "sparsity": ({"sparsity": 0.25}, ValueError, "expected 0.5 for pattern 2:4"),
     "exclude": ({"exclude": ["*.qproj"]}, ValueError, "matches none of the 15"),

@@ -74,7 +74,8 @@ def test_prune_from_its_resolved_configuration_gives_the_same_masks(work, tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_sparsegpt_keeps_its_updated_weights(work, tmp_path):
+@pytest.mark.parametrize("method", ["sparsegpt", "thanos"])
+def test_prune_keeps_updated_weights(work, tmp_path, method):
     out = tmp_path / "gpt"
     flags = [
         "--model",
@@ -86,7 +87,7 @@ def test_sparsegpt_keeps_its_updated_weights(work, tmp_path):
         "--seqlen",
         "32",
     ]
-    assert cli.main(["prune", *flags, "--method", "sparsegpt", "--out", str(out)]) == 0
+    assert cli.main(["prune", *flags, "--method", method, "--out", str(out)]) == 0
     model = common.load_model(str(work / "model"))
     dense = {name: weight.clone() for name, weight in model.state_dict().items()}
     artifact = common.load_masks(out, model)
@@ -95,6 +96,42 @@ def test_sparsegpt_keeps_its_updated_weights(work, tmp_path):
     weight = model.get_submodule(name).weight
     assert not weight[~keep].any()
     assert not torch.equal(weight[keep], dense[f"{name}.weight"][keep])
+
+
+def test_pruning_flags_reach_the_method(work, tmp_path):
+    from patch.checkpoint import load_artifact
+    from patch.data import calibration_windows
+    from patch.priors import tile_scores
+    from patch.pruning import prune_model
+
+    out = tmp_path / "thanos"
+    flags = f"--model {work}/model --data {work}/train.txt --nsamples 4 --seqlen 32 --tile 64,64 --method thanos"
+    flags += f" --target-sparsity 0.35 --precision fp64 --damping 0.3 --block-size 32 --device cpu --out {out}"
+    assert cli.main(["prune", *flags.split()]) == 0
+    artifact = load_artifact(out)
+    options = {"precision": "fp64", "damping": 0.3, "block_size": 32}
+    assert {key: artifact.meta[key] for key in options} == options
+    calibration, _ = calibration_windows(
+        common.load_tokenizer(str(work / "model")), str(work / "train.txt"), nsamples=4, seqlen=32, seed=0
+    )
+    for pattern, sparsity in (("unstructured", 0.35), ("2:4", 0.5)):
+        model = common.load_model(str(work / "model"), device="cpu")
+        masks = prune_model(model, "thanos", pattern=pattern, sparsity=sparsity, calibration=calibration, **options)
+        for name, keep in masks.items():
+            if pattern == "unstructured":
+                assert torch.equal(artifact.tile_scores[name], tile_scores(keep, (64, 64)))
+            else:
+                assert torch.equal(artifact.masks[name], keep)
+                assert torch.equal(artifact.weights[name], model.get_submodule(name).weight)
+
+
+def test_the_default_block_size_of_the_method_is_recorded(work, tmp_path):
+    from patch.checkpoint import load_artifact
+
+    assert load_artifact(work / "prior").meta["block_size"] == 128
+    flags = f"--model {work}/model --data {work}/train.txt --nsamples 1 --seqlen 32 --method thanos --out {tmp_path}/o"
+    assert cli.main(["prune", *flags.split()]) == 0
+    assert load_artifact(tmp_path / "o").meta["block_size"] == 512
 
 
 def test_learn_meets_the_exact_budget_and_saves_its_configuration(work):

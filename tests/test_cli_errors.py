@@ -25,8 +25,11 @@ GENERATE = ["generate", "--model", "{w}/model", "--prompt", "Line"]
 
 REFUSED = [
     (["prune", "--out", "x"], "expected --model, got nothing. Give it as a flag"),
-    ([*PRUNE, "--set", "method=5"], "expected one of magnitude, wanda, sparsegpt"),
-    ([*PRUNE, "--method", "thanos"], "thanos"),
+    ([*PRUNE, "--set", "method=5"], "expected one of magnitude, wanda, sparsegpt, thanos"),
+    ([*PRUNE, "--precision", "fp16"], "precision: expected one of fp32, fp64, got 'fp16'"),
+    ([*PRUNE, "--damping", "-1"], "damping: expected a finite share of the mean diagonal, 0 or more, got -1"),
+    ([*PRUNE, "--block-size", "0"], "block_size: expected a positive number of columns, got 0"),
+    ([*PRUNE, "--block-size", "6"], "block_size: expected a multiple of 4 for pattern 2:4, got 6"),
     ([*PRUNE, "--pattern", "4:8"], "pattern: expected one of 2:4, unstructured, got '4:8'"),
     (
         [*PRUNE, "--sparsity", "0.45"],

@@ -10,9 +10,10 @@ import torch
 
 from patch import utils
 from patch.checkpoint import load_artifact
+from patch.data import calibration_windows
 from patch.models import keep_masks, maskable_linears
 from patch.priors import tile_scores
-from patch.pruning import prune_model
+from patch.pruning import get_method, prune_model
 from patch.utils import evaluate, get_llm, load_compressed_model, prepare_pruned_model
 
 TILE = (64, 32)
@@ -34,7 +35,7 @@ def weights(model):
     return {name: linear.weight.detach().clone() for name, linear in maskable_linears(model).items()}
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "thanos"])
 def test_prune_save_and_load_again(tmp_path, model, tiny_model, tokenizer, arguments, method):
     dense = weights(model)
     arguments |= {"prune_method": method}
@@ -48,7 +49,7 @@ def test_prune_save_and_load_again(tmp_path, model, tiny_model, tokenizer, argum
             keep.reshape(keep.shape[0], -1, 4).sum(2), torch.full((keep.shape[0], keep.shape[1] // 4), 2)
         )
         assert not expected[name][~keep].any()
-        assert method == "sparsegpt" or torch.equal(expected[name], dense[name].masked_fill(~keep, 0))
+        assert get_method(method).updates_weights or torch.equal(expected[name], dense[name].masked_fill(~keep, 0))
     scores = {name: model.get_submodule(name).distribution_scores for name in masks}
 
     # The trap of the original: a second call returned the dense model.
@@ -61,6 +62,26 @@ def test_prune_save_and_load_again(tmp_path, model, tiny_model, tokenizer, argum
         assert all(torch.equal(keep, masks[name]) for name, keep in keep_masks(other).items())
         assert all(torch.equal(other.get_submodule(name).distribution_scores, s) for name, s in scores.items())
     assert not [name for name in model.state_dict() if "scores" in name or "keep" in name]
+
+
+def test_pruning_options_reach_the_method(tmp_path, model, tiny_model, tokenizer, arguments, text_file):
+    options = {"precision": "fp64", "damping": 0.3, "block_size": 32}
+    arguments |= {"prune_method": "thanos"} | options
+    prepare_pruned_model(model, tokenizer, tmp_path / "c", arguments, TILE, 0.35)
+    calibration, _ = calibration_windows(tokenizer, str(text_file), nsamples=4, seqlen=32, seed=0)
+    options["calibration"] = calibration
+    reference = prune_model(tiny_model(), "thanos", pattern="unstructured", sparsity=0.35, **options)
+    for name, keep in reference.items():
+        assert torch.equal(model.get_submodule(name).distribution_scores, tile_scores(keep, TILE))
+    expected = tiny_model()
+    prune_model(expected, "thanos", **options)
+    assert all(torch.equal(weight, weights(expected)[name]) for name, weight in weights(model).items())
+
+    fresh = tiny_model()
+    fresh.seqlen = 32
+    for key, other, message in (("damping", 0.01, "damping = 0.01"), ("block_size", None, "block_size = 512")):
+        with pytest.raises(ValueError, match=f"expected {message}, the artifact was made with {key} = "):
+            prepare_pruned_model(fresh, tokenizer, tmp_path / "c", arguments | {key: other}, TILE, 0.35)
 
 
 def test_scores_are_those_of_the_unstructured_reference(tmp_path, model, tiny_model, tokenizer):
@@ -87,6 +108,7 @@ def test_zeros_of_the_dense_weight_are_not_taken_for_pruned(tmp_path, model, tok
         ({"nsamples": 5}, TILE, 0.35, 0, "expected nsamples = 5"),
         ({}, TILE, 0.35, 1, "expected seed = 1"),
         ({"shift_zero_metrics": True}, TILE, 0.35, 0, "expected shift_zero_metrics = True"),
+        ({"precision": "fp64"}, TILE, 0.35, 0, "expected precision = 'fp64'"),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(
@@ -137,7 +159,6 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ({"prune_method": "thanos"}, ValueError, "'thanos' which is not implemented yet"),
         ({"prune_method": "maskllm"}, ValueError, "maskllm_checkpoint together, got 'maskllm' and None"),
         ({"maskllm_checkpoint": "x.npz"}, ValueError, "maskllm_checkpoint together, got 'wanda' and 'x.npz'"),
         (
@@ -162,6 +183,9 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
         ({"nsamples": 0}, ValueError, "nsamples >= 1, got 0"),
         ({"optimizer_FT_pruning": "adamw_apex"}, ValueError, "'adamw_torch', got 'adamw_apex'"),
         ({"fine_tune": True}, ValueError, "fine_tune is not available"),
+        ({"precision": "fp16"}, ValueError, "prune_args: precision: expected one of fp32, fp64, got 'fp16'"),
+        ({"damping": -1}, ValueError, "prune_args: damping: expected a finite share .* got -1"),
+        ({"block_size": 6}, ValueError, "prune_args: block_size: expected a multiple of 4 for pattern 2:4, got 6"),
         ({"shift_zero_metrics": 1}, TypeError, "shift_zero_metrics True or False, got 1"),
         (
             {"calibration_dataset": "openwebtext"},

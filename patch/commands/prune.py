@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NAME = "prune"
-SUMMARY = "prune a model one-shot (magnitude, Wanda, SparseGPT)"
+SUMMARY = "prune a model one-shot (magnitude, Wanda, SparseGPT, Thanos)"
 EXAMPLES = """\
 examples:
   patch-llm prune --model ./llama --method wanda --data calibration.txt --out wanda
@@ -32,7 +32,7 @@ class Options:
 
     model: str = setting(help=common.MODEL_HELP, metavar="MODEL")
     out: Path = setting(help="folder to write", metavar="DIR")
-    method: str = setting("wanda", "magnitude, wanda or sparsegpt (default wanda)", metavar="METHOD")
+    method: str = setting("wanda", "magnitude, wanda, sparsegpt or thanos (default wanda)", metavar="METHOD")
     pattern: Literal["2:4", "unstructured"] = setting(
         "2:4", "2:4 keeps two of four consecutive weights; or unstructured", metavar="PATTERN"
     )
@@ -46,6 +46,13 @@ class Options:
     )
     tile: tuple[int, int] = setting((128, 128), "rows,columns of a scored tile (default 128,128)", metavar="R,C")
     shift_zero_metrics: bool = setting(False, "Wanda: raise the statistics of inputs that are always zero")
+    precision: Literal["fp32", "fp64"] = setting("fp32", "of scores, statistics and updates", metavar="P")
+    damping: float = setting(
+        0.01, "SparseGPT, Thanos: share of the mean diagonal added to the Hessian (default 0.01)", metavar="SHARE"
+    )
+    block_size: int | None = setting(
+        None, "SparseGPT, Thanos: columns treated at once (default 128; 512 for Thanos 2:4)", metavar="N"
+    )
     exclude: tuple[str, ...] = setting((), "layers to leave dense, as patterns such as '*.k_proj'", metavar="A,B")
     seed: int = setting(0, "seed of the calibration samples (default 0)", metavar="N")
     dtype: str = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
@@ -80,8 +87,18 @@ def run(options: Options) -> None:
     from patch.checkpoint import config_fingerprint, save_artifact
     from patch.models import maskable_linears, measured_sparsity
     from patch.pruning import get_method, prune_model
+    from patch.pruning.methods import make_options
 
     method = get_method(options.method)
+    pruning = make_options(
+        method,
+        options.pattern,
+        options.sparsity,
+        options.block_size,
+        options.damping,
+        options.shift_zero_metrics,
+        options.precision,
+    )
     if method.statistics is not None:
         common.check_text_source(options.data)
     model = common.load_model(options.model, dtype=options.dtype, device=options.device)
@@ -96,7 +113,7 @@ def run(options: Options) -> None:
         **_shared(options, calibration),
     )
     linears = maskable_linears(model, options.exclude)
-    weights = {name: linear.weight for name, linear in linears.items()} if options.method == "sparsegpt" else None
+    weights = {name: linear.weight for name, linear in linears.items()} if method.updates_weights else None
     meta = common.provenance(
         options.data if calibration is not None else None,
         text_sha256,
@@ -111,6 +128,9 @@ def run(options: Options) -> None:
         nsamples=options.nsamples,
         seqlen=None if calibration is None else calibration.shape[1],
         shift_zero_metrics=options.shift_zero_metrics,
+        precision=options.precision,
+        damping=options.damping,
+        block_size=pruning.block_size,
         exclude=options.exclude,
     )
     resolved = dump_yaml(options, header="patch-llm prune --config THIS_FILE")
@@ -159,5 +179,8 @@ def _shared(options: Options, calibration: Tensor | None) -> dict[str, Any]:
     return {
         "calibration": calibration,
         "shift_zero_metrics": options.shift_zero_metrics,
+        "precision": options.precision,
+        "damping": options.damping,
+        "block_size": options.block_size,
         "exclude": options.exclude,
     }

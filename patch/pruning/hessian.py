@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 _ATTEMPTS = 5
 _DAMPING_FACTOR = 10
@@ -39,7 +42,7 @@ class Statistics:
             self.hessian.addmm_(x.T, x, beta=(self.samples - 1) / self.samples, alpha=2 / self.samples)
 
 
-def damped_until(hessian: Tensor, damping: float, attempt: Callable[[Tensor], Tensor | None]) -> Tensor:
+def damped_until(hessian: Tensor, damping: float, attempt: Callable[[Tensor], _Result | None]) -> _Result:
     """What `attempt` makes of H + damping * mean(diag H) * I; the damping grows until it makes something.
 
     hessian  (K, K). Inputs that were always zero get the diagonal entry 1 first.
@@ -91,7 +94,9 @@ def inverse_of(damped: Tensor) -> Tensor | None:
 def eliminate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor | None:
     """Remove `pruned` from every row at once and let the other weights make up for it exactly.
 
-    weight   (N, K); inverse (K, K) of the damped Hessian; pruned (N, K) bool
+    weight   (N, K)
+    inverse  (C, K), the first C rows of the inverse (K, K) of the damped Hessian; C = K for all columns
+    pruned   (N, C) bool: only the first C columns can be removed
     returns  (N, K): for row w with pruned columns q, w - t @ inverse[q, :] where inverse[q, q] t = w[q]; of
              all rows with zeros at q that is the one with the least error (v - w) H (v - w)^T. Exactly 0 at
              q. None when a system is not positive definite in this precision.
@@ -99,7 +104,7 @@ def eliminate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor | None:
     counts = pruned.sum(1)
     # Pruned columns first: the systems of all rows of a chunk then have one shape.
     order = (~pruned).to(torch.uint8).argsort(dim=1, stable=True)
-    result = weight.masked_fill(pruned, 0)
+    result = weight.clone()
     start = 0
     while start < len(weight):
         width = max(1, int(counts[start:].max()))
@@ -118,8 +123,10 @@ def eliminate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor | None:
             return None
         right = weight[rows].gather(1, columns).masked_fill(padding, 0)
         solved = torch.cholesky_solve(right[:, :, None], lower)[:, :, 0]
-        spread = torch.zeros_like(weight[rows]).scatter_(1, columns, solved)
-        result[rows] = (weight[rows] - spread @ inverse).masked_fill_(pruned[rows], 0)
+        spread = torch.zeros_like(pruned[rows], dtype=weight.dtype).scatter_(1, columns, solved)
+        result[rows] -= spread @ inverse
+    # Exactly, not up to the rounding of the update.
+    result[:, : pruned.shape[1]].masked_fill_(pruned, 0)
     return result
 
 

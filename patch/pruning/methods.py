@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from patch.pruning import magnitude, sparsegpt, wanda
+from patch.pruning import magnitude, sparsegpt, thanos, wanda
 from patch.pruning.selection import (
     DEFAULT_BLOCK_SIZE,
     Pruned,
@@ -21,10 +21,18 @@ from patch.pruning.selection import (
 
 @dataclass(frozen=True)
 class Method:
-    """A pruning method: how it prunes one weight, and what it gathers from calibration data (or None)."""
+    """A pruning method: how it prunes one weight, and what it gathers from calibration data (or None).
+
+    updates_weights         whether kept weights change, so that a mask alone is not the result
+    block_size              columns treated at once unless the caller says otherwise
+    two_of_four_block_size  the same for pattern 2:4
+    """
 
     prune: Callable[[torch.Tensor, Any, PruneOptions], Pruned]
     statistics: type | None = None
+    updates_weights: bool = False
+    block_size: int = DEFAULT_BLOCK_SIZE
+    two_of_four_block_size: int = DEFAULT_BLOCK_SIZE
 
     def new_statistics(self, weight: torch.Tensor, options: PruneOptions) -> Any:
         """Empty statistics for the inputs of weight (N, K), on its device."""
@@ -35,9 +43,11 @@ class Method:
 METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude.prune),
     "wanda": Method(wanda.prune, wanda.Statistics),
-    "sparsegpt": Method(sparsegpt.prune, sparsegpt.Statistics),
+    "sparsegpt": Method(sparsegpt.prune, sparsegpt.Statistics, updates_weights=True),
+    # Block sizes of the paper.
+    "thanos": Method(thanos.prune, thanos.Statistics, updates_weights=True, two_of_four_block_size=512),
 }
-_NOT_YET = ("thanos", "prox_sparse")
+_NOT_YET = ("prox_sparse",)
 
 
 def get_method(name: str) -> Method:
@@ -50,9 +60,10 @@ def get_method(name: str) -> Method:
     raise ValueError(f"method: expected one of {known}, got {name!r}. Choose one of them.")
 
 
-def make_options(pattern, sparsity, block_size, damping, shift_zero_metrics, precision) -> PruneOptions:
-    """Checked options; block_size None is the default."""
-    block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
+def make_options(method: Method, pattern, sparsity, block_size, damping, shift_zero_metrics, precision) -> PruneOptions:
+    """Checked options; block_size None is the method's default for the pattern."""
+    if block_size is None:
+        block_size = method.two_of_four_block_size if pattern == "2:4" else method.block_size
     return PruneOptions(pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
 
 
@@ -71,27 +82,26 @@ def prune_weight(
 ) -> Pruned:
     """Prune one weight (N, K); nothing is changed in place.
 
-    method      "magnitude", "wanda" or "sparsegpt".
+    method      "magnitude", "wanda", "sparsegpt" or "thanos".
     pattern     "2:4": exactly two of every four consecutive columns stay, sparsity must be 0.5, K % 4 == 0.
                 "unstructured": a share `sparsity` of 0 up to 1 goes, by the method's own rule: one threshold
                 for the matrix (magnitude), int(K * sparsity) in each row (wanda), one threshold for each
-                block (sparsegpt). Sparsity 0 returns the weight as it is.
+                block (sparsegpt), int(N * K * sparsity) of the matrix (thanos). Sparsity 0 returns the
+                weight as it is.
     inputs      the layer's inputs, one (tokens, K) tensor per calibration sample, on the weight's device.
-                Samples may differ in length and weigh the same. Needed by wanda and sparsegpt, not read by
-                magnitude.
-    block_size  columns sparsegpt treats at once, 128 by default; a multiple of 4 for 2:4.
-    damping     share of the mean diagonal sparsegpt adds to the Hessian's diagonal; raised with a warning
-                when that is not enough to invert it.
+                Samples may differ in length and weigh the same. Needed by all but magnitude.
+    block_size  columns sparsegpt and thanos treat at once; a multiple of 4 for 2:4. None: 128, but 512 for
+                thanos with 2:4.
+    damping     share of the mean diagonal sparsegpt and thanos add to the Hessian's diagonal; raised with a
+                warning when that is not enough to invert it.
     shift_zero_metrics  wanda: lift all channel energies so that dead input channels do not score 0.
-
     precision   "fp32" or "fp64": of scores, statistics and updates. fp64 weights always take fp64.
 
-    Magnitude and wanda leave kept weights bit-identical, sparsegpt
-    updates them. Equal scores are pruned from the lower column up. Raises ValueError or TypeError before any
-    work.
+    Magnitude and wanda leave kept weights bit-identical, sparsegpt and thanos update them. Equal scores are
+    pruned from the lower column up. Raises ValueError or TypeError before any work.
     """
     chosen = get_method(method)
-    options = make_options(pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
+    options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     check_weight(weight, options, "weight")
     if chosen.statistics is not None:
         _check_samples(inputs, weight, method)

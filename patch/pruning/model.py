@@ -37,7 +37,7 @@ def prune_model(
     already pruned blocks before it. The keep masks are also attached to the layers
     (`patch.models.keep_masks`).
 
-    calibration  (samples, seqlen) int64 token ids, read by wanda and sparsegpt, not by magnitude.
+    calibration  (samples, seqlen) int64 token ids, read by all but magnitude.
     exclude      fnmatch patterns over names of layers that stay dense.
     device       where each block is put while it is worked on; None: where it is.
     Other arguments as in `prune_weight`. Arguments, weights and token ids are checked before any work.
@@ -45,7 +45,7 @@ def prune_model(
     were pruned by then stay pruned and have their mask. Source: the sequential scheme of SparseGPT and Wanda.
     """
     chosen = get_method(method)
-    options = make_options(pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
+    options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     linears = maskable_linears(model, exclude)
     if chosen.statistics is not None:
         if calibration is None:

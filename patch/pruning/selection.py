@@ -176,6 +176,17 @@ def keep_in_rows(score: torch.Tensor, sparsity: float) -> torch.Tensor:
     return torch.ones_like(score, dtype=torch.bool).scatter_(1, smallest, False)
 
 
+def smallest_of_all(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Mark the `count` smallest of score (N, K); of equal ones the lower column first, then the lower row."""
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    threshold = score.flatten().kthvalue(count).values
+    marked = score < threshold
+    columns, rows = (score == threshold).T.nonzero()[: count - int(marked.sum())].unbind(1)
+    marked[rows, columns] = True
+    return marked
+
+
 def select(weight: torch.Tensor, keep: torch.Tensor) -> Pruned:
     """The weight with what is not kept set to zero; kept values are bit-identical."""
     return Pruned(weight.detach().masked_fill(~keep, 0), keep)
