@@ -11,6 +11,7 @@ model returned), missing prune_args have defaults, unknown ones are refused, set
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patch import config as configuration
 from patch.checkpoint import (
     Artifact,
     config_fingerprint,
@@ -40,7 +42,7 @@ from patch.folder import file_sha256, resolve_folder
 from patch.foreign_masks import locate, read_masks
 from patch.models import apply_keep_masks
 from patch.priors import tile_scores
-from patch.pruning import PruneOptions, get_method, prune_model
+from patch.pruning import ProxSparseConfig, PruneOptions, get_method, prune_model, reference_method
 from patch.pruning.methods import make_options
 from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
 
@@ -48,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SEQLEN = 2048
 MASKLLM = "maskllm"  # not a pruning method: the masks are those of prune_args["maskllm_checkpoint"]
+PROX_SPARSE_NSAMPLES = 400  # of its published settings: one for each step
 PRUNE_DEFAULTS: dict[str, Any] = {
     "prune_method": "wanda",
     "sparsity_type": "2:4",
@@ -62,6 +65,7 @@ PRUNE_DEFAULTS: dict[str, Any] = {
     "damping": 0.01,
     "block_size": None,
     "fine_tune": False,
+    "prox_sparse": None,
 }
 
 
@@ -78,13 +82,15 @@ def prepare_pruned_model(
 
     checkpoint_name        folder of the result. If it exists it is loaded, after checking that it was made
                            from this model, method, ratio, tile size, calibration set and seed.
-    prune_args             dict or namespace with keys of PRUNE_DEFAULTS
+    prune_args             dict or namespace with keys of PRUNE_DEFAULTS; "prox_sparse" takes a dict with fields of
+                           patch.pruning.ProxSparseConfig for that method, whose nsamples is 400 by default
     mask_tile_size         (rows, cols) of the tiles that will be learned
     target_sparsity_ratio  0..0.5, of the unstructured reference model that gives the tile scores
     prune_method "maskllm" takes the masks of maskllm_checkpoint: a MaskLLM or PATCH file (patch.foreign_masks; a
     .pt too), a folder with one, or a Hugging Face repository. Its reference model is pruned by Wanda.
     Every pruned layer gets its keep mask (patch.models.keep_masks) and a buffer `distribution_scores`
-    (rows, cols), the share of weights that the reference keeps in each tile.
+    (rows, cols), the share of weights that the reference keeps in each tile. The reference of prox_sparse, which
+    knows no unstructured masks, is pruned by wanda.
     raises  ValueError or TypeError before any work.
     """
     args = _prune_args(prune_args)
@@ -99,9 +105,8 @@ def prepare_pruned_model(
         return _apply(model, load_artifact(folder, expect=meta, model=model))
 
     stored = _stored_masks(model, args) if args["prune_method"] == MASKLLM else None
-    reference_method = _reference_method(args["prune_method"])
     calibration, text_hash = None, None
-    if get_method(reference_method).statistics is not None:
+    if get_method(_computed(args["prune_method"])).needs_calibration:
         calibration, text_hash = calibration_windows(
             tokenizer,
             args["calibration_dataset"],
@@ -113,16 +118,25 @@ def prepare_pruned_model(
     options["calibration"] = calibration
     reference = copy.deepcopy(model)
     reference_masks = prune_model(
-        reference, reference_method, pattern="unstructured", sparsity=target_sparsity_ratio, **options
+        reference,
+        reference_method(_computed(args["prune_method"])),
+        pattern="unstructured",
+        sparsity=target_sparsity_ratio,
+        **options,
     )
     scores = {name: tile_scores(keep, tile) for name, keep in reference_masks.items()}
     del reference, reference_masks
     if stored is not None:
-        apply_keep_masks(model, stored)
         masks = stored
+        apply_keep_masks(model, masks)
     else:
         masks = prune_model(
-            model, args["prune_method"], pattern=args["sparsity_type"], sparsity=args["sparsity_ratio"], **options
+            model,
+            args["prune_method"],
+            pattern=args["sparsity_type"],
+            sparsity=args["sparsity_ratio"],
+            prox=args["prox_sparse"],
+            **options,
         )
     weights = {name: model.get_submodule(name).weight.detach() for name in masks}
     save_artifact(
@@ -207,8 +221,19 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(PRUNE_DEFAULTS)):
         raise ValueError(f"prune_args: unknown keys {unknown}; expected only {sorted(PRUNE_DEFAULTS)}")
     args = PRUNE_DEFAULTS | values
-    if args["prune_method"] != MASKLLM:
-        get_method(args["prune_method"])
+    if get_method(_computed(args["prune_method"])).is_learned:
+        args["nsamples"] = values.get("nsamples", PROX_SPARSE_NSAMPLES)
+        args["prox_sparse"] = _prox_config(args["prox_sparse"])
+        if args["sparsity_type"] != "2:4":
+            raise ValueError(
+                f"prune_args: expected sparsity_type '2:4' for prox_sparse, got {args['sparsity_type']!r}; use wanda "
+                "for an unstructured mask"
+            )
+    elif args["prox_sparse"] is not None:
+        raise ValueError(
+            f"prune_args: expected prox_sparse only with prune_method 'prox_sparse', got it with "
+            f"{args['prune_method']!r}; leave it out"
+        )
     _check_ratio("prune_args['sparsity_ratio']", args["sparsity_ratio"])
     if args["sparsity_type"] not in ("2:4", "unstructured"):
         raise ValueError(f"prune_args: expected sparsity_type '2:4' or 'unstructured', got {args['sparsity_type']!r}")
@@ -258,11 +283,19 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     return args
 
 
+def _prox_config(given: Any) -> ProxSparseConfig:
+    if given is None or isinstance(given, ProxSparseConfig):
+        return given or ProxSparseConfig()
+    if not isinstance(given, Mapping):
+        raise TypeError(f"prune_args: expected prox_sparse as a dict or ProxSparseConfig, got {type(given).__name__}")
+    return configuration.build(ProxSparseConfig, given, prefix="prox_sparse.")
+
+
 def _pruning(args: Mapping[str, Any]) -> PruneOptions:
     """Checked options of the pruning itself, with the method's block size where none is given."""
     keys = ("sparsity_type", "sparsity_ratio", "block_size", "damping", "shift_zero_metrics", "precision")
     try:
-        return make_options(get_method(_reference_method(args["prune_method"])), *(args[key] for key in keys))
+        return make_options(get_method(_computed(args["prune_method"])), *(args[key] for key in keys))
     except (TypeError, ValueError) as error:
         raise type(error)(f"prune_args: {error}") from error
 
@@ -297,7 +330,9 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
     }
     if method == MASKLLM:
         meta["maskllm_sha256"] = file_sha256(Path(os.path.realpath(locate(args["maskllm_checkpoint"]))))
-    if get_method(_reference_method(method)).statistics is not None:
+    if args["prox_sparse"] is not None:
+        meta["prox_sparse"] = dataclasses.asdict(args["prox_sparse"])
+    if get_method(_computed(method)).needs_calibration:
         source = args["calibration_dataset"]
         named = os.fspath(source) in NAMED_SETS
         meta |= {
@@ -308,13 +343,13 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
             "shift_zero_metrics": args["shift_zero_metrics"],
             "precision": args["precision"],
         }
-    if get_method(_reference_method(method)).updates_weights:
+    if get_method(_computed(method)).updates_weights:
         meta |= {"damping": args["damping"], "block_size": _pruning(args).block_size}
     return meta
 
 
-def _reference_method(method: str) -> str:
-    """What prunes the reference that scores the tiles: a stored mask has no scores, so it takes Wanda's."""
+def _computed(method: str) -> str:
+    """The method that is run: a stored mask only needs its tiles scored, which is done by Wanda."""
     return "wanda" if method == MASKLLM else method
 
 

@@ -344,8 +344,8 @@ X = [torch.ones(3, 8)]
 NAN = torch.full((4, 8), math.nan)
 INF = torch.ones(3, 8).index_fill(0, torch.tensor([1]), math.inf)
 BAD = {
-    "unknown method": ((W, "wander"), {}, ValueError, "magnitude, wanda, sparsegpt, thanos, got 'wander'"),
-    "prox_sparse": ((W, "prox_sparse"), {}, ValueError, "'prox_sparse' which is not implemented yet"),
+    "unknown method": ((W, "wander"), {}, ValueError, "magnitude, wanda, sparsegpt, thanos, prox_sparse, got 'wander'"),
+    "prox_sparse": ((W, "prox_sparse"), {}, ValueError, "got 'prox_sparse', .* Use patch.pruning.prune_model"),
     "method None": ((W, None), {}, ValueError, "got None. Choose one"),
     "unhashable method": ((W, ["wanda"]), {}, ValueError, r"got \['wanda'\]. Choose one"),
     "unknown pattern": (

@@ -1,12 +1,14 @@
-"""`patch-llm prune`: one-shot pruning; writes the masks (and updated weights) as an artifact."""
+"""`patch-llm prune`: one-shot pruning and ProxSparse; writes the masks (and updated weights) as an artifact."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patch import config as configuration
 from patch.commands import common
 from patch.commands.common import setting
 from patch.config import RESOLVED_NAME, dump_yaml
@@ -14,32 +16,41 @@ from patch.config import RESOLVED_NAME, dump_yaml
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from patch.pruning import ProxSparseConfig
+
 NAME = "prune"
-SUMMARY = "prune a model one-shot (magnitude, Wanda, SparseGPT, Thanos)"
+SUMMARY = "prune a model one-shot (magnitude, Wanda, SparseGPT, Thanos) or by ProxSparse"
 EXAMPLES = """\
 examples:
   patch-llm prune --model ./llama --method wanda --data calibration.txt --out wanda
   patch-llm prune --model ./llama --method sparsegpt --data c4 --target-sparsity 0.45 --out prior
       the second also scores the tiles, which `patch-llm learn --prior prior` starts from
+  patch-llm prune --model ./llama --method prox_sparse --prox-lambda 0.25 --data c4 --seqlen 4096 --out prox
+      trains a copy of the weights for 400 steps to choose the masks; settings prox.NAME for --set and --config
 """
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
+SECTION_FLAGS = {
+    "--prox-lambda": ("prox.lam", "LAMBDA", "prox_sparse: weight of its regulariser (default 0.1)"),
+    "--prox-lr": ("prox.lr", "LR", "prox_sparse: peak learning rate (default 1e-4)"),
+    "--prox-steps": ("prox.steps", "N", "prox_sparse: training steps (default 400)"),
+}
 DEFAULT_SEQLEN = 2048
+DEFAULT_NSAMPLES = {"prox_sparse": 400}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of `prune`."""
+    """Settings of `prune`; those of prox_sparse are in the section `prox` (patch.pruning.ProxSparseConfig)."""
 
     model: str = setting(help=common.MODEL_HELP, metavar="MODEL")
     out: Path = setting(help="folder to write", metavar="DIR")
-    method: str = setting("wanda", "magnitude, wanda, sparsegpt or thanos (default wanda)", metavar="METHOD")
+    method: str = setting("wanda", "magnitude, wanda (default), sparsegpt, thanos or prox_sparse", metavar="METHOD")
     pattern: Literal["2:4", "unstructured"] = setting(
         "2:4", "2:4 keeps two of four consecutive weights; or unstructured", metavar="PATTERN"
     )
     sparsity: float = setting(0.5, "share of zeros, 0 to 0.5; 2:4 is always 0.5", metavar="SHARE")
     data: str | None = setting(None, common.DATA_HELP + " (not needed by magnitude)", metavar="TEXT")
     text_field: str | None = setting(None, "column of a .jsonl or .parquet file (default text)", metavar="NAME")
-    nsamples: int = setting(128, "calibration samples (default 128)", metavar="N")
+    nsamples: int | None = setting(None, "calibration samples (default 128; prox_sparse 400)", metavar="N")
     seqlen: int | None = setting(None, "tokens per sample (default 2048, or what the model allows)", metavar="N")
     target_sparsity: float | None = setting(
         None, "also score tiles from an unstructured reference with this share of zeros", metavar="SHARE"
@@ -58,6 +69,7 @@ class Options:
     dtype: str = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
     overwrite: bool = setting(False, "replace an earlier result in --out")
+    prox: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "target_sparsity"):
@@ -99,10 +111,14 @@ def run(options: Options) -> None:
         options.shift_zero_metrics,
         options.precision,
     )
-    if method.statistics is not None:
+    options = dataclasses.replace(options, nsamples=options.nsamples or DEFAULT_NSAMPLES.get(options.method, 128))
+    prox = _prox_config(options)
+    if prox is not None:
+        options = dataclasses.replace(options, prox=configuration.to_dict(prox))
+    if method.needs_calibration:
         common.check_text_source(options.data)
     model = common.load_model(options.model, dtype=options.dtype, device=options.device)
-    calibration, text_sha256 = _calibration(options, model) if method.statistics is not None else (None, None)
+    calibration, text_sha256 = _calibration(options, model) if method.needs_calibration else (None, None)
     # The reference is made from the dense model, so before that is pruned.
     scores = None if options.target_sparsity is None else _tile_scores(options, model, calibration)
     masks = prune_model(
@@ -110,6 +126,7 @@ def run(options: Options) -> None:
         options.method,
         pattern=options.pattern,
         sparsity=options.sparsity,
+        prox=prox,
         **_shared(options, calibration),
     )
     linears = maskable_linears(model, options.exclude)
@@ -132,6 +149,7 @@ def run(options: Options) -> None:
         damping=options.damping,
         block_size=pruning.block_size,
         exclude=options.exclude,
+        **({} if prox is None else {"prox": options.prox}),
     )
     resolved = dump_yaml(options, header="patch-llm prune --config THIS_FILE")
     save_artifact(out, masks, meta=meta, tile_scores=scores, weights=weights, extra={RESOLVED_NAME: resolved})
@@ -142,6 +160,25 @@ def run(options: Options) -> None:
 def on_interrupt(options: Options) -> str:
     """Pruning keeps nothing of a part."""
     return f"nothing was written to {options.out}; run the same command again"
+
+
+def _prox_config(options: Options) -> ProxSparseConfig | None:
+    """The section `prox`, checked; None for other methods, which must not have one."""
+    from patch.pruning import LEARNED_METHODS, ProxSparseConfig
+
+    if options.method not in LEARNED_METHODS:
+        if options.prox:
+            raise ValueError(
+                f"prox: expected no settings with method {options.method}, got {', '.join(options.prox)}. Leave them "
+                "out, or use --method prox_sparse."
+            )
+        return None
+    if options.pattern != "2:4":
+        raise ValueError(
+            f"pattern: expected 2:4 with method prox_sparse, got {options.pattern}. Use --method wanda for an "
+            "unstructured mask."
+        )
+    return configuration.build(ProxSparseConfig, options.prox, prefix="prox.")
 
 
 def _calibration(options: Options, model: nn.Module) -> tuple[Tensor, str]:
@@ -162,12 +199,12 @@ def _calibration(options: Options, model: nn.Module) -> tuple[Tensor, str]:
 def _tile_scores(options: Options, model: nn.Module, calibration: Tensor | None) -> dict[str, Tensor]:
     """Share of weights that an unstructured reference keeps in each tile."""
     from patch.priors import tile_scores
-    from patch.pruning import prune_model
+    from patch.pruning import prune_model, reference_method
 
     reference = copy.deepcopy(model)
     masks = prune_model(
         reference,
-        options.method,
+        reference_method(options.method),
         pattern="unstructured",
         sparsity=options.target_sparsity,
         **_shared(options, calibration),

@@ -1,4 +1,4 @@
-"""One-shot pruning: magnitude, Wanda, SparseGPT and Thanos, for one weight or a whole model.
+"""Pruning: magnitude, Wanda, SparseGPT and Thanos for one weight or a whole model, ProxSparse for a whole model.
 
 A method is one module with a function `prune(weight, statistics, options) -> Pruned` and, if it needs
 calibration data, a class `Statistics` that takes a layer's inputs one sample at a time and keeps only what
@@ -8,20 +8,24 @@ the method uses.
 from __future__ import annotations
 
 from patch.pruning.compensation import COMPENSATIONS, Compensation, compensate
-from patch.pruning.methods import METHODS, Method, get_method, prune_weight
+from patch.pruning.methods import LEARNED_METHODS, METHODS, Method, get_method, prune_weight, reference_method
 from patch.pruning.model import prune_model
+from patch.pruning.proxsparse import ProxSparseConfig
 from patch.pruning.selection import PATTERNS, Pruned, PruneOptions
 
 __all__ = [
     "COMPENSATIONS",
+    "LEARNED_METHODS",
     "METHODS",
     "PATTERNS",
     "Compensation",
     "Method",
+    "ProxSparseConfig",
     "PruneOptions",
     "Pruned",
     "compensate",
     "get_method",
     "prune_model",
     "prune_weight",
+    "reference_method",
 ]

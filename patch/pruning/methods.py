@@ -23,16 +23,27 @@ from patch.pruning.selection import (
 class Method:
     """A pruning method: how it prunes one weight, and what it gathers from calibration data (or None).
 
+    prune                   None: masks are learned for the whole model at once, only 2:4; see `prune_model`
     updates_weights         whether kept weights change, so that a mask alone is not the result
     block_size              columns treated at once unless the caller says otherwise
     two_of_four_block_size  the same for pattern 2:4
     """
 
-    prune: Callable[[torch.Tensor, Any, PruneOptions], Pruned]
+    prune: Callable[[torch.Tensor, Any, PruneOptions], Pruned] | None
     statistics: type | None = None
     updates_weights: bool = False
     block_size: int = DEFAULT_BLOCK_SIZE
     two_of_four_block_size: int = DEFAULT_BLOCK_SIZE
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the method learns from the whole model."""
+        return self.prune is None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method reads token ids."""
+        return self.is_learned or self.statistics is not None
 
     def new_statistics(self, weight: torch.Tensor, options: PruneOptions) -> Any:
         """Empty statistics for the inputs of weight (N, K), on its device."""
@@ -47,17 +58,21 @@ METHODS: dict[str, Method] = {
     # Block sizes of the paper.
     "thanos": Method(thanos.prune, thanos.Statistics, updates_weights=True, two_of_four_block_size=512),
 }
-_NOT_YET = ("prox_sparse",)
+# Apart from the others, of which each can prune a weight by itself.
+LEARNED_METHODS: dict[str, Method] = {"prox_sparse": Method(None)}
 
 
 def get_method(name: str) -> Method:
     """The registered method; raises ValueError for any other name."""
-    if isinstance(name, str) and name in METHODS:
-        return METHODS[name]
-    known = ", ".join(METHODS)
-    if name in _NOT_YET:
-        raise ValueError(f"method: expected one of {known}, got '{name}' which is not implemented yet. Use sparsegpt.")
-    raise ValueError(f"method: expected one of {known}, got {name!r}. Choose one of them.")
+    known = METHODS | LEARNED_METHODS
+    if isinstance(name, str) and name in known:
+        return known[name]
+    raise ValueError(f"method: expected one of {', '.join(known)}, got {name!r}. Choose one of them.")
+
+
+def reference_method(name: str) -> str:
+    """The method for the unstructured reference of the tile scores: itself, or wanda where it knows only 2:4."""
+    return "wanda" if get_method(name).is_learned else name
 
 
 def make_options(method: Method, pattern, sparsity, block_size, damping, shift_zero_metrics, precision) -> PruneOptions:
@@ -101,6 +116,11 @@ def prune_weight(
     pruned from the lower column up. Raises ValueError or TypeError before any work.
     """
     chosen = get_method(method)
+    if chosen.is_learned:
+        raise ValueError(
+            f"method: expected one that prunes a single weight ({', '.join(METHODS)}), got '{method}', which learns "
+            "the masks of a whole model. Use patch.pruning.prune_model."
+        )
     options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     check_weight(weight, options, "weight")
     if chosen.statistics is not None:

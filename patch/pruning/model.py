@@ -1,4 +1,4 @@
-"""One-shot pruning of a whole model, block by block."""
+"""Pruning of a whole model: block by block, or with masks that are learned for all of it at once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import nn
 from tqdm import tqdm
 
 from patch.calibration import check_calibration, placed
-from patch.models import decoder_blocks, maskable_linears, set_keep_mask
+from patch.models import apply_keep_masks, decoder_blocks, maskable_linears, set_keep_mask
 from patch.pruning.methods import Method, get_method, make_options
+from patch.pruning.proxsparse import ProxSparseConfig, learn_masks
 from patch.pruning.selection import PruneOptions, check_weight
 from patch.pruning.sequential import check_device, store, update_blocks
 
@@ -27,6 +28,7 @@ def prune_model(
     block_size: int | None = None,
     damping: float = 0.01,
     precision: str = "fp32",
+    prox: ProxSparseConfig | None = None,
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -37,22 +39,36 @@ def prune_model(
     already pruned blocks before it. The keep masks are also attached to the layers
     (`patch.models.keep_masks`).
 
+    method       of `prune_weight`, or "prox_sparse", which trains the whole model and knows only 2:4: see
+                 `patch.pruning.proxsparse.learn_masks`. Its masks are applied to the original weights.
     calibration  (samples, seqlen) int64 token ids, read by all but magnitude.
+    prox         how prox_sparse trains; None: the published defaults.
     exclude      fnmatch patterns over names of layers that stay dense.
-    device       where each block is put while it is worked on; None: where it is.
+    device       where each block (prox_sparse: the model) is put while it is worked on; None: where it is.
     Other arguments as in `prune_weight`. Arguments, weights and token ids are checked before any work.
     Train/eval state, `use_cache` and hooks are as before afterwards, also after an exception; layers that
     were pruned by then stay pruned and have their mask. Source: the sequential scheme of SparseGPT and Wanda.
     """
     chosen = get_method(method)
     options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
+    if chosen.needs_calibration and calibration is None:
+        raise ValueError(
+            f"calibration: expected token ids for method '{method}', got none. Pass windows of (samples, "
+            "seqlen) token ids, or use method='magnitude'."
+        )
+    if chosen.is_learned:
+        if pattern != "2:4":
+            raise ValueError(
+                f"pattern: expected 2:4 for method '{method}', whose regulariser knows no other, got {pattern}. Use "
+                "wanda for an unstructured mask."
+            )
+        masks = learn_masks(model, calibration, prox, exclude=exclude, device=device, progress=progress)
+        apply_keep_masks(model, masks, exclude=exclude)
+        return {name: model.get_submodule(name).keep_mask for name in masks}
+    if prox is not None:
+        raise ValueError(f"prox: expected None for method '{method}', got settings of prox_sparse. Leave it out.")
     linears = maskable_linears(model, exclude)
     if chosen.statistics is not None:
-        if calibration is None:
-            raise ValueError(
-                f"calibration: expected token ids for method '{method}', got none. Pass windows of (samples, "
-                "seqlen) token ids, or use method='magnitude'."
-            )
         check_calibration(model, calibration)
         decoder_blocks(model)
     check_device(device)

@@ -1,0 +1,382 @@
+"""ProxSparse: train the weights until every four of them have at most two left, and keep that choice as a mask.
+
+Every step is one of AdamW on the language-model loss, followed by the proximal operator of a regulariser that
+is 0 exactly when a group of four has at most two nonzeros. Of the trained weights only the places of the two
+largest of each four are used: the masks go onto the original weights. 2:4 only.
+Source: Liu et al., "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for Pretrained LLMs",
+2025. Theirs trains all weights of the model; here those that are not masked stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from patch.calibration import check_calibration, placed
+from patch.models import maskable_linears
+from patch.pruning.selection import GROUP, PruneOptions, check_weight, keep_two_of_four, working_dtype
+from patch.pruning.sequential import check_device
+
+logger = logging.getLogger(__name__)
+
+# Groups treated at once by `prox`: some ten temporaries of 16 MiB in fp32.
+_CHUNK_GROUPS = 1 << 20
+_SWEEPS = 10
+_ROUNDS = 100
+_DAMPED_STEPS = 20
+_BAR_INTERVAL = 10
+
+
+@dataclass(frozen=True)
+class ProxSparseConfig:
+    """How `learn_masks` trains; checked when made. Defaults are the published ones.
+
+    lam              weight of the regulariser in the proximal step; not multiplied by lr. The published value
+                     differs from model to model, see docs/proxsparse.md
+    lr               peak learning rate of AdamW (betas 0.9 and 0.999, eps 1e-8, no weight decay)
+    steps            optimiser steps; samples are read in a new random order each time all were read
+    batch_size       samples per step
+    warmup_ratio     share of the steps in which lr rises from 0; it falls linearly to 0 afterwards
+    max_grad_norm    gradients of all weights together are scaled down to this norm
+    frozen_lam       weight of `frozen_weight_penalty`, 0 without it
+    frozen_epsilon   its epsilon
+    seed             of the sample order and of dropout
+    grad_checkpoint  compute activations again in the backward pass: less memory, more time
+    """
+
+    lam: float = 0.1
+    lr: float = 1e-4
+    steps: int = 400
+    batch_size: int = 1
+    warmup_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+    frozen_lam: float = 0.0
+    frozen_epsilon: float = 0.1
+    seed: int = 42
+    grad_checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        for name, usual in (("lam", 0.1), ("frozen_lam", 0.0)):
+            _check_number(name, getattr(self, name), 0 <= _number(getattr(self, name)) < math.inf, "0 or more", usual)
+        for name, usual in (("lr", 1e-4), ("max_grad_norm", 1.0), ("frozen_epsilon", 0.1)):
+            _check_number(name, getattr(self, name), 0 < _number(getattr(self, name)) < math.inf, "above 0", usual)
+        _check_number("warmup_ratio", self.warmup_ratio, 0 <= _number(self.warmup_ratio) <= 1, "from 0 to 1", 0.1)
+        for name, least, usual in (("steps", 1, 400), ("batch_size", 1, 1), ("seed", 0, 42)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{name}: expected an integer of {least} or more, got {value!r}. The usual one is {usual}."
+                )
+        if not isinstance(self.grad_checkpoint, bool):
+            raise TypeError(f"grad_checkpoint: expected True or False, got {self.grad_checkpoint!r}. Pass a bool.")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step; the first is 0. Linear warm-up, then linear to 0 at the end."""
+        warmup = math.ceil(self.steps * self.warmup_ratio)
+        if step < warmup:
+            return self.lr * step / warmup
+        return self.lr * max(0, self.steps - step) / max(1, self.steps - warmup)
+
+
+@torch.no_grad()
+def prox(v: Tensor, lam: float, *, chunk_groups: int = _CHUNK_GROUPS) -> Tensor:
+    """Proximal operator of lam * `regularizer`: the w with the least 1/2 * ||w - v||^2 + lam * R(w).
+
+    v             (..., K), K % 4 == 0, any floating dtype of at least 16 bits; each four consecutive entries
+                  of the last dimension are a group of their own
+    lam           0 or more; 0 gives v
+    chunk_groups  groups treated at once, which bounds the memory
+    returns       shape and dtype of v, computed in at least fp32. No entry is larger than in v or changes its
+                  sign. Groups in which fewer nonzeros cost as much as more take the fewer.
+
+    |w| minimises the same over |w| >= 0 with z = |v|. Each |w_i| given the other three is
+    max(z_i - lam * (sum of their pairwise products), 0), and repeating that descends.
+    While lam * max(z) < 1/6 the off-diagonal rows of the Hessian sum to less than its diagonal 1 (Gershgorin),
+    the problem is convex and that is the minimum. Otherwise the minimum has two, three or four nonzeros, the
+    largest ones; each case is solved and the best one taken, as in the paper. Descent from 0 misses
+    the minimum of some groups when lam * max(z) is near 1; small steps first (`_damped`) do not.
+    """
+    _check_number("lam", lam, 0 <= _number(lam) < math.inf, "0 or more", 0.1)
+    if not isinstance(v, Tensor) or not v.is_floating_point() or v.itemsize < 2:
+        kind = f"a {v.dtype} tensor" if isinstance(v, Tensor) else type(v).__name__
+        raise TypeError(f"prox: expected a floating-point tensor (fp16, bf16, fp32 or fp64), got {kind}. Convert it.")
+    _check_groups("prox", v)
+    groups = v.detach().reshape(-1, GROUP)
+    result = torch.empty_like(groups)
+    for part, out in zip(groups.split(chunk_groups), result.split(chunk_groups), strict=True):
+        z = part.T.to(working_dtype(v)).abs().contiguous()
+        hard = lam * z.amax(0) >= 1 / 6
+        w = _descend(z.masked_fill(hard, 0), lam, torch.zeros_like(z))
+        if hard.any():
+            w[:, hard] = _best_of_candidates(z[:, hard], lam)
+        out.copy_(w.T.copysign(part))
+    return result.reshape(v.shape)
+
+
+def regularizer(weight: Tensor) -> Tensor:
+    """R = sum over groups of |w1 w2 w3| + |w2 w3 w4| + |w3 w4 w1| + |w4 w1 w2|, a scalar in at least fp32.
+
+    weight  (..., K), K % 4 == 0. R is 0 if and only if every group has at most two nonzeros (as long as no
+            product underflows). Differentiable.
+    """
+    _check_groups("regularizer", weight)
+    return _triples(weight.to(working_dtype(weight)).abs().reshape(-1, GROUP).T).sum()
+
+
+def frozen_weight_penalty(weight: Tensor, original: Tensor, epsilon: float) -> Tensor:
+    """||(W / (W0 + epsilon * sgn(W0))) * (W - W0)||_F^2 with sgn(0) = 1, a scalar in the dtype of weight.
+
+    It lets a weight go to 0 for nothing and holds one that stays near its original.
+    """
+    return (weight * (weight - original) / _scale(original, epsilon)).square().sum()
+
+
+def frozen_weight_gradient(weight: Tensor, original: Tensor, epsilon: float) -> Tensor:
+    """Gradient of `frozen_weight_penalty` with respect to weight, same shape."""
+    residual = weight * (weight - original)
+    return residual.mul_(2 * (2 * weight - original)).div_(_scale(original, epsilon).square_())
+
+
+def learn_masks(
+    model: nn.Module,
+    calibration: Tensor,
+    config: ProxSparseConfig | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """2:4 keep masks {layer name: (N, K) bool} learned by ProxSparse; the model is as before afterwards.
+
+    model        causal language model in float32, bfloat16 or float64 with its dense weights. Its maskable
+                 weights are trained (a 16-bit model with fp32 master weights) and come back bit for bit, also
+                 after an exception, as do gradients, requires_grad, train mode and use_cache.
+    calibration  (samples, seqlen) int64 token ids, seqlen at least 2; the labels are the ids themselves
+    config       None: the published defaults
+    exclude      fnmatch patterns over names of layers that stay dense
+    device       where the model is trained, then put back; None: where it is
+    raises       ValueError or TypeError before any work; FloatingPointError naming the step when the loss or
+                 its gradient is not finite
+
+    Memory: 20 bytes per maskable weight, in any dtype but float64 (weight, original, master weight, gradient,
+    two moments of AdamW), and the activations of batch_size samples. A function of its arguments and seed.
+    """
+    config = ProxSparseConfig() if config is None else config
+    if not isinstance(config, ProxSparseConfig):
+        raise TypeError(f"config: expected a ProxSparseConfig, got {type(config).__name__}. Make one.")
+    linears = maskable_linears(model, exclude)
+    check_calibration(model, calibration)
+    if calibration.shape[1] < 2:
+        raise ValueError(
+            f"calibration: expected samples of at least 2 tokens to predict one, got {tuple(calibration.shape)}. "
+            "Pass longer windows."
+        )
+    check_device(device)
+    for name, linear in linears.items():
+        check_weight(linear.weight, PruneOptions(), f"layer '{name}'")
+        if linear.weight.dtype == torch.float16:
+            raise ValueError(
+                f"layer '{name}': expected float32, bfloat16 or float64 weights to train, got torch.float16 whose "
+                "gradients overflow. Load the model with dtype=torch.bfloat16."
+            )
+    # Here because transformers' Trainer, behind it, takes seconds to import and no other method needs it.
+    from patch.trainer import prepared
+
+    with prepared(model, config), placed(model, device):
+        torch.manual_seed(config.seed)  # dropout; `prepared` puts the generator back
+        # By weight: one that two layers share is trained once.
+        weights = {linear.weight: name for name, linear in linears.items()}
+        before = [(weight.detach().clone(), weight.grad) for weight in weights]
+        try:
+            trained = _train(model, weights, [original for original, _ in before], calibration, config, progress)
+            keep = {weight: keep_two_of_four(master.abs()) for weight, master in zip(weights, trained, strict=True)}
+        finally:
+            with torch.no_grad():
+                for weight, (original, gradient) in zip(weights, before, strict=True):
+                    weight.requires_grad_(False)  # `prepared` sets the flags that were set
+                    weight.copy_(original)
+                    weight.grad = gradient
+        masks = {name: keep[linear.weight] for name, linear in linears.items()}
+    return {name: mask.to(linears[name].weight.device) for name, mask in masks.items()}
+
+
+def _train(
+    model: nn.Module,
+    weights: Mapping[nn.Parameter, str],
+    originals: Sequence[Tensor],
+    calibration: Tensor,
+    config: ProxSparseConfig,
+    progress: bool,
+) -> list[Tensor]:
+    """Train the weights (each with the name of its layer) in place; returns them in at least fp32."""
+    for weight in weights:
+        weight.requires_grad_(True)
+        weight.grad = None
+    # A step of 1e-4 is below half a unit in the last place of a bf16 weight above 1/32 and would be lost.
+    masters = [weight.detach().to(working_dtype(weight)) for weight in weights]
+    optimizer = torch.optim.AdamW(masters, lr=config.lr, weight_decay=0.0, fused=True)
+    batches = _batches(len(calibration), config)
+    home = model.get_input_embeddings().weight.device
+    share = 1.0
+    with tqdm(total=config.steps, desc="ProxSparse", unit="step", disable=None if progress else True) as bar:
+        for step, batch in enumerate(batches):
+            ids = calibration[batch].to(home)
+            loss = model(input_ids=ids, labels=ids).loss
+            _check_finite("loss", loss, step, config)
+            loss.backward()
+            _take_gradients(weights, masters, originals, config)
+            norm = nn.utils.clip_grad_norm_(masters, config.max_grad_norm)
+            _check_finite("gradient", norm, step, config)
+            optimizer.param_groups[0]["lr"] = config.lr_at(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for weight, master in zip(weights, masters, strict=True):
+                    master.copy_(prox(master, config.lam))
+                    weight.copy_(master)
+            if step % _BAR_INTERVAL == 0 or step + 1 == config.steps:
+                share = _violations(masters)
+                bar.set_postfix(loss=f"{loss.item():.4f}", violations=f"{share:.4f}", refresh=False)
+            bar.update()
+    for master, name in zip(masters, weights.values(), strict=True):
+        if master not in optimizer.state:
+            raise ValueError(
+                f"layer '{name}': expected to see calibration inputs, got none; the model does not call it for these "
+                "samples. Put it in exclude."
+            )
+    logger.info("ProxSparse: %.4f of the groups have more than two nonzeros after %d steps", share, config.steps)
+    return masters
+
+
+def _batches(samples: int, config: ProxSparseConfig) -> Tensor:
+    """Indices of the samples of every step, (steps, batch_size): one random order after the other."""
+    generator = torch.Generator().manual_seed(config.seed)
+    wanted = config.steps * config.batch_size
+    orders = [torch.randperm(samples, generator=generator) for _ in range(math.ceil(wanted / samples))]
+    return torch.cat(orders)[:wanted].reshape(config.steps, config.batch_size)
+
+
+@torch.no_grad()
+def _take_gradients(
+    weights: Mapping[nn.Parameter, str],
+    masters: Sequence[Tensor],
+    originals: Sequence[Tensor],
+    config: ProxSparseConfig,
+) -> None:
+    """Move the weights' gradients to the masters, one at a time, with that of the frozen-weight term."""
+    for weight, master, original in zip(weights, masters, originals, strict=True):
+        if weight.grad is None:
+            continue
+        master.grad, weight.grad = weight.grad.to(master.dtype), None
+        if config.frozen_lam > 0:
+            gradient = frozen_weight_gradient(master, original.to(master.dtype), config.frozen_epsilon)
+            master.grad.add_(gradient, alpha=config.frozen_lam)
+
+
+def _violations(weights: Sequence[Tensor]) -> float:
+    """Share of the groups of four that have more than two nonzeros."""
+    counts = ((weight.reshape(-1, GROUP) != 0).sum(1) > 2 for weight in weights)
+    return sum(int(count.sum()) for count in counts) / sum(weight.numel() // GROUP for weight in weights)
+
+
+def _check_finite(what: str, value: Tensor, step: int, config: ProxSparseConfig) -> None:
+    if not torch.isfinite(value):
+        raise FloatingPointError(
+            f"ProxSparse: expected a finite {what}, got {value.item()} at step {step + 1} of {config.steps}. The "
+            "model's weights are as before; lower lr, or check the model and the calibration text."
+        )
+
+
+def _descend(z: Tensor, lam: float, w: Tensor, nonzeros: int = GROUP, rounds: int = _ROUNDS) -> Tensor:
+    """Coordinate descent from w over the first `nonzeros` of the rows of z (4, G), the last one first.
+
+    Row i becomes max(z_i - lam * (pairwise products of the others), 0), the best one given the others. Ends
+    when no entry moves by more than rounding. Where the Hessian is nearly singular that takes many sweeps; such
+    groups are few and go on alone, for at most `rounds` rounds.
+    """
+    rows = list(w.unbind(0))
+    enough = 4 * torch.finfo(z.dtype).eps * z.amax(0)
+    for _ in range(_SWEEPS):
+        change = torch.zeros_like(enough)
+        for i in reversed(range(nonzeros)):
+            new = (z[i] - lam * _pairs(rows, i)).clamp_min_(0)
+            change = torch.maximum(change, (new - rows[i]).abs_())
+            rows[i] = new
+        moving = change > enough
+        if not moving.any():
+            return torch.stack(rows)
+    w = torch.stack(rows)
+    if rounds > 1:
+        w[:, moving] = _descend(z[:, moving], lam, w[:, moving], nonzeros, rounds - 1)
+    return w
+
+
+def _damped(z: Tensor, lam: float, nonzeros: int) -> Tensor:
+    """Start for `_descend`: small steps from 0, all rows at once.
+
+    Full steps from 0 overshoot where z is large and may then end in a worse minimum. The gradient's Lipschitz
+    constant is at most 4 around a minimum (the off-diagonal of its Hessian is at most 1), so 1/3 descends.
+    """
+    w = torch.zeros_like(z)
+    for _ in range(_DAMPED_STEPS):
+        pairs = torch.stack([_pairs(w, i) for i in range(nonzeros)])
+        w[:nonzeros] = (w[:nonzeros] + (z[:nonzeros] - lam * pairs - w[:nonzeros]) / 3).clamp_min_(0)
+    return w
+
+
+def _best_of_candidates(z: Tensor, lam: float) -> Tensor:
+    """The minimiser for z (4, G) >= 0: the best with two, with three and with four nonzeros."""
+    z, order = z.sort(dim=0, descending=True, stable=True)
+    best = z.clone()
+    best[2:] = 0
+    least = _objective(best, z, lam)
+    for nonzeros in (3, 4):
+        w = _descend(z, lam, _damped(z, lam, nonzeros), nonzeros)
+        value = _objective(w, z, lam)
+        best = torch.where(value < least, w, best)
+        least = torch.minimum(value, least)
+    return torch.empty_like(best).scatter_(0, order, best)
+
+
+def _objective(w: Tensor, z: Tensor, lam: float) -> Tensor:
+    return (w - z).square().sum(0) / 2 + lam * _triples(w)
+
+
+def _pairs(w: Sequence[Tensor] | Tensor, i: int) -> Tensor:
+    """Sum of the pairwise products of the three other rows: the derivative of `_triples` in row i."""
+    a, b, c = (w[j] for j in range(GROUP) if j != i)
+    return a * b + c * (a + b)
+
+
+def _triples(w: Tensor) -> Tensor:
+    """Sum of the products of any three of the rows of w (4, G)."""
+    a, b, c, d = w.unbind(0)
+    return a * b * (c + d) + c * d * (a + b)
+
+
+def _scale(original: Tensor, epsilon: float) -> Tensor:
+    return torch.where(original < 0, original - epsilon, original + epsilon)
+
+
+def _check_groups(label: str, weight: Tensor) -> None:
+    if weight.dim() == 0 or weight.shape[-1] % GROUP:
+        raise ValueError(
+            f"{label}: expected a last dimension divisible by {GROUP}, got shape {tuple(weight.shape)}. Pad it with "
+            "zeros or leave this layer dense."
+        )
+
+
+def _number(value: object) -> float:
+    """The value of a number, NaN for anything else."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _check_number(name: str, value: object, fits: bool, expected: str, usual: float) -> None:
+    if not fits:
+        raise ValueError(f"{name}: expected a finite number {expected}, got {value!r}. The usual one is {usual}.")
