@@ -5,6 +5,7 @@
                          NAME.tile_scores    float32 (rows, cols), optional
                          NAME.tile_is_sparse uint8 (rows, cols), optional
     weights.safetensors  NAME.weight         weights that the method updated, optional
+    adapters.safetensors NAME.left (K, rank), NAME.right (rank, N)   low-rank adapters, optional; version 2
 
 Everything is checked against the headers, the sizes in artifact.json, the caller's expectations and the model
 before a tensor is allocated. Nothing is ever unpickled.
@@ -50,10 +51,14 @@ __all__ = [
 
 FORMAT = "patch-artifact"
 VERSION = 1
+# Of artifacts with adapters: a reader that knows only version 1 must not leave them out in silence.
+ADAPTER_VERSION = 2
 DESCRIPTION = "artifact.json"
 MASKS = "masks.safetensors"
 WEIGHTS = "weights.safetensors"
+ADAPTERS = "adapters.safetensors"
 _WEIGHT_DTYPES = {"F16", "BF16", "F32", "F64"}
+_SIDES = ("left", "right")
 # Fields of a transformers config that change without the model changing.
 _VOLATILE = {
     "_name_or_path",
@@ -73,6 +78,7 @@ class Artifact:
     tile_scores     float32 (rows, cols), share of weights an unstructured reference keeps in each tile
     tile_is_sparse  bool (rows, cols)
     weights         (N, K) weights that the pruning method updated
+    adapters        low-rank adapters left (K, rank) and right (rank, N), see patch.slim.lora
     """
 
     masks: dict[str, Tensor]
@@ -80,6 +86,7 @@ class Artifact:
     weights: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     tile_is_sparse: dict[str, Tensor] = field(default_factory=dict)
+    adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def save_artifact(
@@ -90,13 +97,14 @@ def save_artifact(
     tile_scores: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     tile_is_sparse: Mapping[str, Tensor] | None = None,
+    adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     extra: Mapping[str, bytes | str] | None = None,
 ) -> None:
     """Write an artifact folder, replacing an earlier one without ever leaving none.
 
     masks           bool (N, K) per layer name
     meta            JSON values; model, method, pattern, sparsity (0..0.5), tile, seed are checked if present
-    tile_scores, tile_is_sparse, weights   optional, for any of the layers in masks
+    tile_scores, tile_is_sparse, weights, adapters   optional, for any of the layers in masks
     extra           further small files of the folder, e.g. {"config.yaml": text}
     raises          ValueError or TypeError before anything is written.
     """
@@ -104,9 +112,10 @@ def save_artifact(
     _check_masks(masks)
     for what, tensors in (("tile_scores", scores), ("tile_is_sparse", grids), ("weights", updated)):
         _check_parts(what, tensors, masks)
+    _check_adapters(adapters or {}, masks)
     description = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": ADAPTER_VERSION if adapters else VERSION,
         "layers": {n: {"shape": list(m.shape), "kept": int(m.sum())} for n, m in masks.items()},
         "meta": _check_meta(dict(meta)),
     }
@@ -114,7 +123,7 @@ def save_artifact(
     tensors = {f"{name}.keep": _pack_bits(mask) for name, mask in masks.items()}
     tensors |= {f"{name}.tile_scores": _plain(score.float()) for name, score in scores.items()}
     tensors |= {f"{name}.tile_is_sparse": _plain(grid.to(torch.uint8)) for name, grid in grids.items()}
-    reserved = {DESCRIPTION, MASKS, WEIGHTS, MANIFEST}
+    reserved = {DESCRIPTION, MASKS, WEIGHTS, ADAPTERS, MANIFEST}
     for name in extra or {}:
         if name in reserved or Path(name).name != name:
             raise ValueError(f"extra: expected plain file names other than {sorted(reserved)}, got {name!r}")
@@ -124,6 +133,11 @@ def save_artifact(
         save_file(tensors, directory / MASKS)
         if updated:
             save_file({f"{name}.weight": _plain(weight) for name, weight in updated.items()}, directory / WEIGHTS)
+        if adapters:
+            parts = {
+                f"{n}.{side}": _plain(p) for n, pair in adapters.items() for side, p in zip(_SIDES, pair, strict=True)
+            }
+            save_file(parts, directory / ADAPTERS)
         for name, content in (extra or {}).items():
             (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -155,6 +169,14 @@ def load_artifact(
     _check_mask_header(folder / MASKS, read_header(folder / MASKS), shapes)
     if WEIGHTS in manifest["files"]:
         _check_weight_header(folder / WEIGHTS, read_header(folder / WEIGHTS), shapes)
+    has_adapters = ADAPTERS in manifest["files"]
+    if has_adapters != (description["version"] == ADAPTER_VERSION):
+        raise ValueError(
+            f"{folder}: expected {ADAPTERS} exactly in version {ADAPTER_VERSION}, got version "
+            f"{description['version']} {'with' if has_adapters else 'without'} it; save the artifact again"
+        )
+    if has_adapters:
+        _check_adapter_header(folder / ADAPTERS, read_header(folder / ADAPTERS), shapes)
 
     tensors = load_file(folder / MASKS)
     artifact = Artifact(masks={}, meta=meta)
@@ -174,6 +196,10 @@ def load_artifact(
     if WEIGHTS in manifest["files"]:
         weights = load_file(folder / WEIGHTS)
         artifact.weights = {name.removesuffix(".weight"): weight for name, weight in weights.items()}
+    if has_adapters:
+        parts = load_file(folder / ADAPTERS)
+        names = sorted({name.rpartition(".")[0] for name in parts}, key=list(layers).index)
+        artifact.adapters = {name: (parts[f"{name}.left"], parts[f"{name}.right"]) for name in names}
     return artifact
 
 
@@ -278,7 +304,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: expected format {FORMAT!r}, got {str(got)[:80]!r}; give a folder made by prune or learn"
         )
-    if not is_count(value.get("version")) or value["version"] != VERSION:
+    if not is_count(value.get("version")) or value["version"] not in (VERSION, ADAPTER_VERSION):
         raise ValueError(
             f"{path}: expected version {VERSION}, got {str(value.get('version'))[:40]}; it was written by "
             "another "
@@ -372,3 +398,35 @@ def _check_weight_header(path: Path, header: dict[str, TensorInfo], shapes: dict
                 f"{path}: {name}: expected one of {sorted(_WEIGHT_DTYPES)} {shapes[layer]}, got {info.dtype} "
                 f"{info.shape}; save the artifact again"
             )
+
+
+def _check_adapters(adapters: Mapping[str, tuple[Tensor, Tensor]], masks: Mapping[str, Tensor]) -> None:
+    for name, (left, right) in adapters.items():
+        if name not in masks:
+            raise ValueError(f"adapters: layer {name!r} has no mask; expected only layers in masks")
+        rows, cols = masks[name].shape
+        floating = left.is_floating_point() and right.is_floating_point()
+        if not floating or left.dim() != 2 or left.shape[0] != cols or right.shape != (left.shape[1], rows):
+            raise ValueError(
+                f"adapters[{name!r}]: expected floating point ({cols}, rank) and (rank, {rows}), got {left.dtype} "
+                f"{tuple(left.shape)} and {right.dtype} {tuple(right.shape)}"
+            )
+
+
+def _check_adapter_header(path: Path, header: dict[str, TensorInfo], shapes: dict[str, tuple[int, int]]) -> None:
+    names = {name.rpartition(".")[0] for name in header}
+    if unknown := names - shapes.keys():
+        raise ValueError(f"{path}: adapters of no known layer: {sorted(unknown)[:5]}; save the artifact again")
+    for name in names:
+        left, right = (header.pop(f"{name}.{side}", None) for side in _SIDES)
+        rows, cols = shapes[name]
+        fits = left and right and len(left.shape) == 2 and left.shape[0] == cols and left.shape[1] > 0
+        dtypes = fits and left.dtype in _WEIGHT_DTYPES and right.dtype in _WEIGHT_DTYPES
+        if not dtypes or right.shape != (left.shape[1], rows):
+            got = " and ".join(f"{part.dtype} {part.shape}" if part else "nothing" for part in (left, right))
+            raise ValueError(
+                f"{path}: {name}: expected left ({cols}, rank) and right (rank, {rows}), got {got}; save the artifact "
+                "again"
+            )
+    if header:
+        raise ValueError(f"{path}: expected left and right of each layer, got {sorted(header)[:5]}; save it again")

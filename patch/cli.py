@@ -20,10 +20,13 @@ COMMANDS = {
     "prune": "patch.commands.prune",
     "learn": "patch.commands.learn",
     "compensate": "patch.commands.compensate",
+    "compress": "patch.commands.compress",
+    "fine-tune": "patch.commands.fine_tune",
     "export": "patch.commands.export",
     "import-masks": "patch.commands.import_masks",
     "export-masks": "patch.commands.export_masks",
     "eval": "patch.commands.evaluate",
+    "report": "patch.commands.report",
     "generate": "patch.commands.generate",
     "info": "patch.commands.info",
     "demo": "patch.commands.demo",
@@ -116,23 +119,27 @@ def _add_settings(parser: argparse.ArgumentParser, module: ModuleType) -> None:
             field.name,
             field.metadata,
             is_bool=hints[field.name] is bool,
+            is_list=hints[field.name] == tuple[str, ...],
         )
-        if field.metadata["positional"]:
-            # SUPPRESS: where the word is not given, that must not erase what the flag gave.
-            name = f"--{field.name.replace('_', '-')}"
-            options = {"nargs": "?", "default": argparse.SUPPRESS, "help": f"the same as {name}"}
-            parser.add_argument(f"setting {field.name}", metavar=field.metadata["metavar"], **options)
     for flag, (key, metavar, text) in module.SECTION_FLAGS.items():
         _add_flag(optional, flag, key, {"metavar": metavar, "help": text}, is_bool=not metavar)
 
 
-def _add_flag(group: Any, flag: str, key: str, metadata: Any, *, is_bool: bool) -> None:
+def _add_flag(group: Any, flag: str, key: str, metadata: Any, *, is_bool: bool, is_list: bool = False) -> None:
+    if metadata.get("positional"):
+        # SUPPRESS: an absent word must not hide what --config or the flag gave.
+        words = {"nargs": "*" if is_list else "?", "metavar": metadata["metavar"], "help": metadata["help"]}
+        group.add_argument(f"setting {key}", default=argparse.SUPPRESS, **words)
+        if is_list:
+            return  # a single word has its flag too, by which messages call it
     options: dict[str, Any] = {"dest": f"setting {key}", "default": None, "help": metadata["help"]}
     if is_bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
         # Values stay text here: the configuration converts and checks them, with the same messages for all sources.
         options["metavar"] = metadata["metavar"]
+    if is_list:
+        options["action"] = "append"  # --data a --data b is --data a,b; argparse would keep the last one only
     group.add_argument(flag, **options)
 
 
@@ -155,7 +162,8 @@ def _given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """{dotted key: value} of the flags that were given."""
     prefix = "setting "
     values = ((name, value) for name, value in vars(arguments).items() if name.startswith(prefix))
-    return {name.removeprefix(prefix): value for name, value in values if value is not None}
+    given = {name.removeprefix(prefix): value for name, value in values if value is not None}
+    return {key: ",".join(value) if isinstance(value, list) else value for key, value in given.items()}
 
 
 def _print_error(text: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.models import keep_masks
+from patch.slim.lora import refuse_adapters
 from patch_kernels import TiledLinear, tiles_that_are_two_of_four
 
 PACKED_DTYPES = (torch.float16, torch.bfloat16)
@@ -31,6 +32,7 @@ def pack_model(
     Peak memory is the model plus about two layers. A transformers model also gets its quantization_config, so
     that save_pretrained and from_pretrained (after `import patch.hf`) round-trip it.
     """
+    refuse_adapters(model)
     masks = dict(keep_masks(model) if masks is None else masks)
     _check_masks(model, masks, dtype)
     if dtype is not None:

@@ -1,6 +1,6 @@
-"""Perplexity with its protocol, and zero-shot accuracy through lm-eval.
+"""Perplexity with its protocol.
 
-Perplexity: the text is tokenized once and cut into non-overlapping windows (the tail is dropped, no special
+The text is tokenized once and cut into non-overlapping windows (the tail is dropped, no special
 token per window); each window gives the mean cross-entropy of its window-1 predictions, and the result is exp
 of the mean over windows. This is the protocol of the pruning literature.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,33 +22,63 @@ from torch.nn import functional
 from patch.data import NAMED_SETS, evaluation_text, text_sha256, tokenize
 
 DEFAULT_WINDOW = 4096
-ZERO_SHOT_TASKS = (
-    "mmlu",
-    "piqa",
-    "arc_easy",
-    "arc_challenge",
-    "winogrande",
-    "openbookqa",
-    "race",
-    "hellaswag",
-)
 # Positions whose logits are turned to fp32 at a time: bounds the copy at 1024 x vocabulary.
 _LOSS_CHUNK = 1024
 
 
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A tokenized evaluation text; read once for all models that are compared on it.
+
+    token_ids    int64 (tokens,)
+    max_windows  most windows that its convention takes from it, None: all
+    facts        JSON values that identify it: source, dataset (id, config, split, files on the hub), split,
+                 text_field, text_sha256, tokens
+    """
+
+    token_ids: Tensor
+    max_windows: int | None
+    facts: dict[str, Any]
+
+
+def evaluation_set(
+    tokenizer: Any, source: str | os.PathLike, *, split: str | None = None, text_field: str | None = None
+) -> EvaluationSet:
+    """Read and tokenize a named set or a local file by its convention (patch.data.evaluation_text)."""
+    name = os.fspath(source)
+    named = NAMED_SETS.get(name)
+    text, max_windows = evaluation_text(name, split=split, text_field=text_field)
+    ids = torch.tensor(tokenize(tokenizer, [text])[0], dtype=torch.long)
+    facts: dict[str, Any] = {"source": name, "dataset": None, "split": split, "text_field": text_field}
+    if named is not None:
+        facts["split"] = split or named.evaluation_split
+        facts["dataset"] = {"id": named.hub_id, "config": named.config, **named.splits[facts["split"]]}
+    return EvaluationSet(ids, max_windows, facts | {"text_sha256": text_sha256([text]), "tokens": len(ids)})
+
+
 def perplexity(model: nn.Module, token_ids: Any, window: int, *, batch_size: int = 1, progress: bool = False) -> float:
-    """Perplexity of a causal language model over non-overlapping windows.
+    """Perplexity of a causal language model over non-overlapping windows: exp of mean_cross_entropy.
+
+    Arguments and errors are those of mean_cross_entropy; inf where exp overflows.
+    """
+    return _exp(mean_cross_entropy(model, token_ids, window, batch_size=batch_size, progress=progress))
+
+
+def mean_cross_entropy(
+    model: nn.Module, token_ids: Any, window: int, *, batch_size: int = 1, progress: bool = False
+) -> float:
+    """Mean over non-overlapping windows of the mean cross-entropy of a window's predictions, in nats.
 
     token_ids   integers, (tokens,) or (1, tokens); the incomplete last window is dropped
     window      2 .. the model's context length
     batch_size  windows per forward pass; changes speed and rounding only
-    returns     exp(mean over windows of the mean cross-entropy in nats), computed in fp32 or better
+    returns     computed in fp32 or better
     raises      ValueError before the first forward pass for bad sizes or ids; ValueError for NaN logits.
     """
     windows = _windows(model, token_ids, window, batch_size)
     device = next(model.parameters()).device
     losses: list[float] = []
-    with _evaluating(model), _progress(len(windows), progress) as bar:
+    with evaluating(model), _progress(len(windows), progress) as bar:
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size].to(device)
             logits = model(input_ids=batch, use_cache=False).logits
@@ -60,8 +92,7 @@ def perplexity(model: nn.Module, token_ids: Any, window: int, *, batch_size: int
                     )
                 losses.append(loss)
             bar.update(len(batch))
-    mean = math.fsum(losses) / len(losses)
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.fsum(losses) / len(losses)
 
 
 def perplexity_report(
@@ -76,12 +107,13 @@ def perplexity_report(
     batch_size: int = 1,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity on a source (named set or local file) together with everything needed to repeat it.
+    """Perplexity on a source together with everything needed to repeat it.
 
+    source       named set or local file, or what evaluation_set made of it (split and text_field are then its)
     window       default min(4096, the model's context length)
     max_windows  use only the first windows; default all, or 256 for c4
-    returns      dict of JSON values: perplexity, source, split, text_sha256, tokens, windows, window, dtype,
-                 device, model, model_fingerprint, versions.
+    returns      dict of JSON values: perplexity, loss (nats), the facts of the set, windows, window, batch_size,
+                 dtype, device, model, model_fingerprint, versions.
     """
     from patch.checkpoint import model_fingerprint
 
@@ -89,20 +121,21 @@ def perplexity_report(
     window = window or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"expected max_windows >= 1, got {max_windows}; leave it out to use the whole text")
-    text, protocol_windows = evaluation_text(source, split=split, text_field=text_field)
-    ids = torch.tensor(tokenize(tokenizer, [text])[0], dtype=torch.long)
-    wanted = min((n for n in (max_windows, protocol_windows) if n is not None), default=None)
-    used = ids if wanted is None else ids[: wanted * window]
-    value = perplexity(model, used, window, batch_size=batch_size, progress=progress)
+    if isinstance(source, EvaluationSet):
+        text = source
+    else:
+        text = evaluation_set(tokenizer, source, split=split, text_field=text_field)
+    wanted = min((n for n in (max_windows, text.max_windows) if n is not None), default=None)
+    used = text.token_ids if wanted is None else text.token_ids[: wanted * window]
+    loss = mean_cross_entropy(model, used, window, batch_size=batch_size, progress=progress)
     parameter = next(model.parameters())
     return {
-        "perplexity": value,
-        "source": str(source),
-        "split": split or getattr(NAMED_SETS.get(str(source)), "evaluation_split", None),
-        "text_sha256": text_sha256([text]),
-        "tokens": len(ids),
+        "perplexity": _exp(loss),
+        "loss": loss,
+        **text.facts,
         "windows": len(used) // window,
         "window": window,
+        "batch_size": batch_size,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(parameter.device),
         "model": str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
@@ -147,64 +180,6 @@ def format_reports(reports: Mapping[str, Mapping[str, Any]], *, dense: str = "de
     return "\n".join(lines)
 
 
-def zero_shot(
-    model: nn.Module,
-    tokenizer: Any,
-    tasks: Sequence[Any] = ZERO_SHOT_TASKS,
-    *,
-    batch_size: int = 1,
-    limit: int | None = None,
-    task_manager: Any = None,
-    metric: str = "acc,none",
-    wrapped: Any = None,
-) -> dict[str, float]:
-    """Accuracy per task and their plain mean under "average", by lm-eval with its default settings.
-
-    tasks     names known to lm-eval, or task configs as dicts
-    wrapped   the model as lm-eval's HFLM when the caller has it already
-    metric    "acc,none" for every task, as in the tables of the paper (never acc_norm)
-    returns   shares in 0..1
-    raises    ImportError with the pip command when lm-eval is not installed; ValueError when a task has no
-              such metric, so that the mean is never over fewer tasks than asked for.
-    """
-    if not tasks:
-        raise ValueError(f"expected at least one task, got none; use for example {list(ZERO_SHOT_TASKS)}")
-    with _evaluating(model):  # around HFLM too: it switches the model to evaluation mode for good
-        if wrapped is None:
-            wrapped = lm_eval_model(model, tokenizer, batch_size=batch_size)
-        import lm_eval
-
-        output = lm_eval.simple_evaluate(
-            wrapped,
-            tasks=list(tasks),
-            num_fewshot=0,
-            limit=limit,
-            task_manager=task_manager,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
-    results: dict[str, float] = {}
-    for task in tasks:
-        name = task if isinstance(task, str) else task["task"]
-        value = output["results"].get(name, {}).get(metric)
-        if value is None:
-            found = sorted(output["results"].get(name, {}))
-            raise ValueError(f"task {name}: expected the metric {metric!r}, lm-eval gave {found}; leave the task out")
-        results[name] = float(value)
-    return results | {"average": math.fsum(results.values()) / len(results)}
-
-
-def lm_eval_model(model: nn.Module, tokenizer: Any, *, batch_size: int = 1) -> Any:
-    """The model as lm-eval's HFLM; raises ImportError with the pip command when lm-eval is not installed."""
-    try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise ImportError("zero-shot evaluation needs lm-eval; run: pip install 'patch-llm[eval]'") from None
-    device = str(next(model.parameters()).device)
-    length = context_length(model) or DEFAULT_WINDOW
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length, device=device)
-
-
 def context_length(model: Any) -> int | None:
     """Largest number of positions that a model or a configuration allows, None when it names none."""
     config = getattr(model, "config", model)
@@ -216,6 +191,8 @@ def context_length(model: Any) -> int | None:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
+    from importlib.metadata import version
+
     import transformers
 
     from patch import __version__
@@ -224,6 +201,8 @@ def versions() -> dict[str, str]:
         "patch-llm": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "tokenizers": version("tokenizers"),
+        "datasets": version("datasets"),
         "python": platform.python_version(),
     }
 
@@ -262,6 +241,10 @@ def _windows(model: nn.Module, token_ids: Any, window: int, batch_size: int) -> 
     return ids[: count * window].long().reshape(count, window)
 
 
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def _mean_loss(logits: Tensor, ids: Tensor) -> float:
     """Mean cross-entropy of the predictions of ids[1:]; log-softmax in fp32, sum in fp64."""
     total = 0.0
@@ -275,7 +258,7 @@ def _mean_loss(logits: Tensor, ids: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module has the training flag it came with."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

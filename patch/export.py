@@ -12,6 +12,7 @@ from torch import nn
 from patch.convert import packed_layers, unpack_model
 from patch.folder import read_json, write_folder
 from patch.models import keep_masks
+from patch.slim.lora import refuse_adapters
 
 DEFAULT_SHARD = "5GB"
 
@@ -23,9 +24,10 @@ def save_dense(
 
     model      dense, or packed (a dense copy is made; the model itself is not changed)
     tokenizer  saved beside it; None leaves it out
-    raises     ValueError when a weight that its keep mask prunes is not zero.
+    raises     ValueError when a weight that its keep mask prunes is not zero, or a layer has adapters.
     """
     check_masks_hold(model)
+    refuse_adapters(model)
     if any(packed_layers(model)):
         model = unpack_model(copy.deepcopy(model))
 

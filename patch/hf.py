@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from patch.convert import layer_sha256, packed_layers, unpack_model
 from patch.folder import is_count, read_json, resolve_folder
 from patch.headers import TensorInfo, read_header
+from patch.slim.lora import ADAPTER_KEYS
 from patch_kernels import TILE, TiledLinear, payload_bytes, tile_grid
 
 METHOD = "patch"
@@ -161,6 +162,11 @@ def load(path: str | os.PathLike, *, verify: bool = True, **kwargs: Any) -> nn.M
         raise FileNotFoundError(f"expected a folder with a model at {name}, found none; check the path")
     with verification(verify):
         model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    if dropped := [str(key) for key in info.get("unexpected_keys", ()) if str(key).endswith(ADAPTER_KEYS)]:
+        raise ValueError(
+            f"{name}: expected a model without adapters, found {len(dropped)} tensors of them: {sorted(dropped)[:2]}; "
+            "put the artifact of compress on the dense model instead (--masks, or patch.slim)"
+        )
     for problem in ("missing_keys", "mismatched_keys"):
         if keys := info.get(problem):
             raise ValueError(

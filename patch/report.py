@@ -89,6 +89,42 @@ def plot_perplexity(
     _save(figure, path)
 
 
+def plot_models(
+    path: str | os.PathLike,
+    labels: Sequence[str],
+    panels: Mapping[str, Sequence[float | None]],
+    *,
+    sparsities: Sequence[float | None] | None = None,
+    series: Sequence[str] | None = None,
+) -> None:
+    """PNG with one panel per measure, the models by name, or by sparsity where `sparsities` is given.
+
+    labels      one per model; the first is the reference, drawn as a dotted line
+    panels      {title: value per model, None where it was not measured}
+    sparsities  zeros in the pruned layers, 0..0.5, per model; models with None are drawn as dashed lines
+    series      per model, the curve it is a point of; needed with sparsities
+    raises      ValueError when there is nothing to draw.
+    """
+    if not panels or not labels:
+        raise ValueError("panels: expected at least one measure of one model, got none. Evaluate a model first.")
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    height = 3.9 if sparsities else 1.3 + 0.34 * len(labels)
+    figure, axes = _figure(1.2 + 4.4 * columns, height * rows, columns=columns, rows=rows)
+    cells = np.ravel(axes)
+    for cell, (title, values) in zip(cells, panels.items(), strict=False):
+        if sparsities is None:
+            _draw_by_name(cell, labels, values)
+        else:
+            _draw_by_sparsity(cell, labels, values, sparsities, series or labels)
+        cell.set_title(title, fontsize=10)
+    for cell in cells[len(panels) :]:
+        cell.set_visible(False)
+    if sparsities is not None:
+        _shared_legend(figure, cells[: len(panels)])
+    _save(figure, path)
+
+
 def plot_tile_maps(
     path: str | os.PathLike,
     maps: Mapping[str, Mapping[str, Any]],
@@ -122,6 +158,93 @@ def plot_tile_maps(
     _tile_legend(figure)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
+
+
+def _draw_by_name(axes, labels: Sequence[str], values: Sequence[float | None]) -> None:
+    """One dot a model, the first on top. Dots, not bars: the axis need not start at zero."""
+    rows = range(len(labels))
+    known = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None]
+    if values[0] is not None:
+        axes.axvline(values[0], color="black", linewidth=1.0, linestyle=":")
+    if known:
+        axes.scatter([value for _, value in known], [row for row, _ in known], color=DENSE_COLOR, zorder=3)
+        _logarithmic_if_wide(axes, "x", [value for _, value in known])
+    for row, value in known:
+        _write_value(axes, value, (value, row))
+    axes.set_yticks(list(rows), list(labels), fontsize=9)
+    axes.set_ylim(len(labels) - 0.5, -0.7)
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.25)
+
+
+def _draw_by_sparsity(
+    axes,
+    labels: Sequence[str],
+    values: Sequence[float | None],
+    sparsities: Sequence[float | None],
+    series: Sequence[str],
+) -> None:
+    """One curve a series; the first model and those of unknown sparsity are lines across."""
+    styles = {
+        name: style
+        for name, style in zip(
+            dict.fromkeys([*series, *labels]),
+            zip(_endless("osD^vPX"), _endless((DENSE_COLOR, "#c44e1c", "#2a9d8f", *_ONE_SHOT_COLORS)), strict=False),
+            strict=False,
+        )
+    }
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for number, (label, value, sparsity, name) in enumerate(zip(labels, values, sparsities, series, strict=True)):
+        if value is None:
+            continue
+        if number == 0:
+            axes.axhline(value, color="black", linewidth=1.2, linestyle=":", label=label)
+        elif sparsity is None:
+            axes.axhline(value, color=styles[label][1], linewidth=1.2, linestyle="--", label=label)
+        else:
+            curves.setdefault(name, []).append((sparsity, value))
+    for name, points in curves.items():
+        marker, color = styles[name]
+        points.sort()
+        axes.plot(*zip(*points, strict=True), marker=marker, color=color, linewidth=1.8, label=name, zorder=3)
+        for point in points:
+            _write_value(axes, point[1], point)
+    known = [value for value in values if value is not None]
+    _logarithmic_if_wide(axes, "y", known)
+    shown = [sparsity for sparsity in sparsities[1:] if sparsity is not None]
+    low, high = min(shown), max(shown)
+    axes.set_xlim(low - 0.04, high + 0.04)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.margins(y=0.15)
+    axes.set_xlabel("zeros in the pruned layers", fontsize=9)
+    axes.grid(alpha=0.25)
+
+
+def _write_value(axes, value: float, point: tuple[float, float]) -> None:
+    """The number above its mark, on white so that lines across stay off it."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    place = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
+    axes.annotate(f"{value:.2f}", point, fontsize=8, bbox=box, zorder=4, **place)
+
+
+def _logarithmic_if_wide(axes, axis: str, values: Sequence[float]) -> None:
+    """A broken model's perplexity must not press all others into one spot."""
+    if min(values, default=0) > 0 and max(values) > 10 * min(values):
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        getattr(axes, f"set_{axis}scale")("log")
+        ticks = getattr(axes, f"{axis}axis")
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ticks.set_major_formatter(lambda value, _: f"{value:g}")
+        ticks.set_minor_formatter(NullFormatter())
+
+
+def _shared_legend(figure, cells) -> None:
+    entries = {}
+    for cell in cells:
+        handles, names = cell.get_legend_handles_labels()
+        entries |= dict(zip(names, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False, fontsize=9)
 
 
 def _layout(grids: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, float], dict[str, float]]:
@@ -183,14 +306,14 @@ def _is_number(text: str) -> bool:
     return text in ("", "-") or text.rstrip("%x").replace(",", "").replace(".", "", 1).lstrip("-").isdigit()
 
 
-def _figure(width: float, height: float, *, columns: int = 1):
+def _figure(width: float, height: float, *, columns: int = 1, rows: int = 1):
     # The object interface with the Agg canvas: no pyplot state, no display, safe beside a user's own plots.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def _tile_colors():

@@ -29,22 +29,19 @@ from patch.checkpoint import (
     model_fingerprint,
     save_artifact,
 )
-from patch.data import calibration_windows
-from patch.evaluate import (
-    ZERO_SHOT_TASKS,
-    context_length,
-    lm_eval_model,
-    perplexity_report,
-    versions,
-    zero_shot,
-)
+from patch.data import calibration_windows, training_blocks
+from patch.evaluate import context_length, perplexity_report, versions
 from patch.folder import file_sha256, resolve_folder
 from patch.foreign_masks import locate, read_masks
-from patch.models import apply_keep_masks
+from patch.models import apply_keep_masks, maskable_linears
 from patch.priors import tile_scores
 from patch.pruning import ProxSparseConfig, PruneOptions, get_method, prune_model, reference_method
 from patch.pruning.methods import make_options
+from patch.slim import CompressOptions, compress_model
+from patch.slim.compress import adapters, restore_compression
+from patch.slim.fine_tune import DEFAULT_BLOCK_SIZE, DEFAULT_BLOCKS, FineTuneOptions, check_trainable, fine_tune
 from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
+from patch.zero_shot import ZERO_SHOT_TASKS, lm_eval_model, zero_shot
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +63,8 @@ PRUNE_DEFAULTS: dict[str, Any] = {
     "block_size": None,
     "fine_tune": False,
     "prox_sparse": None,
-}
+    "fine_tune_dataset": "slimpajama",
+} | CompressOptions().as_dict()
 
 
 def prepare_pruned_model(
@@ -91,22 +89,34 @@ def prepare_pruned_model(
     Every pruned layer gets its keep mask (patch.models.keep_masks) and a buffer `distribution_scores`
     (rows, cols), the share of weights that the reference keeps in each tile. The reference of prox_sparse, which
     knows no unstructured masks, is pruned by wanda.
+    With quantize_weight or lora_rank it is then compressed (patch.slim), with fine_tune its kept weights and
+    adapters are trained; neither changes a mask.
     raises  ValueError or TypeError before any work.
     """
     args = _prune_args(prune_args)
     tile = _tile(mask_tile_size)
     _check_ratio("target_sparsity_ratio", target_sparsity_ratio)
     meta = _meta(model, args, tile, target_sparsity_ratio, seed)
+    compress = _compression(args)
+    _check_further_steps(model, args, compress)
     folder = resolve_folder(checkpoint_name, must_exist=False)
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder or a new path, found a file; choose another checkpoint_name")
     if folder.is_dir() and os.listdir(folder):
         logger.info("loading the pruned model from %s", folder)
-        return _apply(model, load_artifact(folder, expect=meta, model=model))
+        artifact = load_artifact(folder, expect=meta, model=model)
+        for key in ("compression", "fine_tune"):
+            if key in artifact.meta and key not in meta:
+                raise ValueError(
+                    f"{folder}: expected a result without {key}, the artifact was made with {key} = "
+                    f"{artifact.meta[key]!r}; use the same prune_args or another checkpoint_name"
+                )
+        return _apply(model, artifact)
 
     stored = _stored_masks(model, args) if args["prune_method"] == MASKLLM else None
+    blocks = _fine_tuning_blocks(model, tokenizer, args) if args["fine_tune"] else None
     calibration, text_hash = None, None
-    if get_method(_computed(args["prune_method"])).needs_calibration:
+    if _is_calibrated(args):
         calibration, text_hash = calibration_windows(
             tokenizer,
             args["calibration_dataset"],
@@ -126,18 +136,33 @@ def prepare_pruned_model(
     )
     scores = {name: tile_scores(keep, tile) for name, keep in reference_masks.items()}
     del reference, reference_masks
+    # Adapters make up for what was pruned, so compression starts from the dense model.
+    pruned = copy.deepcopy(model) if compress.is_active else model
     if stored is not None:
         masks = stored
-        apply_keep_masks(model, masks)
+        apply_keep_masks(pruned, masks)
     else:
         masks = prune_model(
-            model,
+            pruned,
             args["prune_method"],
             pattern=args["sparsity_type"],
             sparsity=args["sparsity_ratio"],
             prox=args["prox_sparse"],
             **options,
         )
+    if compress.is_active:
+        is_updated = get_method(_computed(args["prune_method"])).updates_weights
+        compress_model(
+            model,
+            masks,
+            compress,
+            weights={name: pruned.get_submodule(name).weight for name in masks} if is_updated else None,
+            calibration=calibration,
+            shift_zero_metrics=args["shift_zero_metrics"],
+        )
+    del pruned
+    if blocks is not None:
+        fine_tune(model, blocks, FineTuneOptions(seed=seed))
     weights = {name: model.get_submodule(name).weight.detach() for name in masks}
     save_artifact(
         folder,
@@ -145,6 +170,7 @@ def prepare_pruned_model(
         meta=meta | {"model": _name(model), "calibration_text_sha256": text_hash, "versions": versions()},
         tile_scores=scores,
         weights=weights,
+        adapters=adapters(model),
     )
     _attach_scores(model, scores)
     return model
@@ -253,11 +279,11 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
         if not isinstance(args[key], bool):
             raise TypeError(f"prune_args: expected {key} True or False, got {args[key]!r}")
     _pruning(args)
-    if args["fine_tune"]:
+    compress = _compression(args)
+    if args["fine_tune"] and compress.quantize_weight and (compress.lora_rank == 0 or compress.quantize_lora):
         raise ValueError(
-            "prune_args: fine_tune is not available; mask learning starts from the dense weights, so it "
-            "would not "
-            "change the result. Leave it out"
+            "prune_args: expected fine_tune with weights or adapters that are not quantised, got quantised ones only; "
+            "set lora_rank without quantize_lora, or leave fine_tune out"
         )
     checkpoint = args["maskllm_checkpoint"]
     if (args["prune_method"] == MASKLLM) != (checkpoint is not None):
@@ -271,7 +297,7 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
         raise ValueError(
             f"prune_args: expected sparsity_type '2:4' with prune_method 'maskllm', got {args['sparsity_type']!r}"
         )
-    for key in ("calibration_dataset", "eval_dataset"):
+    for key in ("calibration_dataset", "eval_dataset", "fine_tune_dataset"):
         source = args[key]
         if not isinstance(source, str | os.PathLike):
             raise TypeError(f"prune_args: expected {key} as a name or path, got {type(source).__name__}")
@@ -332,11 +358,9 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
         meta["maskllm_sha256"] = file_sha256(Path(os.path.realpath(locate(args["maskllm_checkpoint"]))))
     if args["prox_sparse"] is not None:
         meta["prox_sparse"] = dataclasses.asdict(args["prox_sparse"])
-    if get_method(_computed(method)).needs_calibration:
-        source = args["calibration_dataset"]
-        named = os.fspath(source) in NAMED_SETS
+    if _is_calibrated(args):
         meta |= {
-            "calibration": os.fspath(source) if named else file_sha256(Path(os.path.realpath(source))),
+            "calibration": _source_identity(args["calibration_dataset"]),
             "nsamples": args["nsamples"],
             "seqlen": _seqlen(model),
             "seed": seed,
@@ -345,6 +369,10 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
         }
     if get_method(_computed(method)).updates_weights:
         meta |= {"damping": args["damping"], "block_size": _pruning(args).block_size}
+    if _compression(args).is_active:
+        meta["compression"] = _compression(args).as_dict()
+    if args["fine_tune"]:
+        meta["fine_tune"] = {"data": _source_identity(args["fine_tune_dataset"]), "seed": seed}
     return meta
 
 
@@ -363,6 +391,35 @@ def _stored_masks(model: nn.Module, args: Mapping[str, Any]) -> dict[str, Tensor
     return found.masks
 
 
+def _source_identity(source: str | os.PathLike) -> str:
+    """Name of a named set, SHA-256 of a local file."""
+    named = os.fspath(source) in NAMED_SETS
+    return os.fspath(source) if named else file_sha256(Path(os.path.realpath(source)))
+
+
+def _is_calibrated(args: dict[str, Any]) -> bool:
+    return get_method(_computed(args["prune_method"])).needs_calibration or _compression(args).needs_calibration
+
+
+def _compression(args: dict[str, Any]) -> CompressOptions:
+    return CompressOptions(**{key: args[key] for key in CompressOptions().as_dict()})
+
+
+def _check_further_steps(model: nn.Module, args: dict[str, Any], compress: CompressOptions) -> None:
+    """Refuse layers that compression or fine-tuning cannot work on before they are pruned."""
+    for name, linear in maskable_linears(model).items():
+        compress.check_shape(tuple(linear.weight.shape), f"layer '{name}'")
+        if args["fine_tune"]:
+            check_trainable(linear.weight, f"layer '{name}'")
+
+
+def _fine_tuning_blocks(model: nn.Module, tokenizer: Any, args: dict[str, Any]) -> Tensor:
+    block_size = min(DEFAULT_BLOCK_SIZE, context_length(model) or DEFAULT_BLOCK_SIZE)
+    blocks, _ = training_blocks(tokenizer, args["fine_tune_dataset"], block_size, max_blocks=DEFAULT_BLOCKS)
+    FineTuneOptions().total_steps(len(blocks))  # refuses too little text
+    return blocks
+
+
 def _seqlen(model: nn.Module) -> int:
     given = getattr(model, "seqlen", None)
     return given if isinstance(given, int) else min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN)
@@ -377,6 +434,7 @@ def _apply(model: nn.Module, artifact: Artifact) -> nn.Module:
     apply_keep_masks(model, artifact.masks)  # refuses a wrong set of layers before it changes any
     for name, weight in artifact.weights.items():
         model.get_submodule(name).weight.copy_(weight.masked_fill(~artifact.masks[name], 0))
+    restore_compression(model, artifact.adapters, artifact.meta.get("compression"))
     _attach_scores(model, artifact.tile_scores)
     return model
 

@@ -246,8 +246,9 @@ def test_export_eval_and_generate(work, tmp_path, capsys):
     assert [line.split()[0] for line in lines[1:5]] == ["dense", "prior", "learned", "packed"]
     assert "SHA-256" in out
     assert "sparsity of prior: 0.5000" in out
-    results = json.loads((tmp_path / "new" / "results.json").read_text())["perplexity"]
-    assert results["packed"]["dtype"] == "bfloat16"
+    models = json.loads((tmp_path / "new" / "results.json").read_text())["models"]
+    results = {model["label"]: model["perplexity"]["held.txt"] for model in models}
+    assert [model["dtype"] for model in models] == ["float32", "float32", "float32", "bfloat16"]
     assert results["packed"]["perplexity"] == pytest.approx(results["learned"]["perplexity"], rel=0.02)
     texts = [
         run(capsys, "generate", "--model", tmp_path / kind, "--prompt", "Line 7", "--max-new-tokens", 8)[1]

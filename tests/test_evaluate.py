@@ -1,4 +1,4 @@
-"""Perplexity against closed forms and an independent loop; its protocol; zero-shot accuracy offline."""
+"""Perplexity against closed forms and an independent loop; its protocol."""
 
 from __future__ import annotations
 
@@ -151,58 +151,3 @@ def test_reports_print_the_dense_model_first(tiny_model, tokenizer, text_file):
         evaluate.format_reports({"dense": one, "patch": one | {"window": 32}})
     with pytest.raises(ValueError, match="patch: text_sha256 is"):
         evaluate.format_reports({"dense": one, "patch": one | {"text_sha256": "0"}})
-
-
-def test_zero_shot_without_lm_eval_says_the_command(monkeypatch, tiny_model, tokenizer):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    with pytest.raises(ImportError, match=r"pip install 'patch-llm\[eval\]'"):
-        evaluate.zero_shot(tiny_model(), tokenizer)
-    with pytest.raises(ValueError, match="at least one task"):
-        evaluate.zero_shot(tiny_model(), tokenizer, [])
-
-
-@pytest.mark.slow
-def test_zero_shot_on_local_stand_ins(monkeypatch, tmp_path, tiny_model, tokenizer):
-    pytest.importorskip("lm_eval")
-    import json
-
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    rows = [{"q": f"{i} is", "choices": ["even", "odd"], "gold": i % 2} for i in range(6)]
-    path = tmp_path / "test.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-
-    def task(name, metric="acc"):
-        return {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(path)}},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{q}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "gold",
-            "metric_list": [{"metric": metric}],
-        }
-
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    model = tiny_model()
-    model.train()
-    result = evaluate.zero_shot(model, tokenizer, [task("one"), task("two")], task_manager=manager)
-    assert model.training
-    assert set(result) == {"one", "two", "average"}
-    expected = 0
-    for row in rows:  # independent: sum of log-probabilities of each choice after the question
-        scores = []
-        for choice in row["choices"]:
-            question, answer = tokenizer(row["q"])["input_ids"], tokenizer(" " + choice)["input_ids"]
-            with torch.no_grad():
-                logits = model.eval()(input_ids=torch.tensor([question + answer])).logits[0].log_softmax(-1)
-            scores.append(sum(float(logits[len(question) + i - 1, t]) for i, t in enumerate(answer)))
-        expected += scores.index(max(scores)) == row["gold"]
-    assert result["one"] == result["two"] == result["average"] == pytest.approx(expected / 6)
-    with pytest.raises(ValueError, match="expected the metric 'acc,none'"):
-        evaluate.zero_shot(model, tokenizer, [task("three", "acc_norm")], task_manager=manager)

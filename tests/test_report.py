@@ -61,6 +61,61 @@ def test_perplexity_plot(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
 
 
+LABELS = ["dense", "Wanda 2:4", "PATCH 25%", "PATCH 35%", "PATCH 45%", "packed"]
+PANELS = {
+    "wikitext2: perplexity (lower is better)": [12.08, 25.3, 13.47, 13.84, 14.57, 14.58],
+    "c4: perplexity (lower is better)": [16.1, 300.4, 18.2, None, 20.3, 20.3],
+    "zero-shot: mean accuracy, % (higher is better)": [46.0, 33.47, 42.39, 41.2, 40.27, 40.2],
+}
+
+
+def test_models_by_name(tmp_path):
+    report.plot_models(tmp_path / "n.png", LABELS, PANELS)
+    width, height = png_size(tmp_path / "n.png")
+    assert width > 1500 and height > 350
+    # Four panels take two rows.
+    report.plot_models(tmp_path / "m.png", LABELS, PANELS | {"ptb": PANELS[next(iter(PANELS))]})
+    assert png_size(tmp_path / "m.png")[1] > 1.8 * height
+    report.plot_models(tmp_path / "one.png", ["dense"], {"ptb": [None]})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.png", "n.png", "one.png"]
+
+
+def test_models_by_sparsity(tmp_path):
+    sparsities = [0.0, 0.5, 0.25, 0.35, 0.45, None]
+    series = ["dense", "Wanda", "PATCH", "PATCH", "PATCH", "packed"]
+    report.plot_models(tmp_path / "s.png", LABELS, PANELS, sparsities=sparsities, series=series)
+    width, height = png_size(tmp_path / "s.png")
+    assert width > height > 350
+
+
+def test_drawn_values_are_those_given():
+    """What the axes hold, read back from matplotlib."""
+    _, axes = report._figure(4, 3)
+    report._draw_by_sparsity(
+        axes,
+        LABELS,
+        PANELS["c4: perplexity (lower is better)"],
+        [0, 0.5, 0.25, 0.35, 0.45, None],
+        ["dense", "Wanda", "PATCH", "PATCH", "PATCH", "packed"],
+    )
+    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert drawn["PATCH"] == [(0.25, 18.2), (0.45, 20.3)]
+    assert drawn["Wanda"] == [(0.5, 300.4)]
+    assert {drawn["dense"][0][1], drawn["packed"][0][1]} == {16.1, 20.3}
+    assert axes.get_yscale() == "log"
+    _, axes = report._figure(4, 3)
+    report._draw_by_name(axes, LABELS, PANELS["wikitext2: perplexity (lower is better)"])
+    assert axes.collections[0].get_offsets().tolist()[1] == [25.3, 1.0]
+    assert [text.get_text() for text in axes.texts][2] == "13.47"
+    assert axes.get_xscale() == "linear"
+
+
+@pytest.mark.parametrize(("labels", "panels"), [([], {"a": []}), (["dense"], {})])
+def test_nothing_to_plot_is_refused(tmp_path, labels, panels):
+    with pytest.raises(ValueError, match="panels: expected at least one measure of one model"):
+        report.plot_models(tmp_path / "p.png", labels, panels)
+
+
 def test_tile_map(tmp_path):
     grids = {
         "model.layers.0.self_attn.q_proj": np.ones((2, 2), bool),

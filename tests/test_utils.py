@@ -182,7 +182,6 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
         ({"sparsity_ratio": "0.5"}, ValueError, "a share of zeros of 0 to 0.5, got '0.5'"),
         ({"nsamples": 0}, ValueError, "nsamples >= 1, got 0"),
         ({"optimizer_FT_pruning": "adamw_apex"}, ValueError, "'adamw_torch', got 'adamw_apex'"),
-        ({"fine_tune": True}, ValueError, "fine_tune is not available"),
         ({"precision": "fp16"}, ValueError, "prune_args: precision: expected one of fp32, fp64, got 'fp16'"),
         ({"damping": -1}, ValueError, "prune_args: damping: expected a finite share .* got -1"),
         ({"block_size": 6}, ValueError, "prune_args: block_size: expected a multiple of 4 for pattern 2:4, got 6"),
@@ -194,7 +193,7 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
         ),
         ({"calibration_dataset": None}, TypeError, "calibration_dataset as a name or path, got NoneType"),
         ({"eval_dataset": "nope"}, FileNotFoundError, "eval_dataset to be one of"),
-        ({"slim_quant": True}, ValueError, r"unknown keys \['slim_quant'\]"),
+        ({"slim_quants": True}, ValueError, r"unknown keys \['slim_quants'\]"),
     ],
 )
 def test_prune_args_are_checked(tmp_path, model, tokenizer, arguments, args, error, message):

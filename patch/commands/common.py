@@ -29,10 +29,7 @@ _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 def setting(
     default: Any = dataclasses.MISSING, help: str = "", *, metavar: str | None = None, positional: bool = False
 ) -> Any:
-    """A dataclass field that becomes the flag --its-name; without a default it is required.
-
-    positional  may also be given as a word without its flag; at most one setting of a command.
-    """
+    """A dataclass field that becomes the flag --its-name (positional: plain words); required without a default."""
     return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar, "positional": positional})
 
 
@@ -61,6 +58,14 @@ def check_new_folder(path: str | os.PathLike, *, overwrite: bool, what: str) -> 
             "replace it with --overwrite."
         )
     return folder
+
+
+def check_new_file(path: Path | None, flag: str) -> None:
+    """Refuse an output file that is there already; None and - (standard output) pass."""
+    if path is not None and str(path) != "-" and os.path.lexists(path):
+        raise ValueError(
+            f"{flag}: expected a new file, {path} exists already. Choose another name; nothing is replaced."
+        )
 
 
 def check_text_source(source: str | None, flag: str = "--data") -> str:
@@ -120,14 +125,14 @@ def load_model(path: str, *, dtype: str = "auto", device: str | None = None) -> 
     return model.to(where).eval()
 
 
-def load_model_config(path: str) -> Any:
-    """transformers configuration of a dense model; nothing else of the model is read."""
+def load_model_config(path: str, *, packed: bool = False) -> Any:
+    """transformers configuration of a dense (or packed, if allowed) model; nothing else of the model is read."""
     from transformers import AutoConfig
 
     check_model_path(path)
     with _model_errors(path):
         config = AutoConfig.from_pretrained(path)
-    if getattr(config, "quantization_config", None) is not None:
+    if not packed and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"--model: expected a dense model, {path!r} has a quantization_config in its config.json. Give the model "
             "that it was made from."
@@ -215,16 +220,18 @@ def artifact_folder(path: str | os.PathLike, flag: str = "--masks") -> Path:
 
 
 def apply_artifact(model: nn.Module, artifact: Artifact) -> None:
-    """Put an artifact's masks (and the weights its method updated) on the dense model it was made from."""
+    """Put an artifact's masks (weights that its method updated, adapters) on the dense model it was made from."""
     import torch
 
     from patch.models import apply_keep_masks, maskable_linears
+    from patch.slim.compress import restore_compression
 
     left_dense = [name for name in maskable_linears(model) if name not in artifact.masks]
     with torch.no_grad():
         for name, weight in artifact.weights.items():
             model.get_submodule(name).weight.copy_(weight)
     apply_keep_masks(model, artifact.masks, exclude=left_dense)
+    restore_compression(model, artifact.adapters, artifact.meta.get("compression"))
 
 
 def clear_learning_run(folder: Path) -> None:

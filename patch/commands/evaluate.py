@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch.commands import common
 from patch.commands.common import setting
-from patch.config import write_text_atomic
+from patch.config import to_dict
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from patch.evaluate import EvaluationSet
+
 NAME = "eval"
-SUMMARY = "measure perplexity (and zero-shot tasks), the dense model first"
+SUMMARY = "measure perplexity and zero-shot accuracy, the dense model first"
 EXAMPLES = """\
 examples:
-  patch-llm eval --model ./llama --data wikitext2
+  patch-llm eval --model ./llama --data wikitext2,ptb,c4
   patch-llm eval --model ./llama --masks wanda,learned --data heldout.txt --json results.json
   patch-llm eval --model ./llama --compare packed --data heldout.txt --dtype bf16
-  patch-llm eval --model ./llama --data wikitext2 --tasks piqa,arc_easy      # needs patch-llm[eval]
+  patch-llm eval --model ./llama --tasks paper --batch-size 8 --json dense.json   # needs patch-llm[eval]
+  patch-llm eval --model ./llama --tasks my_task --task-path ./tasks --markdown -
 """
 SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
+PAPER = "paper"
+# Tokenizers that disagree on this are not the same; it has what they differ in: case, digits, spaces, non-ASCII.
+_PROBE = "The 17th  probe:\n\tna\u00efve caf\u00e9s paid 3.14 (or 2,718) -- don't they?"
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Options:
     """Settings of `eval`."""
 
     model: str = setting(help=common.MODEL_HELP + "; listed first", metavar="MODEL")
-    data: str = setting(help=common.DATA_HELP, metavar="TEXT")
+    data: tuple[str, ...] = setting((), common.DATA_HELP + "; several give one perplexity each", metavar="A,B")
     masks: tuple[str, ...] = setting((), "folders made by prune or learn, put on the model one by one", metavar="A,B")
     compare: tuple[str, ...] = setting((), "further models (dense or packed folders)", metavar="A,B")
     split: str | None = setting(None, "split of a named set (default by its convention)", metavar="NAME")
@@ -40,11 +46,13 @@ class Options:
     window: int | None = setting(None, "tokens per window (default 4096, or what the model allows)", metavar="N")
     max_windows: int | None = setting(None, "use only the first windows (default all)", metavar="N")
     batch_size: int = setting(1, "windows per forward pass (default 1)", metavar="N")
-    tasks: tuple[str, ...] = setting((), "zero-shot tasks of lm-eval", metavar="A,B")
-    limit: int | None = setting(None, "examples per task, for a quick look (default all)", metavar="N")
+    tasks: tuple[str, ...] = setting((), "zero-shot tasks of lm-eval; paper: the 8 of the paper", metavar="A,B")
+    task_path: Path | None = setting(None, "folder with further lm-eval task files (*.yaml)", metavar="FOLDER")
+    limit: int | None = setting(None, "questions per task, for a quick look (default all)", metavar="N")
     dtype: str = setting("auto", "dtype to load the models in (default: their own)", metavar="DTYPE")
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
-    json: Path | None = setting(None, "also write everything to this file", metavar="FILE")
+    json: Path | None = setting(None, "also write everything to this new file, for `report`", metavar="FILE")
+    markdown: Path | None = setting(None, "also write tables in Markdown to this new file; - prints", metavar="FILE")
 
     def __post_init__(self) -> None:
         for name, least in (("window", 2), ("max_windows", 1), ("batch_size", 1), ("limit", 1)):
@@ -54,72 +62,189 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Evaluate the model, then every masked version and every other model, on the same text."""
-    common.check_text_source(options.data)
+    """Evaluate the model, then every masked version and every other model, on the same texts and tasks."""
+    _check(options)
+    from patch.evaluate import evaluation_set, perplexity_report, versions
+    from patch.results import make_results, markdown_tables, results_text, write_new_text
+    from patch.zero_shot import zero_shot_report
+
+    tasks, task_manager = _tasks(options)
+    tokenizer = _tokenizer(options)
+    sets: dict[str, EvaluationSet] = {}
+    for source in options.data:
+        label = _label(source, set(sets))
+        sets[label] = evaluation_set(tokenizer, source, split=options.split, text_field=options.text_field)
+    window = _window(options, sets)
+    models = []
+    for description, model in _models(options):
+        reports = {
+            name: perplexity_report(
+                model,
+                tokenizer,
+                text,
+                window=window,
+                max_windows=options.max_windows,
+                batch_size=options.batch_size,
+                progress=True,
+            )
+            for name, text in sets.items()
+        }
+        scores = None
+        if tasks:
+            limits = {"batch_size": options.batch_size, "limit": options.limit}
+            scores = zero_shot_report(model, tokenizer, tasks, task_manager=task_manager, **limits)
+        models.append(description | {"perplexity": reports, "zero_shot": scores})
+        del model
+    _print(models, list(sets))
+    command = ["patch-llm", *sys.argv[1:]]
+    results = make_results(models, command=command, settings=to_dict(options), versions=versions())
+    if str(options.markdown) == "-":
+        print(markdown_tables(results["models"]))
+    elif options.markdown is not None:
+        text = markdown_tables(results["models"]) + "\n"
+        print(f"wrote {write_new_text(options.markdown, text)}")
+    if options.json is not None:
+        print(f"wrote {write_new_text(options.json, results_text(results))}")
+
+
+def on_interrupt(options: Options) -> str:
+    """Evaluation writes its files at the end."""
+    return "nothing was written; run the same command again"
+
+
+def _check(options: Options) -> None:
+    """Refuse what can be refused without reading a model or a text."""
+    if not options.data and not options.tasks:
+        raise ValueError(
+            "--data, --tasks: expected at least one of them, got none. Give --data wikitext2, for example."
+        )
+    if options.task_path is not None and not options.tasks:
+        raise ValueError("--task-path: expected --tasks with it, got none. Name the tasks to run with --tasks.")
+    for source in options.data:
+        common.check_text_source(source)
+    for flag, values in (("--data", options.data), ("--tasks", options.tasks)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{flag}: expected every name once, got {', '.join(values)}. Leave the repeated one out.")
     common.dtype_of(options.dtype)
+    common.device_of(options.device)
+    common.check_new_file(options.json, "--json")
+    common.check_new_file(options.markdown, "--markdown")
     for folder in options.masks:
         common.artifact_folder(folder)
     for path in (options.model, *options.compare):
         common.check_model_path(path)
-    from patch.evaluate import format_reports, perplexity_report, zero_shot
 
+
+def _tasks(options: Options) -> tuple[list[str], Any]:
+    """The tasks by name and lm-eval's index of tasks, both checked; ([], None) without tasks."""
+    if not options.tasks:
+        return [], None
+    from patch.zero_shot import ZERO_SHOT_TASKS, check_tasks, make_task_manager
+
+    expanded = (name for given in options.tasks for name in (ZERO_SHOT_TASKS if given == PAPER else [given]))
+    names = list(dict.fromkeys(expanded))
+    task_manager = make_task_manager(options.task_path)
+    check_tasks(names, task_manager)
+    return names, task_manager
+
+
+def _tokenizer(options: Options) -> Any:
+    """Tokenizer of the first model; raises ValueError when another model has a different one."""
     tokenizer = common.load_tokenizer(options.model)
-    reports: dict[str, dict[str, Any]] = {}
-    scores: dict[str, dict[str, float]] = {}
-    for label, model, extra in _models(options):
-        reports[label] = extra | perplexity_report(
-            model,
-            tokenizer,
-            options.data,
-            window=options.window,
-            split=options.split,
-            text_field=options.text_field,
-            max_windows=options.max_windows,
-            batch_size=options.batch_size,
-            progress=True,
-        )
-        if options.tasks:
-            scores[label] = zero_shot(
-                model, tokenizer, options.tasks, batch_size=options.batch_size, limit=options.limit
+    for path in options.compare:
+        try:
+            other = common.load_tokenizer(path)
+        except FileNotFoundError:
+            continue  # a folder without one is read with that of --model
+        if other(_PROBE)["input_ids"] != tokenizer(_PROBE)["input_ids"]:
+            raise ValueError(
+                f"--compare: expected models with the tokenizer of {options.model}, {path} has another one: their "
+                "perplexities cannot be compared. Evaluate it in a run of its own."
             )
-        del model
-    first = next(iter(reports))
-    print(format_reports(reports, dense=first))
-    for label, report in reports.items():
-        if "sparsity" in report:
-            print(f"sparsity of {label}: {report['sparsity']:.4f}")
-    for label, accuracies in scores.items():
-        print(f"{label}: " + "  ".join(f"{task} {value:.4f}" for task, value in accuracies.items()))
-    if options.json is not None:
-        content = {"perplexity": reports, "zero_shot": scores}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(options.json, json.dumps(content, indent=1) + "\n")
-        print(f"wrote {options.json}")
+    return tokenizer
 
 
-def on_interrupt(options: Options) -> str:
-    """Evaluation writes its file at the end."""
-    return "nothing was written; run the same command again"
+def _window(options: Options, sets: Mapping[str, EvaluationSet]) -> int:
+    """Tokens per window for all sets and models; raises ValueError for a set that is shorter than that."""
+    from patch.evaluate import DEFAULT_WINDOW, context_length
+
+    limit = context_length(common.load_model_config(options.model, packed=True))
+    window = options.window or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+    if limit is not None and window > limit:
+        raise ValueError(f"--window: expected at most {limit} (the model's context), got {window}. Use {limit}.")
+    for name, text in sets.items():
+        if len(text.token_ids) < window:
+            raise ValueError(
+                f"{name}: expected at least one window of {window} tokens, got {len(text.token_ids)} tokens. Give more "
+                "text or a smaller --window."
+            )
+    return window
 
 
-def _models(options: Options) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
-    """(label, model, what is known about it); one model in memory at a time."""
+def _models(options: Options) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+    """(entry of the result file so far, model); one model in memory at a time."""
+    from patch.folder import MANIFEST, file_sha256
     from patch.models import keep_masks, measured_sparsity
 
     taken: set[str] = set()
     first = "dense" if options.masks or options.compare else _label(options.model, taken)
     taken.add(first)
-    yield first, common.load_model(options.model, dtype=options.dtype, device=options.device), {}
-    for folder in options.masks:
+    model = common.load_model(options.model, dtype=options.dtype, device=options.device)
+    # Masks are put on dense models only. Without any, nothing says whether the model is dense or was pruned.
+    yield _description(first, options.model, model, sparsity=0.0 if options.masks else None), model
+    del model  # or it would stay while the next one is loaded
+    for path in options.masks:
         model = common.load_model(options.model, dtype=options.dtype, device=options.device)
-        common.apply_artifact(model, common.load_masks(folder, model))
-        yield (
-            _label(folder, taken),
-            model,
-            {"masks": folder, "sparsity": measured_sparsity(keep_masks(model))},
-        )
+        folder, artifact = common.artifact_folder(path), common.load_masks(path, model)
+        common.apply_artifact(model, artifact)
+        masks = {"path": path, "manifest_sha256": file_sha256(folder / MANIFEST), "meta": artifact.meta}
+        sparsity = measured_sparsity(keep_masks(model))
+        yield _description(_label(path, taken), options.model, model, masks=masks, sparsity=sparsity), model
+        del model
     for path in options.compare:
-        yield _label(path, taken), common.load_model(path, dtype=options.dtype, device=options.device), {}
+        model = common.load_model(path, dtype=options.dtype, device=options.device)
+        yield _description(_label(path, taken), path, model), model
+        del model
+
+
+def _print(models: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> None:
+    """Perplexities by set with their protocol, sparsities, accuracies."""
+    from patch.evaluate import format_reports
+    from patch.report import format_table
+    from patch.results import task_rows, zero_shot_line
+
+    for name in sets:
+        print(format_reports({m["label"]: m["perplexity"][name] for m in models}, dense=models[0]["label"]))
+    for model in models:
+        if model["masks"]:
+            print(f"sparsity of {model['label']}: {model['sparsity']:.4f}")
+    if models[0]["zero_shot"]:
+        print(format_table(task_rows(models)))
+        print(zero_shot_line(models[0]["zero_shot"]))
+
+
+def _description(
+    label: str,
+    path: str,
+    model: nn.Module,
+    *,
+    masks: Mapping[str, Any] | None = None,
+    sparsity: float | None = None,
+) -> dict[str, Any]:
+    from patch.checkpoint import model_fingerprint
+
+    parameter = next(model.parameters())
+    return {
+        "label": label,
+        "model": path,
+        "commit": getattr(model.config, "_commit_hash", None),
+        "masks": masks,
+        "method": masks["meta"].get("method") if masks else None,
+        "sparsity": sparsity,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(parameter.device),
+        "model_fingerprint": model_fingerprint(model),
+    }
 
 
 def _label(path: str, taken: set[str]) -> str:

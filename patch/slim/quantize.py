@@ -1,0 +1,191 @@
+"""Weight quantisation of SLiM, simulated: integer codes with scales, and the weight they stand for.
+
+A weight w becomes the code clamp(round(w * scale), -2^(q-1), 2^(q-1) - 1) of q bits and is read back as
+code / scale. What differs is where the scale comes from: the largest |w| of the matrix or of a group
+(AbsMax), or a clipping value alpha < max |w| that costs less on the whole (SLiM-Quant).
+Source: Mozaffari, Yazdanbakhsh, Mehri Dehnavi, "SLiM: One-shot Quantization and Sparsity with Low-rank
+Approximation for LLM Weight Compression", 2025.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patch.pruning.selection import working_dtype
+
+LEAST_BITS, MOST_BITS = 2, 8
+_LEAST_BINS, _MOST_BINS, _WEIGHTS_PER_BIN = 512, 20_000, 1000
+# SLiM scales up the one percent of input channels that matter most. The factor is AWQ's middle ground.
+_IMPORTANT_SHARE, _IMPORTANT_FACTOR = 100, 2.0
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantised weight: `codes / (scale of the entry) / (factor of the column)`.
+
+    weight          (N, K) dequantised, dtype of the original, exactly 0 where pruned
+    codes           (N, K) int8
+    scale           fp32 (fp64 for fp64 weights), codes per unit of weight: (1, 1) for one per matrix,
+                    (N, K / block) for groups along a row, (N / block, K) for groups along a column
+    column_factor   (K,) what a column was multiplied by before rounding, or None
+    """
+
+    weight: Tensor
+    codes: Tensor
+    scale: Tensor
+    column_factor: Tensor | None = None
+
+
+@torch.no_grad()
+def quantize_weight(
+    weight: Tensor,
+    keep: Tensor | None = None,
+    *,
+    bits: int = 4,
+    clip: bool = True,
+    block: int | None = None,
+    along_rows: bool = False,
+    column_factor: Tensor | None = None,
+) -> Quantized:
+    """Quantise weight (N, K); nothing is changed in place.
+
+    keep           (N, K) bool, True where a weight stays; others are 0 before and after and have no part in the
+                   scales. None: all stay.
+    bits           q, 2 to 8
+    clip           SLiM-Quant for the whole matrix; False: its AbsMax. Groups always use their AbsMax.
+    block          length of a group, None for one scale per matrix: groups of `block` consecutive entries of a
+                   row (along_rows) or of a column, which it must divide
+    column_factor  (K,) from `important_columns`
+    A matrix or group of zeros has scale 1. Scores and scales are fp32 (fp64 for fp64 weights).
+    raises         ValueError or TypeError before any work.
+    """
+    _check(weight, keep, bits, block, along_rows)
+    kept = weight.detach().to(working_dtype(weight))
+    if keep is not None:
+        kept = kept.masked_fill(~keep, 0)
+    if column_factor is not None:
+        kept = kept * column_factor.to(kept)
+    groups = _grouped(kept, block, along_rows)
+    if block is None and clip:
+        limit = clipping_value(kept if keep is None else kept[keep], bits).reshape(1, 1)
+    else:
+        limit = groups.abs().amax(dim=_axis(block, along_rows), keepdim=True)
+    # A tensor divided by a tensor: number / tensor is a product with the reciprocal, one rounding more.
+    scale = torch.full_like(limit, 2 ** (bits - 1) - 1) / limit
+    scale = scale.masked_fill(~scale.isfinite(), 1)  # all zeros, or too small for the reciprocal
+    rounded = (groups * scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    restored = (rounded / scale).reshape(kept.shape)
+    if column_factor is not None:
+        restored = restored / column_factor.to(restored)
+    if keep is not None:
+        restored = restored.masked_fill(~keep, 0)  # -0.0 of a scaled zero would be another bit pattern
+    if block is not None:
+        scale = scale.squeeze(2 if along_rows else 1)
+    return Quantized(
+        restored.to(weight.dtype), rounded.reshape(kept.shape).to(torch.int8), scale.contiguous(), column_factor
+    )
+
+
+def clipping_value(values: Tensor, bits: int) -> Tensor:
+    """SLiM-Quant's alpha (scalar, dtype of values) for these weights of any shape; 0 if all are 0.
+
+    Of the centres v of a histogram of |w| with densities f and bin width dx, the one with the least
+        sum over v_j < alpha of f_j (v_j - floor(v_j / delta) delta)^2 + sum over the others of f_j (v_j - alpha)^2
+    with delta = alpha / 2^q: in every tenth of the range first, then in all bins around the best of these.
+
+    This is the published code's estimate. The paper rounds to the nearest of 2^(q-1) steps, which is what
+    quantize_weight does; both expect the same error: delta^2 / 3 for a floor with delta = alpha / 2^q and
+    (2 delta)^2 / 12 for rounding to steps twice as long.
+    """
+    magnitudes = values.detach().abs().flatten()
+    if magnitudes.numel() == 0 or not magnitudes.any():
+        return magnitudes.new_zeros(())
+    bins = max(_LEAST_BINS, min(magnitudes.numel() // _WEIGHTS_PER_BIN, _MOST_BINS))
+    low, high = magnitudes.min().item(), magnitudes.max().item()
+    if low == high:  # no histogram: every weight is +-high
+        return magnitudes.max()
+    density = torch.histc(magnitudes, bins, low, high).double().cpu()
+    width = (high - low) / bins
+    centres = low + (torch.arange(bins, dtype=torch.float64) + 0.5) * width
+
+    def best(candidates: range) -> int:
+        errors = torch.stack([_clipping_error(density, centres, i, bits) for i in candidates])
+        return candidates[int(errors.argmin())]
+
+    step = bins // 10
+    coarse = best(range(0, bins, step))
+    fine = best(range(max(0, coarse - step), min(bins, coarse + step + 1)))
+    return magnitudes.new_tensor(centres[fine].item())
+
+
+def important_columns(weight: Tensor, energy: Tensor) -> Tensor:
+    """Factor (K,) of every column before rounding: 2 for the 1 % that matter most, at least one, else 1.
+
+    They have the largest input energy (K,) times sum of |weight| over the rows; a factor of 2 halves their
+    rounding error as long as they do not set the scale (the idea of AWQ). The scales are those of the scaled
+    weight, so no weight is clipped because of it.
+    """
+    score = energy * weight.detach().to(energy).abs().sum(0)
+    factor = torch.ones_like(score)
+    factor[score.topk(max(1, score.numel() // _IMPORTANT_SHARE)).indices] = _IMPORTANT_FACTOR
+    return factor
+
+
+def check_groups(shape: tuple[int, int], block: int, along_rows: bool, label: str) -> None:
+    """Refuse a matrix (N, K) that groups of `block` do not divide; `label` names it in the message."""
+    size, axis = (shape[1], "columns") if along_rows else (shape[0], "rows")
+    if size % block:
+        raise ValueError(
+            f"{label}: expected {axis} in multiples of the group size {block}, got {size} of shape {tuple(shape)}. "
+            "Use a group size that divides them, the other grouping direction, or one scale per matrix."
+        )
+
+
+def _clipping_error(density: Tensor, centres: Tensor, index: int, bits: int) -> Tensor:
+    alpha = centres[index]
+    delta = alpha / 2**bits
+    below, above = centres[:index], centres[index:]
+    rounding = below - torch.floor(below / delta) * delta
+    return (density[:index] * rounding**2).sum() + (density[index:] * (above - alpha) ** 2).sum()
+
+
+def _grouped(weight: Tensor, block: int | None, along_rows: bool) -> Tensor:
+    """The weight as a view in which a group is one axis."""
+    if block is None:
+        return weight
+    rows, columns = weight.shape
+    return (
+        weight.reshape(rows, columns // block, block) if along_rows else weight.reshape(rows // block, block, columns)
+    )
+
+
+def _axis(block: int | None, along_rows: bool) -> int | tuple[int, int]:
+    return (0, 1) if block is None else 2 if along_rows else 1
+
+
+def _check(weight: Tensor, keep: Tensor | None, bits: int, block: int | None, along_rows: bool) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or weight.numel() == 0:
+        got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight: expected a floating-point matrix (N, K), got {got}. Pass a Linear's weight.")
+    if keep is not None and (not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != weight.shape):
+        got = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise TypeError(f"keep: expected a bool mask of shape {tuple(weight.shape)}, got {got}. Pass the layer's own.")
+    check_bits(bits)
+    if block is not None:
+        check_block(block, "block")
+        check_groups(tuple(weight.shape), block, along_rows, "weight")
+
+
+def check_bits(bits: int) -> None:
+    """Refuse a width that int8 codes cannot hold."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not LEAST_BITS <= bits <= MOST_BITS:
+        raise ValueError(f"bitwidth: expected {LEAST_BITS} to {MOST_BITS} bits, got {bits!r}. The usual number is 4.")
+
+
+def check_block(block: int, label: str) -> None:
+    """Refuse a group size that is no positive integer."""
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f"{label}: expected a group size of 1 or more, got {block!r}. The usual ones are 128 and 256.")
