@@ -7,36 +7,32 @@ run again, so an interrupted demo goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patch import __version__, demo_model, report
 from patch.checkpoint import Artifact, load_artifact, save_artifact
 from patch.convert import pack_model, packed_layers
 from patch.data import pack_blocks, tokenize
-from patch.demo_settings import DemoSettings
+from patch.demo_settings import DemoSettings, ModelSettings
 from patch.evaluate import perplexity
 from patch.export import save_dense, save_packed
-from patch.folder import dump_json, read_json, verify_folder, write_folder
+from patch.folder import dump_json, read_json, write_folder
 from patch.hf import load
 from patch.learn import LearnConfig
 from patch.models import apply_keep_masks, maskable_linears, measured_sparsity
 from patch.priors import tile_scores
 from patch.pruning import get_method, prune_model
+from patch.stages import STAGE_FILE, digest, finished
 from patch.trainer import learn
 from patch_kernels import payload_bytes, tiles_that_are_two_of_four
 
-logger = logging.getLogger(__name__)
-
-STAGE_FILE = "stage.json"
 # What a stage gives: its numbers, and how to write its folder with the stage file in it.
 Outcome = tuple[dict[str, Any], Callable[[Path, bytes], None]]
 
@@ -106,9 +102,9 @@ class _Demo:
 
     def stage(self, name: str, settings: Mapping[str, Any], make: Callable[[], Outcome]) -> dict[str, Any]:
         """Result of a stage: read if its folder was made with the same settings and inputs, else made now."""
-        key = _digest({"stage": name, "settings": settings, "inputs": self.key})
+        key = digest({"stage": name, "settings": settings, "inputs": self.key})
         folder = self.out / name
-        found = _finished(folder, key)
+        found = finished(folder, key)
         if found is not None:
             self.say(f"{name}: done before, reused")
             return found
@@ -126,39 +122,7 @@ class _Demo:
 
     def _make_dense(self) -> Outcome:
         """Tokenizer and dense model, trained on the part `train`."""
-        settings = self.settings.model
-        tokenizer = demo_model.train_tokenizer(self.corpus.train, settings.vocab_size)
-        blocks = pack_blocks(tokenize(tokenizer, self.corpus.train), settings.block_size)
-        model = demo_model.build_model(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size,
-            layers=settings.layers,
-            heads=settings.heads,
-            seed=settings.seed,
-        )
-        elems = sum(linear.weight.numel() for linear in maskable_linears(model).values())
-        tokens = settings.steps * settings.batch_size * settings.block_size
-        self.say(
-            f"  {elems / 1e6:.1f} M weights in linear layers, trained on {tokens / 1e6:.1f} M tokens (a pass is "
-            f"{blocks.numel() / 1e6:.1f} M)"
-        )
-        every = max(1, settings.steps // 6)
-
-        def on_step(step: int, loss: float) -> None:
-            if (step + 1) % every == 0:
-                self.say(f"  step {step + 1}/{settings.steps}: loss {loss:.3f}")
-
-        demo_model.train_dense(
-            model,
-            blocks,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            matrix_lr=settings.matrix_lr,
-            vector_lr=settings.vector_lr,
-            seed=settings.seed,
-            on_step=on_step,
-        )
+        model, tokenizer, numbers = make_dense(self.corpus, self.settings.model, self.say)
 
         def save(folder: Path, stage: bytes) -> None:
             def write(directory: Path) -> None:
@@ -168,7 +132,7 @@ class _Demo:
 
             write_folder(folder, write)
 
-        return {"weights": elems, "tokens": tokens, "sha256": self.corpus.sha256}, save
+        return numbers, save
 
     def _prepare_text(self) -> None:
         """Tokens for evaluation, and the shuffled blocks that calibration and mask learning both take."""
@@ -356,6 +320,45 @@ class _Demo:
         self.say(f"done; everything is in {self.out}")
 
 
+def make_dense(
+    corpus: demo_model.Corpus, settings: ModelSettings, say: Callable[[str], None]
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The dense model trained on the part `train` of the corpus, its tokenizer, and numbers about both."""
+    tokenizer = demo_model.train_tokenizer(corpus.train, settings.vocab_size)
+    blocks = pack_blocks(tokenize(tokenizer, corpus.train), settings.block_size)
+    model = demo_model.build_model(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        layers=settings.layers,
+        heads=settings.heads,
+        seed=settings.seed,
+    )
+    elems = sum(linear.weight.numel() for linear in maskable_linears(model).values())
+    tokens = settings.steps * settings.batch_size * settings.block_size
+    say(
+        f"  {elems / 1e6:.1f} M weights in linear layers, trained on {tokens / 1e6:.1f} M tokens (a pass is "
+        f"{blocks.numel() / 1e6:.1f} M)"
+    )
+    every = max(1, settings.steps // 6)
+
+    def on_step(step: int, loss: float) -> None:
+        if (step + 1) % every == 0:
+            say(f"  step {step + 1}/{settings.steps}: loss {loss:.3f}")
+
+    demo_model.train_dense(
+        model,
+        blocks,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        matrix_lr=settings.matrix_lr,
+        vector_lr=settings.vector_lr,
+        seed=settings.seed,
+        on_step=on_step,
+    )
+    return model, tokenizer, {"weights": elems, "tokens": tokens, "sha256": corpus.sha256}
+
+
 def _shown(row: Mapping[str, Any]) -> dict[str, str]:
     """A row of results.csv as the printed table shows it."""
     return {
@@ -366,20 +369,3 @@ def _shown(row: Mapping[str, Any]) -> dict[str, str]:
         "of dense": f"{row['linear_bytes'] / row['dense_linear_bytes']:.2f}x",
         "tokens": f"{row['tokens_seen']:,}",
     }
-
-
-def _finished(folder: Path, key: str) -> dict[str, Any] | None:
-    """Result of a complete stage folder with this key; None for none, another, or a damaged one."""
-    if not (folder / STAGE_FILE).is_file():
-        return None
-    try:
-        verify_folder(folder)
-        content = read_json(folder / STAGE_FILE)
-    except (ValueError, OSError) as error:
-        logger.warning("making stage %s again: %s", folder.name, error)
-        return None
-    return content["result"] if content["key"] == key else None
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
