@@ -23,6 +23,8 @@ COMMANDS = {
     "compress": "patch.commands.compress",
     "fine-tune": "patch.commands.fine_tune",
     "export": "patch.commands.export",
+    "import-masks": "patch.commands.import_masks",
+    "export-masks": "patch.commands.export_masks",
     "eval": "patch.commands.evaluate",
     "report": "patch.commands.report",
     "generate": "patch.commands.generate",
@@ -125,10 +127,11 @@ def _add_settings(parser: argparse.ArgumentParser, module: ModuleType) -> None:
 
 def _add_flag(group: Any, flag: str, key: str, metadata: Any, *, is_bool: bool, is_list: bool = False) -> None:
     if metadata.get("positional"):
-        # SUPPRESS: without it argparse gives an empty list, which would hide the one in --config.
-        words = {"nargs": "*", "default": argparse.SUPPRESS, "metavar": metadata["metavar"], "help": metadata["help"]}
-        group.add_argument(f"setting {key}", **words)
-        return
+        # SUPPRESS: an absent word must not hide what --config or the flag gave.
+        words = {"nargs": "*" if is_list else "?", "metavar": metadata["metavar"], "help": metadata["help"]}
+        group.add_argument(f"setting {key}", default=argparse.SUPPRESS, **words)
+        if is_list:
+            return  # a single word has its flag too, by which messages call it
     options: dict[str, Any] = {"dest": f"setting {key}", "default": None, "help": metadata["help"]}
     if is_bool:
         options["action"] = argparse.BooleanOptionalAction

@@ -6,22 +6,26 @@ whatever its number of cores. Sources are those of patch.sources.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from patch.sources import LOCAL_JOIN, NAMED_SETS, load_documents
+from patch.sources import LOCAL_JOIN, NAMED_SETS, iter_documents, load_documents, named_rows
 
 __all__ = [
     "NAMED_SETS",
     "calibration_windows",
     "evaluation_text",
+    "iter_documents",
     "load_documents",
     "pack_blocks",
     "sample_joined",
@@ -55,24 +59,23 @@ def pack_blocks(documents: Iterable[Sequence[int]], block_size: int, *, max_bloc
     if block_size < 1 or (max_blocks is not None and max_blocks < 1):
         raise ValueError(f"expected block_size and max_blocks >= 1, got {block_size} and {max_blocks}")
     wanted = None if max_blocks is None else max_blocks * block_size
-    parts: list[np.ndarray] = []
-    total = 0
+    flat = array("q")  # grows in place: one copy of the tokens, not the two that joining parts would need
     for document in documents:
         if isinstance(document, str):
             raise TypeError("expected sequences of token ids, got text; tokenize the documents first")
         ids = np.asarray(document)
         if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
             raise TypeError(f"expected 1-D sequences of integer token ids, got {ids.dtype} of shape {ids.shape}")
-        parts.append(ids.astype(np.int64).reshape(-1))
-        total += ids.size
-        if wanted is not None and total >= wanted:
+        flat.frombytes(ids.astype(np.int64).tobytes())
+        if wanted is not None and len(flat) >= wanted:
             break
+    total = len(flat)
     blocks = min(total if wanted is None else wanted, total) // block_size
     if blocks == 0:
         raise ValueError(
             f"expected at least one block of {block_size} tokens, got {total} tokens; give more text or a smaller block"
         )
-    return torch.from_numpy(np.concatenate(parts)[: blocks * block_size]).reshape(blocks, block_size)
+    return torch.frombuffer(flat, dtype=torch.int64, count=blocks * block_size).reshape(blocks, block_size)
 
 
 def sample_windows(
@@ -140,15 +143,24 @@ def calibration_windows(
 ) -> tuple[Tensor, str]:
     """Calibration samples of a source by its convention: (nsamples, seqlen) int64 and the text's SHA-256.
 
-    c4 and slimpajama: a window of each random long document; everything else: windows of the joined text.
+    c4 and slimpajama: a window of each random long document of the first training file, of which only the drawn
+    documents are tokenized and none is held; everything else: windows of the joined text. The published loader
+    draws slimpajama documents from the whole split (48 files); the rule is the same, the documents are not.
+    raises  ValueError naming the source and what was needed when it has too little text.
     """
     _check_sampling(nsamples, seqlen, seed)
-    documents = load_documents(source, text_field=text_field)
-    named = NAMED_SETS.get(os.fspath(source))
+    name = os.fspath(source)
+    named = NAMED_SETS.get(name)
     if named is not None and named.calibration_join is None:
-        windows = sample_windows(documents, nsamples, seqlen, seed, encode=lambda text: tokenize(tokenizer, [text])[0])
-    else:
-        joined = (LOCAL_JOIN if named is None else named.calibration_join).join(documents)
+        rows = named_rows(name, "train")
+        with _naming(name, "calibration"):
+            windows = sample_windows(
+                rows, nsamples, seqlen, seed, encode=lambda row: tokenize(tokenizer, [row[named.field]])[0]
+            )
+        return windows, text_sha256(row[named.field] for row in rows)
+    documents = load_documents(source, text_field=text_field)
+    joined = (LOCAL_JOIN if named is None else named.calibration_join).join(documents)
+    with _naming(name, "calibration"):
         windows = sample_joined(tokenize(tokenizer, [joined])[0], nsamples, seqlen, seed)
     return windows, text_sha256(documents)
 
@@ -179,22 +191,49 @@ def training_blocks(
     text_field: str | None = None,
     max_documents: int | None = None,
 ) -> tuple[Tensor, str]:
-    """Packed training data of a source: (blocks, block_size) int64 and the SHA-256 of the text."""
-    documents = load_documents(source, split, text_field, limit=max_documents)
+    """Packed training data of a source: (blocks, block_size) int64 and the SHA-256 of the text.
 
-    def batches() -> Iterable[list[int]]:
-        for start in range(0, len(documents), TOKENIZE_BATCH):
-            yield from tokenize(tokenizer, documents[start : start + TOKENIZE_BATCH])
+    max_blocks, max_documents  reading stops at whichever comes first, so that a large set is fetched only as far
+                               as it is used; None: read everything
+    The hash is over the documents that were read. Source: the concatenation of the published training script,
+    but over all documents, where that drops the rest of every thousand and so depends on the number of workers.
+    raises  ValueError naming the source when there are fewer tokens than one block.
+    """
+    digest = hashlib.sha256()
+    documents = iter_documents(source, split, text_field, limit=max_documents)
 
-    return pack_blocks(batches(), block_size, max_blocks=max_blocks), text_sha256(documents)
+    def token_ids() -> Iterator[list[int]]:
+        while batch := list(islice(documents, TOKENIZE_BATCH)):
+            for document, ids in zip(batch, tokenize(tokenizer, batch), strict=True):
+                _hash_document(digest, document)
+                yield ids
+
+    with _naming(os.fspath(source), "training"):
+        blocks = pack_blocks(token_ids(), block_size, max_blocks=max_blocks)
+    return blocks, digest.hexdigest()
 
 
 def text_sha256(documents: Iterable[str]) -> str:
     """SHA-256 over the documents, each as UTF-8 followed by one zero byte (so that borders count)."""
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(document.encode("utf-8", "surrogatepass") + b"\0")
+        _hash_document(digest, document)
     return digest.hexdigest()
+
+
+def _hash_document(digest: Any, document: str) -> None:
+    digest.update(document.encode("utf-8", "surrogatepass") + b"\0")
+
+
+@contextlib.contextmanager
+def _naming(source: str, use: str) -> Iterator[None]:
+    """Puts the name of the source and its use before what a sampler or the packer refuses."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(source):  # from reading: it names the source, and the line
+            raise
+        raise ValueError(f"{use} text {source}: {error}") from None
 
 
 def _check_sampling(nsamples: int, seqlen: int, seed: int) -> None:

@@ -2,22 +2,32 @@
 
 A .txt file is one document, taken verbatim; a .jsonl or .parquet file has one document a row. The named sets
 come from the Hugging Face hub through the `datasets` package; NAMED_SETS holds the conventions of the
-literature for each: which split and how its rows are joined.
+literature for each: which files, which split and how its rows are joined.
+
+Nothing here needs a whole large set: calibration and evaluation fetch one file of it, training streams it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 @dataclass(frozen=True)
 class NamedSet:
-    """Where a named set lives and by which convention of the literature it is joined."""
+    """Where a named set lives and by which convention of the literature it is joined.
+
+    splits   fetched once, kept in the cache of `datasets` and mapped from disk: small sets as a whole, of
+             large ones the first file
+    streams  training data of a large set, read front to back over the network and only as far as needed;
+             None for small sets, which train on their splits
+    """
 
     hub_id: str
     config: str | None
@@ -28,10 +38,15 @@ class NamedSet:
     evaluation_split: str
     evaluation_documents: int | None = None
     evaluation_windows: int | None = None
+    streams: dict[str, dict[str, Any]] | None = None
 
 
 def _files(**names: str) -> dict[str, dict[str, Any]]:
     return {split: {"data_files": {split: name}, "split": split} for split, name in names.items()}
+
+
+def _streams(**names: str) -> dict[str, dict[str, Any]]:
+    return {split: arguments | {"streaming": True} for split, arguments in _files(**names).items()}
 
 
 def _splits(*names: str) -> dict[str, dict[str, Any]]:
@@ -52,6 +67,10 @@ NAMED_SETS = {
         evaluation_split="validation",
         evaluation_documents=1100,
         evaluation_windows=256,
+        streams=_streams(
+            train="en/c4-train.*-of-01024.json.gz",
+            validation="en/c4-validation.*-of-00008.json.gz",
+        ),
     ),
     "wikitext2": NamedSet(
         "Salesforce/wikitext",
@@ -83,10 +102,19 @@ NAMED_SETS = {
         "DKYoon/SlimPajama-6B",
         None,
         "text",
-        _splits("train", "validation", "test"),
+        _files(
+            train="data/train-00000-of-00048-*.parquet",
+            validation="data/validation-*.parquet",
+            test="data/test-*.parquet",
+        ),
         calibration_join=None,
         evaluation_join="\n\n",
         evaluation_split="test",
+        streams=_streams(
+            train="data/train-*.parquet",
+            validation="data/validation-*.parquet",
+            test="data/test-*.parquet",
+        ),
     ),
 }
 
@@ -103,26 +131,79 @@ def load_documents(
 ) -> list[str]:
     """Documents of a local file or of a named set, at most `limit` of them.
 
-    split       named sets only; default "train"
+    split       named sets only; default "train". Of c4 and slimpajama this is the first file of the split.
     text_field  column of a .jsonl or .parquet file; default "text"
     raises      FileNotFoundError for an unknown source, ValueError for a file without usable text,
                 ConnectionError when a named set cannot be fetched.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"expected limit >= 1, got {limit}; leave it out to read everything")
+    _check_limit(limit)
     name = os.fspath(source)
     if name in NAMED_SETS:
-        documents = _load_named(name, split or "train", limit)
+        rows = named_rows(name, split or "train")
+        if limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
+        documents = list(rows[NAMED_SETS[name].field])
     else:
-        if split is not None:
-            raise ValueError(f"expected no split for the local file {name}, got {split!r}; give the file of that split")
-        documents = _load_local(Path(name), text_field or "text", limit)
+        documents = list(islice(_read_local(name, split, text_field), limit))
     if not any(document.strip() for document in documents):
-        raise ValueError(f"{name}: expected text, found only empty documents; check the file and its text field")
+        raise _no_text(name)
     return documents
 
 
-def _load_local(path: Path, text_field: str, limit: int | None) -> list[str]:
+def iter_documents(
+    source: str | os.PathLike,
+    split: str | None = None,
+    text_field: str | None = None,
+    *,
+    limit: int | None = None,
+) -> Iterator[str]:
+    """Documents of a source one after the other, in the order of its files, at most `limit` of them.
+
+    c4 and slimpajama are streamed over all files of the split, .jsonl and .parquet files are read in pieces:
+    what is not asked for is neither fetched nor held. Arguments and errors as in `load_documents`; arguments
+    are checked here, a damaged row or a source without any text is reported when the iteration gets there.
+    """
+    _check_limit(limit)
+    name = os.fspath(source)
+    if name in NAMED_SETS:
+        documents = _read_named(name, split or "train")
+    else:
+        documents = _read_local(name, split, text_field)
+    return _refuse_empty(name, islice(documents, limit))
+
+
+def named_rows(name: str, split: str) -> Sequence[dict[str, Any]]:
+    """Rows of a split of a named set, mapped from disk: random access without holding the text.
+
+    raises  ValueError for an unknown split, ConnectionError when the set cannot be fetched.
+    """
+    return _load_dataset(name, split, NAMED_SETS[name].splits)
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"expected limit >= 1, got {limit}; leave it out to read everything")
+
+
+def _no_text(name: str) -> ValueError:
+    return ValueError(f"{name}: expected text, found only empty documents; check the file and its text field")
+
+
+def _refuse_empty(name: str, documents: Iterator[str]) -> Iterator[str]:
+    """The documents; raises at the end when none of them had text."""
+    is_empty = True
+    for document in documents:
+        is_empty = is_empty and not document.strip()
+        yield document
+    if is_empty:
+        raise _no_text(name)
+
+
+def _read_local(name: str, split: str | None, text_field: str | None) -> Iterator[str]:
+    """Documents of a local file; its path and kind are checked now, its content while it is read."""
+    path = Path(name)
+    if split is not None:
+        raise ValueError(f"expected no split for the local file {name}, got {split!r}; give the file of that split")
     if not path.is_file():
         raise FileNotFoundError(
             f"expected a text file ({', '.join(LOCAL_SUFFIXES)}) or one of {sorted(NAMED_SETS)}, got "
@@ -131,63 +212,70 @@ def _load_local(path: Path, text_field: str, limit: int | None) -> list[str]:
         )
     if path.suffix not in LOCAL_SUFFIXES:
         raise ValueError(f"{path}: expected a file ending in {', '.join(LOCAL_SUFFIXES)}; rename or convert it")
-    if path.suffix == ".parquet":
-        return _load_parquet(path, text_field, limit)
+    return _READERS[path.suffix](path, text_field or "text")
+
+
+def _read_text(path: Path, text_field: str) -> Iterator[str]:
+    with _utf8_file(path) as file:
+        yield file.read()
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    with _utf8_file(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: line {number} is not valid JSON ({error}); fix or remove it") from None
+            if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+                fields = sorted(row) if isinstance(row, dict) else type(row).__name__
+                raise ValueError(
+                    f"{path}: line {number}: expected text in the field {text_field!r}, got {str(fields)[:200]}; "
+                    "set text_field"
+                )
+            yield row[text_field]
+
+
+@contextlib.contextmanager
+def _utf8_file(path: Path) -> Iterator[TextIO]:
     try:
         # newline="": line ends are part of the text, so that its hash and tokens are those of the file.
         with open(path, encoding="utf-8", newline="") as file:
-            if path.suffix == ".txt":
-                return [file.read()]
-            return _load_jsonl(path, file, text_field, limit)
+            yield file
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: expected UTF-8 text ({error.reason} at byte {error.start}); convert the file"
         ) from None
 
 
-def _load_jsonl(path: Path, lines: Iterable[str], text_field: str, limit: int | None) -> list[str]:
-    documents: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if limit is not None and len(documents) == limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number} is not valid JSON ({error}); fix or remove it") from None
-        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-            fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(
-                f"{path}: line {number}: expected text in the field {text_field!r}, got {str(fields)[:200]}; "
-                "set text_field"
-            )
-        documents.append(row[text_field])
-    return documents
-
-
-def _load_parquet(path: Path, text_field: str, limit: int | None) -> list[str]:
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise ImportError(f"{path}: reading parquet needs pyarrow; run: pip install pyarrow") from None
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = file.schema_arrow
-        if text_field not in columns.names or not _is_text(columns.field(text_field).type):
-            raise ValueError(
-                f"{path}: expected text in the column {text_field!r}, got the columns {columns.names[:20]}; "
-                "set text_field"
-            )
-        documents: list[str] = []
-        for batch in file.iter_batches(columns=[text_field]):
-            documents += [text for text in batch.column(0).to_pylist() if text is not None]
-            if limit is not None and len(documents) >= limit:
-                break
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow
+            if text_field not in columns.names or not _is_text(columns.field(text_field).type):
+                raise ValueError(
+                    f"{path}: expected text in the column {text_field!r}, got the columns {columns.names[:20]}; "
+                    "set text_field"
+                )
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not a readable parquet file ({error}); copy it again") from None
-    return documents[:limit]
+
+
+_PARQUET_ROWS = 1024
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
 
 
 def _is_text(kind: Any) -> bool:
@@ -196,24 +284,39 @@ def _is_text(kind: Any) -> bool:
     return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
-def _load_named(name: str, split: str, limit: int | None) -> list[str]:
+def _read_named(name: str, split: str) -> Iterator[str]:
+    """Documents of a named set: streamed if it is large, from the cache otherwise."""
     named = NAMED_SETS[name]
-    if split not in named.splits:
-        raise ValueError(f"{name}: expected one of the splits {sorted(named.splits)}, got {split!r}")
+    rows = _load_dataset(name, split, named.streams or named.splits)
+
+    def documents() -> Iterator[str]:
+        try:
+            for row in rows:
+                yield row[named.field]
+        except Exception as error:  # a stream meets the network only while it is read
+            raise _unreachable(name, error) from error
+
+    return documents()
+
+
+def _load_dataset(name: str, split: str, arguments: dict[str, dict[str, Any]]) -> Any:
+    named = NAMED_SETS[name]
+    if split not in arguments:
+        raise ValueError(f"{name}: expected one of the splits {sorted(arguments)}, got {split!r}")
     try:
         import datasets
     except ImportError:
         raise ImportError(f"the named set {name!r} needs the datasets package; run: pip install datasets") from None
     try:
-        rows = datasets.load_dataset(named.hub_id, named.config, **named.splits[split])
+        return datasets.load_dataset(named.hub_id, named.config, **arguments[split])
     except Exception as error:
         # datasets raises many kinds for one cause: the set is neither cached nor reachable.
-        raise ConnectionError(
-            f"expected to load {named.hub_id!r} for the named set {name!r}, got {type(error).__name__}: "
-            f"{error}; connect "
-            "to the Hugging Face hub once (and unset HF_HUB_OFFLINE), or pass a local "
-            f"{', '.join(LOCAL_SUFFIXES)} file"
-        ) from error
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    return list(rows[named.field])
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"expected to load {NAMED_SETS[name].hub_id!r} for the named set {name!r}, got {type(error).__name__}: "
+        f"{error}; connect to the Hugging Face hub once (and unset HF_HUB_OFFLINE), or pass a local "
+        f"{', '.join(LOCAL_SUFFIXES)} file"
+    )

@@ -32,6 +32,7 @@ from patch.checkpoint import (
 from patch.data import calibration_windows, training_blocks
 from patch.evaluate import context_length, perplexity_report, versions
 from patch.folder import file_sha256, resolve_folder
+from patch.foreign_masks import locate, read_masks
 from patch.models import apply_keep_masks, maskable_linears
 from patch.priors import tile_scores
 from patch.pruning import ProxSparseConfig, PruneOptions, get_method, prune_model, reference_method
@@ -45,6 +46,7 @@ from patch.zero_shot import ZERO_SHOT_TASKS, lm_eval_model, zero_shot
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQLEN = 2048
+MASKLLM = "maskllm"  # not a pruning method: the masks are those of prune_args["maskllm_checkpoint"]
 PROX_SPARSE_NSAMPLES = 400  # of its published settings: one for each step
 PRUNE_DEFAULTS: dict[str, Any] = {
     "prune_method": "wanda",
@@ -82,6 +84,8 @@ def prepare_pruned_model(
                            patch.pruning.ProxSparseConfig for that method, whose nsamples is 400 by default
     mask_tile_size         (rows, cols) of the tiles that will be learned
     target_sparsity_ratio  0..0.5, of the unstructured reference model that gives the tile scores
+    prune_method "maskllm" takes the masks of maskllm_checkpoint: a MaskLLM or PATCH file (patch.foreign_masks; a
+    .pt too), a folder with one, or a Hugging Face repository. Its reference model is pruned by Wanda.
     Every pruned layer gets its keep mask (patch.models.keep_masks) and a buffer `distribution_scores`
     (rows, cols), the share of weights that the reference keeps in each tile. The reference of prox_sparse, which
     knows no unstructured masks, is pruned by wanda.
@@ -109,6 +113,7 @@ def prepare_pruned_model(
                 )
         return _apply(model, artifact)
 
+    stored = _stored_masks(model, args) if args["prune_method"] == MASKLLM else None
     blocks = _fine_tuning_blocks(model, tokenizer, args) if args["fine_tune"] else None
     calibration, text_hash = None, None
     if _is_calibrated(args):
@@ -124,7 +129,7 @@ def prepare_pruned_model(
     reference = copy.deepcopy(model)
     reference_masks = prune_model(
         reference,
-        reference_method(args["prune_method"]),
+        reference_method(_computed(args["prune_method"])),
         pattern="unstructured",
         sparsity=target_sparsity_ratio,
         **options,
@@ -133,16 +138,20 @@ def prepare_pruned_model(
     del reference, reference_masks
     # Adapters make up for what was pruned, so compression starts from the dense model.
     pruned = copy.deepcopy(model) if compress.is_active else model
-    masks = prune_model(
-        pruned,
-        args["prune_method"],
-        pattern=args["sparsity_type"],
-        sparsity=args["sparsity_ratio"],
-        prox=args["prox_sparse"],
-        **options,
-    )
+    if stored is not None:
+        masks = stored
+        apply_keep_masks(pruned, masks)
+    else:
+        masks = prune_model(
+            pruned,
+            args["prune_method"],
+            pattern=args["sparsity_type"],
+            sparsity=args["sparsity_ratio"],
+            prox=args["prox_sparse"],
+            **options,
+        )
     if compress.is_active:
-        is_updated = get_method(args["prune_method"]).updates_weights
+        is_updated = get_method(_computed(args["prune_method"])).updates_weights
         compress_model(
             model,
             masks,
@@ -238,7 +247,7 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(PRUNE_DEFAULTS)):
         raise ValueError(f"prune_args: unknown keys {unknown}; expected only {sorted(PRUNE_DEFAULTS)}")
     args = PRUNE_DEFAULTS | values
-    if get_method(args["prune_method"]).is_learned:
+    if get_method(_computed(args["prune_method"])).is_learned:
         args["nsamples"] = values.get("nsamples", PROX_SPARSE_NSAMPLES)
         args["prox_sparse"] = _prox_config(args["prox_sparse"])
         if args["sparsity_type"] != "2:4":
@@ -276,8 +285,18 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
             "prune_args: expected fine_tune with weights or adapters that are not quantised, got quantised ones only; "
             "set lora_rank without quantize_lora, or leave fine_tune out"
         )
-    if args["maskllm_checkpoint"] is not None:
-        raise ValueError("prune_args: maskllm_checkpoint is not available; leave it out and learn the mask instead")
+    checkpoint = args["maskllm_checkpoint"]
+    if (args["prune_method"] == MASKLLM) != (checkpoint is not None):
+        raise ValueError(
+            f"prune_args: expected prune_method 'maskllm' and maskllm_checkpoint together, got "
+            f"{args['prune_method']!r} and {checkpoint!r}; give both or neither"
+        )
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise TypeError(f"prune_args: expected maskllm_checkpoint as a name or path, got {type(checkpoint).__name__}")
+    if checkpoint is not None and args["sparsity_type"] != "2:4":
+        raise ValueError(
+            f"prune_args: expected sparsity_type '2:4' with prune_method 'maskllm', got {args['sparsity_type']!r}"
+        )
     for key in ("calibration_dataset", "eval_dataset", "fine_tune_dataset"):
         source = args[key]
         if not isinstance(source, str | os.PathLike):
@@ -302,7 +321,7 @@ def _pruning(args: Mapping[str, Any]) -> PruneOptions:
     """Checked options of the pruning itself, with the method's block size where none is given."""
     keys = ("sparsity_type", "sparsity_ratio", "block_size", "damping", "shift_zero_metrics", "precision")
     try:
-        return make_options(get_method(args["prune_method"]), *(args[key] for key in keys))
+        return make_options(get_method(_computed(args["prune_method"])), *(args[key] for key in keys))
     except (TypeError, ValueError) as error:
         raise type(error)(f"prune_args: {error}") from error
 
@@ -335,6 +354,8 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
         "target_sparsity": target,
         "tile": list(tile),
     }
+    if method == MASKLLM:
+        meta["maskllm_sha256"] = file_sha256(Path(os.path.realpath(locate(args["maskllm_checkpoint"]))))
     if args["prox_sparse"] is not None:
         meta["prox_sparse"] = dataclasses.asdict(args["prox_sparse"])
     if _is_calibrated(args):
@@ -346,13 +367,28 @@ def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target:
             "shift_zero_metrics": args["shift_zero_metrics"],
             "precision": args["precision"],
         }
-    if get_method(method).updates_weights:
+    if get_method(_computed(method)).updates_weights:
         meta |= {"damping": args["damping"], "block_size": _pruning(args).block_size}
     if _compression(args).is_active:
         meta["compression"] = _compression(args).as_dict()
     if args["fine_tune"]:
         meta["fine_tune"] = {"data": _source_identity(args["fine_tune_dataset"]), "seed": seed}
     return meta
+
+
+def _computed(method: str) -> str:
+    """The method that is run: a stored mask only needs its tiles scored, which is done by Wanda."""
+    return "wanda" if method == MASKLLM else method
+
+
+def _stored_masks(model: nn.Module, args: Mapping[str, Any]) -> dict[str, Tensor]:
+    found = read_masks(args["maskllm_checkpoint"], model, allow_pt=True)
+    if found.pattern != "2:4":
+        raise ValueError(
+            f"prune_args: expected 2:4 masks as maskllm_checkpoint, {args['maskllm_checkpoint']} holds the pattern "
+            f"{found.pattern!r}; take it with `patch-llm import-masks`"
+        )
+    return found.masks
 
 
 def _source_identity(source: str | os.PathLike) -> str:
@@ -362,7 +398,7 @@ def _source_identity(source: str | os.PathLike) -> str:
 
 
 def _is_calibrated(args: dict[str, Any]) -> bool:
-    return get_method(args["prune_method"]).needs_calibration or _compression(args).needs_calibration
+    return get_method(_computed(args["prune_method"])).needs_calibration or _compression(args).needs_calibration
 
 
 def _compression(args: dict[str, Any]) -> CompressOptions:

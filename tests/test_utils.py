@@ -159,14 +159,29 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ({"prune_method": "maskllm"}, ValueError, "method: expected one of magnitude"),
+        ({"prune_method": "maskllm"}, ValueError, "maskllm_checkpoint together, got 'maskllm' and None"),
+        ({"maskllm_checkpoint": "x.npz"}, ValueError, "maskllm_checkpoint together, got 'wanda' and 'x.npz'"),
+        (
+            {"prune_method": "maskllm", "maskllm_checkpoint": "x.npz"},
+            FileNotFoundError,
+            "expected a mask file .*'x.npz'",
+        ),
+        (
+            {"prune_method": "maskllm", "maskllm_checkpoint": 3},
+            TypeError,
+            "maskllm_checkpoint as a name or path, got int",
+        ),
+        (
+            {"prune_method": "maskllm", "maskllm_checkpoint": "x.npz", "sparsity_type": "unstructured"},
+            ValueError,
+            "sparsity_type '2:4' with prune_method 'maskllm', got 'unstructured'",
+        ),
         ({"sparsity_type": "4:8"}, ValueError, "sparsity_type '2:4' or 'unstructured', got '4:8'"),
         ({"sparsity_ratio": 0.0}, ValueError, "expected sparsity_ratio 0.5 for 2:4, got 0.0"),
         ({"sparsity_ratio": 0.7}, ValueError, "a share of zeros of 0 to 0.5, got 0.7"),
         ({"sparsity_ratio": "0.5"}, ValueError, "a share of zeros of 0 to 0.5, got '0.5'"),
         ({"nsamples": 0}, ValueError, "nsamples >= 1, got 0"),
         ({"optimizer_FT_pruning": "adamw_apex"}, ValueError, "'adamw_torch', got 'adamw_apex'"),
-        ({"maskllm_checkpoint": "x.pt"}, ValueError, "maskllm_checkpoint is not available"),
         ({"precision": "fp16"}, ValueError, "prune_args: precision: expected one of fp32, fp64, got 'fp16'"),
         ({"damping": -1}, ValueError, "prune_args: damping: expected a finite share .* got -1"),
         ({"block_size": 6}, ValueError, "prune_args: block_size: expected a multiple of 4 for pattern 2:4, got 6"),

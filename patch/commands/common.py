@@ -140,6 +140,16 @@ def load_model_config(path: str, *, packed: bool = False) -> Any:
     return config
 
 
+def load_model_shapes(path: str) -> nn.Module:
+    """The model without its weights (on the meta device), where only names and shapes of layers are needed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_model_config(path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 @contextlib.contextmanager
 def _model_errors(path: str) -> Iterator[None]:
     """transformers' errors about a model that is not there, as one sentence that says what to do."""
