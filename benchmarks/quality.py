@@ -313,6 +313,8 @@ def _learned(
             "lr": settings.lr,
             "local_batch_size": settings.batch_size,
             "global_batch_size": settings.batch_size,
+            # Every result has the zeros that its name says.
+            "exact_budget": mode != "mask_llm",
         }
         | fields,
     )
