@@ -214,13 +214,14 @@ class Study:
         """Perplexity as the method leaves the model, of the dense weights under its masks, and compensated."""
         dense_bytes = 2 * sum(linear.weight.numel() for linear in maskable_linears(self.dense()).values())
         result: dict[str, Any] = {
-            "perplexity": self.perplexity(made.model),
             "sparsity": measured_sparsity(made.masks) if made.masks else 0.0,
             "tokens": made.tokens,
             "seconds": round(seconds, 1),
             "linear_bytes": dense_bytes,
             "dense_linear_bytes": dense_bytes,
         }
+        if made.updates_weights or not made.masks or not self.compensations:
+            result["perplexity"] = self.perplexity(made.model)
         if not made.masks:
             return result
         result["linear_bytes"] = sum(payload_bytes(tiles_that_are_two_of_four(keep)) for keep in made.masks.values())
@@ -237,8 +238,8 @@ class Study:
             )
             result["masks_alone"] = outcome.perplexity_before
             result[f"compensated_{method}"] = outcome.perplexity_after
-        if not made.updates_weights:
-            result["masks_alone"] = result["perplexity"]
+        # The same model where the method leaves the weights as they are: measured once.
+        result.setdefault("perplexity", result.get("masks_alone"))
         return result
 
 
