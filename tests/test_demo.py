@@ -149,6 +149,12 @@ def test_table_holds_every_method_with_true_sparsity_and_bytes(finished):
     with open(out / "results.csv", newline="") as file:
         stored = list(csv.DictReader(file))
     assert [float(row["perplexity"]) for row in stored] == [row["perplexity"] for row in rows]
+    assert [row["compensated"] == "" for row in rows] == [True, *[False] * 5]
+    said = [line.split("compensated: ")[1] for line in lines if "  compensated: " in line]
+    assert said == [
+        f"{row['compensated']:.2f}{', WORSE than without' if row['compensated'] > row['perplexity'] else ''}"
+        for row in rows[1:]
+    ]
     text = "\n".join(lines)
     assert "method" in text and "SparseGPT 2:4" in text
     assert "no comparison at equal cost" in text
