@@ -270,8 +270,7 @@ class _Demo:
         )
         self.say(f"  {label}: perplexity {result['perplexity']:.2f}, sparsity {result['sparsity']:.1%}")
         if result["compensated"] is not None:
-            is_worse = result["compensated"] > result["perplexity"]
-            self.say(f"  compensated: {result['compensated']:.2f}{', WORSE than without' if is_worse else ''}")
+            self.say("  " + _compared(result["perplexity"], result["compensated"]))
 
     # -- results ---
 
@@ -372,6 +371,10 @@ def make_dense(
         on_step=on_step,
     )
     return model, tokenizer, {"weights": elems, "tokens": tokens, "sha256": corpus.sha256}
+
+
+def _compared(perplexity: float, compensated: float) -> str:
+    return f"compensated: {compensated:.2f}{', WORSE than without' if compensated > perplexity else ''}"
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, str]:
