@@ -117,7 +117,8 @@ def plot(path: Path, summary: Sequence[Mapping[str, Any]], columns: Sequence[str
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(alpha=0.25)
     all_axes[0].set_ylabel("held-out perplexity (lower is better)")
-    all_axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    if all_axes[-1].has_data():
+        all_axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     report.save_figure(figure, path)
 
 
