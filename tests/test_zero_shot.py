@@ -9,6 +9,7 @@ import sys
 import lm_eval_tasks
 import pytest
 import torch
+from conftest import build_byte_tokenizer
 
 from patch import zero_shot
 
@@ -143,3 +144,25 @@ def test_without_lm_eval_the_error_says_the_command(monkeypatch, tiny_model, tok
             call()
     with pytest.raises(ValueError, match="at least one task"):
         zero_shot.zero_shot(tiny_model(), tokenizer, [])
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(("add_bos", "starts"), [(None, True), (True, True), (False, False)])
+def test_bos_is_as_asked_and_the_report_says_what_was_done(tiny_model, add_bos, starts):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = build_byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    wrapped = zero_shot.lm_eval_model(tiny_model("llama"), tokenizer, add_bos=add_bos)
+    assert (wrapped.tok_encode("abc")[0] == tokenizer.bos_token_id) is starts
+    assert zero_shot._starts_with_bos(wrapped) is starts
+
+
+@needs_lm_eval
+def test_the_callers_tokenizer_is_not_changed(tiny_model):
+    tokenizer = build_byte_tokenizer()
+    tokenizer.pad_token = None
+    wrapped = zero_shot.lm_eval_model(tiny_model("llama"), tokenizer)
+    assert wrapped.tokenizer.pad_token is not None and tokenizer.pad_token is None

@@ -55,7 +55,8 @@ def run(options: Options) -> None:
         None,
         model=options.model,
         config_fingerprint=config_fingerprint(model.config),
-        method="patch" if found.provenance["format"] == "patch" else "maskllm",
+        # The PATCH authors publish MaskLLM masks too, in their own format.
+        method="maskllm" if found.pattern == "2:4" else "patch",
         pattern=found.pattern,
         # A file made from the zeros of weights may prune a few more than half.
         sparsity=0.5 if found.pattern == "2:4" else measured,
