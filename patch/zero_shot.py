@@ -67,7 +67,7 @@ def zero_shot(
     limit: int | None = None,
     task_manager: Any = None,
     metric: str = METRIC,
-    add_bos: bool | None = None,
+    bos: bool = True,
     wrapped: Any = None,
 ) -> dict[str, float]:
     """Accuracy per task and their plain mean under "average"; see zero_shot_report for arguments and errors."""
@@ -79,7 +79,7 @@ def zero_shot(
         limit=limit,
         task_manager=task_manager,
         metric=metric,
-        add_bos=add_bos,
+        bos=bos,
         wrapped=wrapped,
     )
     return {name: task["value"] for name, task in report["tasks"].items()} | {"average": report["average"]}
@@ -94,7 +94,7 @@ def zero_shot_report(
     limit: int | None = None,
     task_manager: Any = None,
     metric: str = METRIC,
-    add_bos: bool | None = None,
+    bos: bool = True,
     wrapped: Any = None,
 ) -> dict[str, Any]:
     """Accuracy per task and their plain mean, with everything needed to repeat it, by lm-eval without examples.
@@ -103,8 +103,8 @@ def zero_shot_report(
     limit         questions per task (per subtask of a group) for a quick look; default all
     task_manager  what make_task_manager gives, default lm-eval's own tasks
     metric        "acc,none" for every task, as in the tables of the paper (never acc_norm)
-    add_bos       BOS before every question; None: as the tokenizer does by itself
-    wrapped       the model as lm-eval's HFLM when the caller has it already, with its batch_size and add_bos
+    bos           False: prompts without the BOS token that the tokenizer adds by itself
+    wrapped       the model as lm-eval's HFLM when the caller has it already, with its batch_size and bos
     returns       dict of JSON values: average (0..1), metric, limit, batch_size, max_length, add_bos, seeds, lm_eval
                   and tasks: {name: {value (0..1), stderr, questions, num_fewshot, version, subtasks, config_sha256}}
     raises        ImportError with the pip command when lm-eval is not installed; ValueError when a task has no such
@@ -115,7 +115,7 @@ def zero_shot_report(
         raise ValueError(f"expected at least one task, got none; use for example {list(ZERO_SHOT_TASKS)}")
     with evaluating(model), _fewer_messages():  # around HFLM too: it switches the model to evaluation mode for good
         if wrapped is None:
-            wrapped = lm_eval_model(model, tokenizer, batch_size=batch_size, add_bos=add_bos)
+            wrapped = lm_eval_model(model, tokenizer, batch_size=batch_size, bos=bos)
         import lm_eval
 
         output = lm_eval.simple_evaluate(
@@ -190,10 +190,10 @@ def check_tasks(tasks: Sequence[str], task_manager: Any, *, metric: str = METRIC
             )
 
 
-def lm_eval_model(model: nn.Module, tokenizer: Any, *, batch_size: int = 1, add_bos: bool | None = None) -> Any:
+def lm_eval_model(model: nn.Module, tokenizer: Any, *, batch_size: int = 1, bos: bool = True) -> Any:
     """The model as lm-eval's HFLM; raises ImportError with the pip command when lm-eval is not installed.
 
-    add_bos  BOS before every question; None: as the tokenizer does by itself
+    bos  False: prompts without the BOS token that the tokenizer adds by itself
     """
     _require_lm_eval()
     from lm_eval.models.huggingface import HFLM
@@ -206,7 +206,7 @@ def lm_eval_model(model: nn.Module, tokenizer: Any, *, batch_size: int = 1, add_
         batch_size=batch_size,
         max_length=length,
         device=device,
-        add_bos_token=add_bos,
+        add_bos_token=None if bos else False,
     )
 
 

@@ -172,9 +172,13 @@ def test_paper_means_the_eight_tasks(work, monkeypatch, capsys):
     from patch import zero_shot
 
     monkeypatch.setattr(zero_shot, "ZERO_SHOT_TASKS", ("local_plain", "local_group"))
-    flags = ("--tasks", "paper,local_plain", "--task-path", work / "tasks", "--limit", 2)
+    asked = []
+    wrap = zero_shot.lm_eval_model
+    monkeypatch.setattr(zero_shot, "lm_eval_model", lambda *a, **how: (asked.append(how), wrap(*a, **how))[1])
+    flags = ("--tasks", "paper,local_plain", "--task-path", work / "tasks", "--limit", 2, "--no-bos")
     status, out, _ = run(capsys, "eval", "--model", work / "model", *flags)
     assert status == 0
+    assert asked == [{"batch_size": 1, "bos": False}]
     assert "mean of 2" in out  # local_plain is in paper already
     assert "ONLY the first 2 questions of each task" in out
 

@@ -147,17 +147,22 @@ def test_without_lm_eval_the_error_says_the_command(monkeypatch, tiny_model, tok
 
 
 @needs_lm_eval
-@pytest.mark.parametrize(("add_bos", "starts"), [(None, True), (True, True), (False, False)])
-def test_bos_is_as_asked_and_the_report_says_what_was_done(tiny_model, add_bos, starts):
+@pytest.mark.parametrize("bos", [True, False])
+def test_bos_is_as_asked_and_the_report_says_what_was_done(manager, tiny_model, bos):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = build_byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
     )
-    wrapped = zero_shot.lm_eval_model(tiny_model("llama"), tokenizer, add_bos=add_bos)
-    assert (wrapped.tok_encode("abc")[0] == tokenizer.bos_token_id) is starts
-    assert zero_shot._starts_with_bos(wrapped) is starts
+    model, firsts = tiny_model("llama"), set()
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: firsts.update((args[0] if args else kwargs["input_ids"])[:, 0].tolist()),
+        with_kwargs=True,
+    )
+    report = zero_shot.zero_shot_report(model, tokenizer, ["local_plain"], task_manager=manager, bos=bos, limit=2)
+    assert (tokenizer.bos_token_id in firsts) is bos and len(firsts) > 0
+    assert report["add_bos"] is bos
 
 
 @needs_lm_eval

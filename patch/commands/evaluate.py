@@ -49,9 +49,7 @@ class Options:
     batch_size: int = setting(1, "windows per forward pass (default 1)", metavar="N")
     tasks: tuple[str, ...] = setting((), "zero-shot tasks of lm-eval; paper: the 8 of the paper", metavar="A,B")
     task_path: Path | None = setting(None, "folder with further lm-eval task files (*.yaml)", metavar="FOLDER")
-    add_bos: bool | None = setting(
-        None, "true or false: BOS before every question of a task (default: as the tokenizer does)", metavar="BOOL"
-    )
+    bos: bool = setting(True, "begin questions of tasks with BOS where the tokenizer does so by itself (default)")
     limit: int | None = setting(None, "questions per task, for a quick look (default all)", metavar="N")
     dtype: str = setting("auto", "dtype to load the models in (default: their own)", metavar="DTYPE")
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
@@ -96,7 +94,7 @@ def run(options: Options) -> None:
         }
         scores = None
         if tasks:
-            how = {"batch_size": options.batch_size, "limit": options.limit, "add_bos": options.add_bos}
+            how = {"batch_size": options.batch_size, "limit": options.limit, "bos": options.bos}
             scores = zero_shot_report(model, tokenizer, tasks, task_manager=task_manager, **how)
         models.append(description | {"perplexity": reports, "zero_shot": scores})
         del model
