@@ -444,7 +444,7 @@ def test_commands_round_trip(folder, tmp_path, capsys, npz, model, masks):
     # The flag and the word are one setting, and a configuration file may hold it as well.
     again = ("--model", folder / "model", "--out", tmp_path / "b")
     assert run(capsys, "import-masks", "--source", tmp_path / "m.npz", *again)[0] == 0
-    assert load_artifact(tmp_path / "b").meta["method"] == "maskllm"  # 2:4, though in the PATCH authors' format
+    assert load_artifact(tmp_path / "b").meta["method"] == "maskllm"  # as the file in the PATCH authors' format tells
     assert run(capsys, "import-masks", "--config", tmp_path / "b" / "config.resolved.yaml", "--overwrite")[0] == 0
     assert run(capsys, "export-masks", "--masks", tmp_path / "b", "--out", tmp_path / "n.npz")[0] == 0
     assert (tmp_path / "n.npz").read_bytes() == (tmp_path / "m.npz").read_bytes()
