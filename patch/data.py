@@ -117,8 +117,7 @@ def sample_windows(
 
 
 def sample_joined(token_ids: Sequence[int], nsamples: int, seqlen: int, seed: int) -> Tensor:
-    """Random windows of one long text, (nsamples, seqlen) int64: the rule of the published pruners for "
-    "WikiText-2."""
+    """Random windows of one long text, (nsamples, seqlen) int64: the rule of the published pruners for WikiText-2."""
     _check_sampling(nsamples, seqlen, seed)
     if len(token_ids) <= seqlen:
         raise ValueError(

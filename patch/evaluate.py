@@ -118,7 +118,8 @@ def perplexity_report(
     from patch.checkpoint import model_fingerprint
 
     limit = context_length(model)
-    window = window or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+    if window is None:
+        window = min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"expected max_windows >= 1, got {max_windows}; leave it out to use the whole text")
     if isinstance(source, EvaluationSet):

@@ -249,6 +249,6 @@ def _blocks(tokenizer: Any, train_data: Any, sequence_length: int, options: dict
 def _lm_eval_model(model: nn.Module, tokenizer: Any) -> Any:
     if importlib.util.find_spec("lm_eval") is None:
         return None
-    from lm_eval.models.huggingface import HFLM
+    from patch.zero_shot import lm_eval_model
 
-    return HFLM(pretrained=model, tokenizer=tokenizer)
+    return lm_eval_model(model, tokenizer)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -36,7 +37,19 @@ FILE_NAMES = ("mask_compressed.npz", "mask.npz")
 META, SHAPE = "__meta__", ".__shape__"
 # Our names of patterns -> those in the PATCH authors' __meta__.
 PATTERNS = {"2:4": "2:4", "patch": "Dense/2:4 tiles", "unstructured": "unstructured"}
+# Our names of methods -> method and variant there.
+_METHODS = {
+    "joint": ("PATCH", "PATCH-Joint"),
+    "tile": ("PATCH", "PATCH-Tile"),
+    "mask_llm": ("MaskLLM", "MaskLLM"),
+    "maskllm": ("MaskLLM", "MaskLLM"),  # imported
+}
 _LISTED_NAMES = 5
+# What zipfile and numpy raise for a file whose bytes are not as written; numpy parses headers as Python text.
+_DAMAGE = (
+    *(ValueError, RuntimeError, EOFError, OSError, SyntaxError),
+    *(tokenize.TokenError, zlib.error, zipfile.BadZipFile),
+)
 
 
 @dataclass(frozen=True)
@@ -158,8 +171,8 @@ def patch_meta(masks: Mapping[str, Tensor], meta: Mapping[str, Any], base_model:
     pattern = "2:4" if mode == "mask_llm" else meta.get("pattern")
     return {
         "base_model": base_model or meta.get("model"),
-        "method": {"joint": "PATCH", "tile": "PATCH", "mask_llm": "MaskLLM"}.get(mode, mode),
-        "variant": {"joint": "PATCH-Joint", "tile": "PATCH-Tile", "mask_llm": "MaskLLM"}.get(mode, mode),
+        "method": _METHODS.get(mode, (mode, mode))[0],
+        "variant": _METHODS.get(mode, (mode, mode))[1],
         "sparsity": f"{100 * (measured if target is None else target):g}%",
         "pattern": PATTERNS.get(pattern, "unstructured"),
         "format": "bit-packed uint8 (np.packbits); unpack with np.unpackbits",
@@ -234,8 +247,9 @@ def _npz_headers(path: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """{key: (dtype, shape)} from the headers alone, so that no size in a file is believed before it is checked."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     headers = {}
+    raw = open(path, "rb")  # outside: a file that may not be read is not a damaged one
     try:
-        with zipfile.ZipFile(path) as archive:
+        with raw, zipfile.ZipFile(raw) as archive:
             for entry in archive.infolist():
                 key = entry.filename.removesuffix(".npy")
                 if key == entry.filename or key in headers:
@@ -246,7 +260,7 @@ def _npz_headers(path: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
                         raise ValueError(f"{key}: unknown version {version}")
                     shape, _, dtype = readers[version](file)
                 headers[key] = (dtype, shape)
-    except (ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise _damaged(path, error) from None
     return headers
 
@@ -294,7 +308,7 @@ def _read_pt(
         raise ValueError(f"{path}: expected a .pt that holds only tensors, it does not load ({reason})") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path}: expected a dict of tensors by name, got {type(values).__name__}")
-    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    tensors = {k: t for k, t in values.items() if isinstance(t, Tensor) and t.layout == torch.strided}
     has_masks = any(key.endswith(".mask") for key in values)
     if has_masks:
         layers = {key.removesuffix(".mask").removesuffix(".weight"): key for key in values}
@@ -313,7 +327,8 @@ def _read_pt(
         elif has_masks and not ((tensor == 0) | (tensor == 1)).all():
             wrong[name] = "values other than 0 and 1"
     _refuse(path, "tensors of the model's shapes", wrong)
-    masks = {name: tensors[layers[name]] != 0 for name in wanted}
+    # A comparison keeps the strides, and a saved tensor may be a transposed one.
+    masks = {name: (tensors[layers[name]] != 0).contiguous() for name in wanted}
     return ("maskllm pt" if has_masks else "weights pt"), masks, has_masks
 
 

@@ -69,9 +69,11 @@ def write_new_text(path: str | os.PathLike, text: str) -> Path:
             os.fsync(file.fileno())
         for target in _names(path):
             try:
-                os.link(staging, target)  # unlike a rename, fails where a file is
+                # Takes the name, where a rename would replace; not a hard link, which many shares do not have.
+                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except FileExistsError:
                 continue
+            os.replace(staging, target)
             return target
     finally:
         staging.unlink(missing_ok=True)

@@ -235,6 +235,10 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
                     f"{path}: line {number}: expected text in the field {text_field!r}, got {str(fields)[:200]}; "
                     "set text_field"
                 )
+            try:
+                row[text_field].encode()
+            except UnicodeEncodeError as error:  # half of a UTF-16 pair, which JSON can write: no tokenizer takes it
+                raise ValueError(f"{path}: line {number}: expected text, got {error}; fix or remove it") from None
             yield row[text_field]
 
 

@@ -6,6 +6,7 @@ lm-eval is optional (pip install 'patch-llm[eval]'); nothing else of the package
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -66,6 +67,7 @@ def zero_shot(
     limit: int | None = None,
     task_manager: Any = None,
     metric: str = METRIC,
+    bos: bool = True,
     wrapped: Any = None,
 ) -> dict[str, float]:
     """Accuracy per task and their plain mean under "average"; see zero_shot_report for arguments and errors."""
@@ -77,6 +79,7 @@ def zero_shot(
         limit=limit,
         task_manager=task_manager,
         metric=metric,
+        bos=bos,
         wrapped=wrapped,
     )
     return {name: task["value"] for name, task in report["tasks"].items()} | {"average": report["average"]}
@@ -91,6 +94,7 @@ def zero_shot_report(
     limit: int | None = None,
     task_manager: Any = None,
     metric: str = METRIC,
+    bos: bool = True,
     wrapped: Any = None,
 ) -> dict[str, Any]:
     """Accuracy per task and their plain mean, with everything needed to repeat it, by lm-eval without examples.
@@ -99,7 +103,8 @@ def zero_shot_report(
     limit         questions per task (per subtask of a group) for a quick look; default all
     task_manager  what make_task_manager gives, default lm-eval's own tasks
     metric        "acc,none" for every task, as in the tables of the paper (never acc_norm)
-    wrapped       the model as lm-eval's HFLM when the caller has it already
+    bos           False: prompts without the BOS token that the tokenizer adds by itself
+    wrapped       the model as lm-eval's HFLM when the caller has it already, with its batch_size and bos
     returns       dict of JSON values: average (0..1), metric, limit, batch_size, max_length, add_bos, seeds, lm_eval
                   and tasks: {name: {value (0..1), stderr, questions, num_fewshot, version, subtasks, config_sha256}}
     raises        ImportError with the pip command when lm-eval is not installed; ValueError when a task has no such
@@ -110,7 +115,7 @@ def zero_shot_report(
         raise ValueError(f"expected at least one task, got none; use for example {list(ZERO_SHOT_TASKS)}")
     with evaluating(model), _fewer_messages():  # around HFLM too: it switches the model to evaluation mode for good
         if wrapped is None:
-            wrapped = lm_eval_model(model, tokenizer, batch_size=batch_size)
+            wrapped = lm_eval_model(model, tokenizer, batch_size=batch_size, bos=bos)
         import lm_eval
 
         output = lm_eval.simple_evaluate(
@@ -131,7 +136,7 @@ def zero_shot_report(
         "limit": limit,
         "batch_size": batch_size,
         "max_length": wrapped.max_length,
-        "add_bos": bool(getattr(wrapped, "add_bos_token", False)),
+        "add_bos": _starts_with_bos(wrapped),
         "seeds": dict(_SEEDS),
         "lm_eval": lm_eval_version(),
         "tasks": found,
@@ -185,14 +190,24 @@ def check_tasks(tasks: Sequence[str], task_manager: Any, *, metric: str = METRIC
             )
 
 
-def lm_eval_model(model: nn.Module, tokenizer: Any, *, batch_size: int = 1) -> Any:
-    """The model as lm-eval's HFLM; raises ImportError with the pip command when lm-eval is not installed."""
+def lm_eval_model(model: nn.Module, tokenizer: Any, *, batch_size: int = 1, bos: bool = True) -> Any:
+    """The model as lm-eval's HFLM; raises ImportError with the pip command when lm-eval is not installed.
+
+    bos  False: prompts without the BOS token that the tokenizer adds by itself
+    """
     _require_lm_eval()
     from lm_eval.models.huggingface import HFLM
 
     device = str(next(model.parameters()).device)
     length = context_length(model) or DEFAULT_WINDOW
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=length, device=device)
+    return HFLM(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),  # one without a padding token gets one, perhaps a new one
+        batch_size=batch_size,
+        max_length=length,
+        device=device,
+        add_bos_token=None if bos else False,
+    )
 
 
 def lm_eval_version() -> str:
@@ -208,6 +223,12 @@ def _require_lm_eval() -> None:
         import lm_eval.tasks  # noqa: F401
     except ImportError:
         raise ImportError("zero-shot evaluation needs lm-eval; run: pip install 'patch-llm[eval]'") from None
+
+
+def _starts_with_bos(wrapped: Any) -> bool:
+    """Whether prompts begin with BOS; lm-eval's own setting is None where it leaves that to the tokenizer."""
+    bos = wrapped.tokenizer.bos_token_id
+    return bos is not None and wrapped.tok_encode("a")[:1] == [bos]
 
 
 def _task_result(output: Mapping[str, Any], name: str, metric: str) -> dict[str, Any]:

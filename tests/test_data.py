@@ -129,6 +129,13 @@ def test_jsonl_and_parquet_have_a_document_a_row(tmp_path):
         ("a.md", b"text", {}, ValueError, r"expected a file ending in \.txt, \.jsonl, \.parquet"),
         ("a.jsonl", b'{"text": "a"}\n{oops\n', {}, ValueError, "line 2 is not valid JSON"),
         ("a.jsonl", b'{"body": "a"}\n', {}, ValueError, r"field 'text', got \['body'\]; set text_field"),
+        (
+            "a.jsonl",
+            b'{"text": "a\\ud800b"}\n',
+            {},
+            ValueError,
+            r"line 1: expected text, got .*surrogates not allowed",
+        ),
         ("a.jsonl", b'{"text": 3}\n', {}, ValueError, "line 1: expected text in the field"),
         ("a.jsonl", b"[1]\n", {}, ValueError, "got list"),
         ("a.jsonl", b"[" * 200_000, {}, ValueError, "line 1 is not valid JSON"),

@@ -37,8 +37,12 @@ def work(tmp_path_factory) -> Path:
     for name, words in (("held", "the quick fox"), ("other", "a slow dog")):
         (folder / f"{name}.txt").write_text("\n".join(f"Line {i}: {words} {i * i} jumps." for i in range(20)))
     lm_eval_tasks.write_task_folder(folder / "tasks")
+    for name, options in (("brief", {"max_position_embeddings": 64}), ("smaller", {"num_hidden_layers": 1})):
+        build_tiny_model("llama", seed=1, dtype=torch.bfloat16, **options).save_pretrained(folder / name)
+        build_byte_tokenizer().save_pretrained(folder / name)
     made = [
         f"prune --model {folder}/model --method magnitude --out {folder}/masks",
+        f"prune --model {folder}/smaller --method magnitude --out {folder}/other_masks",
         f"export --model {folder}/model --masks {folder}/masks --format packed --out {folder}/packed",
     ]
     for command in made:
@@ -168,9 +172,13 @@ def test_paper_means_the_eight_tasks(work, monkeypatch, capsys):
     from patch import zero_shot
 
     monkeypatch.setattr(zero_shot, "ZERO_SHOT_TASKS", ("local_plain", "local_group"))
-    flags = ("--tasks", "paper,local_plain", "--task-path", work / "tasks", "--limit", 2)
+    asked = []
+    wrap = zero_shot.lm_eval_model
+    monkeypatch.setattr(zero_shot, "lm_eval_model", lambda *a, **how: (asked.append(how), wrap(*a, **how))[1])
+    flags = ("--tasks", "paper,local_plain", "--task-path", work / "tasks", "--limit", 2, "--no-bos")
     status, out, _ = run(capsys, "eval", "--model", work / "model", *flags)
     assert status == 0
+    assert asked == [{"batch_size": 1, "bos": False}]
     assert "mean of 2" in out  # local_plain is in paper already
     assert "ONLY the first 2 questions of each task" in out
 
@@ -182,6 +190,12 @@ REFUSED = [
     (EVAL, "--data, --tasks: expected at least one of them, got none"),
     ([*DATA, "--task-path", "{w}/tasks"], "--task-path: expected --tasks with it, got none"),
     ([*DATA, "--data", "{w}/held.txt"], "--data: expected every name once"),
+    ([*DATA, "--masks", "{w}/masks,{w}/masks"], "--masks: expected every name once"),
+    ([*DATA, "--compare", "{w}/packed,{w}/packed"], "--compare: expected every name once"),
+    ([*DATA, "--json", "{w}/held.txt/r.json"], "--json: expected a folder to write to, {w}/held.txt is none"),
+    ([*DATA, "--compare", "{w}/brief", "--window", "65"], "--window: expected at most 64 (the context of every model)"),
+    ([*DATA, "--masks", "{w}/other_masks"], "other_masks"),
+    (["eval", "--model", "{w}/packed", "--data", "{w}/held.txt", "--masks", "{w}/masks"], "expected a dense model"),
     ([*DATA, "--data", "{w}/none.txt"], "--data: expected a file"),
     ([*DATA, "--json", "{w}/held.txt"], "--json: expected a new file, {w}/held.txt exists already"),
     ([*DATA, "--markdown", "{w}/held.txt"], "--markdown: expected a new file, {w}/held.txt exists already"),
@@ -190,7 +204,7 @@ REFUSED = [
         [*DATA, "--window", "65", "--data", "{w}/short.txt"],
         "short.txt: expected at least one window of 65 tokens, got 5",
     ),
-    ([*DATA, "--window", "129"], "--window: expected at most 128 (the model's context), got 129"),
+    ([*DATA, "--window", "129"], "--window: expected at most 128 (the context of every model), got 129"),
 ]
 REFUSED_TASKS = [
     ([*EVAL, "--tasks", "local_plain", "--task-path", "{w}/absent"], "folder with lm-eval task files, found none"),
@@ -271,3 +285,21 @@ def test_repeated_flags_add_up(monkeypatch):
     monkeypatch.setattr(evaluate, "run", seen.append)
     assert cli.main(["eval", "--model", "m", "--data", "a,b", "--data", "c", "--masks", "d"]) == 0
     assert (seen[0].data, seen[0].masks) == (("a", "b", "c"), ("d",))
+
+
+def test_names_that_are_taken_get_a_number(work, tmp_path, monkeypatch, capsys):
+    # Masks in a folder "dense" once took the row of the dense model, a second held.txt that of the first.
+    monkeypatch.chdir(tmp_path)
+    Path("dense").symlink_to(work / "masks")
+    Path("sub").mkdir()
+    Path("sub/held.txt").write_text((work / "other.txt").read_text())
+    Path("held.txt").write_text((work / "held.txt").read_text())
+    command = f"eval --model {work}/model --masks dense --data sub/held.txt,held.txt --window 64 --json r.json"
+    status, out, _ = run(capsys, *command.split())
+    assert status == 0
+    models = json.loads(Path("r.json").read_text())["models"]
+    assert [model["label"] for model in models] == ["dense", "dense (2)"]
+    assert [list(model["perplexity"]) for model in models] == [["held.txt", "held.txt (2)"]] * 2
+    for model in models:
+        for report in model["perplexity"].values():
+            assert f"{report['perplexity']:.4f}" in out

@@ -134,6 +134,8 @@ def test_report_holds_the_protocol(tiny_model, tokenizer, text_file):
     assert report["dtype"] == "float32" and report["versions"]["torch"] == torch.__version__
     assert len(report["text_sha256"]) == len(report["model_fingerprint"]) == 64
     assert evaluate.perplexity_report(model, tokenizer, text_file)["window"] == 128  # the model's limit
+    with pytest.raises(ValueError, match="a window of at least 2 tokens, got 0"):
+        evaluate.perplexity_report(model, tokenizer, text_file, window=0)
     with pytest.raises(ValueError, match="max_windows >= 1, got 0"):
         evaluate.perplexity_report(model, tokenizer, text_file, max_windows=0)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1

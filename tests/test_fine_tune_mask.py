@@ -133,6 +133,7 @@ def test_example_end_to_end(local_model, tiny_model, tokenizer, text_file, tmp_p
     assert (wrapper is None) == (importlib.util.find_spec("lm_eval") is None)
     if wrapper is not None:
         assert wrapper.model is model
+        assert wrapper.max_length == model.config.max_position_embeddings
     masks = keep_masks(model)
     dense = tiny_model()
     for name, keep in masks.items():

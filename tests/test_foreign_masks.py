@@ -153,6 +153,7 @@ class Bomb:
         (lambda m: {f"{n}.weight.mask": k.float() * 3 for n, k in m.items()}, f"{FIRST}: values other than 0 and 1"),
         (lambda m: {f"{n}.weight": k for n, k in m.items()}, rf"{FIRST}: torch\.bool, not floating point"),
         (lambda m: {f"{n}.weight": k.float()[:1] for n, k in m.items()}, rf"{FIRST}: \(1, 128\), not \(128, 128\)"),
+        (lambda m: {f"{n}.weight": k.float().to_sparse() for n, k in m.items()}, r"missing 14"),
         (lambda m: {f"{n}.weight.mask": 1 for n in m}, rf"{FIRST}: no tensor, not \(128, 128\)"),
         (lambda m: {f"{n}.weight": torch.ones(k.shape) for n, k in m.items()}, "at most 2 kept of every 4 weights"),
         (lambda m: {"x.weight": torch.ones(4, 4)}, rf"missing 14 \({FIRST}, .*layers of the model 1 \(x\)"),
@@ -163,6 +164,21 @@ def test_pt_is_refused(tmp_path, model, masks, capsys, content, message):
     with pytest.raises(ValueError, match=message):
         read_masks(tmp_path / "a.pt", model, allow_pt=True)
     assert "run" not in capsys.readouterr().out
+
+
+def test_pt_of_transposed_tensors(tmp_path, masks, model):
+    torch.save({f"{name}.weight": keep.float().t().contiguous().t() for name, keep in masks.items()}, tmp_path / "a.pt")
+    found = read_masks(tmp_path / "a.pt", model, allow_pt=True)
+    assert_same(found.masks, masks)
+    assert all(keep.is_contiguous() for keep in found.masks.values())
+
+
+@pytest.mark.parametrize("header", [b"{'descr': '|u1', 'x': (", b"{'descr': '|u1'\n  x"])
+def test_npz_with_a_broken_header_is_refused(tmp_path, model, header):
+    with zipfile.ZipFile(tmp_path / "mask.npz", "w") as archive:
+        archive.writestr("a.weight.mask.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ValueError, match=r"not a readable \.npz of plain arrays"):
+        read_masks(tmp_path / "mask.npz", model)
 
 
 def without(arrays, key):
@@ -359,6 +375,7 @@ def test_meta_of_other_artifacts(masks):
     meta = patch_meta(masks, {"method": "mask_llm", "pattern": "patch"}, "base")
     assert (meta["base_model"], meta["method"], meta["pattern"], meta["sparsity"]) == ("base", "MaskLLM", "2:4", "50%")
     assert patch_meta(masks, {"method": "wanda", "pattern": "unstructured"})["pattern"] == "unstructured"
+    assert patch_meta(masks, {"method": "maskllm", "pattern": "2:4"})["variant"] == "MaskLLM"
     imported = {"imported_from": {"meta": {"base_model": "a", "variant": "v"}}}
     assert patch_meta(masks, imported) == {"base_model": "a", "variant": "v"}
     assert patch_meta(masks, imported, "b") == {"base_model": "b", "variant": "v"}
@@ -427,6 +444,7 @@ def test_commands_round_trip(folder, tmp_path, capsys, npz, model, masks):
     # The flag and the word are one setting, and a configuration file may hold it as well.
     again = ("--model", folder / "model", "--out", tmp_path / "b")
     assert run(capsys, "import-masks", "--source", tmp_path / "m.npz", *again)[0] == 0
+    assert load_artifact(tmp_path / "b").meta["method"] == "maskllm"  # as the file in the PATCH authors' format tells
     assert run(capsys, "import-masks", "--config", tmp_path / "b" / "config.resolved.yaml", "--overwrite")[0] == 0
     assert run(capsys, "export-masks", "--masks", tmp_path / "b", "--out", tmp_path / "n.npz")[0] == 0
     assert (tmp_path / "n.npz").read_bytes() == (tmp_path / "m.npz").read_bytes()

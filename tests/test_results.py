@@ -50,7 +50,11 @@ def test_a_file_reads_back_as_it_was_made(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
 
 
-def test_nothing_is_replaced_and_nothing_is_lost(tmp_path):
+def test_nothing_is_replaced_and_nothing_is_lost(tmp_path, monkeypatch):
+    def link(*_, **__):
+        raise PermissionError("a share without hard links")
+
+    monkeypatch.setattr(results.os, "link", link)
     path = tmp_path / "r.json"
     names = [results.write_new_text(path, text).name for text in ("first", "second", "third")]
     assert names == ["r.json", "r-2.json", "r-3.json"]

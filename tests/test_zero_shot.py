@@ -9,6 +9,7 @@ import sys
 import lm_eval_tasks
 import pytest
 import torch
+from conftest import build_byte_tokenizer
 
 from patch import zero_shot
 
@@ -143,3 +144,30 @@ def test_without_lm_eval_the_error_says_the_command(monkeypatch, tiny_model, tok
             call()
     with pytest.raises(ValueError, match="at least one task"):
         zero_shot.zero_shot(tiny_model(), tokenizer, [])
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("bos", [True, False])
+def test_bos_is_as_asked_and_the_report_says_what_was_done(manager, tiny_model, bos):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = build_byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    model, firsts = tiny_model("llama"), set()
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: firsts.update((args[0] if args else kwargs["input_ids"])[:, 0].tolist()),
+        with_kwargs=True,
+    )
+    report = zero_shot.zero_shot_report(model, tokenizer, ["local_plain"], task_manager=manager, bos=bos, limit=2)
+    assert (tokenizer.bos_token_id in firsts) is bos and len(firsts) > 0
+    assert report["add_bos"] is bos
+
+
+@needs_lm_eval
+def test_the_callers_tokenizer_is_not_changed(tiny_model):
+    tokenizer = build_byte_tokenizer()
+    tokenizer.pad_token = None
+    wrapped = zero_shot.lm_eval_model(tiny_model("llama"), tokenizer)
+    assert wrapped.tokenizer.pad_token is not None and tokenizer.pad_token is None

@@ -61,11 +61,16 @@ def check_new_folder(path: str | os.PathLike, *, overwrite: bool, what: str) -> 
 
 
 def check_new_file(path: Path | None, flag: str) -> None:
-    """Refuse an output file that is there already; None and - (standard output) pass."""
-    if path is not None and str(path) != "-" and os.path.lexists(path):
+    """Refuse an output file that is there already or cannot be made; None and - (standard output) pass."""
+    if path is None or str(path) == "-":
+        return
+    if os.path.lexists(path):
         raise ValueError(
             f"{flag}: expected a new file, {path} exists already. Choose another name; nothing is replaced."
         )
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{flag}: expected a folder to write to, {parent} is none. Choose another place.")
 
 
 def check_text_source(source: str | None, flag: str = "--data") -> str:

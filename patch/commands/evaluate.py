@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Options:
     batch_size: int = setting(1, "windows per forward pass (default 1)", metavar="N")
     tasks: tuple[str, ...] = setting((), "zero-shot tasks of lm-eval; paper: the 8 of the paper", metavar="A,B")
     task_path: Path | None = setting(None, "folder with further lm-eval task files (*.yaml)", metavar="FOLDER")
+    bos: bool = setting(True, "begin questions of tasks with BOS where the tokenizer does so by itself (default)")
     limit: int | None = setting(None, "questions per task, for a quick look (default all)", metavar="N")
     dtype: str = setting("auto", "dtype to load the models in (default: their own)", metavar="DTYPE")
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
@@ -75,6 +77,7 @@ def run(options: Options) -> None:
         label = _label(source, set(sets))
         sets[label] = evaluation_set(tokenizer, source, split=options.split, text_field=options.text_field)
     window = _window(options, sets)
+    _check_masks(options)
     models = []
     for description, model in _models(options):
         reports = {
@@ -91,8 +94,8 @@ def run(options: Options) -> None:
         }
         scores = None
         if tasks:
-            limits = {"batch_size": options.batch_size, "limit": options.limit}
-            scores = zero_shot_report(model, tokenizer, tasks, task_manager=task_manager, **limits)
+            how = {"batch_size": options.batch_size, "limit": options.limit, "bos": options.bos}
+            scores = zero_shot_report(model, tokenizer, tasks, task_manager=task_manager, **how)
         models.append(description | {"perplexity": reports, "zero_shot": scores})
         del model
     _print(models, list(sets))
@@ -122,9 +125,12 @@ def _check(options: Options) -> None:
         raise ValueError("--task-path: expected --tasks with it, got none. Name the tasks to run with --tasks.")
     for source in options.data:
         common.check_text_source(source)
-    for flag, values in (("--data", options.data), ("--tasks", options.tasks)):
+    for name in ("data", "masks", "compare", "tasks"):
+        values = getattr(options, name)
         if len(set(values)) < len(values):
-            raise ValueError(f"{flag}: expected every name once, got {', '.join(values)}. Leave the repeated one out.")
+            raise ValueError(
+                f"--{name}: expected every name once, got {', '.join(values)}. Leave the repeated one out."
+            )
     common.dtype_of(options.dtype)
     common.device_of(options.device)
     common.check_new_file(options.json, "--json")
@@ -168,10 +174,11 @@ def _window(options: Options, sets: Mapping[str, EvaluationSet]) -> int:
     """Tokens per window for all sets and models; raises ValueError for a set that is shorter than that."""
     from patch.evaluate import DEFAULT_WINDOW, context_length
 
-    limit = context_length(common.load_model_config(options.model, packed=True))
+    configs = [common.load_model_config(path, packed=True) for path in (options.model, *options.compare)]
+    limit = min((length for length in map(context_length, configs) if length is not None), default=None)
     window = options.window or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
     if limit is not None and window > limit:
-        raise ValueError(f"--window: expected at most {limit} (the model's context), got {window}. Use {limit}.")
+        raise ValueError(f"--window: expected at most {limit} (the context of every model), got {window}. Use {limit}.")
     for name, text in sets.items():
         if len(text.token_ids) < window:
             raise ValueError(
@@ -179,6 +186,14 @@ def _window(options: Options, sets: Mapping[str, EvaluationSet]) -> int:
                 "text or a smaller --window."
             )
     return window
+
+
+def _check_masks(options: Options) -> None:
+    """Read the masks against the model's shapes: a folder that does not fit costs no evaluation of the others."""
+    if options.masks:
+        shapes = common.load_model_shapes(options.model)
+        for path in options.masks:
+            common.load_masks(path, shapes)
 
 
 def _models(options: Options) -> Iterator[tuple[dict[str, Any], nn.Module]]:
@@ -248,8 +263,8 @@ def _description(
 
 
 def _label(path: str, taken: set[str]) -> str:
-    """Last part of the path; all of it where that is taken."""
-    name = Path(path).name or path
-    label = path if name in taken else name
+    """Last part of the path; all of it where that is taken, with a number where that is taken too."""
+    candidates = itertools.chain((Path(path).name or path, path), (f"{path} ({n})" for n in itertools.count(2)))
+    label = next(candidate for candidate in candidates if candidate not in taken)
     taken.add(label)
     return label

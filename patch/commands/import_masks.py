@@ -50,12 +50,14 @@ def run(options: Options) -> None:
             f"{options.source}: expected masks that prune at most half of the weights, got sparsity {measured:.4f}. "
             "Tiles are dense or 2:4."
         )
+    # The PATCH authors' format holds MaskLLM's masks too, and those of any method that export-masks was given.
+    told = (found.provenance["meta"] or {}).get("method")
     meta = common.provenance(
         None,
         None,
         model=options.model,
         config_fingerprint=config_fingerprint(model.config),
-        method="patch" if found.provenance["format"] == "patch" else "maskllm",
+        method=told.lower() if isinstance(told, str) else "maskllm" if found.pattern == "2:4" else "patch",
         pattern=found.pattern,
         # A file made from the zeros of weights may prune a few more than half.
         sparsity=0.5 if found.pattern == "2:4" else measured,
