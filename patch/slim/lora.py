@@ -40,8 +40,12 @@ class AdaptedLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int) -> AdaptedLinear:
         """The layer with an adapter of zeros; weight, bias and keep mask are shared, not copied."""
-        adapted = cls(linear.in_features, linear.out_features, rank, False, linear.weight.device, linear.weight.dtype)
+        # On meta: a weight that is replaced at once is neither allocated nor drawn from the random generator.
+        adapted = cls(linear.in_features, linear.out_features, rank, False, "meta", linear.weight.dtype)
         adapted.weight, adapted.bias = linear.weight, linear.bias
+        for side in ("lora_left", "lora_right"):
+            zeros = torch.zeros_like(getattr(adapted, side), device=linear.weight.device)
+            setattr(adapted, side, nn.Parameter(zeros))
         adapted.train(linear.training)
         if isinstance(getattr(linear, "keep_mask", None), Tensor):
             set_keep_mask(adapted, linear.keep_mask)
