@@ -90,6 +90,19 @@ def test_updated_weights_stay_as_the_pruning_method_made_them():
     assert made.error < bare.item()
 
 
+@pytest.mark.parametrize("prune", [False, True])
+def test_inputs_that_are_almost_dead_do_not_blow_up_rounding_errors(prune):
+    weight, keep, energy = layer()
+    energy[3] = 1e-20
+    options = CompressOptions(prune_lora=prune, **ADAPTED)
+    error = weight.masked_fill(keep, 0)
+    expected, got = (
+        (left.double() @ right.double())[3]
+        for left, right in (make_adapter(error.to(dtype), options, energy) for dtype in (torch.float64, torch.float32))
+    )
+    assert expected.norm() <= error[:, 3].norm() and (got - expected).norm() < 0.02 * error[:, 3].norm()
+
+
 def test_dead_inputs_get_no_adapter_and_do_no_harm():
     weight, keep, energy = layer()
     energy[[3, 30]] = 0
@@ -271,6 +284,9 @@ def wrong(case, model):
     elif case == "pruned":
         prune_model(model, "magnitude", progress=False)
         options = CompressOptions(slim_lora=False, **ADAPTED)
+    elif case == "revived":
+        prune_model(model, "magnitude", progress=False)
+        masks = {name: ~keep for name, keep in masks.items()}
     elif case == "twice":
         compress_model(model, masks, options, progress=False)
     elif case == "groups":
@@ -292,6 +308,7 @@ def wrong(case, model):
         ("nothing", "options: expected quantize_weight or a lora_rank above 0, got neither"),
         ("no data", "calibration: expected token ids for slim_lora .* got none"),
         ("pruned", "expected its dense weight, which adapters are made from, got a pruned one"),
+        ("revived", "layer '.*': expected a mask that keeps no weight which was pruned before, got 8192 of them"),
         ("twice", "expected a model that is not compressed yet. Load it again"),
         ("groups", "layer 'model.layers.0.*': expected rows in multiples of the group size 100, got 128"),
         ("adapter groups", "layer '.*', left adapter: expected rows in multiples of the group size 100, got 128"),

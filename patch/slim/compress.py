@@ -225,6 +225,11 @@ def _check_model(
                 f"{label}: expected its dense weight, which adapters are made from, got a pruned one. Load the dense "
                 "model and pass the masks (and updated weights)."
             )
+        if isinstance(own, Tensor) and (revived := int((masks[name].to(own.device) & ~own).sum())):
+            raise ValueError(
+                f"{label}: expected a mask that keeps no weight which was pruned before, got {revived} of them. Load "
+                "the dense model and pass the masks."
+            )
     for name, weight in weights.items():
         if name not in linears or weight.shape != linears[name].weight.shape:
             raise ValueError(

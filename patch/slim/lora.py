@@ -89,11 +89,14 @@ def make_adapter(error: Tensor, options: CompressOptions, energy: Tensor | None 
     """
     rank = options.rank(tuple(error.shape))
     x = energy.to(error.dtype).sqrt() if options.slim_lora else torch.ones_like(error[0])
-    left_singular, singular, right_singular = torch.linalg.svd(error * x, full_matrices=False)
+    left_singular, singular, _ = torch.linalg.svd(error * x, full_matrices=False)
     found = min(rank, singular.numel())
     left = error.new_zeros(error.shape[1], rank)
     right = error.new_zeros(rank, error.shape[0])
-    left[:, :found] = right_singular[:found].T * singular[:found]
+    # V S = diag(x) (W - W_C)^T U. Taken from the SVD its rows have the rounding error of the largest one, which
+    # the division by x would blow up for an input that is almost always zero.
+    with full_precision():
+        left[:, :found] = x[:, None] * (error.T @ left_singular[:, :found])
     right[:found] = left_singular[:, :found].T
     if options.prune_lora:
         left, right = prune_left(left, right)
