@@ -41,7 +41,7 @@ from patch.hf import load
 from patch.learn import LearnConfig
 from patch.models import maskable_linears, measured_sparsity
 from patch.priors import tile_scores
-from patch.pruning import METHODS, ProxSparseConfig, compensate, get_method, prune_model
+from patch.pruning import COMPENSATIONS, METHODS, ProxSparseConfig, compensate, get_method, prune_model
 from patch.stages import STAGE_FILE, digest, finished
 from patch.trainer import learn
 from patch_kernels import payload_bytes, tiles_that_are_two_of_four
@@ -430,21 +430,21 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         tile=(arguments.tile, arguments.tile),
         targets=arguments.targets,
     )
-    cells = all_cells(settings, arguments.ablations)
     try:
+        cells = all_cells(settings, arguments.ablations)
         chosen = chosen_cells(cells, arguments.cells)
-    except ValueError as error:
+        study = Study(
+            out,
+            *inputs,
+            settings,
+            text_field=arguments.text_field,
+            dtype=getattr(torch, arguments.dtype),
+            device=arguments.device,
+            compensations=arguments.compensations,
+            say=say,
+        )
+    except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"quality: {error}") from None
-    study = Study(
-        out,
-        *inputs,
-        settings,
-        text_field=arguments.text_field,
-        dtype=getattr(torch, arguments.dtype),
-        device=arguments.device,
-        compensations=arguments.compensations,
-        say=say,
-    )
     rows = [
         {"cell": cell.name, "method": cell.label, "group": cell.group, "target": cell.target, "seed": seed}
         | study.result(cell, seed, cells)
@@ -489,7 +489,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cells", type=listed(str), default=("*",), help="names or patterns (default all)")
     parser.add_argument("--ablations", type=listed(_ablation_name), default=(), help=", ".join(ABLATIONS))
     parser.add_argument(
-        "--compensations", type=listed(str), default=("least_squares",), help="least_squares, sparsegpt (default first)"
+        "--compensations",
+        type=listed(_compensation),
+        default=("least_squares",),
+        help="least_squares (default), sparsegpt",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     parser.add_argument("--device", help="cpu or cuda (default cpu)")
@@ -498,8 +501,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ablation_name(text: str) -> str:
-    if text not in ABLATIONS:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(ABLATIONS)}, got {text!r}")
+    return _one_of(ABLATIONS, text)
+
+
+def _compensation(text: str) -> str:
+    return _one_of(COMPENSATIONS, text)
+
+
+def _one_of(known: Sequence[str], text: str) -> str:
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {text!r}")
     return text
 
 

@@ -25,8 +25,9 @@ NOTES = """
   every layer's output is nearest to the dense layer's (exact least squares for every row, damping 0.01{sweep}).
 * mean over the seeds +- sample standard deviation. A seed draws the calibration samples and drives the learning.
 * linear bytes: the pruned layers packed in bf16 against dense bf16. Unstructured zeros have no fast format: 1.00x.
-* tokens: what the method sees before it is compensated. One-shot methods need little by design, mask learning sees more
-  and takes longer: this is no comparison at equal cost. seconds: one run, on a machine that may have been busy.
+* tokens: what the method sees before it is compensated, seconds: one run of it on a machine that may have been busy;
+  both without the masks that PATCH and MaskLLM start from (SparseGPT's, for PATCH tile also MaskLLM's). One-shot
+  methods need little by design, mask learning sees more and takes longer: this is no comparison at equal cost.
 """
 
 
@@ -50,7 +51,7 @@ def write(out: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, str]
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method: mean and sample standard deviation over seeds (0 for one seed), in order of appearance."""
+    """One row per method: mean and sample standard deviation over seeds (none for one seed), in order of appearance."""
     cells: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         cells.setdefault(row["cell"], []).append(row)

@@ -28,7 +28,7 @@ from patch.hf import load
 from patch.learn import LearnConfig
 from patch.models import apply_keep_masks, maskable_linears, measured_sparsity
 from patch.priors import tile_scores
-from patch.pruning import get_method, prune_model
+from patch.pruning import compensate, get_method, prune_model
 from patch.stages import STAGE_FILE, digest, finished
 from patch.trainer import learn
 from patch_kernels import payload_bytes, tiles_that_are_two_of_four
@@ -43,7 +43,9 @@ Perplexity: {tokens} held-out tokens of files that neither training nor pruning 
 Linear bytes: the linear layers in bf16, dense or packed.
 Tokens: the text a method sees, all from the same part. The one-shot methods need little by design; mask learning
 sees more (and takes longer), so this is no comparison at equal cost. SparseGPT also changes the weights it keeps,
-the learned masks do not."""
+the learned masks do not.
+Compensated: the dense weights under the same mask, the kept ones then updated by `patch-llm compensate` on {samples}
+calibration windows."""
 
 
 def run_demo(
@@ -237,10 +239,19 @@ class _Demo:
         packed = sum(payload_bytes(tiles_that_are_two_of_four(keep)) for keep in masks.values())
         return {
             "perplexity": self._perplexity(model),
+            "compensated": self._compensated(masks),
             "sparsity": measured_sparsity(masks),
             "packed_bytes": packed,
             "dense_bytes": 2 * sum(keep.numel() for keep in masks.values()),
         }
+
+    def _compensated(self, masks: Mapping[str, Tensor]) -> float | None:
+        """Perplexity once the kept weights made up for the mask; None where nothing is pruned."""
+        if all(bool(keep.all()) for keep in masks.values()):
+            return None
+        model = self._dense_model()
+        compensate(model, masks, calibration=self.calibration, progress=False)
+        return self._perplexity(model)
 
     def row(self, label: str, result: Mapping[str, Any], target: float | None, tokens: int) -> None:
         """Add a row to the table and say its perplexity."""
@@ -251,12 +262,15 @@ class _Demo:
                 "target_sparsity": 0.0 if is_dense else target,
                 "sparsity": round(result["sparsity"], 6),
                 "perplexity": round(result["perplexity"], 4),
+                "compensated": "" if result["compensated"] is None else round(result["compensated"], 4),
                 "linear_bytes": result["dense_bytes"] if is_dense else result["packed_bytes"],
                 "dense_linear_bytes": result["dense_bytes"],
                 "tokens_seen": tokens,
             }
         )
         self.say(f"  {label}: perplexity {result['perplexity']:.2f}, sparsity {result['sparsity']:.1%}")
+        if result["compensated"] is not None:
+            self.say("  " + _compared(result["perplexity"], result["compensated"]))
 
     # -- results ---
 
@@ -264,7 +278,7 @@ class _Demo:
         report.write_csv(self.out / "results.csv", self.rows)
         self.echo("\n" + report.format_table([_shown(row) for row in self.rows]))
         window = self.settings.model.block_size
-        self.echo(NOTES.format(tokens=self.heldout.numel(), window=window))
+        self.echo(NOTES.format(tokens=self.heldout.numel(), window=window, samples=len(self.calibration)))
         levels = {row["method"]: row["perplexity"] for row in self.rows if row["method"] in ONE_SHOT.values()}
         learned = [row for row in self.rows if row["method"].startswith("PATCH")]
         maskllm = [row for row in self.rows if row["method"].startswith("MaskLLM")]
@@ -359,11 +373,16 @@ def make_dense(
     return model, tokenizer, {"weights": elems, "tokens": tokens, "sha256": corpus.sha256}
 
 
+def _compared(perplexity: float, compensated: float) -> str:
+    return f"compensated: {compensated:.2f}{', WORSE than without' if compensated > perplexity else ''}"
+
+
 def _shown(row: Mapping[str, Any]) -> dict[str, str]:
     """A row of results.csv as the printed table shows it."""
     return {
         "method": row["method"],
         "perplexity": f"{row['perplexity']:.2f}",
+        "compensated": "-" if row["compensated"] == "" else f"{row['compensated']:.2f}",
         "sparsity": f"{row['sparsity']:.1%}",
         "linear bytes": f"{row['linear_bytes']:,}",
         "of dense": f"{row['linear_bytes'] / row['dense_linear_bytes']:.2f}x",

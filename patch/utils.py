@@ -35,7 +35,7 @@ from patch.folder import file_sha256, resolve_folder
 from patch.foreign_masks import locate, read_masks
 from patch.models import apply_keep_masks, maskable_linears
 from patch.priors import tile_scores
-from patch.pruning import ProxSparseConfig, PruneOptions, get_method, prune_model, reference_method
+from patch.pruning import ProxSparseConfig, PruneOptions, check_prunable, get_method, prune_model, reference_method
 from patch.pruning.methods import make_options
 from patch.slim import CompressOptions, compress_model
 from patch.slim.compress import adapters, restore_compression, stored_options
@@ -126,6 +126,8 @@ def prepare_pruned_model(
         )
     options = {key: args[key] for key in ("shift_zero_metrics", "precision", "damping", "block_size")}
     options["calibration"] = calibration
+    if stored is None:
+        check_prunable(model, get_method(args["prune_method"]), _pruning(args), calibration)
     reference = copy.deepcopy(model)
     reference_masks = prune_model(
         reference,

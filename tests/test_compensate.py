@@ -229,6 +229,27 @@ def test_bad_input_is_refused_before_any_work():
     refused("model: expected its dense weights, got a model in which everything", model=masked, masks=masks)
 
 
+def test_a_failed_update_leaves_masks_only_on_layers_that_are_masked(monkeypatch):
+    model = build()
+    dense = copy.deepcopy(model.state_dict())
+    updated = iter([True, True, True])
+
+    def failing(*args, **kwargs):
+        if not next(updated, False):
+            raise ValueError("no update")
+        return compensated(*args, **kwargs)
+
+    monkeypatch.setattr("patch.pruning.compensation.compensated", failing)
+    masks = random_masks(model)
+    with pytest.raises(ValueError, match=r"layer 'model.layers.0.self_attn.o_proj': no update"):
+        compensate(model, masks, calibration=token_ids(), progress=False)
+    done = keep_masks(model)
+    assert list(done) == list(masks)[:3]
+    for name, linear in maskable_linears(model).items():
+        assert torch.equal(linear.weight, dense[f"{name}.weight"]) == (name not in done)
+        assert name not in done or not linear.weight[~masks[name]].any()
+
+
 # The command.
 
 
@@ -270,6 +291,27 @@ def test_the_command_saves_weights_and_both_perplexities(work, tmp_path, capsys)
         assert torch.equal(linear.weight, artifact.weights[name])
         assert torch.equal(artifact.masks[name], load_artifact(work / "masks").masks[name])
         assert not linear.weight[~artifact.masks[name]].any()
+
+
+def test_the_command_refuses_weights_that_it_would_lose(work, tmp_path, capsys):
+    masks = load_artifact(work / "masks").masks
+    for key, name in (("compression", "compress"), ("fine_tune", "fine-tune")):
+        save_artifact(tmp_path / name, masks, meta={"model": "dense", "method": "joint", key: {"seed": 0}})
+        status = command(work, tmp_path / "out", "--heldout", work / "held.txt", "--masks", tmp_path / name)
+        assert status == 2
+        message = capsys.readouterr().err
+        assert f"--masks: expected masks alone, {tmp_path / name} is a result of {name}, whose weights" in message
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_resolved_configuration_replaces_nothing(work, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--heldout", work / "held.txt", "--heldout-windows", 1]
+    assert command(work, out, *flags) == 0
+    assert command(work, out, *flags, "--overwrite") == 0
+    capsys.readouterr()
+    assert cli.main(["compensate", "--config", str(out / "config.resolved.yaml")]) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_the_command_warns_when_it_made_things_worse(work, tmp_path, capsys, monkeypatch):

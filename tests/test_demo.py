@@ -149,12 +149,20 @@ def test_table_holds_every_method_with_true_sparsity_and_bytes(finished):
     with open(out / "results.csv", newline="") as file:
         stored = list(csv.DictReader(file))
     assert [float(row["perplexity"]) for row in stored] == [row["perplexity"] for row in rows]
+    assert [row["compensated"] == "" for row in rows] == [True, *[False] * 5]
+    said = [float(line.split("compensated: ")[1].split(",")[0]) for line in lines if "  compensated: " in line]
+    assert said == [round(row["compensated"], 2) for row in rows[1:]]
     text = "\n".join(lines)
     assert "method" in text and "SparseGPT 2:4" in text
     assert "no comparison at equal cost" in text
     assert "logits equal" in text
     assert (out / "perplexity.png").stat().st_size > 5000
     assert (out / "tiles.png").stat().st_size > 2000
+
+
+def test_a_mask_that_compensation_made_worse_is_named():
+    assert demo._compared(10.0, 9.5) == "compensated: 9.50"
+    assert demo._compared(10.0, 10.5) == "compensated: 10.50, WORSE than without"
 
 
 def test_a_second_run_reuses_every_stage(finished, sources):

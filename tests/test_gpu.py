@@ -15,6 +15,7 @@ from test_tile_linear import integer_case
 from patch.learn import LearnConfig
 from patch.memory import learning_memory
 from patch.models import maskable_linears
+from patch.pruning import COMPENSATIONS, LEARNED_METHODS, METHODS, ProxSparseConfig, compensate, prune_model
 from patch.trainer import learn
 from patch_kernels import TiledLinear, TiledWeight, adamw_step, mask_sampling, masked_weight, ops, reference
 from patch_kernels._library import gemm_status
@@ -228,3 +229,42 @@ def test_memory_estimate_is_the_measured_peak(mode):
     torch.cuda.reset_peak_memory_stats()
     learn(model, torch.randint(0, 32000, (4, 2048)), config, prior_masks=masks, progress=False)
     assert expected.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.05)
+
+
+def place(model, offload):
+    """The model on the GPU, or on the CPU with the blocks moved one by one."""
+    return (model, "cuda") if offload else (model.cuda(), None)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, *LEARNED_METHODS])
+def test_one_shot_masks_and_weights_are_those_of_the_cpu(method, offload):
+    ids = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+    settings = {"calibration": ids, "progress": False}
+    if method in LEARNED_METHODS:
+        settings["prox"] = ProxSparseConfig(steps=4, lr=1e-2)
+    expected, model = (build_tiny_model("llama", dtype=torch.float64) for _ in range(2))
+    masks = prune_model(expected, method, **settings)
+    model, device = place(model, offload)
+    for name, keep in prune_model(model, method, device=device, **settings).items():
+        assert torch.equal(keep.cpu(), masks[name]), name
+        weights = (other.get_submodule(name).weight.detach().cpu() for other in (model, expected))
+        torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("method", COMPENSATIONS)
+def test_compensated_weights_are_those_of_the_cpu(method, offload):
+    ids = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+    expected, model = (build_tiny_model("llama", dtype=torch.float64) for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    masks = {
+        name: torch.rand(linear.weight.shape, generator=generator) > 0.4
+        for name, linear in maskable_linears(expected).items()
+    }
+    compensate(expected, masks, calibration=ids, method=method, progress=False)
+    model, device = place(model, offload)
+    compensate(model, masks, calibration=ids, method=method, device=device, progress=False)
+    for name, linear in maskable_linears(model).items():
+        weight = expected.get_submodule(name).weight
+        torch.testing.assert_close(linear.weight.detach().cpu(), weight.detach(), rtol=1e-9, atol=1e-12)

@@ -563,6 +563,15 @@ def test_prune_args_are_checked(tmp_path, tokenizer, text_file, args, error, mes
     assert not (tmp_path / "c").exists()
 
 
+def test_prepare_pruned_model_refuses_before_the_reference(tmp_path, tokenizer, text_file, monkeypatch):
+    monkeypatch.setattr("patch.utils.prune_model", lambda *args, **kwargs: pytest.fail("work was done"))
+    model = build_tiny_model(**SMALL, dtype=torch.float16)
+    model.seqlen = 24
+    arguments = {"prune_method": "prox_sparse", "calibration_dataset": str(text_file), "nsamples": 2}
+    with pytest.raises(ValueError, match=r"got torch.float16 whose gradients overflow"):
+        prepare_pruned_model(model, tokenizer, tmp_path / "c", arguments, (16, 16), 0.35)
+
+
 @pytest.fixture
 def folder(tmp_path, text_file):
     build_tiny_model(**SMALL).save_pretrained(tmp_path / "model")
@@ -588,6 +597,26 @@ def test_command(folder, capsys):
     assert cli.main(["prune", "--config", str(resolved), "--out", str(folder / "b")]) == 0
     again = load_artifact(folder / "b").masks
     assert all(torch.equal(again[name], keep) for name, keep in artifact.masks.items())
+
+
+def test_command_refuses_before_it_scores_tiles(folder, capsys, monkeypatch):
+    monkeypatch.setattr("patch.commands.prune._tile_scores", lambda *args: pytest.fail("tiles were scored"))
+    flags = ["--target-sparsity", 0.35, "--tile", "16,16", "--nsamples", 2, "--out", folder / "o"]
+    assert command(folder, "--method", "prox_sparse", "--dtype", "float16", *flags) == 2
+    assert "got torch.float16 whose gradients overflow" in capsys.readouterr().err
+    build_tiny_model(**SMALL | {"intermediate_size": 50}).save_pretrained(folder / "model")
+    for method in ("magnitude", "wanda"):
+        assert command(folder, "--method", method, *flags) == 2
+        assert "down_proj': expected in_features divisible by 4" in capsys.readouterr().err
+
+
+def test_repeating_a_run_replaces_nothing(folder, capsys):
+    flags = ["--method", "magnitude", "--out", folder / "a"]
+    assert command(folder, *flags) == 0
+    assert command(folder, *flags, "--overwrite") == 0
+    capsys.readouterr()
+    assert cli.main(["prune", "--config", str(folder / "a" / "config.resolved.yaml")]) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

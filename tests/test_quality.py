@@ -216,9 +216,12 @@ def test_summary_is_mean_and_sample_deviation():
     [
         (("--cells", "wander"), "--cells: expected names or patterns of cells, got 'wander'. Known: dense, magnitude"),
         (("--ablations", "seed"), "expected one of tile, layer, prior, got 'seed'"),
+        (("--compensations", "adam"), "expected one of least_squares, sparsegpt, got 'adam'"),
+        (("--targets", "45"), "quality: target_sparsity: expected a share of zeros from 0 to 0.5, got 45.0"),
+        (("--heldout", "absent.txt"), "got 'absent.txt', which is no file"),
     ],
 )
-def test_unknown_names_are_refused(inputs, tmp_path, capsys, extra, message):
+def test_bad_flags_are_refused(inputs, tmp_path, capsys, extra, message):
     with pytest.raises(SystemExit) as error:
         quality.main(arguments(inputs, tmp_path, *extra))
     assert message in str(error.value) + capsys.readouterr().err
@@ -231,7 +234,7 @@ def test_a_model_without_texts_is_refused(tmp_path):
 
 def test_too_little_heldout_text_is_refused(inputs, tmp_path):
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(ValueError, match="--heldout: expected at least one window of 32 tokens"):
+    with pytest.raises(SystemExit, match="quality: --heldout: expected at least one window of 32 tokens"):
         quality.main(arguments(inputs, tmp_path, "--heldout", tmp_path / "short.txt"))
 
 

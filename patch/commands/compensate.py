@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from patch.commands.common import setting
 from patch.config import RESOLVED_NAME, dump_yaml
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 NAME = "compensate"
@@ -69,6 +72,7 @@ def run(options: Options) -> None:
 
     model = common.load_model(options.model, dtype=options.dtype, device=options.device)
     source = common.load_masks(options.masks, model)
+    _check_masks_only(options, source.meta)
     seqlen = options.seqlen or min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN)
     tokenizer = common.load_tokenizer(options.model)
     calibration, text_sha256 = calibration_windows(
@@ -91,6 +95,7 @@ def run(options: Options) -> None:
         precision=options.precision,
         exclude=[name for name in linears if name not in source.masks],
     )
+    resolved = dataclasses.replace(options, overwrite=False)  # repeating a run must not replace its result
     compensation = common.provenance(
         options.data,
         text_sha256,
@@ -113,7 +118,7 @@ def run(options: Options) -> None:
         tile_scores=source.tile_scores,
         tile_is_sparse=source.tile_is_sparse,
         weights={name: linears[name].weight for name in source.masks},
-        extra={RESOLVED_NAME: dump_yaml(options, header="patch-llm compensate --config THIS_FILE")},
+        extra={RESOLVED_NAME: dump_yaml(resolved, header="patch-llm compensate --config THIS_FILE")},
     )
     _print_errors(result.layer_errors)
     print(f"sparsity {measured_sparsity(source.masks):.4f}, as before")
@@ -131,6 +136,16 @@ def run(options: Options) -> None:
 def on_interrupt(options: Options) -> str:
     """Compensation keeps nothing of a part."""
     return f"nothing was written to {options.out}; run the same command again"
+
+
+def _check_masks_only(options: Options, meta: Mapping[str, Any]) -> None:
+    """Refuse masks whose weights were compressed or trained: the update starts from dense ones and would undo it."""
+    for key, command in (("compression", "compress"), ("fine_tune", "fine-tune")):
+        if meta.get(key) is not None:
+            raise ValueError(
+                f"--masks: expected masks alone, {options.masks} is a result of {command}, whose weights would be "
+                f"lost. Give what it was made from, and run {command} on the result."
+            )
 
 
 def _heldout_source(options: Options) -> str:

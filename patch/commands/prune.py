@@ -98,7 +98,7 @@ def run(options: Options) -> None:
     out = common.check_new_folder(options.out, overwrite=options.overwrite, what="result")
     from patch.checkpoint import config_fingerprint, save_artifact
     from patch.models import maskable_linears, measured_sparsity
-    from patch.pruning import get_method, prune_model
+    from patch.pruning import check_prunable, get_method, prune_model
     from patch.pruning.methods import make_options
 
     method = get_method(options.method)
@@ -120,7 +120,10 @@ def run(options: Options) -> None:
     model = common.load_model(options.model, dtype=options.dtype, device=options.device)
     calibration, text_sha256 = _calibration(options, model) if method.needs_calibration else (None, None)
     # The reference is made from the dense model, so before that is pruned.
-    scores = None if options.target_sparsity is None else _tile_scores(options, model, calibration)
+    scores = None
+    if options.target_sparsity is not None:
+        check_prunable(model, method, pruning, calibration, exclude=options.exclude)
+        scores = _tile_scores(options, model, calibration)
     masks = prune_model(
         model,
         options.method,
@@ -151,7 +154,8 @@ def run(options: Options) -> None:
         exclude=options.exclude,
         **({} if prox is None else {"prox": options.prox}),
     )
-    resolved = dump_yaml(options, header="patch-llm prune --config THIS_FILE")
+    # Repeating a run must not replace its result.
+    resolved = dump_yaml(dataclasses.replace(options, overwrite=False), header="patch-llm prune --config THIS_FILE")
     save_artifact(out, masks, meta=meta, tile_scores=scores, weights=weights, extra={RESOLVED_NAME: resolved})
     print(f"pruned {len(masks)} layers with {options.method}: sparsity {measured_sparsity(masks):.4f}")
     common.print_written(out, "masks", f"patch-llm eval --model {options.model} --masks {out} --data TEXT")

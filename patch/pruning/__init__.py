@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from patch.pruning.compensation import COMPENSATIONS, Compensation, compensate
 from patch.pruning.methods import LEARNED_METHODS, METHODS, Method, get_method, prune_weight, reference_method
-from patch.pruning.model import prune_model
+from patch.pruning.model import check_prunable, prune_model
 from patch.pruning.proxsparse import ProxSparseConfig
 from patch.pruning.selection import PATTERNS, Pruned, PruneOptions
 
@@ -23,6 +23,7 @@ __all__ = [
     "ProxSparseConfig",
     "PruneOptions",
     "Pruned",
+    "check_prunable",
     "compensate",
     "get_method",
     "prune_model",

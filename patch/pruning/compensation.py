@@ -81,7 +81,7 @@ def compensate(
     exclude      patterns of layers that were left dense
     device       where each block is put while it is worked on; None: where it is
     raises       ValueError or TypeError before any work; ValueError naming the layer when its update fails
-                 (layers before it are then updated already)
+                 (layers before it are then updated already; it and those after it are dense, without a mask)
 
     Blocks are updated in order, each from the inputs that the updated blocks before it produce.
     """
@@ -119,8 +119,8 @@ def compensate(
             )
         return Pruned(weight, keep)
 
-    for name, linear in linears.items():
-        set_keep_mask(linear, masks[name])
+    for name in linears.keys() - pruned.keys():
+        set_keep_mask(linears[name], masks[name])
     if pruned:
         update_blocks(
             model,

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from patch.calibration import check_calibration, placed
 from patch.models import apply_keep_masks, decoder_blocks, maskable_linears, set_keep_mask
 from patch.pruning.methods import Method, get_method, make_options
-from patch.pruning.proxsparse import ProxSparseConfig, learn_masks
+from patch.pruning.proxsparse import ProxSparseConfig, check_learnable, learn_masks
 from patch.pruning.selection import PruneOptions, check_weight
 from patch.pruning.sequential import check_device, store, update_blocks
 
@@ -67,13 +67,7 @@ def prune_model(
         return {name: model.get_submodule(name).keep_mask for name in masks}
     if prox is not None:
         raise ValueError(f"prox: expected None for method '{method}', got settings of prox_sparse. Leave it out.")
-    linears = maskable_linears(model, exclude)
-    if chosen.statistics is not None:
-        check_calibration(model, calibration)
-        decoder_blocks(model)
-    check_device(device)
-    for name, linear in linears.items():
-        check_weight(linear.weight, options, f"layer '{name}'")
+    linears = check_prunable(model, chosen, options, calibration, exclude=exclude, device=device)
 
     if options.sparsity == 0:
         for linear in linears.values():
@@ -94,6 +88,28 @@ def prune_model(
             bar_options=bar_options,
         )
     return {name: linear.keep_mask for name, linear in linears.items()}
+
+
+def check_prunable(
+    model: nn.Module,
+    method: Method,
+    options: PruneOptions,
+    calibration: torch.Tensor | None,
+    *,
+    exclude: Sequence[str] = (),
+    device: torch.device | str | None = None,
+) -> dict[str, nn.Linear]:
+    """The layers `prune_model` prunes; raises what it raises for this model, these weights and token ids."""
+    if method.is_learned:
+        return check_learnable(model, calibration, exclude=exclude, device=device)
+    linears = maskable_linears(model, exclude)
+    if method.statistics is not None:
+        check_calibration(model, calibration)
+        decoder_blocks(model)
+    check_device(device)
+    for name, linear in linears.items():
+        check_weight(linear.weight, options, f"layer '{name}'")
+    return linears
 
 
 @torch.no_grad()

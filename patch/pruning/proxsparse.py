@@ -170,21 +170,7 @@ def learn_masks(
     config = ProxSparseConfig() if config is None else config
     if not isinstance(config, ProxSparseConfig):
         raise TypeError(f"config: expected a ProxSparseConfig, got {type(config).__name__}. Make one.")
-    linears = maskable_linears(model, exclude)
-    check_calibration(model, calibration)
-    if calibration.shape[1] < 2:
-        raise ValueError(
-            f"calibration: expected samples of at least 2 tokens to predict one, got {tuple(calibration.shape)}. "
-            "Pass longer windows."
-        )
-    check_device(device)
-    for name, linear in linears.items():
-        check_weight(linear.weight, PruneOptions(), f"layer '{name}'")
-        if linear.weight.dtype == torch.float16:
-            raise ValueError(
-                f"layer '{name}': expected float32, bfloat16 or float64 weights to train, got torch.float16 whose "
-                "gradients overflow. Load the model with dtype=torch.bfloat16."
-            )
+    linears = check_learnable(model, calibration, exclude=exclude, device=device)
     # Here because transformers' Trainer, behind it, takes seconds to import and no other method needs it.
     from patch.trainer import prepared
 
@@ -204,6 +190,28 @@ def learn_masks(
                     weight.grad = gradient
         masks = {name: keep[linear.weight] for name, linear in linears.items()}
     return {name: mask.to(linears[name].weight.device) for name, mask in masks.items()}
+
+
+def check_learnable(
+    model: nn.Module, calibration: Tensor, *, exclude: Sequence[str] = (), device: torch.device | str | None = None
+) -> dict[str, nn.Linear]:
+    """The layers `learn_masks` trains; raises ValueError or TypeError for what it refuses."""
+    linears = maskable_linears(model, exclude)
+    check_calibration(model, calibration)
+    if calibration.shape[1] < 2:
+        raise ValueError(
+            f"calibration: expected samples of at least 2 tokens to predict one, got {tuple(calibration.shape)}. "
+            "Pass longer windows."
+        )
+    check_device(device)
+    for name, linear in linears.items():
+        check_weight(linear.weight, PruneOptions(), f"layer '{name}'")
+        if linear.weight.dtype == torch.float16:
+            raise ValueError(
+                f"layer '{name}': expected float32, bfloat16 or float64 weights to train, got torch.float16 whose "
+                "gradients overflow. Load the model with dtype=torch.bfloat16 (--dtype bfloat16)."
+            )
+    return linears
 
 
 def _train(
