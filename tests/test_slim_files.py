@@ -143,6 +143,7 @@ def test_fine_tune_command_resumes_and_its_result_is_read_again(work, capsys):
 
 COMPRESS = ["compress", "--model", "{w}/model", "--masks", "{w}/wanda", "--out", "{t}/o"]
 TUNE = ["fine-tune", "--model", "{w}/model", "--masks", "{w}/wanda", "--data", "{w}/train.txt", "--out", "{t}/o"]
+LEARN = ["learn", "--model", "{w}/model", "--prior", "{w}/wanda", "--data", "{w}/train.txt", "--sparsity", "0.3"]
 REFUSED = [
     (COMPRESS, "expected --quantize-weight or --lora-rank, got neither"),
     ([*COMPRESS, "--lora-rank", "0.1"], "--data: expected a text, got none"),
@@ -155,6 +156,7 @@ REFUSED = [
         [*COMPRESS, "--quantize-weight", "--out", "{w}/wanda", "--overwrite"],
         "--out: expected another folder than that of --masks, ",
     ),
+    ([*LEARN, "--out", "{w}/wanda", "--overwrite"], "--out: expected another folder than that of --prior, "),
     ([*TUNE, "--out", "{w}/wanda", "--overwrite"], "which --overwrite replaces. Choose another --out."),
     ([*COMPRESS, "--quantize-weight", "--out", "{w}/slim"], "--out: expected a new folder"),
     ([*TUNE, "--blocks", "0"], "blocks: expected an integer >= 1, got 0"),
