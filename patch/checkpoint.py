@@ -306,9 +306,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         )
     if not is_count(value.get("version")) or value["version"] not in (VERSION, ADAPTER_VERSION):
         raise ValueError(
-            f"{path}: expected version {VERSION}, got {str(value.get('version'))[:40]}; it was written by "
-            "another "
-            "version of patch-llm, install that one or save again"
+            f"{path}: expected version {VERSION} or {ADAPTER_VERSION}, got {str(value.get('version'))[:40]}; it was "
+            "written by another version of patch-llm, install that one or save again"
         )
     layers = value.get("layers")
     if set(value) != {"format", "version", "layers", "meta"} or not isinstance(layers, dict) or not layers:
@@ -406,7 +405,7 @@ def _check_adapters(adapters: Mapping[str, tuple[Tensor, Tensor]], masks: Mappin
             raise ValueError(f"adapters: layer {name!r} has no mask; expected only layers in masks")
         rows, cols = masks[name].shape
         floating = left.is_floating_point() and right.is_floating_point()
-        if not floating or left.dim() != 2 or left.shape[0] != cols or right.shape != (left.shape[1], rows):
+        if not floating or left.dim() != 2 or left.shape[0] != cols or right.shape != (left.shape[1] or 1, rows):
             raise ValueError(
                 f"adapters[{name!r}]: expected floating point ({cols}, rank) and (rank, {rows}), got {left.dtype} "
                 f"{tuple(left.shape)} and {right.dtype} {tuple(right.shape)}"

@@ -56,8 +56,8 @@ def run_identity(
     """JSON values that must agree before a run may go on: model, data, priors, settings, processes."""
     return {
         "model": model_fingerprint(model),
-        "data": _data_fingerprint(blocks),
-        "layers_and_priors": _tensors_fingerprint(tensors),
+        "data": data_fingerprint(blocks),
+        "layers_and_priors": tensors_fingerprint(tensors),
         "world_size": world_size,
         "config": _settings(config),
     }
@@ -93,7 +93,7 @@ def check_identity(folder: Path, found: Any, expected: Mapping[str, Any]) -> Non
 
 def refuse_used_folder(output_dir: Path) -> None:
     """A new run must not mix with an old one."""
-    used = [METRICS, RESULT, *(path.name for path in _checkpoints(output_dir))]
+    used = [METRICS, RESULT, *(path.name for path in checkpoints(output_dir))]
     present = [name for name in used if (output_dir / name).exists()]
     if present:
         raise ValueError(
@@ -125,7 +125,7 @@ def save_checkpoint(
 
     write_folder(output_dir / f"checkpoint-{step}", write)
     # Only after the new one is complete: at every instant at least one good checkpoint exists.
-    for path in _checkpoints(output_dir)[:-keep]:
+    for path in checkpoints(output_dir)[:-keep]:
         _remove_checkpoint(path)
 
 
@@ -134,7 +134,7 @@ def newest_checkpoint(output_dir: Path, *, may_rename: bool = True) -> Path | No
 
     may_rename  False on all but the first of several processes.
     """
-    for path in reversed(_checkpoints(output_dir)):
+    for path in reversed(checkpoints(output_dir)):
         try:
             verify_folder(path)
         except (ValueError, OSError) as error:
@@ -258,7 +258,7 @@ def restore_random_states(path: Path, rank: int, device: torch.device) -> None:
             torch.cuda.set_rng_state(file.get_tensor("cuda")[rank], device)
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
+def checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     if not output_dir.is_dir():
         return []
@@ -293,7 +293,7 @@ def _settings(config: LearnConfig) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in _FREE_SETTINGS}))
 
 
-def _data_fingerprint(blocks: Tensor) -> str:
+def data_fingerprint(blocks: Tensor) -> str:
     """SHA-256 of shape and token ids; of evenly spaced blocks where there are more than 16 M tokens."""
     step = max(1, -(-blocks.numel() // _SAMPLED_TOKENS))
     digest = hashlib.sha256(str(tuple(blocks.shape)).encode())
@@ -301,7 +301,8 @@ def _data_fingerprint(blocks: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _tensors_fingerprint(groups: Mapping[str, Mapping[str, Tensor] | None]) -> str:
+def tensors_fingerprint(groups: Mapping[str, Mapping[str, Tensor] | None]) -> str:
+    """SHA-256 over names, shapes, dtypes and all values."""
     digest = hashlib.sha256()
     for group, tensors in sorted(groups.items()):
         digest.update(f"{group} {tensors is None}\n".encode())

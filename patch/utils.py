@@ -38,7 +38,7 @@ from patch.priors import tile_scores
 from patch.pruning import ProxSparseConfig, PruneOptions, check_prunable, get_method, prune_model, reference_method
 from patch.pruning.methods import make_options
 from patch.slim import CompressOptions, compress_model
-from patch.slim.compress import adapters, restore_compression
+from patch.slim.compress import adapters, restore_compression, stored_options
 from patch.slim.fine_tune import DEFAULT_BLOCK_SIZE, DEFAULT_BLOCKS, FineTuneOptions, check_trainable, fine_tune
 from patch.sources import LOCAL_SUFFIXES, NAMED_SETS
 from patch.zero_shot import ZERO_SHOT_TASKS, lm_eval_model, zero_shot
@@ -114,7 +114,7 @@ def prepare_pruned_model(
         return _apply(model, artifact)
 
     stored = _stored_masks(model, args) if args["prune_method"] == MASKLLM else None
-    blocks = _fine_tuning_blocks(model, tokenizer, args) if args["fine_tune"] else None
+    blocks = _fine_tuning_blocks(model, tokenizer, args, seed) if args["fine_tune"] else None
     calibration, text_hash = None, None
     if _is_calibrated(args):
         calibration, text_hash = calibration_windows(
@@ -138,12 +138,14 @@ def prepare_pruned_model(
     )
     scores = {name: tile_scores(keep, tile) for name, keep in reference_masks.items()}
     del reference, reference_masks
-    # Adapters make up for what was pruned, so compression starts from the dense model.
-    pruned = copy.deepcopy(model) if compress.is_active else model
+    updated = None
     if stored is not None:
         masks = stored
-        apply_keep_masks(pruned, masks)
+        if not compress.is_active:
+            apply_keep_masks(model, masks)
     else:
+        # Adapters make up for what was pruned, so compression starts from the dense model.
+        pruned = copy.deepcopy(model) if compress.is_active else model
         masks = prune_model(
             pruned,
             args["prune_method"],
@@ -152,17 +154,18 @@ def prepare_pruned_model(
             prox=args["prox_sparse"],
             **options,
         )
+        if compress.is_active and get_method(args["prune_method"]).updates_weights:
+            updated = {name: pruned.get_submodule(name).weight for name in masks}
+        del pruned  # a copy of the whole model
     if compress.is_active:
-        is_updated = get_method(_computed(args["prune_method"])).updates_weights
         compress_model(
             model,
             masks,
             compress,
-            weights={name: pruned.get_submodule(name).weight for name in masks} if is_updated else None,
+            weights=updated,
             calibration=calibration,
             shift_zero_metrics=args["shift_zero_metrics"],
         )
-    del pruned
     if blocks is not None:
         fine_tune(model, blocks, FineTuneOptions(seed=seed))
     weights = {name: model.get_submodule(name).weight.detach() for name in masks}
@@ -282,10 +285,11 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
             raise TypeError(f"prune_args: expected {key} True or False, got {args[key]!r}")
     _pruning(args)
     compress = _compression(args)
-    if args["fine_tune"] and compress.quantize_weight and (compress.lora_rank == 0 or compress.quantize_lora):
+    fixed_adapters = compress.lora_rank == 0 or compress.quantize_lora or compress.prune_lora
+    if args["fine_tune"] and compress.quantize_weight and fixed_adapters:
         raise ValueError(
             "prune_args: expected fine_tune with weights or adapters that are not quantised, got quantised ones only; "
-            "set lora_rank without quantize_lora, or leave fine_tune out"
+            "set lora_rank without quantize_lora and prune_lora, or leave fine_tune out"
         )
     checkpoint = args["maskllm_checkpoint"]
     if (args["prune_method"] == MASKLLM) != (checkpoint is not None):
@@ -415,10 +419,11 @@ def _check_further_steps(model: nn.Module, args: dict[str, Any], compress: Compr
             check_trainable(linear.weight, f"layer '{name}'")
 
 
-def _fine_tuning_blocks(model: nn.Module, tokenizer: Any, args: dict[str, Any]) -> Tensor:
+def _fine_tuning_blocks(model: nn.Module, tokenizer: Any, args: dict[str, Any], seed: int) -> Tensor:
+    options = FineTuneOptions(seed=seed)
     block_size = min(DEFAULT_BLOCK_SIZE, context_length(model) or DEFAULT_BLOCK_SIZE)
     blocks, _ = training_blocks(tokenizer, args["fine_tune_dataset"], block_size, max_blocks=DEFAULT_BLOCKS)
-    FineTuneOptions().total_steps(len(blocks))  # refuses too little text
+    options.total_steps(len(blocks))  # refuses too little text
     return blocks
 
 
@@ -433,10 +438,11 @@ def _name(model: nn.Module) -> str:
 
 @torch.no_grad()
 def _apply(model: nn.Module, artifact: Artifact) -> nn.Module:
+    options = stored_options(artifact.meta.get("compression"))
     apply_keep_masks(model, artifact.masks)  # refuses a wrong set of layers before it changes any
     for name, weight in artifact.weights.items():
         model.get_submodule(name).weight.copy_(weight.masked_fill(~artifact.masks[name], 0))
-    restore_compression(model, artifact.adapters, artifact.meta.get("compression"))
+    restore_compression(model, artifact.adapters, options)
     _attach_scores(model, artifact.tile_scores)
     return model
 

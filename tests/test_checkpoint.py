@@ -577,7 +577,7 @@ ARTIFACT_DAMAGES = [
     (lambda p: (p / "artifact.json").unlink(), "artifact.json: missing"),
     (lambda p: (p / "masks.safetensors").unlink(), "masks.safetensors: missing"),
     (edit_description(lambda d: d.update(format="x")), "expected format 'patch-artifact', got 'x'"),
-    (edit_description(lambda d: d.update(version=7)), "expected version 1, got 7"),
+    (edit_description(lambda d: d.update(version=7)), "expected version 1 or 2, got 7"),
     (
         edit_description(lambda d: d.update(loader="os.system")),
         "expected the keys format, version, layers, meta",

@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_byte_tokenizer, build_tiny_model
@@ -17,9 +18,9 @@ from patch.commands import common
 from patch.convert import pack_model
 from patch.export import save_dense
 from patch.folder import MANIFEST, dump_json, file_sha256
-from patch.models import keep_masks
+from patch.models import keep_masks, maskable_linears
 from patch.pruning import prune_model
-from patch.slim import AdaptedLinear, CompressOptions, compress_model
+from patch.slim import AdaptedLinear, CompressOptions, compress_model, quantize_weight
 from patch.slim.compress import adapters
 from patch.slim.fine_tune import FineTuneOptions
 from patch.utils import load_compressed_model, prepare_pruned_model
@@ -125,9 +126,13 @@ def test_fine_tune_command_resumes_and_its_result_is_read_again(work, capsys):
     assert call(*flags, "--masks", work / "slim", "--resume") == 2
     assert "--resume: expected an unfinished run" in capsys.readouterr().err
     # As if it had been interrupted after the last checkpoint.
+    resolved = (work / "tuned" / "config.resolved.yaml").read_bytes()
     for file in (work / "tuned" / "result").iterdir():
         file.unlink()
     (work / "tuned" / "result").rmdir()
+    assert call(*flags, "--masks", work / "wanda", "--resume") == 2
+    assert "resume: expected the model, masks, blocks and settings of the run" in capsys.readouterr().err
+    assert (work / "tuned" / "config.resolved.yaml").read_bytes() == resolved
     assert call("fine-tune", "--config", work / "tuned" / "config.resolved.yaml", "--resume") == 0
     again = load_artifact(work / "tuned" / "result")
     for name, pair in after.adapters.items():
@@ -138,6 +143,7 @@ def test_fine_tune_command_resumes_and_its_result_is_read_again(work, capsys):
 
 COMPRESS = ["compress", "--model", "{w}/model", "--masks", "{w}/wanda", "--out", "{t}/o"]
 TUNE = ["fine-tune", "--model", "{w}/model", "--masks", "{w}/wanda", "--data", "{w}/train.txt", "--out", "{t}/o"]
+LEARN = ["learn", "--model", "{w}/model", "--prior", "{w}/wanda", "--data", "{w}/train.txt", "--sparsity", "0.3"]
 REFUSED = [
     (COMPRESS, "expected --quantize-weight or --lora-rank, got neither"),
     ([*COMPRESS, "--lora-rank", "0.1"], "--data: expected a text, got none"),
@@ -146,6 +152,12 @@ REFUSED = [
     ([*COMPRESS, "--quantize-weight", "--seed", "-1"], "seed: expected an integer >= 0, got -1"),
     ([*COMPRESS, "--quantize-weight", "--masks", "{w}/absent"], "--masks: expected a folder made by"),
     ([*COMPRESS, "--quantize-weight", "--masks", "{w}/slim"], "--masks: expected masks that are not compressed yet"),
+    (
+        [*COMPRESS, "--quantize-weight", "--out", "{w}/wanda", "--overwrite"],
+        "--out: expected another folder than that of --masks, ",
+    ),
+    ([*LEARN, "--out", "{w}/wanda", "--overwrite"], "--out: expected another folder than that of --prior, "),
+    ([*TUNE, "--out", "{w}/wanda", "--overwrite"], "which --overwrite replaces. Choose another --out."),
     ([*COMPRESS, "--quantize-weight", "--out", "{w}/slim"], "--out: expected a new folder"),
     ([*TUNE, "--blocks", "0"], "blocks: expected an integer >= 1, got 0"),
     ([*TUNE, "--seqlen", "1"], "seqlen: expected an integer >= 2, got 1"),
@@ -205,6 +217,10 @@ def test_formats_without_adapters_refuse_them(tmp_path):
     [
         (lambda parts, name: parts.update(other=parts[name]), "layer 'other' has no mask"),
         (lambda parts, name: parts.update({name: parts[name][::-1]}), r"expected floating point \(128, rank\) and"),
+        (
+            lambda parts, name: parts.update({name: (parts[name][0][:, :0], parts[name][1][:0])}),
+            r"got .* \(128, 0\) and",
+        ),
         (lambda parts, name: parts.update({name: (parts[name][0].char(), parts[name][1])}), "got torch.int8"),
     ],
 )
@@ -271,6 +287,21 @@ def test_settings_of_another_version_are_refused(tmp_path):
     save_artifact(tmp_path / "a", masks, meta={"compression": {"other": 1}}, adapters=adapters(model))
     with pytest.raises(ValueError, match="compression: expected the settings of CompressOptions, got others"):
         common.apply_artifact(dense, load_artifact(tmp_path / "a"))
+    assert same_states(dense, build_tiny_model("llama", dtype=torch.bfloat16)) and not keep_masks(dense)
+
+
+def test_adapters_come_back_in_the_dtype_they_were_saved_in(tmp_path):
+    model, masks = adapted_model()
+    model.float()
+    for layer in model.modules():
+        if isinstance(layer, AdaptedLinear):
+            layer.lora_left.data.mul_(1.001)  # no longer a bf16 number
+    meta = {"compression": CompressOptions(lora_rank=0.1, slim_lora=False).as_dict()}
+    weights = {name: model.get_submodule(name).weight for name in masks}
+    save_artifact(tmp_path / "a", masks, meta=meta, weights=weights, adapters=adapters(model))
+    again = build_tiny_model("llama").bfloat16().float()
+    common.apply_artifact(again, load_artifact(tmp_path / "a", model=again))
+    assert same_states(model, again)
 
 
 @pytest.fixture
@@ -318,6 +349,59 @@ def test_prepare_pruned_model_compresses_and_loads_again(tmp_path, arguments, se
             prepare_pruned_model(small_model(), build_byte_tokenizer(), tmp_path / "c", other, TILE, 0.35)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantize_weight": True},
+        {"quantize_weight": True, "lora_rank": 0.1, "fine_tune": True},
+        {"fine_tune": True},
+    ],
+)
+def test_masks_from_elsewhere_are_compressed_and_fine_tuned(tmp_path, arguments, monkeypatch, settings):
+    """MaskLLM's masks: the weights are made from the dense ones under these very masks."""
+    monkeypatch.setattr(utils, "FineTuneOptions", lambda seed=42: FineTuneOptions(lr=1e-3, batch_size=32, seed=seed))
+    dense = small_model()
+    masks = {}
+    for name, linear in maskable_linears(dense).items():
+        if name.endswith("o_proj"):
+            linear.weight.data[:4] = 0  # kept zeros
+        masks[name] = torch.tensor([True, False, False, True]).repeat(linear.weight.numel() // 4)
+        masks[name] = masks[name].reshape(linear.weight.shape)
+    packed = {f"{name}.weight.mask": np.packbits(keep.numpy().reshape(-1)) for name, keep in masks.items()}
+    np.savez_compressed(tmp_path / "mask_compressed.npz", **packed)
+    source = {"prune_method": "maskllm", "maskllm_checkpoint": str(tmp_path / "mask_compressed.npz")}
+    values = arguments | source | settings
+
+    def prepare(path):
+        model = copy.deepcopy(dense)
+        return prepare_pruned_model(model, build_byte_tokenizer(), tmp_path / path, values, TILE, 0.35)
+
+    made = prepare("c")
+    quantised = settings.get("quantize_weight", False)
+    for name, keep in masks.items():
+        layer = made.get_submodule(name)
+        assert torch.equal(layer.keep_mask, keep) and not layer.weight[~keep].any()
+        assert isinstance(layer, AdaptedLinear) == ("lora_rank" in settings)
+        if quantised and "lora_rank" not in settings:
+            expected = quantize_weight(dense.get_submodule(name).weight, keep).weight
+            assert torch.equal(layer.weight, expected)
+        assert not quantised or layer.weight.unique().numel() <= 16
+        if not quantised and name.endswith("o_proj"):  # kept zeros were trained, too
+            assert layer.weight[:4][keep[:4]].all()
+    assert same_states(made, prepare("c"))
+    loaded = load_compressed_model(copy.deepcopy(dense), TILE, tmp_path / "c")
+    assert same_states(made, loaded)
+    assert load_artifact(tmp_path / "c").meta["method"] == "maskllm"
+
+
+def test_a_seed_that_training_refuses_is_refused_before_pruning(tmp_path, arguments):
+    model = small_model()
+    values = arguments | {"prune_method": "magnitude", "fine_tune": True}
+    with pytest.raises(ValueError, match="seed: expected 0 or more, got -1"):
+        prepare_pruned_model(model, build_byte_tokenizer(), tmp_path / "c", values, TILE, 0.35, seed=-1)
+    assert not keep_masks(model)
+
+
 def test_prepare_pruned_model_fine_tunes(tmp_path, arguments, monkeypatch):
     # The published batch and rate are for larger models than this one.
     monkeypatch.setattr(utils, "FineTuneOptions", lambda seed=42: FineTuneOptions(lr=1e-3, batch_size=32, seed=seed))
@@ -340,6 +424,12 @@ def test_prepare_pruned_model_fine_tunes(tmp_path, arguments, monkeypatch):
     [
         ({"fine_tune": True, "quantize_weight": True}, torch.float32, ValueError, "got quantised ones only"),
         ({"fine_tune": True}, torch.float16, TypeError, "expected fp32, bf16 or fp64 weights, got torch.float16"),
+        (
+            {"fine_tune": True, "quantize_weight": True, "lora_rank": 0.1, "prune_lora": True},
+            torch.float32,
+            ValueError,
+            "got quantised ones only; set lora_rank without quantize_lora and prune_lora",
+        ),
         ({"lora_rank": 3}, torch.float32, ValueError, "lora_rank: expected a share"),
         ({"separate_lora": False}, torch.float32, ValueError, "separate_lora: expected True"),
         ({"fine_tune_dataset": "nowhere"}, torch.float32, FileNotFoundError, "expected fine_tune_dataset to be one of"),

@@ -169,6 +169,67 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_model):
     assert all(torch.equal(before[name], after[name]) for name in before if "lm_head" not in name)
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_model):
+    model = masked(tiny_model)
+    before = state(model)
+    handle = model.model.layers[0].mlp.register_full_backward_hook(lambda _, given, __: (given[0] * float("inf"),))
+    with pytest.raises(FloatingPointError, match=r"step 1: expected a finite gradient, got another one in .*layers.0"):
+        fine_tune(model, blocks(), FineTuneOptions(**QUICK), progress=False)
+    handle.remove()
+    after = state(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_kept_zeros_are_trained(tiny_model):
+    """Only the mask says what is pruned."""
+    model = masked(tiny_model)
+    name, keep = next(iter(keep_masks(model).items()))
+    weight = model.get_submodule(name).weight
+    weight.data.zero_()
+    fine_tune(model, blocks(), FineTuneOptions(**QUICK), progress=False)
+    assert torch.equal(weight != 0, keep)
+
+
+def other_masks(model):
+    name, keep = list(keep_masks(model).items())[1]
+    keep[0] = keep[0].flip(0)
+    model.get_submodule(name).weight.data[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "tokens", "what"),
+    [
+        (lambda m: m.lm_head.weight.data.mul_(2), {}, blocks(), "another model"),
+        (other_masks, {}, blocks(), "another model, masks"),
+        (None, {}, blocks() + 1, "another blocks"),
+        (None, {"lr": 1e-3}, blocks(), "another lr"),
+    ],
+)
+def test_another_run_is_not_resumed(tiny_model, tmp_path, change, settings, tokens, what):
+    options = QUICK | {"save_steps": 2}
+    fine_tune(masked(tiny_model), blocks(16), FineTuneOptions(**options), output_dir=tmp_path, progress=False)
+    model = masked(tiny_model)
+    if change is not None:
+        change(model)
+    before = state(model)
+    with pytest.raises(ValueError, match=f"resume: expected the model, masks, blocks and settings .* got {what}"):
+        chosen = FineTuneOptions(**options | settings)
+        fine_tune(model, tokens[:16], chosen, output_dir=tmp_path, resume=True, progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state(model).items())
+
+
+def test_an_incomplete_checkpoint_is_passed_over(tiny_model, tmp_path, caplog):
+    options = FineTuneOptions(**QUICK, save_steps=2)
+    whole = masked(tiny_model)
+    fine_tune(whole, blocks(), options, output_dir=tmp_path, progress=False)
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text("{")  # killed while it was written
+    again = masked(tiny_model)
+    result = fine_tune(again, blocks(), options, output_dir=tmp_path, resume=True, progress=False)
+    assert result.steps == 6 and "ignoring an incomplete checkpoint" in caplog.text
+    expected, got = state(whole), state(again)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
 def broken_start(model):
     name, keep = next(iter(keep_masks(model).items()))
     model.get_submodule(name).weight.data.masked_fill_(~keep, 0.5)

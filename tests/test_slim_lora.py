@@ -90,6 +90,19 @@ def test_updated_weights_stay_as_the_pruning_method_made_them():
     assert made.error < bare.item()
 
 
+@pytest.mark.parametrize("prune", [False, True])
+def test_inputs_that_are_almost_dead_do_not_blow_up_rounding_errors(prune):
+    weight, keep, energy = layer()
+    energy[3] = 1e-20
+    options = CompressOptions(prune_lora=prune, **ADAPTED)
+    error = weight.masked_fill(keep, 0)
+    expected, got = (
+        (left.double() @ right.double())[3]
+        for left, right in (make_adapter(error.to(dtype), options, energy) for dtype in (torch.float64, torch.float32))
+    )
+    assert expected.norm() <= error[:, 3].norm() and (got - expected).norm() < 0.02 * error[:, 3].norm()
+
+
 def test_dead_inputs_get_no_adapter_and_do_no_harm():
     weight, keep, energy = layer()
     energy[[3, 30]] = 0
@@ -166,6 +179,39 @@ def test_adapted_linear_is_a_linear_with_a_low_rank_term():
     assert torch.equal(other(x), adapted(x)) and "rank=3" in repr(other)
 
 
+def test_attaching_draws_nothing_from_the_random_generator():
+    linear = nn.Linear(8, 12)
+    before = torch.get_rng_state()
+    adapted = AdaptedLinear.from_linear(linear, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not adapted.lora_left.any() and not adapted.lora_right.any() and not adapted.lora_left.is_meta
+
+
+def test_important_columns_are_chosen_by_what_is_kept():
+    """The largest column is pruned in every row that makes it large."""
+    weight, keep, energy = torch.full((8, 8), 0.5), torch.ones(8, 8, dtype=torch.bool), torch.ones(8)
+    weight[:7, 2], keep[:7, 2] = 100.0, False
+    weight[:, 5] = 0.9
+    options = CompressOptions(slim_quant=False, scale_important_weights=True, **QUANTIZED)
+    made = compress_weight(weight, keep, options, energy=energy)
+    assert made.quantized.column_factor.tolist() == [1, 1, 1, 1, 1, 2, 1, 1]
+
+
+def test_zeros_that_a_tile_mask_keeps_stay_kept(tiny_model):
+    """One dense tile row and one of 2:4, as PATCH makes them; kept zeros are no pruned weights."""
+    model = tiny_model()
+    masks = masks_of(model)
+    for name, keep in masks.items():
+        keep[:64] = True
+        model.get_submodule(name).weight.data[:8] = 0
+    options = CompressOptions(bitwidth=2, **QUANTIZED, **ADAPTED)
+    compress_model(model, masks, options, calibration=calibration(), progress=False)
+    found = keep_masks(model)
+    for name, keep in masks.items():
+        weight = model.get_submodule(name).weight
+        assert torch.equal(found[name], keep) and not weight[~keep].any() and (weight[keep] == 0).any()
+
+
 @pytest.mark.parametrize("arch", ["llama", "opt", "gemma3"])
 def test_models_are_compressed_block_by_block(tiny_model, arch):
     model, dense = tiny_model(arch), tiny_model(arch)
@@ -238,6 +284,9 @@ def wrong(case, model):
     elif case == "pruned":
         prune_model(model, "magnitude", progress=False)
         options = CompressOptions(slim_lora=False, **ADAPTED)
+    elif case == "revived":
+        prune_model(model, "magnitude", progress=False)
+        masks = {name: ~keep for name, keep in masks.items()}
     elif case == "twice":
         compress_model(model, masks, options, progress=False)
     elif case == "groups":
@@ -259,6 +308,7 @@ def wrong(case, model):
         ("nothing", "options: expected quantize_weight or a lora_rank above 0, got neither"),
         ("no data", "calibration: expected token ids for slim_lora .* got none"),
         ("pruned", "expected its dense weight, which adapters are made from, got a pruned one"),
+        ("revived", "layer '.*': expected a mask that keeps no weight which was pruned before, got 8192 of them"),
         ("twice", "expected a model that is not compressed yet. Load it again"),
         ("groups", "layer 'model.layers.0.*': expected rows in multiples of the group size 100, got 128"),
         ("adapter groups", "layer '.*', left adapter: expected rows in multiples of the group size 100, got 128"),
@@ -299,6 +349,15 @@ def test_wrong_arguments_are_refused_before_any_work(tiny_model, case, message):
 def test_options_are_checked_when_made(settings, error, message):
     with pytest.raises(error, match=message):
         CompressOptions(**settings)
+
+
+def test_wrong_matrices_are_refused():
+    weight, keep, energy = layer()
+    options = CompressOptions(**ADAPTED)
+    with pytest.raises(TypeError, match=r"keep: expected a bool mask of shape \(24, 32\), got torch.float32"):
+        compress_weight(weight, keep.float(), options, energy=energy)
+    with pytest.raises(ValueError, match=r"energy: expected one of each of the 32 inputs, got \(1,\)"):
+        compress_weight(weight, keep, options, energy=energy[:1])
 
 
 def test_energy_is_asked_for_and_two_of_four_adapters_need_fitting_layers():

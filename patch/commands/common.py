@@ -229,14 +229,24 @@ def apply_artifact(model: nn.Module, artifact: Artifact) -> None:
     import torch
 
     from patch.models import apply_keep_masks, maskable_linears
-    from patch.slim.compress import restore_compression
+    from patch.slim.compress import restore_compression, stored_options
 
+    options = stored_options(artifact.meta.get("compression"))  # refused before a weight changes
     left_dense = [name for name in maskable_linears(model) if name not in artifact.masks]
     with torch.no_grad():
         for name, weight in artifact.weights.items():
             model.get_submodule(name).weight.copy_(weight)
     apply_keep_masks(model, artifact.masks, exclude=left_dense)
-    restore_compression(model, artifact.adapters, artifact.meta.get("compression"))
+    restore_compression(model, artifact.adapters, options)
+
+
+def check_input_stays(path: Path, out: Path, flag: str = "--masks") -> None:
+    """Refuse an --out that --overwrite would empty of what the command reads."""
+    if path.resolve().is_relative_to(out.resolve()):
+        raise ValueError(
+            f"--out: expected another folder than that of {flag}, {path} is in {out}, which --overwrite replaces. "
+            "Choose another --out."
+        )
 
 
 def clear_learning_run(folder: Path) -> None:

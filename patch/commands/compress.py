@@ -75,7 +75,9 @@ def run(options: Options) -> None:
     """Compress and save; see the module's docstring."""
     settings = _settings(options)
     out = common.check_new_folder(options.out, overwrite=options.overwrite, what="result")
-    common.artifact_folder(options.masks)
+    masks = common.artifact_folder(options.masks)
+    if options.overwrite:
+        common.check_input_stays(masks, out)
     if settings.needs_calibration:
         common.check_text_source(options.data)
     from patch.checkpoint import save_artifact

@@ -69,16 +69,21 @@ def run(options: Options) -> None:
     settings = _settings(options)
     _check_out(options)
     common.check_text_source(options.data)
-    common.artifact_folder(options.masks)
+    masks = common.artifact_folder(options.masks)
+    if options.overwrite:
+        common.check_input_stays(masks, options.out)
     from patch.checkpoint import save_artifact
     from patch.slim.compress import adapters
-    from patch.slim.fine_tune import fine_tune, trained_parameters
+    from patch.slim.fine_tune import checkpoint_to_resume, fine_tune, trained_parameters
 
     model = common.load_model(options.model, dtype=options.dtype, device=options.device)
     artifact = common.load_masks(options.masks, model)
     common.apply_artifact(model, artifact)
     trained_parameters(model)  # refuses a model without anything to train before the text is read
     blocks, text_sha256 = _blocks(options, model)
+    if options.resume:
+        # Refuses another run before its config.resolved.yaml is replaced.
+        checkpoint_to_resume(model, blocks, settings, options.out)
     if options.overwrite:
         common.clear_learning_run(options.out)
     resolved = dataclasses.replace(options, resume=False, overwrite=False)

@@ -105,7 +105,9 @@ def run(options: Options) -> None:
     _check_out(options)
     common.check_text_source(options.data)
     if options.prior is not None:
-        common.artifact_folder(options.prior, "--prior")
+        prior = common.artifact_folder(options.prior, "--prior")
+        if options.overwrite:
+            common.check_input_stays(prior, options.out, "--prior")
     from patch.models import measured_sparsity
     from patch.trainer import learn
 

@@ -17,7 +17,7 @@ from patch.pruning.sequential import check_device, store, update_blocks
 from patch.pruning.wanda import Statistics, shifted
 from patch.slim.lora import AdaptedLinear, adapted_layers, adapter_product, attach_adapter, make_adapter
 from patch.slim.options import CompressOptions
-from patch.slim.quantize import Quantized, important_columns, quantize_weight
+from patch.slim.quantize import Quantized, check_matrix, important_columns, quantize_weight
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,14 @@ def compress_weight(
     Without `updated` the kept weights are taken once more from W - (L R)^T when the adapters are known, and
     quantised again, as published: only rounding is left of their error. Updated ones make up for what is
     pruned and stay as they are.
+    raises   ValueError or TypeError before any work.
     """
+    check_matrix(weight, keep)
+    if energy is not None and energy.shape != weight.shape[1:]:
+        raise ValueError(
+            f"energy: expected one of each of the {weight.shape[1]} inputs, got {tuple(energy.shape)}. Pass the "
+            "layer's own statistics."
+        )
     dtype = working_dtype(weight)
     dense = weight.detach().to(dtype)
     energy = None if energy is None else energy.to(dtype)
@@ -64,9 +71,10 @@ def compress_weight(
     def compressed(values: Tensor) -> tuple[Tensor, Quantized | None]:
         if not options.quantize_weight:
             return values.masked_fill(~keep, 0).to(weight.dtype), None
-        factor = important_columns(values, energy) if options.scale_important_weights else None
+        kept = values.masked_fill(~keep, 0)
+        factor = important_columns(kept, energy) if options.scale_important_weights else None
         quantized = quantize_weight(
-            values,
+            kept,
             keep,
             bits=options.bitwidth,
             clip=options.slim_quant,
@@ -164,26 +172,29 @@ def adapters(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-@torch.no_grad()
-def restore_compression(
-    model: nn.Module, stored: Mapping[str, tuple[Tensor, Tensor]], settings: Mapping[str, Any] | None
-) -> None:
-    """Give a masked model the adapters of an artifact and mark its layers as compressed with `settings`.
+def stored_options(settings: Mapping[str, Any] | None) -> CompressOptions | None:
+    """Options of an artifact from CompressOptions.as_dict(); None for one of an uncompressed model.
 
-    settings  CompressOptions.as_dict(), or None for an artifact of an uncompressed model
-    raises    ValueError before any change when the settings are not those of this version.
+    raises  ValueError when the settings are not those of this version.
     """
     try:
-        options = None if settings is None else CompressOptions(**settings)
+        return None if settings is None else CompressOptions(**settings)
     except TypeError as error:
         raise ValueError(
             f"compression: expected the settings of CompressOptions, got others ({error}). The artifact was made by "
             "another version; compress again."
         ) from None
+
+
+@torch.no_grad()
+def restore_compression(
+    model: nn.Module, stored: Mapping[str, tuple[Tensor, Tensor]], options: CompressOptions | None
+) -> None:
+    """Give a masked model the adapters of an artifact and mark its layers as compressed with `options`."""
     for name, (left, right) in stored.items():
         layer = attach_adapter(model, name, left.shape[1])
-        layer.lora_left.copy_(left)
-        layer.lora_right.copy_(right)
+        layer.lora_left.data = left.to(layer.weight.device, copy=True)  # in the dtype that was stored
+        layer.lora_right.data = right.to(layer.weight.device, copy=True)
     if options is not None:
         for linear in maskable_linears(model).values():
             if isinstance(getattr(linear, "keep_mask", None), Tensor):
@@ -213,6 +224,11 @@ def _check_model(
             raise ValueError(
                 f"{label}: expected its dense weight, which adapters are made from, got a pruned one. Load the dense "
                 "model and pass the masks (and updated weights)."
+            )
+        if isinstance(own, Tensor) and (revived := int((masks[name].to(own.device) & ~own).sum())):
+            raise ValueError(
+                f"{label}: expected a mask that keeps no weight which was pruned before, got {revived} of them. Load "
+                "the dense model and pass the masks."
             )
     for name, weight in weights.items():
         if name not in linears or weight.shape != linears[name].weight.shape:

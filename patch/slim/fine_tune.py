@@ -9,13 +9,14 @@ Source: fine-tuning step of SLiM (Mozaffari, Yazdanbakhsh, Mehri Dehnavi 2025), 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from patch.calibration import check_calibration
+from patch.checkpoint import model_fingerprint
 from patch.export import check_masks_hold
+from patch.folder import dump_json, read_json
 from patch.models import keep_masks
 from patch.slim.lora import AdaptedLinear
 from patch.trainer import prepared
+from patch.training_state import TRAINER_STATE, checkpoints, data_fingerprint, tensors_fingerprint
 
 logger = logging.getLogger(__name__)
 
 # Data of the published code: 30,000 blocks of 1024 tokens of SlimPajama.
 DEFAULT_DATA, DEFAULT_BLOCK_SIZE, DEFAULT_BLOCKS = "slimpajama", 1024, 30_000
+RUN = "run.json"
+# Settings that may change between two parts of one run, because the trajectory does not depend on them.
+_FREE_SETTINGS = ("save_steps", "save_total_limit", "log_steps", "grad_checkpoint")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -123,11 +129,12 @@ def fine_tune(
                 autocast: steps of 1e-5 would vanish in bf16.
     blocks      (blocks, tokens) int64 token ids; the labels are the ids themselves
     output_dir  folder of Trainer's checkpoints; None keeps none
-    resume      go on from the newest checkpoint in output_dir (or start, if there is none)
+    resume      go on from the newest complete checkpoint in output_dir (or start, if there is none); one of another
+                model, masks, blocks or settings is refused
     callbacks, report_to  passed to transformers' Trainer
     raises      ValueError or TypeError before any work; ValueError naming the layer when a pruned weight is not
-                zero, before a checkpoint with it is written; FloatingPointError for a loss that is not finite,
-                before the step is made. After an error the model holds what was reached.
+                zero, before a checkpoint with it is written; FloatingPointError for a loss or gradient that is not
+                finite, before the step is made. After an error the model holds what was reached.
     """
     options = FineTuneOptions() if options is None else options
     trained = trained_parameters(model)
@@ -149,21 +156,62 @@ def fine_tune(
                     "choose another folder."
                 )
             folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = get_last_checkpoint(str(folder)) if resume else None
+        checkpoint = checkpoint_to_resume(model, blocks, options, folder) if resume else None
+        if checkpoint is None and int(os.environ.get("RANK", "0")) == 0:
+            (folder / RUN).write_bytes(dump_json(_identity(model, blocks, options)))
         stack.enter_context(prepared(model, options))
         mixed = stack.enter_context(_trainable(model, trained))
         trainer = _MaskedTrainer(
             model=model,
             args=_arguments(options, folder, steps, mixed, output_dir is not None, progress, report_to),
             train_dataset=_Blocks(blocks[: len(blocks) // options.batch_size * options.batch_size]),
-            callbacks=[_ZerosAgain(model), *callbacks],
+            callbacks=[_ZerosAgain(model, trained), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # After the callbacks of the last step, which the one that sets zeros came before.
         check_masks_hold(model)
     losses = tuple((line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line)
     return FineTuneResult(trainer.state.global_step, tuple(trained), losses)
+
+
+def checkpoint_to_resume(
+    model: nn.Module, blocks: Tensor, options: FineTuneOptions, output_dir: str | os.PathLike
+) -> Path | None:
+    """The newest complete checkpoint in output_dir, None if there is none; the model as `fine_tune` takes it.
+
+    raises  ValueError when it belongs to a run with another model, masks, blocks or settings.
+    """
+    folder = Path(output_dir)
+    for path in reversed(checkpoints(folder)):
+        try:
+            json.loads((path / TRAINER_STATE).read_bytes())  # Trainer writes it last
+        except (OSError, ValueError) as error:
+            logger.warning("ignoring an incomplete checkpoint: %s (%s)", path, error)
+        else:
+            break
+    else:
+        return None
+    expected = _identity(model, blocks, options)
+    found = read_json(folder / RUN) if (folder / RUN).is_file() else None
+    found = found if isinstance(found, dict) else {}
+    if differing := [key for key in expected if found.get(key) != expected[key]]:
+        raise ValueError(
+            f"resume: expected the model, masks, blocks and settings of the run in {folder}, got another "
+            f"{', '.join(differing)}. Resume with the same ones, or choose another folder."
+        )
+    return path
+
+
+def _identity(model: nn.Module, blocks: Tensor, options: FineTuneOptions) -> dict[str, Any]:
+    """JSON values that must agree before a run may go on."""
+    settings = {name: value for name, value in asdict(options).items() if name not in _FREE_SETTINGS}
+    return settings | {
+        "model": model_fingerprint(model),
+        "masks": tensors_fingerprint({"keep": keep_masks(model)}),
+        "blocks": data_fingerprint(blocks),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
 
 
 def trained_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -221,10 +269,21 @@ class _MaskedTrainer(Trainer):
 
 
 class _ZerosAgain(TrainerCallback):
-    """Sets the pruned weights to zero after each step: whatever an optimiser does to them, the mask wins."""
+    """Sets the pruned weights to zero after each step: whatever an optimiser does to them, the mask wins.
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    Before the step it refuses gradients that are not finite, which the optimiser would spread.
+    """
+
+    def __init__(self, model: nn.Module, trained: dict[str, list[nn.Parameter]]):
+        self._model, self._trained = model, trained
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for name, parameters in self._trained.items():
+            if not all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in parameters):
+                raise FloatingPointError(
+                    f"step {state.global_step + 1}: expected a finite gradient, got another one in {name}. The weights "
+                    "of the step before are unharmed; lower lr, or check the data and weights."
+                )
 
     @torch.no_grad()
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:

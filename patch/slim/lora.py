@@ -40,8 +40,12 @@ class AdaptedLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int) -> AdaptedLinear:
         """The layer with an adapter of zeros; weight, bias and keep mask are shared, not copied."""
-        adapted = cls(linear.in_features, linear.out_features, rank, False, linear.weight.device, linear.weight.dtype)
+        # On meta: a weight that is replaced at once is neither allocated nor drawn from the random generator.
+        adapted = cls(linear.in_features, linear.out_features, rank, False, "meta", linear.weight.dtype)
         adapted.weight, adapted.bias = linear.weight, linear.bias
+        for side in ("lora_left", "lora_right"):
+            zeros = torch.zeros_like(getattr(adapted, side), device=linear.weight.device)
+            setattr(adapted, side, nn.Parameter(zeros))
         adapted.train(linear.training)
         if isinstance(getattr(linear, "keep_mask", None), Tensor):
             set_keep_mask(adapted, linear.keep_mask)
@@ -85,11 +89,14 @@ def make_adapter(error: Tensor, options: CompressOptions, energy: Tensor | None 
     """
     rank = options.rank(tuple(error.shape))
     x = energy.to(error.dtype).sqrt() if options.slim_lora else torch.ones_like(error[0])
-    left_singular, singular, right_singular = torch.linalg.svd(error * x, full_matrices=False)
+    left_singular, singular, _ = torch.linalg.svd(error * x, full_matrices=False)
     found = min(rank, singular.numel())
     left = error.new_zeros(error.shape[1], rank)
     right = error.new_zeros(rank, error.shape[0])
-    left[:, :found] = right_singular[:found].T * singular[:found]
+    # V S = diag(x) (W - W_C)^T U. Taken from the SVD its rows have the rounding error of the largest one, which
+    # the division by x would blow up for an input that is almost always zero.
+    with full_precision():
+        left[:, :found] = x[:, None] * (error.T @ left_singular[:, :found])
     right[:found] = left_singular[:, :found].T
     if options.prune_lora:
         left, right = prune_left(left, right)

@@ -62,7 +62,11 @@ def quantize_weight(
     A matrix or group of zeros has scale 1. Scores and scales are fp32 (fp64 for fp64 weights).
     raises         ValueError or TypeError before any work.
     """
-    _check(weight, keep, bits, block, along_rows)
+    check_matrix(weight, keep)
+    check_bits(bits)
+    if block is not None:
+        check_block(block, "block")
+        check_groups(tuple(weight.shape), block, along_rows, "weight")
     kept = weight.detach().to(working_dtype(weight))
     if keep is not None:
         kept = kept.masked_fill(~keep, 0)
@@ -166,17 +170,14 @@ def _axis(block: int | None, along_rows: bool) -> int | tuple[int, int]:
     return (0, 1) if block is None else 2 if along_rows else 1
 
 
-def _check(weight: Tensor, keep: Tensor | None, bits: int, block: int | None, along_rows: bool) -> None:
+def check_matrix(weight: Tensor, keep: Tensor | None) -> None:
+    """Refuse what is no weight (N, K), and a mask that is not of its shape."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or weight.numel() == 0:
         got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight: expected a floating-point matrix (N, K), got {got}. Pass a Linear's weight.")
     if keep is not None and (not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != weight.shape):
         got = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
         raise TypeError(f"keep: expected a bool mask of shape {tuple(weight.shape)}, got {got}. Pass the layer's own.")
-    check_bits(bits)
-    if block is not None:
-        check_block(block, "block")
-        check_groups(tuple(weight.shape), block, along_rows, "weight")
 
 
 def check_bits(bits: int) -> None:
