@@ -299,11 +299,11 @@ def _read_pt(
     path: Path, wanted: Mapping[str, tuple[int, int]], known: Collection[str], model: nn.Module
 ) -> tuple[str, dict[str, Tensor], bool]:
     """(format, masks, whether 2:4 is exact) of MaskLLM's dict of masks, or of a state dict of masked weights."""
-    import pickle
+    from pickle import UnpicklingError
 
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: expected a .pt that holds only tensors, it does not load ({reason})") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

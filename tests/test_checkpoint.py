@@ -772,17 +772,23 @@ def test_mutated_headers_never_crash_or_lie(tmp_path, cases):
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_ATTRIBUTES = {("torch", "load"), ("torch", "save"), ("np", "load"), ("numpy", "load")}
+# Loaders of foreign files, with the switch that keeps them from unpickling anything but plain tensors.
+SAFE_LOADS = {("torch", "load", "weights_only", True), ("np", "load", "allow_pickle", False)}
 
 
 def unsafe_uses(source: str) -> list[str]:
     found = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    safe = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call) and is_safe_load(node)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
             found.append(node.func.id)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node not in safe:
             if (node.value.id, node.attr) in FORBIDDEN_ATTRIBUTES:
                 found.append(f"{node.value.id}.{node.attr}")
         names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and (node.module, names) == ("pickle", ["UnpicklingError"]):
+            continue  # an exception class, to be caught
         module = getattr(node, "module", None) or ""
         found += [n for n in [*names, module] if n.split(".")[0] in FORBIDDEN_MODULES]
         if isinstance(node, ast.ImportFrom) and module == "torch" and {"load", "save"} & set(names):
@@ -790,16 +796,32 @@ def unsafe_uses(source: str) -> list[str]:
     return found
 
 
+def is_safe_load(call: ast.Call) -> bool:
+    target = call.func
+    if not isinstance(target, ast.Attribute) or not isinstance(target.value, ast.Name):
+        return False
+    switches = {(k.arg, k.value.value) for k in call.keywords if isinstance(k.value, ast.Constant)}
+    return any((target.value.id, target.attr, *switch) in SAFE_LOADS for switch in switches)
+
+
 def test_the_checker_finds_unsafe_uses():
     for source in (
         "import pickle",
         "from pickle import loads",
+        "from pickle import UnpicklingError, loads",
         "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "torch.load(f, weights_only=flag)",
+        "load = torch.load",
+        "np.load(f)",
+        "np.load(f, allow_pickle=True)",
         "eval('1')",
         "from torch import load",
     ):
         assert unsafe_uses(source), source
     assert not unsafe_uses("model.eval()\nre.compile('x')\ntorch.compile(f)")
+    assert not unsafe_uses("from pickle import UnpicklingError\ntorch.load(f, weights_only=True)")
+    assert not unsafe_uses("np.load(f, allow_pickle=False)")
 
 
 @pytest.mark.parametrize("package", [patch, patch_kernels])
