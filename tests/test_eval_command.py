@@ -303,3 +303,27 @@ def test_names_that_are_taken_get_a_number(work, tmp_path, monkeypatch, capsys):
     for model in models:
         for report in model["perplexity"].values():
             assert f"{report['perplexity']:.4f}" in out
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("the second model failed")])
+def test_finished_models_are_written_when_a_later_one_fails(work, tmp_path, capsys, monkeypatch, error):
+    from patch import evaluate
+
+    measure, calls = evaluate.perplexity_report, []
+
+    def once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "perplexity_report", once)
+    flags = ["--model", work / "model", "--masks", work / "masks", "--data", work / "held.txt", "--window", 32]
+    status = cli.main([str(part) for part in ["eval", *flags, "--json", tmp_path / "results.json"]])
+    said = capsys.readouterr()
+    assert [model["label"] for model in json.loads((tmp_path / "results.json").read_text())["models"]] == ["dense"]
+    assert "perplexity" in said.out
+    if isinstance(error, KeyboardInterrupt):
+        assert status == 130 and "models that were finished are printed and in the files" in said.err
+    else:
+        assert status == 2 and "the second model failed" in said.err

@@ -66,9 +66,7 @@ class Options:
 def run(options: Options) -> None:
     """Evaluate the model, then every masked version and every other model, on the same texts and tasks."""
     _check(options)
-    from patch.evaluate import evaluation_set, perplexity_report, versions
-    from patch.results import make_results, markdown_tables, results_text, write_new_text
-    from patch.zero_shot import zero_shot_report
+    from patch.evaluate import evaluation_set
 
     tasks, task_manager = _tasks(options)
     tokenizer = _tokenizer(options)
@@ -78,27 +76,61 @@ def run(options: Options) -> None:
         sets[label] = evaluation_set(tokenizer, source, split=options.split, text_field=options.text_field)
     window = _window(options, sets)
     _check_masks(options)
-    models = []
-    for description, model in _models(options):
-        reports = {
-            name: perplexity_report(
-                model,
-                tokenizer,
-                text,
-                window=window,
-                max_windows=options.max_windows,
-                batch_size=options.batch_size,
-                progress=True,
-            )
-            for name, text in sets.items()
-        }
-        scores = None
-        if tasks:
-            how = {"batch_size": options.batch_size, "limit": options.limit, "bos": options.bos}
-            scores = zero_shot_report(model, tokenizer, tasks, task_manager=task_manager, **how)
-        models.append(description | {"perplexity": reports, "zero_shot": scores})
-        del model
-    _print(models, list(sets))
+    models: list[dict[str, Any]] = []
+    try:
+        for description, model in _models(options):
+            measured = _measure(options, model, tokenizer, sets, window, tasks, task_manager)
+            models.append(description | measured)
+            del model
+    finally:
+        # Also when a later model fails or the user interrupts: what was measured may have taken hours.
+        if models:
+            _finish(options, models, list(sets))
+
+
+def on_interrupt(options: Options) -> str:
+    """What was measured before is written."""
+    return "models that were finished are printed and in the files that were asked for; the others are not"
+
+
+def _measure(
+    options: Options,
+    model: nn.Module,
+    tokenizer: Any,
+    sets: Mapping[str, EvaluationSet],
+    window: int,
+    tasks: Sequence[str],
+    task_manager: Any,
+) -> dict[str, Any]:
+    """Perplexity on every set and the accuracies of one model."""
+    from patch.evaluate import perplexity_report
+    from patch.zero_shot import zero_shot_report
+
+    reports = {
+        name: perplexity_report(
+            model,
+            tokenizer,
+            text,
+            window=window,
+            max_windows=options.max_windows,
+            batch_size=options.batch_size,
+            progress=True,
+        )
+        for name, text in sets.items()
+    }
+    scores = None
+    if tasks:
+        how = {"batch_size": options.batch_size, "limit": options.limit, "bos": options.bos}
+        scores = zero_shot_report(model, tokenizer, tasks, task_manager=task_manager, **how)
+    return {"perplexity": reports, "zero_shot": scores}
+
+
+def _finish(options: Options, models: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> None:
+    """Print the results and write the files that were asked for."""
+    from patch.evaluate import versions
+    from patch.results import make_results, markdown_tables, results_text, write_new_text
+
+    _print(models, sets)
     command = ["patch-llm", *sys.argv[1:]]
     results = make_results(models, command=command, settings=to_dict(options), versions=versions())
     if str(options.markdown) == "-":
@@ -108,11 +140,6 @@ def run(options: Options) -> None:
         print(f"wrote {write_new_text(options.markdown, text)}")
     if options.json is not None:
         print(f"wrote {write_new_text(options.json, results_text(results))}")
-
-
-def on_interrupt(options: Options) -> str:
-    """Evaluation writes its files at the end."""
-    return "nothing was written; run the same command again"
 
 
 def _check(options: Options) -> None:
