@@ -214,3 +214,21 @@ def test_merging_changes_no_file():
     before = copy.deepcopy(files)
     results.merge_models(files, ["x", "y"])
     assert files == before
+
+
+@pytest.mark.parametrize(
+    ("method", "meta", "series"),
+    [
+        (None, None, "label"),
+        ("joint", {}, "PATCH joint"),
+        ("joint", {"compensation": {"method": "least_squares"}}, "PATCH joint compensated"),
+        ("mask_llm", {"compression": {"bitwidth": 4}, "fine_tune": {"steps": 1}}, "MaskLLM compressed fine-tuned"),
+        ("wanda", {"pattern": "unstructured"}, "wanda unstructured"),
+        ("wanda", {"pattern": "2:4", "compression": None}, "wanda"),
+    ],
+)
+def test_only_what_was_made_alike_is_one_curve(method, meta, series):
+    from patch.commands.report import _series
+
+    masks = None if meta is None else {"meta": meta}
+    assert _series({"label": "label", "method": method, "masks": masks}) == series

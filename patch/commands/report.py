@@ -19,6 +19,8 @@ examples:
 """
 SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
 # What the modes of `learn` are called in a legend.
+# What came after the masks, by the key of an artifact's meta.
+_STEPS = {"compensation": "compensated", "compression": "compressed", "fine_tune": "fine-tuned"}
 _SERIES = {"joint": "PATCH joint", "tile": "PATCH tile", "mask_llm": "MaskLLM"}
 TABLE, NUMBERS, PLOT = "report.md", "results.csv", "results.png"
 
@@ -74,5 +76,15 @@ def _plot(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sparsities = [model["sparsity"] for model in models]
     if len({sparsity for sparsity in sparsities[1:] if sparsity}) < 2:
         return {"panels": panels}
-    series = [_SERIES.get(model["method"], model["method"]) or model["label"] for model in models]
-    return {"panels": panels, "sparsities": sparsities, "series": series}
+    return {"panels": panels, "sparsities": sparsities, "series": [_series(model) for model in models]}
+
+
+def _series(model: Mapping[str, Any]) -> str:
+    """Curve of a model: what is not made alike is not joined by a line."""
+    if not model["method"]:
+        return model["label"]
+    meta = (model.get("masks") or {}).get("meta") or {}
+    parts = [_SERIES.get(model["method"], model["method"])]
+    if meta.get("pattern") == "unstructured":
+        parts.append("unstructured")
+    return " ".join(parts + [done for key, done in _STEPS.items() if meta.get(key)])
