@@ -178,9 +178,14 @@ class Study:
         """Where a cell's result is."""
         return self.out / "cells" / f"{cell.name}-seed{seed}"
 
-    def result(self, cell: Cell, seed: int, cells: dict[str, Cell]) -> dict[str, Any]:
-        """Numbers of a cell: read if it was made with the same settings and inputs, else made now."""
-        needed = {name: self.result(cells[name], seed, cells) for name in cell.needs}
+    def result(
+        self, cell: Cell, seed: int, cells: dict[str, Cell], *, finished_only: bool = False
+    ) -> dict[str, Any] | None:
+        """Numbers of a cell: read if it was made with the same settings and inputs, else made now.
+
+        finished_only  None for what would have to be made
+        """
+        needed = {name: self.result(cells[name], seed, cells, finished_only=finished_only) for name in cell.needs}
         key = digest(
             {
                 "cell": [cell.name, cell.target, seed],
@@ -193,7 +198,7 @@ class Study:
         self._keys[cell.name, seed] = key
         folder = self.folder(cell, seed)
         found = finished(folder, key)
-        if found is not None:
+        if found is not None or finished_only:
             return found
         self.say(f"{cell.name}, seed {seed}: running")
         begin = time.perf_counter()
@@ -445,12 +450,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         )
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"quality: {error}") from None
-    rows = [
-        {"cell": cell.name, "method": cell.label, "group": cell.group, "target": cell.target, "seed": seed}
-        | study.result(cell, seed, cells)
-        for seed in arguments.seeds
-        for cell in chosen
-    ]
+    rows = []
+    for seed in arguments.seeds:
+        for cell in chosen:
+            result = study.result(cell, seed, cells, finished_only=arguments.finished_only)
+            if result is not None:
+                shown = {"cell": cell.name, "method": cell.label, "group": cell.group, "target": cell.target}
+                rows.append(shown | {"seed": seed} | result)
+    if not rows:
+        raise SystemExit(f"quality: expected finished cells in {out}, found none. Run it without --finished-only.")
     about = {
         "command": "python -m benchmarks.quality " + shlex.join(sys.argv[1:] if argv is None else argv),
         "model": inputs[0],
@@ -487,6 +495,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--targets", type=listed(float), default=(0.45, 0.35, 0.25), help="shares of zeros")
     parser.add_argument("--seeds", type=listed(int), default=(0, 1, 2), help="default 0,1,2")
     parser.add_argument("--cells", type=listed(str), default=("*",), help="names or patterns (default all)")
+    parser.add_argument("--finished-only", action="store_true", help="run nothing: write what is there so far")
     parser.add_argument("--ablations", type=listed(_ablation_name), default=(), help=", ".join(ABLATIONS))
     parser.add_argument(
         "--compensations",

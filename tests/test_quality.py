@@ -137,6 +137,22 @@ def test_a_changed_setting_runs_what_depends_on_it(copied, inputs, capsys):
     assert made_cells(capsys) == [(name, "0") for name in ("maskllm", "joint-35", "tile-35")]
 
 
+def test_what_is_there_so_far_can_be_written_without_running_anything(copied, inputs, tmp_path, capsys):
+    shutil.rmtree(copied / "cells" / "wanda-seed1")
+    capsys.readouterr()
+    rows = quality.main(arguments(inputs, copied, "--finished-only"))
+    assert made_cells(capsys) == []
+    assert [(row["cell"], row["seed"]) for row in rows] == [
+        (name, seed) for seed in (0, 1) for name in CELLS if (name, seed) != ("wanda", 1)
+    ]
+    with (copied / "quality.csv").open() as file:
+        assert {line["cell"]: line["seeds"] for line in csv.DictReader(file)} == dict.fromkeys(CELLS, "2") | {
+            "wanda": "1"
+        }
+    with pytest.raises(SystemExit, match=r"expected finished cells in .* found none"):
+        quality.main(arguments(inputs, tmp_path / "none", "--finished-only"))
+
+
 def test_a_cell_makes_what_it_needs_first_and_an_interrupt_loses_nothing(inputs, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
