@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_HELP = "model folder or Hugging Face id"
 DATA_HELP = "text: a .txt, .jsonl or .parquet file, or c4, wikitext2, ptb, slimpajama"
+CALIBRATION_SEQLEN = 2048
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -222,6 +223,25 @@ def artifact_folder(path: str | os.PathLike, flag: str = "--masks") -> Path:
             "`patch-llm learn ... --resume`."
         )
     return folder
+
+
+def load_calibration(options: Any, model: nn.Module, tokenizer: Any = None) -> tuple[torch.Tensor, str]:
+    """Calibration samples (nsamples, seqlen) that a command's options ask for, and the SHA-256 of their text.
+
+    options    with data, text_field, nsamples, seqlen (None: 2048, or what the model allows) and seed
+    tokenizer  default: the one saved beside options.model
+    """
+    from patch.data import calibration_windows
+    from patch.evaluate import context_length
+
+    return calibration_windows(
+        load_tokenizer(options.model) if tokenizer is None else tokenizer,
+        options.data,
+        nsamples=options.nsamples,
+        seqlen=options.seqlen or min(CALIBRATION_SEQLEN, context_length(model) or CALIBRATION_SEQLEN),
+        seed=options.seed,
+        text_field=options.text_field,
+    )
 
 
 def apply_artifact(model: nn.Module, artifact: Artifact) -> None:

@@ -25,7 +25,6 @@ examples:
       reads its calibration text from the training split and measures on the test split
 """
 SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
-DEFAULT_SEQLEN = 2048
 
 
 @dataclass(frozen=True)
@@ -65,24 +64,15 @@ def run(options: Options) -> None:
     heldout_source = _heldout_source(options)
     common.artifact_folder(options.masks)
     from patch.checkpoint import save_artifact
-    from patch.data import calibration_windows
-    from patch.evaluate import context_length
     from patch.models import maskable_linears, measured_sparsity
     from patch.pruning import compensate
 
     model = common.load_model(options.model, dtype=options.dtype, device=options.device)
     source = common.load_masks(options.masks, model)
     _check_masks_only(options, source.meta)
-    seqlen = options.seqlen or min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN)
     tokenizer = common.load_tokenizer(options.model)
-    calibration, text_sha256 = calibration_windows(
-        tokenizer,
-        options.data,
-        nsamples=options.nsamples,
-        seqlen=seqlen,
-        seed=options.seed,
-        text_field=options.text_field,
-    )
+    calibration, text_sha256 = common.load_calibration(options, model, tokenizer)
+    seqlen = calibration.shape[1]
     heldout = _heldout_windows(options, tokenizer, heldout_source, seqlen)
     linears = maskable_linears(model)
     result = compensate(

@@ -12,8 +12,6 @@ from patch.commands.common import setting
 from patch.config import RESOLVED_NAME, dump_yaml
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from patch.slim.options import CompressOptions
 
 NAME = "compress"
@@ -27,7 +25,6 @@ examples:
 The masks may come from prune (any method) or learn; they do not change.
 """
 SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
-DEFAULT_SEQLEN = 2048
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def run(options: Options) -> None:
             f"--masks: expected masks that are not compressed yet, {options.masks} is a result of compress. Give what "
             "it was made from."
         )
-    calibration, text_sha256 = _calibration(options, model) if settings.needs_calibration else (None, None)
+    calibration, text_sha256 = common.load_calibration(options, model) if settings.needs_calibration else (None, None)
     errors = compress_model(
         model,
         artifact.masks,
@@ -134,17 +131,3 @@ def _settings(options: Options) -> CompressOptions:
     if not settings.is_active:
         raise ValueError("expected --quantize-weight or --lora-rank, got neither. Give at least one of them.")
     return settings
-
-
-def _calibration(options: Options, model: nn.Module) -> tuple[Tensor, str]:
-    from patch.data import calibration_windows
-    from patch.evaluate import context_length
-
-    return calibration_windows(
-        common.load_tokenizer(options.model),
-        options.data,
-        nsamples=options.nsamples,
-        seqlen=options.seqlen or min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN),
-        seed=options.seed,
-        text_field=options.text_field,
-    )

@@ -33,7 +33,6 @@ SECTION_FLAGS = {
     "--prox-lr": ("prox.lr", "LR", "prox_sparse: peak learning rate (default 1e-4)"),
     "--prox-steps": ("prox.steps", "N", "prox_sparse: training steps (default 400)"),
 }
-DEFAULT_SEQLEN = 2048
 DEFAULT_NSAMPLES = {"prox_sparse": 400}
 
 
@@ -118,7 +117,7 @@ def run(options: Options) -> None:
     if method.needs_calibration:
         common.check_text_source(options.data)
     model = common.load_model(options.model, dtype=options.dtype, device=options.device)
-    calibration, text_sha256 = _calibration(options, model) if method.needs_calibration else (None, None)
+    calibration, text_sha256 = common.load_calibration(options, model) if method.needs_calibration else (None, None)
     # The reference is made from the dense model, so before that is pruned.
     scores = None
     if options.target_sparsity is not None:
@@ -183,21 +182,6 @@ def _prox_config(options: Options) -> ProxSparseConfig | None:
             "unstructured mask."
         )
     return configuration.build(ProxSparseConfig, options.prox, prefix="prox.")
-
-
-def _calibration(options: Options, model: nn.Module) -> tuple[Tensor, str]:
-    from patch.data import calibration_windows
-    from patch.evaluate import context_length
-
-    seqlen = options.seqlen or min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN)
-    return calibration_windows(
-        common.load_tokenizer(options.model),
-        options.data,
-        nsamples=options.nsamples,
-        seqlen=seqlen,
-        seed=options.seed,
-        text_field=options.text_field,
-    )
 
 
 def _tile_scores(options: Options, model: nn.Module, calibration: Tensor | None) -> dict[str, Tensor]:
