@@ -339,6 +339,12 @@ def test_the_command_refuses(work, tmp_path, capsys, monkeypatch, extra, message
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_does_not_replace_the_masks_it_reads(work, capsys):
+    assert command(work, work / "masks", "--heldout", work / "held.txt", "--overwrite") == 2
+    assert "--out: expected another folder than that of --masks" in capsys.readouterr().err
+    assert load_artifact(work / "masks").meta["method"] == "joint"
+
+
 def test_the_command_refuses_too_little_heldout_text(work, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("short")
     assert command(work, tmp_path / "out", "--heldout", tmp_path / "short.txt") == 2

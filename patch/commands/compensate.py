@@ -62,7 +62,9 @@ def run(options: Options) -> None:
     out = common.check_new_folder(options.out, overwrite=options.overwrite, what="result")
     common.check_text_source(options.data)
     heldout_source = _heldout_source(options)
-    common.artifact_folder(options.masks)
+    masks = common.artifact_folder(options.masks)
+    if options.overwrite:
+        common.check_input_stays(masks, out)
     from patch.checkpoint import save_artifact
     from patch.models import maskable_linears, measured_sparsity
     from patch.pruning import compensate
