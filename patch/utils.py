@@ -35,7 +35,15 @@ from patch.folder import file_sha256, resolve_folder
 from patch.foreign_masks import locate, read_masks
 from patch.models import apply_keep_masks, maskable_linears
 from patch.priors import tile_scores
-from patch.pruning import ProxSparseConfig, PruneOptions, check_prunable, get_method, prune_model, reference_method
+from patch.pruning import (
+    ProxSparseConfig,
+    PruneOptions,
+    check_prunable,
+    get_method,
+    prune_model,
+    proxsparse,
+    reference_method,
+)
 from patch.pruning.methods import make_options
 from patch.slim import CompressOptions, compress_model
 from patch.slim.compress import adapters, restore_compression, stored_options
@@ -47,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SEQLEN = 2048
 MASKLLM = "maskllm"  # not a pruning method: the masks are those of prune_args["maskllm_checkpoint"]
-PROX_SPARSE_NSAMPLES = 400  # of its published settings: one for each step
 PRUNE_DEFAULTS: dict[str, Any] = {
     "prune_method": "wanda",
     "sparsity_type": "2:4",
@@ -253,7 +260,7 @@ def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
         raise ValueError(f"prune_args: unknown keys {unknown}; expected only {sorted(PRUNE_DEFAULTS)}")
     args = PRUNE_DEFAULTS | values
     if get_method(_computed(args["prune_method"])).is_learned:
-        args["nsamples"] = values.get("nsamples", PROX_SPARSE_NSAMPLES)
+        args["nsamples"] = values.get("nsamples", proxsparse.DEFAULT_NSAMPLES)
         args["prox_sparse"] = _prox_config(args["prox_sparse"])
         if args["sparsity_type"] != "2:4":
             raise ValueError(

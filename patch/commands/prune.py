@@ -33,7 +33,7 @@ SECTION_FLAGS = {
     "--prox-lr": ("prox.lr", "LR", "prox_sparse: peak learning rate (default 1e-4)"),
     "--prox-steps": ("prox.steps", "N", "prox_sparse: training steps (default 400)"),
 }
-DEFAULT_NSAMPLES = {"prox_sparse": 400}
+DEFAULT_NSAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def run(options: Options) -> None:
     out = common.check_new_folder(options.out, overwrite=options.overwrite, what="result")
     from patch.checkpoint import config_fingerprint, save_artifact
     from patch.models import maskable_linears, measured_sparsity
-    from patch.pruning import check_prunable, get_method, prune_model
+    from patch.pruning import check_prunable, get_method, proxsparse, prune_model
     from patch.pruning.methods import make_options
 
     method = get_method(options.method)
@@ -110,7 +110,8 @@ def run(options: Options) -> None:
         options.shift_zero_metrics,
         options.precision,
     )
-    options = dataclasses.replace(options, nsamples=options.nsamples or DEFAULT_NSAMPLES.get(options.method, 128))
+    usual = proxsparse.DEFAULT_NSAMPLES if method.is_learned else DEFAULT_NSAMPLES
+    options = dataclasses.replace(options, nsamples=options.nsamples or usual)
     prox = _prox_config(options)
     if prox is not None:
         options = dataclasses.replace(options, prox=configuration.to_dict(prox))

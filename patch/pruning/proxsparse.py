@@ -33,6 +33,10 @@ _DAMPED_STEPS = 20
 _BAR_INTERVAL = 10
 
 
+# Calibration samples of the published settings: one for each step.
+DEFAULT_NSAMPLES = 400
+
+
 @dataclass(frozen=True)
 class ProxSparseConfig:
     """How `learn_masks` trains; checked when made. Defaults are the published ones.
