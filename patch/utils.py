@@ -40,8 +40,8 @@ from patch.pruning import (
     PruneOptions,
     check_prunable,
     get_method,
-    prune_model,
     proxsparse,
+    prune_model,
     reference_method,
 )
 from patch.pruning.methods import make_options
