@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from benchmarks import harness
-from patch.learn import MOMENTS
-from patch.optimizer import LowPrecisionAdamW
+from patch.learn.config import MOMENTS
+from patch.learn.optimizer import LowPrecisionAdamW
 
 ELEMS = {"cpu": 1 << 24, "cuda": 1 << 26}  # far beyond the caches
 DRY_ELEMS = 1 << 12

@@ -29,13 +29,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import harness, shapes
 from benchmarks.bench_tile_linear import run_within
 from benchmarks.eager_masks import EagerMasks, shared_copy
-from patch.learn import MODES, LearnConfig, Schedule
-from patch.mask_trainer import MaskTrainer, ShuffledBlocks
-from patch.masked_linear import MaskedLayers
-from patch.models import maskable_linears
-from patch.trainer import Run as LearnRun
-from patch.trainer import prepared, training_arguments
-from patch.training_state import MetricsLog
+from patch.learn.config import MODES, LearnConfig
+from patch.learn.masked_linear import MaskedLayers
+from patch.learn.run import Run as LearnRun
+from patch.learn.run import training_arguments
+from patch.learn.schedules import Schedule
+from patch.learn.trainer import MaskTrainer, ShuffledBlocks
+from patch.models.modes import prepared
+from patch.models.structure import maskable_linears
+from patch.runs.metrics import MetricsLog
 from patch_kernels import PATTERNS, reference
 
 # In the order of shapes.CONFIG_FIELDS.

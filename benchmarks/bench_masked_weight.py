@@ -20,7 +20,7 @@ import torch
 from benchmarks import harness, shapes
 from benchmarks.bench_tile_linear import GRAPH_SECONDS, ROTATION_BYTES, run_within
 from benchmarks.eager_masks import sample_mask
-from patch.learn import MODES
+from patch.learn.config import MODES
 from patch_kernels import PATTERNS, mask_sampling, masked_weight, pack_keep, reference, tile_grid
 
 TILE = (128, 128)

@@ -16,7 +16,7 @@ import torch
 from benchmarks import harness, shapes
 from benchmarks.bench_tile_linear import packed_weight, run_within
 from benchmarks.gpu_checks import fallback_reason
-from patch_kernels import ops
+from patch_kernels.ops import LIBRARY_PATH
 
 CHOICE = ("bn", "token_ctas", "row_ctas", "splits", "depth")
 CAPACITY = 256
@@ -27,7 +27,7 @@ class Plans:
     """The library's hooks for choosing a plan by hand."""
 
     def __init__(self):
-        self._library = ctypes.CDLL(str(ops.LIBRARY_PATH))
+        self._library = ctypes.CDLL(str(LIBRARY_PATH))
         self._library.patch_kernels_plan_choices.argtypes = [
             ctypes.c_int,
             *[ctypes.c_int64] * 4,

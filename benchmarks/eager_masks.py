@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patch.learn import LearnConfig
-from patch.masked_linear import MaskedLinear
+from patch.learn.config import LearnConfig
+from patch.learn.masked_linear import MaskedLinear
 from patch_kernels import PATTERNS
 from patch_kernels.reference import expand_tiles, unpack_keep
 

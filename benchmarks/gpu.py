@@ -210,7 +210,7 @@ def masks(options) -> dict:
     import torch
 
     from benchmarks import gpu_mask_checks as checks
-    from patch.learn import MODES
+    from patch.learn.config import MODES
 
     if options.dry_run:
         cases = [
@@ -328,7 +328,7 @@ def mask_rows(run, place: Callable[[object], str]) -> dict:
 
 def learn_step(options) -> dict:
     from benchmarks import bench_learn_step as bench
-    from patch.learn import MODES
+    from patch.learn.config import MODES
 
     wrong = [text for mode in MODES for text in bench.check(mode, device="cpu" if options.dry_run else "cuda")]
     if wrong:

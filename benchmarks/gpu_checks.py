@@ -15,8 +15,9 @@ import torch
 
 from benchmarks import gpu_mask_checks
 from benchmarks.bench_tile_linear import packed_weight
-from patch_kernels import PATTERNS, TiledLinear, TiledWeight, ops, reference, tile_grid
+from patch_kernels import PATTERNS, TiledLinear, TiledWeight, reference, tile_grid
 from patch_kernels._library import gemm_status
+from patch_kernels.ops import LIBRARY_PATH
 
 # N, K: one tile, tails on both sides, an odd number of tile rows, several splits of K, more rows than SMs.
 EXACT_SHAPES = [(128, 128), (129, 130), (100, 72), (384, 1024), (640, 2056), (256, 11008), (4096, 4096), (20480, 512)]
@@ -68,7 +69,7 @@ def on_device(tiled: TiledWeight, device: str) -> TiledWeight:
 
 def fallback_reason() -> str | None:
     """Why the calls so far did not run the sparse kernels of this GPU, or None: a fall-back is right, and slow."""
-    status = gemm_status(ops.LIBRARY_PATH, torch.cuda.current_device())
+    status = gemm_status(LIBRARY_PATH, torch.cuda.current_device())
     if status["state"] == "works" and not status["reason"]:
         return None
     return f"{status['family']} kernels {status['state']}: {status['reason'] or 'no reason given'}"

@@ -25,7 +25,7 @@ from benchmarks.bench_masked_weight import (
     ours,
     settings,
 )
-from patch.learn import MODES, LearnConfig
+from patch.learn.config import MODES, LearnConfig
 from patch_kernels import masked_weight, reference
 
 NOISE = (5, 7, 9)
@@ -147,7 +147,7 @@ def same_mask_cases(device: str, draws: int) -> Iterator[tuple[str, int]]:
 def learn_case(device: str, mode: str) -> Iterator[tuple[str, int]]:
     """(case, differences) of a short learn() from a repetition: masks and logged values, bit for bit."""
     from benchmarks import bench_learn_step  # with transformers; the tools that watch the op need neither
-    from patch.trainer import learn
+    from patch.learn.run import learn
 
     base = bench_learn_step.build_model("dry", torch.float32, device)
     # Attention by plain matrix products: the backward pass of the fused one adds in no fixed order.

@@ -15,8 +15,8 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from benchmarks import harness, shapes
-from patch.learn import LearnConfig
-from patch.memory import CARDS_GB, GB, learning_memory
+from patch.learn.config import LearnConfig
+from patch.learn.memory import CARDS_GB, GB, learning_memory
 
 SEQLEN = 4096
 # Configuration class and what is not in shapes.CONFIGS.

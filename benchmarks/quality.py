@@ -31,19 +31,25 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness, quality_report
-from patch import __version__, demo, demo_model
-from patch.checkpoint import load_artifact, model_fingerprint, save_artifact
-from patch.data import calibration_windows, evaluation_text, text_sha256, tokenize, training_blocks
-from patch.demo_settings import DemoSettings
-from patch.evaluate import context_length, perplexity
-from patch.folder import dump_json, write_folder
-from patch.hf import load
-from patch.learn import LearnConfig
-from patch.models import maskable_linears, measured_sparsity
+from patch import __version__
+from patch.artifacts.artifact import load_artifact, save_artifact
+from patch.data.tokens import calibration_windows, evaluation_text, text_sha256, tokenize, training_blocks
+from patch.demo import corpus as corpus_module
+from patch.demo import model as demo_model
+from patch.demo import run as demo_run
+from patch.demo.settings import DemoSettings
+from patch.evaluate.cross_entropy import perplexity
+from patch.files.folder import write_folder
+from patch.files.strict_json import dump_json
+from patch.learn.config import LearnConfig
+from patch.learn.run import learn
+from patch.models.facts import context_length, model_fingerprint
+from patch.models.keep_masks import measured_sparsity
+from patch.models.structure import maskable_linears
+from patch.packed.load import load
 from patch.priors import tile_scores
 from patch.pruning import COMPENSATIONS, METHODS, ProxSparseConfig, compensate, get_method, prune_model
-from patch.stages import STAGE_FILE, digest, finished
-from patch.trainer import learn
+from patch.runs.stages import STAGE_FILE, digest, finished
 from patch_kernels import payload_bytes, tiles_that_are_two_of_four
 
 DEFAULT_WINDOW = 2048
@@ -373,10 +379,10 @@ def _percent(target: float) -> str:
 def demo_inputs(out: Path, say: Callable[[str], None]) -> tuple[str, str, str]:
     """Folder of the demo's dense model, trained if it is not there, and files of its texts."""
     settings = DemoSettings().model
-    corpus = demo_model.load_corpus()
+    corpus = corpus_module.load_corpus()
     folder, key = out / "model", digest([dataclasses.asdict(settings), corpus.sha256, __version__, torch.__version__])
     if finished(folder, key) is None:
-        model, tokenizer, numbers = demo.make_dense(corpus, settings, say)
+        model, tokenizer, numbers = demo_run.make_dense(corpus, settings, say)
 
         def write(directory: Path) -> None:
             model.save_pretrained(directory)

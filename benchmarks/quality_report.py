@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from patch import report
-from patch.config import write_text_atomic
+from patch.evaluate import plots, tables
+from patch.files.atomic import write_text_atomic
 
 # Perplexity columns of a cell, in order, and what the table calls them.
 PERPLEXITIES = {
@@ -40,9 +40,9 @@ def write(out: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, str]
     summary = summarize(rows)
     columns = [name for name in PERPLEXITIES if any(name in row for row in rows)]
     keys = dict.fromkeys(itertools.chain.from_iterable(rows))
-    report.write_csv(out / "quality_cells.csv", [{key: row.get(key, "") for key in keys} for row in rows])
-    report.write_csv(out / "quality.csv", summary)
-    table = report.format_table([_shown(row, columns) for row in summary], markdown=True)
+    tables.write_csv(out / "quality_cells.csv", [{key: row.get(key, "") for key in keys} for row in rows])
+    tables.write_csv(out / "quality.csv", summary)
+    table = tables.format_table([_shown(row, columns) for row in summary], markdown=True)
     lines = [f"* {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()]
     sweep = "; sweep: SparseGPT's update with the mask given" if "compensated_sparsegpt" in columns else ""
     text = "\n".join(["# Quality of every method", "", *lines, "", table, NOTES.format(sweep=sweep)])
@@ -119,7 +119,7 @@ def plot(path: Path, summary: Sequence[Mapping[str, Any]], columns: Sequence[str
     all_axes[0].set_ylabel("held-out perplexity (lower is better)")
     if all_axes[-1].has_data():
         all_axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    report.save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 def _styles(groups: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from patch_kernels.ops import DENSE_TILE_BYTES, SPARSE_TILE_BYTES, tile_grid
+from patch_kernels.ops.tile_linear import DENSE_TILE_BYTES, SPARSE_TILE_BYTES, tile_grid
 
 # (N, K) of the four projections of a decoder layer, QKV and gate+up fused.
 MODELS = {

@@ -11,12 +11,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
-    from patch.hf import load
+    from patch.packed import load
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from patch.hf import load
+        from patch.packed import load
 
         return load
     raise AttributeError(f"module 'patch' has no attribute {name!r}")

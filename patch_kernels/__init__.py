@@ -1,11 +1,11 @@
 """Ops on hybrid dense / 2:4 weights and the drop-in linear layer. Knows no model and no training."""
 
-from patch_kernels.adamw import adamw_step
-from patch_kernels.layout import TiledWeight, tiles_that_are_two_of_four
-from patch_kernels.linear import TiledLinear
-from patch_kernels.masked import MaskSampling, mask_sampling, masked_linear, masked_weight
-from patch_kernels.ops import payload_bytes, tile_grid, tile_linear
+from patch_kernels.ops.adamw import adamw_step
+from patch_kernels.ops.masked_weight import MaskSampling, mask_sampling, masked_linear, masked_weight
+from patch_kernels.ops.tile_linear import payload_bytes, tile_grid, tile_linear
 from patch_kernels.reference import PATTERNS, TILE, pack_keep, unpack_keep
+from patch_kernels.tiled_linear import TiledLinear
+from patch_kernels.tiled_weight import TiledWeight, tiles_that_are_two_of_four
 
 __all__ = [
     "PATTERNS",

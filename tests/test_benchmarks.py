@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-import patch_kernels.masked
+import patch_kernels.ops.masked_weight
 from benchmarks import (
     bench_adamw,
     bench_learn_step,
@@ -29,7 +29,7 @@ from benchmarks import (
     memory_table,
     shapes,
 )
-from patch.masked_linear import MaskedLinear
+from patch.learn.masked_linear import MaskedLinear
 from patch_kernels import masked_weight, payload_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -432,7 +432,7 @@ def test_a_captured_mask_makes_nothing_on_the_host(monkeypatch):
 
     def capture(calls, launches):
         with monkeypatch.context() as during:
-            during.setattr(patch_kernels.masked, "mask_sampling", refused)
+            during.setattr(patch_kernels.ops.masked_weight, "mask_sampling", refused)
             for call in calls:
                 call()
         return calls

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from patch.calibration import calibration_mode, capture_block_inputs
-from patch.models import decoder_blocks, keep_masks, maskable_linears, measured_sparsity
+from patch.models.keep_masks import keep_masks, measured_sparsity
+from patch.models.modes import calibration_mode
+from patch.models.structure import decoder_blocks, maskable_linears
 from patch.pruning import METHODS, Method, prune_model, prune_weight, sparsegpt, wanda
+from patch.pruning.block_inputs import capture_block_inputs
 
 ARCHITECTURES = ["llama", "qwen2", "gemma3", "opt"]
 SEQLEN = 40  # longer than Gemma-3's window of 16, so that its two masks differ

@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 
 import patch
 import patch_kernels
-from patch import checkpoint, folder, headers
-from patch.checkpoint import load_artifact, save_artifact, verify_folder, write_folder
+from patch.artifacts.artifact import load_artifact, save_artifact
+from patch.files import folder, safetensors_header
+from patch.files.folder import verify_folder, write_folder
+from patch.models import facts
 
 MANIFEST = folder.MANIFEST
 
@@ -718,7 +720,7 @@ def test_bad_safetensors_header_is_refused(tmp_path, data, message):
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message) as error:
-        headers.read_header(path)
+        safetensors_header.read_header(path)
     assert str(path) in str(error.value)
 
 
@@ -727,7 +729,7 @@ def test_header_of_directory_fifo_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "fifo")
     for name, message in (("", "found a directory"), ("fifo", "special file"), ("link", "found a link")):
         with pytest.raises(ValueError, match=message):
-            headers.read_header(tmp_path / name)
+            safetensors_header.read_header(tmp_path / name)
 
 
 def test_header_agrees_with_safetensors(tmp_path):
@@ -740,7 +742,7 @@ def test_header_agrees_with_safetensors(tmp_path):
         "f": torch.zeros(3, dtype=torch.float8_e4m3fn),
     }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    header = headers.read_header(tmp_path / "x.safetensors")
+    header = safetensors_header.read_header(tmp_path / "x.safetensors")
     assert {name: info.shape for name, info in header.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
     assert all(info.nbytes == tensors[n].numel() * tensors[n].element_size() for n, info in header.items())
     assert [header[n].dtype for n in "abcdef"] == ["BF16", "F32", "I64", "U8", "BOOL", "F8_E4M3"]
@@ -760,7 +762,7 @@ def test_mutated_headers_never_crash_or_lie(tmp_path, cases):
             data[draw.randrange(length)] = draw.randrange(256)
         path.write_bytes(data)
         try:
-            header = headers.read_header(path)
+            header = safetensors_header.read_header(path)
         except ValueError:
             continue
         taken = sum(info.nbytes for info in header.values())
@@ -846,9 +848,9 @@ def test_importing_the_package_is_cheap():
 
 def test_fingerprints(tiny_model):
     model = tiny_model()
-    fingerprint, config = checkpoint.model_fingerprint(model), checkpoint.config_fingerprint(model.config)
-    assert checkpoint.model_fingerprint(tiny_model()) == fingerprint != checkpoint.model_fingerprint(tiny_model(seed=1))
+    fingerprint, config = facts.model_fingerprint(model), facts.config_fingerprint(model.config)
+    assert facts.model_fingerprint(tiny_model()) == fingerprint != facts.model_fingerprint(tiny_model(seed=1))
     model.config.use_cache = False
     model.config._name_or_path = "elsewhere"
-    assert checkpoint.config_fingerprint(model.config) == config
-    assert checkpoint.config_fingerprint(tiny_model(intermediate_size=200).config) != config
+    assert facts.config_fingerprint(model.config) == config
+    assert facts.config_fingerprint(tiny_model(intermediate_size=200).config) != config

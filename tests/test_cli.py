@@ -14,9 +14,10 @@ import yaml
 from conftest import build_byte_tokenizer, build_tiny_model
 
 from patch import cli
-from patch.commands import common
-from patch.commands import generate as generate_command
-from patch.commands import learn as learn_command
+from patch.artifacts.apply import apply_artifact
+from patch.cli import inputs, parser
+from patch.cli.commands import generate as generate_command
+from patch.cli.commands import learn as learn_command
 
 
 def text(lines: int) -> str:
@@ -49,7 +50,7 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 
 
 def test_prune_writes_masks_scores_and_configuration(work):
-    from patch.checkpoint import load_artifact
+    from patch.artifacts.artifact import load_artifact
 
     artifact = load_artifact(work / "prior", model=build_tiny_model("llama"))
     assert all(torch.equal(k.view(-1, 4).sum(1), torch.full((k.numel() // 4,), 2)) for k in artifact.masks.values())
@@ -64,7 +65,7 @@ def test_prune_writes_masks_scores_and_configuration(work):
 
 
 def test_prune_from_its_resolved_configuration_gives_the_same_masks(work, tmp_path, capsys):
-    from patch.checkpoint import load_artifact
+    from patch.artifacts.artifact import load_artifact
 
     status, _, _ = run(
         capsys, "prune", "--config", work / "prior" / "config.resolved.yaml", "--out", tmp_path / "again"
@@ -88,10 +89,10 @@ def test_prune_keeps_updated_weights(work, tmp_path, method):
         "32",
     ]
     assert cli.main(["prune", *flags, "--method", method, "--out", str(out)]) == 0
-    model = common.load_model(str(work / "model"))
+    model = inputs.load_model(str(work / "model"))
     dense = {name: weight.clone() for name, weight in model.state_dict().items()}
-    artifact = common.load_masks(out, model)
-    common.apply_artifact(model, artifact)
+    artifact = inputs.load_masks(out, model)
+    apply_artifact(model, artifact)
     name, keep = next(iter(artifact.masks.items()))
     weight = model.get_submodule(name).weight
     assert not weight[~keep].any()
@@ -99,8 +100,8 @@ def test_prune_keeps_updated_weights(work, tmp_path, method):
 
 
 def test_pruning_flags_reach_the_method(work, tmp_path):
-    from patch.checkpoint import load_artifact
-    from patch.data import calibration_windows
+    from patch.artifacts.artifact import load_artifact
+    from patch.data.tokens import calibration_windows
     from patch.priors import tile_scores
     from patch.pruning import prune_model
 
@@ -112,10 +113,10 @@ def test_pruning_flags_reach_the_method(work, tmp_path):
     options = {"precision": "fp64", "damping": 0.3, "block_size": 32}
     assert {key: artifact.meta[key] for key in options} == options
     calibration, _ = calibration_windows(
-        common.load_tokenizer(str(work / "model")), str(work / "train.txt"), nsamples=4, seqlen=32, seed=0
+        inputs.load_tokenizer(str(work / "model")), str(work / "train.txt"), nsamples=4, seqlen=32, seed=0
     )
     for pattern, sparsity in (("unstructured", 0.35), ("2:4", 0.5)):
-        model = common.load_model(str(work / "model"), device="cpu")
+        model = inputs.load_model(str(work / "model"), device="cpu")
         masks = prune_model(model, "thanos", pattern=pattern, sparsity=sparsity, calibration=calibration, **options)
         for name, keep in masks.items():
             if pattern == "unstructured":
@@ -126,7 +127,7 @@ def test_pruning_flags_reach_the_method(work, tmp_path):
 
 
 def test_the_default_block_size_of_the_method_is_recorded(work, tmp_path):
-    from patch.checkpoint import load_artifact
+    from patch.artifacts.artifact import load_artifact
 
     assert load_artifact(work / "prior").meta["block_size"] == 128
     flags = f"--model {work}/model --data {work}/train.txt --nsamples 1 --seqlen 32 --method thanos --out {tmp_path}/o"
@@ -135,8 +136,8 @@ def test_the_default_block_size_of_the_method_is_recorded(work, tmp_path):
 
 
 def test_learn_meets_the_exact_budget_and_saves_its_configuration(work):
-    from patch.checkpoint import load_artifact
-    from patch.models import measured_sparsity
+    from patch.artifacts.artifact import load_artifact
+    from patch.models.keep_masks import measured_sparsity
 
     artifact = load_artifact(work / "learned" / "result")
     # 4096 of the weights of a 64x64 tile make one step of the budget.
@@ -160,8 +161,8 @@ def test_finished_learning_is_applied_again_with_resume(work, capsys):
 
 
 def test_learn_goes_on_after_an_interrupt(work, tmp_path, capsys, monkeypatch):
-    from patch.checkpoint import load_artifact
-    from patch.trainer import MaskTrainer
+    from patch.artifacts.artifact import load_artifact
+    from patch.learn.trainer import MaskTrainer
 
     arguments = ["learn", "--config", work / "learned" / "config.resolved.yaml", "--out", tmp_path / "run"]
     arguments += ["--set", "learn.save_steps=1"]
@@ -259,7 +260,7 @@ def test_export_eval_and_generate(work, tmp_path, capsys):
 
 
 def test_generate_samples_by_seed(work):
-    model, tokenizer = common.load_model(str(work / "model")), common.load_tokenizer(str(work / "model"))
+    model, tokenizer = inputs.load_model(str(work / "model")), inputs.load_tokenizer(str(work / "model"))
     options = [generate_command.Options("m", "Line", 16, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     texts = [generate_command.continuation(model, tokenizer, "Line", option) for option in options]
     assert texts[0] == texts[1] != texts[2]
@@ -283,7 +284,7 @@ def test_info(capsys):
 
 
 def test_info_says_what_to_do(monkeypatch):
-    from patch.commands.info import as_text
+    from patch.cli.commands.info import as_text
 
     failed = {
         "op": "tile_linear",
@@ -326,7 +327,7 @@ def test_help_is_fast_and_shows_examples():
     code = "import sys; from patch.cli import build_parser; build_parser(); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
-    for command in cli.COMMANDS:
+    for command in parser.COMMANDS:
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
         assert stopped.value.code == 0

@@ -9,9 +9,9 @@ from conftest import build_byte_tokenizer, build_tiny_model
 from test_cli import run, work
 
 from patch import cli
-from patch.commands import generate as generate_command
-from patch.commands import learn as learn_command
-from patch.commands import prune as prune_command
+from patch.cli.commands import generate as generate_command
+from patch.cli.commands import learn as learn_command
+from patch.cli.commands import prune as prune_command
 
 __all__ = ["work"]  # a fixture
 

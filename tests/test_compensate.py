@@ -10,10 +10,12 @@ import torch
 from conftest import build_byte_tokenizer, build_tiny_model
 
 from patch import cli
-from patch.checkpoint import load_artifact, save_artifact
-from patch.commands import common
-from patch.evaluate import perplexity
-from patch.models import keep_masks, maskable_linears
+from patch.artifacts.apply import apply_artifact
+from patch.artifacts.artifact import load_artifact, save_artifact
+from patch.cli import inputs
+from patch.evaluate.cross_entropy import perplexity
+from patch.models.keep_masks import keep_masks
+from patch.models.structure import maskable_linears
 from patch.pruning import COMPENSATIONS, PruneOptions, compensate, prune_model
 from patch.pruning.compensation import compensated, output_error
 from patch.pruning.hessian import Statistics, eliminate
@@ -285,8 +287,8 @@ def test_the_command_saves_weights_and_both_perplexities(work, tmp_path, capsys)
     assert artifact.meta["method"] == "joint"
     assert done["method"] == "least_squares"
     assert done["heldout"] == str(work / "held.txt")
-    model = common.load_model(str(work / "model"))
-    common.apply_artifact(model, artifact)
+    model = inputs.load_model(str(work / "model"))
+    apply_artifact(model, artifact)
     for name, linear in maskable_linears(model).items():
         assert torch.equal(linear.weight, artifact.weights[name])
         assert torch.equal(artifact.masks[name], load_artifact(work / "masks").masks[name])
@@ -355,6 +357,6 @@ def test_an_interrupt_says_that_nothing_was_written(work, tmp_path, capsys, monk
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "load_masks", interrupt)
+    monkeypatch.setattr(inputs, "load_masks", interrupt)
     assert command(work, tmp_path / "out", "--heldout", work / "held.txt") == 130
     assert "nothing was written" in capsys.readouterr().err

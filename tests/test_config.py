@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import pytest
 
-from patch import config as configuration
+from patch import settings
+from patch.files import atomic
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class Outer:
 
 
 def load(**sources):
-    return configuration.load_config(Outer, **({"flags": {"model": "m"}} | sources))
+    return settings.load_config(Outer, **({"flags": {"model": "m"}} | sources))
 
 
 def test_later_sources_win(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("model: file\nsteps: 2\nmethod: magnitude\ninner: {lr: 2.0, tile: [8, 8], hard: true}\n")
-    result = configuration.load_config(
+    result = settings.load_config(
         Outer,
         preset={"steps": 1, "inner": {"lr": 1.0, "tile": [4, 4]}, "exclude": ["a"]},
         file=file,
@@ -140,22 +141,22 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
 
 def test_resolved_file_gives_the_same_configuration(tmp_path):
     first = load(overrides=["inner.tile=8,4", "steps=3", "exclude=[a, b]"], flags={"model": "m", "inner.lr": "1e-5"})
-    path = configuration.save_resolved(first, tmp_path / "new" / "folder", header="patch-llm x\nsecond line")
+    path = settings.save_resolved(first, tmp_path / "new" / "folder", header="patch-llm x\nsecond line")
     assert path.name == "config.resolved.yaml"
     assert path.read_text().startswith("# patch-llm x\n# second line\n")
-    assert configuration.load_config(Outer, file=path) == first
+    assert settings.load_config(Outer, file=path) == first
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file stays
 
 
 def test_atomic_write_keeps_the_earlier_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "f.txt"
-    configuration.write_text_atomic(path, "one")
+    atomic.write_text_atomic(path, "one")
 
     def fail(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr(configuration.os, "fsync", fail)
+    monkeypatch.setattr(settings.os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
-        configuration.write_text_atomic(path, "two")
+        atomic.write_text_atomic(path, "two")
     assert path.read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["f.txt"]

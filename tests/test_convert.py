@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from patch.convert import cast_model, layer_sha256, pack_model, packed_layers, unpack_model
-from patch.export import save_dense, save_packed
-from patch.models import apply_keep_masks, keep_masks, maskable_linears
+from patch.models.keep_masks import apply_keep_masks, keep_masks
+from patch.models.structure import maskable_linears
+from patch.packed.convert import pack_model, unpack_model
+from patch.packed.save import save_dense, save_packed
+from patch.packed.swap import cast_model, layer_sha256, packed_layers
 from patch_kernels import TiledLinear
 
 
@@ -208,7 +210,7 @@ def test_dense_export_opens_with_plain_transformers(tmp_path, tiny_model, tokeni
 
 def test_export_refuses(tmp_path, tiny_model, tokenizer):
     model = mask_model(tiny_model(dtype=torch.bfloat16), 1.0)
-    with pytest.raises(ValueError, match=r"without a packed layer; call patch.convert.pack_model"):
+    with pytest.raises(ValueError, match=r"without a packed layer; call patch.packed.pack_model"):
         save_packed(model, tokenizer, tmp_path / "a")
     name = "model.layers.0.mlp.up_proj"
     model.get_submodule(name).weight.data.fill_(1)

@@ -9,12 +9,12 @@ import random
 import pytest
 import torch
 
-from patch import data
-from patch.sources import NAMED_SETS, load_documents
+from patch.data import tokens
+from patch.data.sources import NAMED_SETS, load_documents
 
 
 def test_pack_blocks_concatenates_and_drops_the_tail():
-    blocks = data.pack_blocks([[1, 2, 3], [], [4, 5], [6, 7, 8, 9]], 4)
+    blocks = tokens.pack_blocks([[1, 2, 3], [], [4, 5], [6, 7, 8, 9]], 4)
     assert blocks.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert blocks.dtype == torch.long
 
@@ -25,15 +25,15 @@ def test_pack_blocks_takes_tensors_and_stops_early():
         yield torch.arange(5, 10)
         raise AssertionError("read more than it needed")
 
-    assert data.pack_blocks(documents(), 3, max_blocks=3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert tokens.pack_blocks(documents(), 3, max_blocks=3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
 def test_pack_blocks_does_not_depend_on_how_the_text_is_batched():
     ids = list(range(1003))
-    expected = data.pack_blocks([ids], 10)
+    expected = tokens.pack_blocks([ids], 10)
     for size in (1, 7, 10, 1003):
         parts = [ids[i : i + size] for i in range(0, len(ids), size)]
-        assert torch.equal(data.pack_blocks(parts, 10), expected)
+        assert torch.equal(tokens.pack_blocks(parts, 10), expected)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_pack_blocks_does_not_depend_on_how_the_text_is_batched():
 )
 def test_pack_blocks_refuses(documents, size, error, message):
     with pytest.raises(error, match=message):
-        data.pack_blocks(documents, size)
+        tokens.pack_blocks(documents, size)
 
 
 def test_sample_windows_draws_as_the_published_samplers_do():
@@ -65,36 +65,36 @@ def test_sample_windows_draws_as_the_published_samplers_do():
                 break
         start = random.randint(0, len(documents[i]) - seqlen - 1)
         expected.append(documents[i][start : start + seqlen])
-    assert data.sample_windows(documents, nsamples, seqlen, 7).tolist() == expected
-    lazy = data.sample_windows(lengths, nsamples, seqlen, 7, encode=lambda n: documents[lengths.index(n)])
+    assert tokens.sample_windows(documents, nsamples, seqlen, 7).tolist() == expected
+    lazy = tokens.sample_windows(lengths, nsamples, seqlen, 7, encode=lambda n: documents[lengths.index(n)])
     assert lazy.tolist() == expected
-    assert data.sample_windows(documents, nsamples, seqlen, 8).tolist() != expected
+    assert tokens.sample_windows(documents, nsamples, seqlen, 8).tolist() != expected
 
 
 def test_sample_windows_leaves_the_global_generator_alone():
     random.seed(1)
     expected = random.random()
     random.seed(1)
-    data.sample_windows([list(range(30))], 3, 5, 0)
-    data.sample_joined(list(range(30)), 3, 5, 0)
+    tokens.sample_windows([list(range(30))], 3, 5, 0)
+    tokens.sample_joined(list(range(30)), 3, 5, 0)
     assert random.random() == expected
 
 
 def test_sample_joined_draws_as_the_published_samplers_do():
     random.seed(0)
     starts = [random.randint(0, 100 - 8 - 1) for _ in range(5)]
-    assert data.sample_joined(list(range(100)), 5, 8, 0)[:, 0].tolist() == starts
+    assert tokens.sample_joined(list(range(100)), 5, 8, 0)[:, 0].tolist() == starts
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: data.sample_windows([[1, 2], [3]], 1, 2, 0), "more than 2 tokens, got 2 shorter ones"),
-        (lambda: data.sample_windows([], 1, 2, 0), "got 0 shorter ones"),
-        (lambda: data.sample_windows([[1, 2, 3]], 0, 2, 0), "nsamples >= 1"),
-        (lambda: data.sample_windows([[1, 2, 3]], 1, 0, 0), "seqlen >= 1"),
-        (lambda: data.sample_windows([[1, 2, 3]], 1, 2, -1), "seed >= 0"),
-        (lambda: data.sample_joined([1, 2], 1, 2, 0), "more than 2 tokens, got 2"),
+        (lambda: tokens.sample_windows([[1, 2], [3]], 1, 2, 0), "more than 2 tokens, got 2 shorter ones"),
+        (lambda: tokens.sample_windows([], 1, 2, 0), "got 0 shorter ones"),
+        (lambda: tokens.sample_windows([[1, 2, 3]], 0, 2, 0), "nsamples >= 1"),
+        (lambda: tokens.sample_windows([[1, 2, 3]], 1, 0, 0), "seqlen >= 1"),
+        (lambda: tokens.sample_windows([[1, 2, 3]], 1, 2, -1), "seed >= 0"),
+        (lambda: tokens.sample_joined([1, 2], 1, 2, 0), "more than 2 tokens, got 2"),
     ],
 )
 def test_samplers_refuse(call, message):
@@ -204,7 +204,7 @@ def test_evaluation_text_follows_the_protocol_of_the_set(monkeypatch, name, hub,
         return _Rows({NAMED_SETS[name].field: text} for text in "abc")
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    text, windows = data.evaluation_text(name)
+    text, windows = tokens.evaluation_text(name)
     assert text == joined
     assert calls == [(hub, "wikitext-2-raw-v1" if name == "wikitext2" else None, split)]
     assert windows == (256 if name == "c4" else None)
@@ -214,34 +214,34 @@ def test_calibration_windows_by_convention(monkeypatch, tokenizer, tmp_path):
     datasets = pytest.importorskip("datasets")
     texts = ["short", "x" * 40, "y" * 50]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: _Rows({"text": t} for t in texts))
-    windows, digest = data.calibration_windows(tokenizer, "c4", nsamples=8, seqlen=30, seed=0)
-    assert torch.equal(windows, data.sample_windows(data.tokenize(tokenizer, texts), 8, 30, 0))
-    assert digest == data.text_sha256(texts)
-    joined, _ = data.calibration_windows(tokenizer, "wikitext2", nsamples=8, seqlen=30, seed=0)
-    assert torch.equal(joined, data.sample_joined(data.tokenize(tokenizer, [" ".join(texts)])[0], 8, 30, 0))
+    windows, digest = tokens.calibration_windows(tokenizer, "c4", nsamples=8, seqlen=30, seed=0)
+    assert torch.equal(windows, tokens.sample_windows(tokens.tokenize(tokenizer, texts), 8, 30, 0))
+    assert digest == tokens.text_sha256(texts)
+    joined, _ = tokens.calibration_windows(tokenizer, "wikitext2", nsamples=8, seqlen=30, seed=0)
+    assert torch.equal(joined, tokens.sample_joined(tokens.tokenize(tokenizer, [" ".join(texts)])[0], 8, 30, 0))
     path = tmp_path / "a.txt"
     path.write_text("z" * 90)
-    local, _ = data.calibration_windows(tokenizer, path, nsamples=4, seqlen=30, seed=0)
+    local, _ = tokens.calibration_windows(tokenizer, path, nsamples=4, seqlen=30, seed=0)
     assert local.shape == (4, 30)
     with pytest.raises(ValueError, match="more than 90 tokens"):
-        data.calibration_windows(tokenizer, path, nsamples=4, seqlen=90)
+        tokens.calibration_windows(tokenizer, path, nsamples=4, seqlen=90)
 
 
 def test_tokenize_is_the_same_for_any_batching(tokenizer, monkeypatch):
     texts = ["abc", "", "de"] * 5
     expected = [tokenizer(text)["input_ids"] for text in texts]
-    monkeypatch.setattr(data, "TOKENIZE_BATCH", 4)
-    assert data.tokenize(tokenizer, texts) == expected
+    monkeypatch.setattr(tokens, "TOKENIZE_BATCH", 4)
+    assert tokens.tokenize(tokenizer, texts) == expected
     with pytest.raises(TypeError, match=r"pass \[text\]"):
-        data.tokenize(tokenizer, "abc")
+        tokens.tokenize(tokenizer, "abc")
 
 
 def test_training_blocks(tokenizer, text_file):
-    blocks, digest = data.training_blocks(tokenizer, text_file, 64, max_blocks=5)
+    blocks, digest = tokens.training_blocks(tokenizer, text_file, 64, max_blocks=5)
     text = text_file.read_text()
     assert blocks.tolist() == [tokenizer(text[:320])["input_ids"][i : i + 64] for i in range(0, 320, 64)]
     assert digest == hashlib.sha256(text.encode() + b"\0").hexdigest()
 
 
 def test_text_hash_sees_document_borders():
-    assert data.text_sha256(["ab", "c"]) != data.text_sha256(["a", "bc"])
+    assert tokens.text_sha256(["ab", "c"]) != tokens.text_sha256(["a", "bc"])

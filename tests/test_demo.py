@@ -9,9 +9,11 @@ import random
 import pytest
 import torch
 
-from patch import demo, demo_model
-from patch.config import load_config
-from patch.demo_settings import DemoSettings
+from patch.demo import corpus as corpus_module
+from patch.demo import model as demo_model
+from patch.demo import run as demo_run
+from patch.demo.settings import DemoSettings
+from patch.settings import load_config
 
 TINY = (
     "model.vocab_size=300",
@@ -54,25 +56,25 @@ def sources(tmp_path_factory):
 def finished(sources, tmp_path_factory):
     """(folder, rows, printed lines) of one finished miniature demo."""
     out, lines = tmp_path_factory.mktemp("demo"), []
-    rows = demo.run_demo(out, SETTINGS, text=sources, echo=lines.append)
+    rows = demo_run.run_demo(out, SETTINGS, text=sources, echo=lines.append)
     return out, rows, lines
 
 
 def test_standard_library_is_split_by_file():
-    corpus = demo_model.load_corpus(max_characters=60_000)
+    corpus = corpus_module.load_corpus(max_characters=60_000)
     parts = [set(documents) for _, documents in corpus.parts()]
     assert all(parts)
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-    assert corpus.sha256 == demo_model.load_corpus(max_characters=60_000).sha256
+    assert corpus.sha256 == corpus_module.load_corpus(max_characters=60_000).sha256
 
 
 def test_tests_and_installed_packages_are_left_out(tmp_path):
     write_sources(tmp_path)
-    kept = demo_model.stdlib_files(tmp_path)
+    kept = corpus_module.stdlib_files(tmp_path)
     for name in ("test", "site-packages", "config-3.11-x86"):
         write_sources(tmp_path / name, 2)
     (tmp_path / "tiny.py").write_text("x = 1")
-    assert demo_model.stdlib_files(tmp_path) == kept
+    assert corpus_module.stdlib_files(tmp_path) == kept
     names = [path.relative_to(tmp_path).as_posix() for path in kept]
     assert names == sorted(names)
     assert len(names) == 48
@@ -80,10 +82,10 @@ def test_tests_and_installed_packages_are_left_out(tmp_path):
 
 def test_folders_without_enough_text_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected Python sources .* found none"):
-        demo_model.load_corpus(tmp_path)
+        corpus_module.load_corpus(tmp_path)
     write_sources(tmp_path, 1)
     with pytest.raises(ValueError, match="at least one file in each of the parts"):
-        demo_model.load_corpus(tmp_path)
+        corpus_module.load_corpus(tmp_path)
 
 
 def test_batches_visit_every_block_once_per_pass():
@@ -161,15 +163,15 @@ def test_table_holds_every_method_with_true_sparsity_and_bytes(finished):
 
 
 def test_a_mask_that_compensation_made_worse_is_named():
-    assert demo._compared(10.0, 9.5) == "compensated: 9.50"
-    assert demo._compared(10.0, 10.5) == "compensated: 10.50, WORSE than without"
+    assert demo_run._compared(10.0, 9.5) == "compensated: 9.50"
+    assert demo_run._compared(10.0, 10.5) == "compensated: 10.50, WORSE than without"
 
 
 def test_a_second_run_reuses_every_stage(finished, sources):
     out, rows, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/stage.json")}
     lines = []
-    again = demo.run_demo(out, SETTINGS, text=sources, echo=lines.append)
+    again = demo_run.run_demo(out, SETTINGS, text=sources, echo=lines.append)
     assert again == rows
     assert sum("done before, reused" in line for line in lines) == 7
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/stage.json")}
@@ -182,11 +184,11 @@ def test_an_interrupt_loses_no_finished_stage(finished, sources, tmp_path, monke
         def interrupt(*arguments, **keywords):
             raise KeyboardInterrupt
 
-        patched.setattr(demo, "learn", interrupt)
+        patched.setattr(demo_run, "learn", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            demo.run_demo(tmp_path, SETTINGS, text=sources, echo=lambda line: None)
+            demo_run.run_demo(tmp_path, SETTINGS, text=sources, echo=lambda line: None)
     lines = []
-    assert demo.run_demo(tmp_path, SETTINGS, text=sources, echo=lines.append) == rows
+    assert demo_run.run_demo(tmp_path, SETTINGS, text=sources, echo=lines.append) == rows
     assert sum("done before, reused" in line for line in lines) == 5
     assert sorted(path.name for path in tmp_path.iterdir() if ".tmp-" in path.name) == []
 
@@ -199,13 +201,13 @@ def test_changed_settings_and_damage_are_noticed(finished, sources, tmp_path):
     shutil.copytree(out, tmp_path / "d")
     lines = []
     learn = dataclasses.replace(SETTINGS.learn, steps=3)
-    demo.run_demo(tmp_path / "d", dataclasses.replace(SETTINGS, learn=learn), text=sources, echo=lines.append)
+    demo_run.run_demo(tmp_path / "d", dataclasses.replace(SETTINGS, learn=learn), text=sources, echo=lines.append)
     assert sum("done before, reused" in line for line in lines) == 5
     assert any("patch-35: running" in line for line in lines)
     stage = json.loads((out / "wanda" / "stage.json").read_text())
     (tmp_path / "d" / "wanda" / "stage.json").write_text(json.dumps(stage).replace("5", "6"))
     lines = []
-    demo.run_demo(tmp_path / "d", dataclasses.replace(SETTINGS, learn=learn), text=sources, echo=lines.append)
+    demo_run.run_demo(tmp_path / "d", dataclasses.replace(SETTINGS, learn=learn), text=sources, echo=lines.append)
     assert any("wanda: running" in line for line in lines)
 
 
@@ -214,4 +216,4 @@ def test_too_many_calibration_blocks_are_refused(sources, tmp_path):
 
     settings = dataclasses.replace(SETTINGS, calibration_blocks=10**6)
     with pytest.raises(ValueError, match="calibration_blocks: expected at most the"):
-        demo.run_demo(tmp_path, settings, text=sources, echo=lambda line: None)
+        demo_run.run_demo(tmp_path, settings, text=sources, echo=lambda line: None)

@@ -15,7 +15,8 @@ from conftest import build_byte_tokenizer, build_tiny_model
 from test_zero_shot import right_answers
 
 from patch import cli
-from patch.commands import common
+from patch.artifacts.apply import apply_artifact
+from patch.cli import inputs
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (pip install 'patch-llm[eval]')"
@@ -78,7 +79,7 @@ def everything(work) -> Path:
 
 
 def test_several_texts_in_one_file(work, everything):
-    from patch.data import text_sha256
+    from patch.data.tokens import text_sha256
 
     results = json.loads(everything.read_text())
     assert [model["label"] for model in results["models"]] == ["dense", "masks", "packed"]
@@ -101,7 +102,8 @@ def test_several_texts_in_one_file(work, everything):
 
 
 def test_the_file_holds_what_repeats_the_run(work, everything):
-    from patch.folder import MANIFEST, file_sha256
+    from patch.files.folder import MANIFEST
+    from patch.files.regular import file_sha256
 
     results = json.loads(everything.read_text())
     assert (results["format"], results["version"]) == ("patch-llm-results", 1)
@@ -152,10 +154,10 @@ def test_tasks_of_dense_masked_and_packed_models(work, tmp_path, capsys):
     assert dense["perplexity"] == {}  # no --data
     assert masked["zero_shot"] == packed["zero_shot"]
     assert masked["zero_shot"]["average"] != dense["zero_shot"]["average"]  # the masks change answers
-    model, tokenizer = common.load_model(str(work / "model")), build_byte_tokenizer()
+    model, tokenizer = inputs.load_model(str(work / "model")), build_byte_tokenizer()
     expected = sum(right_answers(model, tokenizer, "local_plain")) / 24
     assert dense["zero_shot"]["tasks"]["local_plain"]["value"] == pytest.approx(expected, rel=1e-12)
-    common.apply_artifact(model, common.load_masks(work / "masks", model))
+    apply_artifact(model, inputs.load_masks(work / "masks", model))
     values = [sum(right_answers(model, tokenizer, task)) / size for task, size in lm_eval_tasks.SIZES.items()]
     assert masked["zero_shot"]["tasks"]["local_plain"]["value"] == pytest.approx(values[0], rel=1e-12)
     group = (9 * values[1] + 21 * values[2]) / 30
@@ -169,7 +171,7 @@ def test_tasks_of_dense_masked_and_packed_models(work, tmp_path, capsys):
 
 @needs_lm_eval
 def test_paper_means_the_eight_tasks(work, monkeypatch, capsys):
-    from patch import zero_shot
+    from patch.evaluate import zero_shot
 
     monkeypatch.setattr(zero_shot, "ZERO_SHOT_TASKS", ("local_plain", "local_group"))
     asked = []
@@ -217,7 +219,7 @@ def check_refused(work, capsys, monkeypatch, arguments, message):
     def load(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(common, "load_model", load)
+    monkeypatch.setattr(inputs, "load_model", load)
     (work / "short.txt").write_text("short")
     status, _, err = run(capsys, *(argument.format(w=work) for argument in arguments))
     assert status == 2
@@ -279,7 +281,7 @@ def test_report_refuses(work, everything, tmp_path, capsys):
 
 
 def test_repeated_flags_add_up(monkeypatch):
-    from patch.commands import evaluate
+    from patch.cli.commands import eval as evaluate
 
     seen = []
     monkeypatch.setattr(evaluate, "run", seen.append)
@@ -307,9 +309,9 @@ def test_names_that_are_taken_get_a_number(work, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("the second model failed")])
 def test_finished_models_are_written_when_a_later_one_fails(work, tmp_path, capsys, monkeypatch, error):
-    from patch import evaluate
+    from patch.evaluate import protocol
 
-    measure, calls = evaluate.perplexity_report, []
+    measure, calls = protocol.perplexity_report, []
 
     def once(*args, **kwargs):
         calls.append(args)
@@ -317,7 +319,7 @@ def test_finished_models_are_written_when_a_later_one_fails(work, tmp_path, caps
             raise error
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "perplexity_report", once)
+    monkeypatch.setattr(protocol, "perplexity_report", once)
     flags = ["--model", work / "model", "--masks", work / "masks", "--data", work / "held.txt", "--window", 32]
     status = cli.main([str(part) for part in ["eval", *flags, "--json", tmp_path / "results.json"]])
     said = capsys.readouterr()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from patch import evaluate
+from patch.evaluate import cross_entropy, protocol
 
 
 class Fixed(nn.Module):
@@ -29,7 +29,7 @@ class Fixed(nn.Module):
 def test_uniform_model_has_the_vocabulary_size_as_perplexity(vocabulary, dtype):
     model = Fixed(lambda ids: torch.full((*ids.shape, vocabulary), 3.0), dtype)
     ids = torch.randint(vocabulary, (1000,))
-    assert evaluate.perplexity(model, ids, 32) == pytest.approx(vocabulary, rel=1e-6)
+    assert cross_entropy.perplexity(model, ids, 32) == pytest.approx(vocabulary, rel=1e-6)
 
 
 def test_known_distribution():
@@ -38,7 +38,7 @@ def test_known_distribution():
     ids = torch.tensor([1, 0, 0, 1, 1, 1, 0, 0, 1])  # windows 1001 1100, tail 1 dropped; first tokens unscored
     mean = -(4 * math.log(0.75) + 2 * math.log(0.25)) / 6
     assert [int(t) for t in ids[:8].reshape(2, 4)[:, 1:].sum(0)] == [1, 0, 1]
-    assert evaluate.perplexity(model, ids, 4) == pytest.approx(math.exp(mean), rel=1e-6)
+    assert cross_entropy.perplexity(model, ids, 4) == pytest.approx(math.exp(mean), rel=1e-6)
 
 
 def plain_perplexity(model, ids, window):
@@ -59,15 +59,15 @@ def test_equals_an_independent_loop_for_every_batch_size(tiny_model, arch):
     ids = torch.randint(260, (7 * 32 + 5,), generator=torch.Generator().manual_seed(0))
     expected = plain_perplexity(model, ids, 32)
     for batch_size in (1, 2, 3, 7, 20):
-        assert evaluate.perplexity(model, ids, 32, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+        assert cross_entropy.perplexity(model, ids, 32, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
 
 
 def test_long_windows_are_scored_in_chunks(monkeypatch, tiny_model):
     model = tiny_model()
     ids = torch.randint(260, (128,), generator=torch.Generator().manual_seed(0))
-    whole = evaluate.perplexity(model, ids, 64)
-    monkeypatch.setattr(evaluate, "_LOSS_CHUNK", 10)
-    assert evaluate.perplexity(model, ids, 64) == pytest.approx(whole, rel=1e-6)
+    whole = cross_entropy.perplexity(model, ids, 64)
+    monkeypatch.setattr(cross_entropy, "_LOSS_CHUNK", 10)
+    assert cross_entropy.perplexity(model, ids, 64) == pytest.approx(whole, rel=1e-6)
 
 
 def test_training_flags_come_back_as_they_were(tiny_model):
@@ -75,11 +75,11 @@ def test_training_flags_come_back_as_they_were(tiny_model):
     model.train()
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
-    evaluate.perplexity(model, torch.zeros(64, dtype=torch.long), 32)
+    cross_entropy.perplexity(model, torch.zeros(64, dtype=torch.long), 32)
     assert [module.training for module in model.modules()] == before
     with pytest.raises(ValueError, match="finite logits"):
         model.lm_head.weight.data.fill_(math.nan)
-        evaluate.perplexity(model, torch.zeros(64, dtype=torch.long), 32)
+        cross_entropy.perplexity(model, torch.zeros(64, dtype=torch.long), 32)
     assert [module.training for module in model.modules()] == before
     loss = model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.sum()
     loss.backward()  # nothing was left behind in inference mode
@@ -108,7 +108,7 @@ IDS = list(range(64))
 )
 def test_perplexity_refuses(tiny_model, ids, window, kwargs, error, message):
     with pytest.raises(error, match=message):
-        evaluate.perplexity(tiny_model(), ids, window, **kwargs)
+        cross_entropy.perplexity(tiny_model(), ids, window, **kwargs)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -121,35 +121,35 @@ def test_bad_logits_name_the_window(bad):
     ids = torch.zeros(32, dtype=torch.long)
     ids[20] = 7
     with pytest.raises(ValueError, match="finite logits, window 2 has"):
-        evaluate.perplexity(Fixed(logits), ids, 8, batch_size=2)
+        cross_entropy.perplexity(Fixed(logits), ids, 8, batch_size=2)
 
 
 def test_report_holds_the_protocol(tiny_model, tokenizer, text_file):
     model = tiny_model()
     text_file.write_text(text_file.read_text()[:1000])
-    report = evaluate.perplexity_report(model, tokenizer, text_file, window=64, max_windows=5)
+    report = protocol.perplexity_report(model, tokenizer, text_file, window=64, max_windows=5)
     ids = torch.tensor(tokenizer(text_file.read_text())["input_ids"])
-    assert report["perplexity"] == evaluate.perplexity(model, ids[:320], 64)
+    assert report["perplexity"] == cross_entropy.perplexity(model, ids[:320], 64)
     assert (report["windows"], report["window"], report["tokens"]) == (5, 64, len(ids))
     assert report["dtype"] == "float32" and report["versions"]["torch"] == torch.__version__
     assert len(report["text_sha256"]) == len(report["model_fingerprint"]) == 64
-    assert evaluate.perplexity_report(model, tokenizer, text_file)["window"] == 128  # the model's limit
+    assert protocol.perplexity_report(model, tokenizer, text_file)["window"] == 128  # the model's limit
     with pytest.raises(ValueError, match="a window of at least 2 tokens, got 0"):
-        evaluate.perplexity_report(model, tokenizer, text_file, window=0)
+        protocol.perplexity_report(model, tokenizer, text_file, window=0)
     with pytest.raises(ValueError, match="max_windows >= 1, got 0"):
-        evaluate.perplexity_report(model, tokenizer, text_file, max_windows=0)
+        protocol.perplexity_report(model, tokenizer, text_file, max_windows=0)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
-    assert evaluate.perplexity_report(model, tokenizer, text_file)["model_fingerprint"] != report["model_fingerprint"]
+    assert protocol.perplexity_report(model, tokenizer, text_file)["model_fingerprint"] != report["model_fingerprint"]
 
 
 def test_reports_print_the_dense_model_first(tiny_model, tokenizer, text_file):
-    one = evaluate.perplexity_report(tiny_model(), tokenizer, text_file, window=64, max_windows=1)
-    table = evaluate.format_reports({"wanda 2:4": one, "dense": one, "patch": one}).splitlines()
+    one = protocol.perplexity_report(tiny_model(), tokenizer, text_file, window=64, max_windows=1)
+    table = protocol.format_reports({"wanda 2:4": one, "dense": one, "patch": one}).splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["dense", "wanda", "patch"]
     assert one["text_sha256"] in table[4] and "1 non-overlapping windows of 64" in table[5]
     with pytest.raises(ValueError, match="evaluate the dense model too"):
-        evaluate.format_reports({"patch": one})
+        protocol.format_reports({"patch": one})
     with pytest.raises(ValueError, match=r"patch: window is 32, for dense it is 64: .* cannot be compared"):
-        evaluate.format_reports({"dense": one, "patch": one | {"window": 32}})
+        protocol.format_reports({"dense": one, "patch": one | {"window": 32}})
     with pytest.raises(ValueError, match="patch: text_sha256 is"):
-        evaluate.format_reports({"dense": one, "patch": one | {"text_sha256": "0"}})
+        protocol.format_reports({"dense": one, "patch": one | {"text_sha256": "0"}})

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-import patch.fine_tune_mask as module
-from patch.fine_tune_mask import config_from_mask_args, learn_mask
-from patch.learn import LearnConfig
-from patch.models import apply_keep_masks, keep_masks, maskable_linears
+from patch.fine_tune_mask import learn_mask
+from patch.learn.config import LearnConfig
+from patch.models.keep_masks import apply_keep_masks, keep_masks
+from patch.models.structure import maskable_linears
 from patch.priors import tile_scores
 from patch.pruning import prune_weight
+from patch.published import mask_args
+from patch.published.mask_args import config_from_mask_args
 
 EXAMPLE = {  # the example of the original's README, sizes reduced
     "mask_tile_size": (32, 32),
@@ -87,11 +89,11 @@ def test_every_key_reaches_the_config():
     config = config_from_mask_args({"joint_optim": True, "target_sparsity_ratio": 0.25} | changed)
     assert (config.mode, config.target_sparsity) == ("joint", 0.25)
     default = LearnConfig.from_preset("joint", 0.25)
-    for key, field in module._CONFIG_KEYS.items():
+    for key, field in mask_args._CONFIG_KEYS.items():
         value = changed[key]
         assert getattr(config, field) == (tuple(value) if isinstance(value, list) else value)
         assert getattr(config, field) != getattr(default, field)
-    assert set(changed) == set(module._CONFIG_KEYS)
+    assert set(changed) == set(mask_args._CONFIG_KEYS)
 
 
 def test_missing_keys_take_the_preset_of_the_variant():
@@ -217,7 +219,7 @@ def test_bad_calls_are_refused_before_the_model_is_loaded(tiny_model, tokenizer,
 def test_half_prepared_model_and_missing_wandb_are_refused(tiny_model, tokenizer, monkeypatch):
     model = compressed(tiny_model())
     blocks = torch.zeros(8, 16, dtype=torch.int64)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb: expected the package to be installed"):
         learn_mask("/none", model, tokenizer, EXAMPLE, wandb=True, train_data=blocks, global_batch_size=4)
     del model.model.layers[1].mlp.up_proj.distribution_scores

@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import build_byte_tokenizer, build_tiny_model
 
-from patch import cli, foreign_masks
-from patch.checkpoint import load_artifact
-from patch.foreign_masks import locate, patch_meta, read_masks, write_masks
-from patch.models import keep_masks, maskable_linears
+from patch import cli
+from patch.artifacts import foreign
+from patch.artifacts.artifact import load_artifact
+from patch.artifacts.foreign import locate, patch_meta, read_masks, write_masks
+from patch.models.keep_masks import keep_masks
+from patch.models.structure import maskable_linears
 from patch.utils import prepare_pruned_model
 
 FIRST = "model.layers.0.self_attn.q_proj"
@@ -403,7 +405,7 @@ def test_write_refuses(tmp_path, masks, monkeypatch):
         file.write(b"part")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(foreign_masks.np, "savez_compressed", full)
+    monkeypatch.setattr(foreign.np, "savez_compressed", full)
     with pytest.raises(OSError, match="No space left"):
         write_masks(tmp_path / "b.npz", masks, {})
     assert [p.name for p in tmp_path.iterdir()] == ["mask.npz"]
@@ -489,7 +491,7 @@ def test_commands_refuse(folder, tmp_path, capsys, npz, masks):
 
 
 def test_export_says_that_updated_weights_stay_behind(tmp_path, capsys):
-    from patch.checkpoint import save_artifact
+    from patch.artifacts.artifact import save_artifact
 
     keep = torch.ones(4, 4, dtype=torch.bool)
     save_artifact(tmp_path / "a", {"x": keep}, meta={"model": "m"}, weights={"x": torch.ones(4, 4)})
@@ -516,7 +518,7 @@ def test_prepare_pruned_model_takes_a_maskllm_checkpoint(tmp_path, npz, masks, t
     for name, keep in masks.items():
         assert torch.equal(model.get_submodule(name).weight, dense[name].masked_fill(~keep, 0))
     # Tiles are scored by Wanda, as a stored mask has no scores.
-    from patch.data import calibration_windows
+    from patch.data.tokens import calibration_windows
 
     windows, _ = calibration_windows(tokenizer, text_file, nsamples=4, seqlen=32)
     reference = prune_model(

@@ -12,13 +12,14 @@ from test_adamw import adamw_state, random_gradient, same_bits
 from test_masked_weight import MODES, NOISE, make_case, run
 from test_tile_linear import integer_case
 
-from patch.learn import LearnConfig
-from patch.memory import learning_memory
-from patch.models import maskable_linears
+from patch.learn.config import LearnConfig
+from patch.learn.memory import learning_memory
+from patch.learn.run import learn
+from patch.models.structure import maskable_linears
 from patch.pruning import COMPENSATIONS, LEARNED_METHODS, METHODS, ProxSparseConfig, compensate, prune_model
-from patch.trainer import learn
-from patch_kernels import TiledLinear, TiledWeight, adamw_step, mask_sampling, masked_weight, ops, reference
+from patch_kernels import TiledLinear, TiledWeight, adamw_step, mask_sampling, masked_weight, reference
 from patch_kernels._library import gemm_status
+from patch_kernels.ops import LIBRARY_PATH, tile_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -28,7 +29,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_unpack_equals_cpu(shape, dtype):
     keep, tiles = hybrid_mask(*shape, 0.5, torch.Generator().manual_seed(0))
     tiled = TiledWeight.pack(torch.randn(shape).to(dtype), keep, tiles)
-    on_gpu = ops.unpack_tiles(tiled.payload.cuda(), tiles.cuda(), shape, dtype)
+    on_gpu = tile_linear.unpack_tiles(tiled.payload.cuda(), tiles.cuda(), shape, dtype)
     assert torch.equal(on_gpu.cpu().view(torch.int16), tiled.unpack().view(torch.int16))
 
 
@@ -48,7 +49,7 @@ def test_sparse_kernels_passed_their_self_check():
     """Else the tests above looked at unpack + cuBLAS."""
     if torch.cuda.get_device_capability() not in [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)]:
         pytest.skip("this GPU has no sparse kernel")
-    status = gemm_status(ops.LIBRARY_PATH, torch.cuda.current_device())
+    status = gemm_status(LIBRARY_PATH, torch.cuda.current_device())
     assert (status["state"], status["reason"]) == ("works", "")
 
 

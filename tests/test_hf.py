@@ -13,9 +13,11 @@ from test_convert import mask_model
 from transformers import AutoModelForCausalLM
 
 import patch
-from patch.convert import pack_model, packed_layers
-from patch.export import save_packed
-from patch.hf import PatchConfig, load
+from patch.packed.convert import pack_model
+from patch.packed.load import load
+from patch.packed.quantization_config import PatchConfig
+from patch.packed.save import save_packed
+from patch.packed.swap import packed_layers
 from patch_kernels import TiledLinear
 
 IDS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from patch.learn import LearnConfig, Schedule, density, learning_rate_factor, weight_norm_ratio
+from patch.learn.config import LearnConfig
+from patch.learn.objective import density, weight_norm_ratio
+from patch.learn.schedules import Schedule, learning_rate_factor
 
 
 def masks_and_weights():

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional
 
 import patch_kernels
-from patch.learn import LearnConfig
+from patch.learn.config import LearnConfig
+from patch.learn.masked_linear import MaskedLayers, MaskedLinear, SamplingState, initial_logits
 from patch.mask import combine, harden, sample_pattern_mask, sample_tile_mask
-from patch.masked_linear import MaskedLayers, MaskedLinear, SamplingState, initial_logits
-from patch.models import maskable_linears
+from patch.models.structure import maskable_linears
 from patch.priors import pattern_prior, tile_prior
 from patch_kernels import reference
 

@@ -12,12 +12,12 @@ from conftest import build_tiny_model
 from test_cli import run
 from transformers import TrainerCallback
 
-from patch import mask_trainer
-from patch.learn import LearnConfig
-from patch.mask_trainer import Objective
-from patch.memory import KINDS, PHASES, learning_memory
-from patch.models import maskable_linears
-from patch.trainer import learn
+from patch.learn import trainer
+from patch.learn.config import LearnConfig
+from patch.learn.memory import KINDS, PHASES, learning_memory
+from patch.learn.objective import Objective
+from patch.learn.run import learn
+from patch.models.structure import maskable_linears
 
 SIZES = {"hidden_size": 256, "max_position_embeddings": 512}
 SHAPES = {
@@ -205,7 +205,7 @@ def test_any_optimiser_is_walked(monkeypatch):
     def momentum(logits, config):
         return torch.optim.SGD(list(logits.values()), lr=config.lr, momentum=0.9)
 
-    monkeypatch.setattr(mask_trainer, "make_optimizer", momentum)
+    monkeypatch.setattr(trainer, "make_optimizer", momentum)
     step = estimate(model_of("llama"), config_of("joint")).phases["step"]
     assert step["moments"] == step["logits"]
 

@@ -9,15 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from patch.models import (
-    apply_keep_masks,
-    decoder_blocks,
-    decoder_of,
-    keep_masks,
-    maskable_linears,
-    measured_sparsity,
-    set_keep_mask,
-)
+from patch.models.keep_masks import apply_keep_masks, keep_masks, measured_sparsity, set_keep_mask
+from patch.models.structure import decoder_blocks, decoder_of, maskable_linears
 
 GATED = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"] + [
     f"mlp.{kind}_proj" for kind in ("gate", "up", "down")
@@ -346,5 +339,5 @@ def test_packed_model_is_told_to_unpack():
     class TiledLinear(nn.Module):
         pass
 
-    with pytest.raises(ValueError, match=r"packed already; call patch.convert.unpack_model first"):
+    with pytest.raises(ValueError, match=r"packed already; call patch.packed.unpack_model first"):
         maskable_linears(nn.Sequential(TiledLinear()))

@@ -1,4 +1,4 @@
-"""patch.optimizer: which optimizer a config gets, its state, convergence, and learning with it."""
+"""patch.learn.optimizer: which optimizer a config gets, its state, convergence, and learning with it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from test_trainer import (
 )
 from torch import nn
 
-from patch.learn import MOMENTS, LearnConfig
-from patch.masked_linear import MaskedLayers, initial_logits
-from patch.models import maskable_linears
-from patch.optimizer import LowPrecisionAdamW, make_optimizer, moment_state, scale_gradients
+from patch.learn.config import MOMENTS, LearnConfig
+from patch.learn.masked_linear import MaskedLayers, initial_logits
+from patch.learn.optimizer import LowPrecisionAdamW, make_optimizer, moment_state, scale_gradients
+from patch.models.structure import maskable_linears
 
 
 def stepped(optimizer, parameters, steps, first=0):

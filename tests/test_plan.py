@@ -10,7 +10,7 @@ from itertools import chain
 import pytest
 import torch
 
-from patch_kernels import ops
+from patch_kernels.ops import tile_linear
 
 host = pytest.importorskip("patch_kernels._host", reason="built without pybind11")
 
@@ -54,8 +54,8 @@ def test_schedule_against_plain_python(grid, share):
         assert parts["pair_cuts"][9 * u : 9 * u + 9] == nearest_cuts(
             [sum(column) for column in zip(*pair, strict=True)]
         )
-    assert len(words) == ops.schedule_words(grid)
-    assert torch.equal(ops.make_schedule(torch.tensor(flags)), torch.tensor(words, dtype=torch.int32))
+    assert len(words) == tile_linear.schedule_words(grid)
+    assert torch.equal(tile_linear.make_schedule(torch.tensor(flags)), torch.tensor(words, dtype=torch.int32))
 
 
 def test_offsets_beyond_two_gigabytes():

@@ -12,17 +12,14 @@ from conftest import build_byte_tokenizer, build_tiny_model
 from torch import nn
 
 from patch import cli
-from patch.checkpoint import load_artifact
-from patch.models import keep_masks, maskable_linears
+from patch.artifacts.artifact import load_artifact
+from patch.models.keep_masks import keep_masks
+from patch.models.structure import maskable_linears
 from patch.priors import tile_scores
-from patch.pruning import ProxSparseConfig, proxsparse, prune_model, prune_weight
-from patch.pruning.proxsparse import (
-    frozen_weight_gradient,
-    frozen_weight_penalty,
-    learn_masks,
-    prox,
-    regularizer,
-)
+from patch.pruning import ProxSparseConfig, prune_model, prune_weight
+from patch.pruning.proxsparse import training
+from patch.pruning.proxsparse.proximal import frozen_weight_gradient, frozen_weight_penalty, prox, regularizer
+from patch.pruning.proxsparse.training import learn_masks
 from patch.utils import load_compressed_model, prepare_pruned_model
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32}
@@ -220,13 +217,13 @@ def assert_bits(model, before):
 def trained(monkeypatch):
     """|trained weights| of every layer, as `learn_masks` ranks them."""
     scores = []
-    rank = proxsparse.keep_two_of_four
+    rank = training.keep_two_of_four
 
     def recorded(score):
         scores.append(score.clone())
         return rank(score)
 
-    monkeypatch.setattr(proxsparse, "keep_two_of_four", recorded)
+    monkeypatch.setattr(training, "keep_two_of_four", recorded)
     return scores
 
 
@@ -354,7 +351,7 @@ def test_model_is_as_before(monkeypatch):
             raise KeyboardInterrupt
         return prox(v, lam)
 
-    monkeypatch.setattr(proxsparse, "prox", failing)
+    monkeypatch.setattr(training, "prox", failing)
     with pytest.raises(KeyboardInterrupt):
         learn_masks(model, ids(), config, progress=False)
     check()
@@ -526,7 +523,7 @@ def test_prepare_pruned_model(tmp_path, tokenizer, text_file):
 
     pruned = prepare_pruned_model(model(), tokenizer, tmp_path / "c", arguments, (16, 16), 0.35)
     masks = keep_masks(pruned)
-    from patch.data import calibration_windows
+    from patch.data.tokens import calibration_windows
 
     calibration, _ = calibration_windows(tokenizer, str(text_file), nsamples=4, seqlen=24, seed=0)
     expected = learn_masks(model(), calibration, ProxSparseConfig(**PROX), progress=False)
@@ -564,7 +561,7 @@ def test_prune_args_are_checked(tmp_path, tokenizer, text_file, args, error, mes
 
 
 def test_prepare_pruned_model_refuses_before_the_reference(tmp_path, tokenizer, text_file, monkeypatch):
-    monkeypatch.setattr("patch.utils.prune_model", lambda *args, **kwargs: pytest.fail("work was done"))
+    monkeypatch.setattr("patch.published.prepare.prune_model", lambda *args, **kwargs: pytest.fail("work was done"))
     model = build_tiny_model(**SMALL, dtype=torch.float16)
     model.seqlen = 24
     arguments = {"prune_method": "prox_sparse", "calibration_dataset": str(text_file), "nsamples": 2}
@@ -600,7 +597,7 @@ def test_command(folder, capsys):
 
 
 def test_command_refuses_before_it_scores_tiles(folder, capsys, monkeypatch):
-    monkeypatch.setattr("patch.commands.prune._tile_scores", lambda *args: pytest.fail("tiles were scored"))
+    monkeypatch.setattr("patch.cli.commands.prune._tile_scores", lambda *args: pytest.fail("tiles were scored"))
     flags = ["--target-sparsity", 0.35, "--tile", "16,16", "--nsamples", 2, "--out", folder / "o"]
     assert command(folder, "--method", "prox_sparse", "--dtype", "float16", *flags) == 2
     assert "got torch.float16 whose gradients overflow" in capsys.readouterr().err

@@ -18,7 +18,8 @@ from pruning_reference import (
 )
 
 from patch.pruning import METHODS, hessian, prune_weight, sparsegpt, wanda
-from patch.pruning.selection import PruneOptions, keep_above_threshold, keep_in_rows, keep_two_of_four
+from patch.pruning.options import PruneOptions
+from patch.pruning.selection import keep_above_threshold, keep_in_rows, keep_two_of_four
 
 SHAPES = [(6, 16), (5, 24), (9, 40)]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 import patch
-from patch.convert import pack_model
 from patch.fine_tune_mask import learn_mask
-from patch.models import keep_masks, measured_sparsity
+from patch.models.keep_masks import keep_masks, measured_sparsity
+from patch.packed.convert import pack_model
 from patch.utils import evaluate, get_llm, prepare_pruned_model
 
 

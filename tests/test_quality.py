@@ -11,15 +11,15 @@ import torch
 from conftest import build_byte_tokenizer, build_tiny_model
 
 from benchmarks import quality, quality_report
-from patch import demo_model
-from patch.checkpoint import load_artifact
-from patch.config import load_config
-from patch.data import tokenize
-from patch.demo_settings import DemoSettings
-from patch.evaluate import perplexity
-from patch.hf import load
-from patch.models import measured_sparsity
+from patch.artifacts.artifact import load_artifact
+from patch.data.tokens import tokenize
+from patch.demo import corpus as corpus_module
+from patch.demo.settings import DemoSettings
+from patch.evaluate.cross_entropy import perplexity
+from patch.models.keep_masks import measured_sparsity
+from patch.packed.load import load
 from patch.pruning import METHODS
+from patch.settings import load_config
 
 ONE_SHOT = ["magnitude", "wanda", "sparsegpt", "thanos", "prox_sparse"]
 CELLS = ["dense", *ONE_SHOT, *(f"{name}-35" for name in METHODS), "maskllm", "joint-35", "tile-35"]
@@ -258,8 +258,8 @@ def test_without_a_model_the_dense_model_of_the_demo_is_trained_once(tmp_path, m
     from test_demo import TINY, write_sources
 
     write_sources(tmp_path / "sources")
-    corpus = demo_model.load_corpus(tmp_path / "sources")
-    monkeypatch.setattr(demo_model, "load_corpus", lambda: corpus)
+    corpus = corpus_module.load_corpus(tmp_path / "sources")
+    monkeypatch.setattr(corpus_module, "load_corpus", lambda: corpus)
     monkeypatch.setattr(quality, "DemoSettings", lambda: load_config(DemoSettings, overrides=TINY))
     flags = ["--out", str(tmp_path / "out"), "--cells", "dense,magnitude", "--seeds", "0", "--window", "32"]
     flags += ["--nsamples", "2", "--heldout-windows", "2"]

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from patch import report
+from patch.evaluate import plots, tables
 
 ROWS = [
     {"method": "dense", "perplexity": "20.10", "bytes": "1,024"},
@@ -17,7 +17,7 @@ ROWS = [
 
 
 def test_plain_table_aligns_texts_left_and_numbers_right():
-    assert report.format_table(ROWS).splitlines() == [
+    assert tables.format_table(ROWS).splitlines() == [
         "method     perplexity  bytes",
         "---------  ----------  -----",
         "dense           20.10  1,024",
@@ -26,7 +26,7 @@ def test_plain_table_aligns_texts_left_and_numbers_right():
 
 
 def test_markdown_table():
-    assert report.format_table(ROWS, markdown=True).splitlines()[:3] == [
+    assert tables.format_table(ROWS, markdown=True).splitlines()[:3] == [
         "| method    | perplexity | bytes |",
         "| --------- | ---------: | ----: |",
         "| dense     |      20.10 | 1,024 |",
@@ -34,7 +34,7 @@ def test_markdown_table():
 
 
 def test_csv_round_trips(tmp_path):
-    report.write_csv(tmp_path / "r.csv", [{"a": "x, y", "b": 1.5}, {"a": 'q"', "b": 2}])
+    tables.write_csv(tmp_path / "r.csv", [{"a": "x, y", "b": 1.5}, {"a": 'q"', "b": 2}])
     with open(tmp_path / "r.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{"a": "x, y", "b": "1.5"}, {"a": 'q"', "b": "2"}]
 
@@ -42,9 +42,9 @@ def test_csv_round_trips(tmp_path):
 @pytest.mark.parametrize("rows", [[], [{"a": 1}, {"b": 1}]])
 def test_rows_without_common_columns_are_refused(tmp_path, rows):
     with pytest.raises(ValueError, match="rows: expected"):
-        report.format_table(rows)
+        tables.format_table(rows)
     with pytest.raises(ValueError, match="rows: expected"):
-        report.write_csv(tmp_path / "r.csv", rows)
+        tables.write_csv(tmp_path / "r.csv", rows)
 
 
 def png_size(path) -> tuple[int, int]:
@@ -55,7 +55,7 @@ def png_size(path) -> tuple[int, int]:
 
 def test_perplexity_plot(tmp_path):
     curves = {"PATCH": [(0.45, 12.0), (0.25, 11.0)], "MaskLLM": [(0.5, 13.0)]}
-    report.plot_perplexity(tmp_path / "p.png", curves, dense=10.0, levels={"magnitude": 15.0}, title="t")
+    plots.plot_perplexity(tmp_path / "p.png", curves, dense=10.0, levels={"magnitude": 15.0}, title="t")
     width, height = png_size(tmp_path / "p.png")
     assert width > height > 300
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
@@ -70,28 +70,28 @@ PANELS = {
 
 
 def test_models_by_name(tmp_path):
-    report.plot_models(tmp_path / "n.png", LABELS, PANELS)
+    plots.plot_models(tmp_path / "n.png", LABELS, PANELS)
     width, height = png_size(tmp_path / "n.png")
     assert width > 1500 and height > 350
     # Four panels take two rows.
-    report.plot_models(tmp_path / "m.png", LABELS, PANELS | {"ptb": PANELS[next(iter(PANELS))]})
+    plots.plot_models(tmp_path / "m.png", LABELS, PANELS | {"ptb": PANELS[next(iter(PANELS))]})
     assert png_size(tmp_path / "m.png")[1] > 1.8 * height
-    report.plot_models(tmp_path / "one.png", ["dense"], {"ptb": [None]})
+    plots.plot_models(tmp_path / "one.png", ["dense"], {"ptb": [None]})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.png", "n.png", "one.png"]
 
 
 def test_models_by_sparsity(tmp_path):
     sparsities = [0.0, 0.5, 0.25, 0.35, 0.45, None]
     series = ["dense", "Wanda", "PATCH", "PATCH", "PATCH", "packed"]
-    report.plot_models(tmp_path / "s.png", LABELS, PANELS, sparsities=sparsities, series=series)
+    plots.plot_models(tmp_path / "s.png", LABELS, PANELS, sparsities=sparsities, series=series)
     width, height = png_size(tmp_path / "s.png")
     assert width > height > 350
 
 
 def test_drawn_values_are_those_given():
     """What the axes hold, read back from matplotlib."""
-    _, axes = report._figure(4, 3)
-    report._draw_by_sparsity(
+    _, axes = plots._figure(4, 3)
+    plots._draw_by_sparsity(
         axes,
         LABELS,
         PANELS["c4: perplexity (lower is better)"],
@@ -103,8 +103,8 @@ def test_drawn_values_are_those_given():
     assert drawn["Wanda"] == [(0.5, 300.4)]
     assert {drawn["dense"][0][1], drawn["packed"][0][1]} == {16.1, 20.3}
     assert axes.get_yscale() == "log"
-    _, axes = report._figure(4, 3)
-    report._draw_by_name(axes, LABELS, PANELS["wikitext2: perplexity (lower is better)"])
+    _, axes = plots._figure(4, 3)
+    plots._draw_by_name(axes, LABELS, PANELS["wikitext2: perplexity (lower is better)"])
     assert axes.collections[0].get_offsets().tolist()[1] == [25.3, 1.0]
     assert [text.get_text() for text in axes.texts][2] == "13.47"
     assert axes.get_xscale() == "linear"
@@ -113,7 +113,7 @@ def test_drawn_values_are_those_given():
 @pytest.mark.parametrize(("labels", "panels"), [([], {"a": []}), (["dense"], {})])
 def test_nothing_to_plot_is_refused(tmp_path, labels, panels):
     with pytest.raises(ValueError, match="panels: expected at least one measure of one model"):
-        report.plot_models(tmp_path / "p.png", labels, panels)
+        plots.plot_models(tmp_path / "p.png", labels, panels)
 
 
 def test_tile_map(tmp_path):
@@ -122,10 +122,10 @@ def test_tile_map(tmp_path):
         "model.layers.0.mlp.up_proj": np.zeros((3, 2), bool),
         "model.layers.1.mlp.up_proj": np.eye(3, 2).astype(bool),
     }
-    report.plot_tile_maps(tmp_path / "t.png", {"one": grids, "two": grids})
+    plots.plot_tile_maps(tmp_path / "t.png", {"one": grids, "two": grids})
     assert min(png_size(tmp_path / "t.png")) > 200
     with pytest.raises(ValueError, match="maps: expected at least one panel"):
-        report.plot_tile_maps(tmp_path / "t.png", {"one": {}})
+        plots.plot_tile_maps(tmp_path / "t.png", {"one": {}})
 
 
 def test_layout_puts_blocks_downwards_and_kinds_to_the_right():
@@ -134,7 +134,7 @@ def test_layout_puts_blocks_downwards_and_kinds_to_the_right():
         "model.layers.0.up_proj": np.array([[True], [True]]),
         "model.layers.1.up_proj": np.array([[False], [True]]),
     }
-    canvas, x_ticks, y_ticks = report._layout(grids)
+    canvas, x_ticks, y_ticks = plots._layout(grids)
     assert canvas.tolist() == [[2, 1, 0, 2], [0, 0, 0, 2], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]
     assert x_ticks == {"q": 1.0, "up": 3.5}
     assert y_ticks == {"block 0": 1.0, "block 1": 4.0}

@@ -10,7 +10,7 @@ import math
 
 import pytest
 
-from patch import report, results
+from patch.evaluate import results, tables
 
 
 def perplexity_entry(loss: float) -> dict:
@@ -202,7 +202,7 @@ def test_tables():
 
 
 def test_csv_has_every_digit(tmp_path):
-    report.write_csv(tmp_path / "r.csv", results.csv_rows(compared()))
+    tables.write_csv(tmp_path / "r.csv", results.csv_rows(compared()))
     rows = list(csv.DictReader(io.StringIO((tmp_path / "r.csv").read_text())))
     assert float(rows[1]["ptb perplexity"]) == math.exp(math.log(14.5))
     assert (rows[1]["piqa accuracy"], rows[1]["piqa stderr"], rows[1]["race stderr"]) == ("0.6", "0.0123", "")
@@ -228,7 +228,7 @@ def test_merging_changes_no_file():
     ],
 )
 def test_only_what_was_made_alike_is_one_curve(method, meta, series):
-    from patch.commands.report import _series
+    from patch.cli.commands.report import _series
 
     masks = None if meta is None else {"meta": meta}
     assert _series({"label": "label", "method": method, "masks": masks}) == series

@@ -12,14 +12,19 @@ import torch
 from conftest import build_byte_tokenizer, build_tiny_model
 
 import patch
-from patch import cli, utils
-from patch.checkpoint import load_artifact, save_artifact
-from patch.commands import common
-from patch.convert import pack_model
-from patch.export import save_dense
-from patch.folder import MANIFEST, dump_json, file_sha256
-from patch.models import keep_masks, maskable_linears
+from patch import cli
+from patch.artifacts.apply import apply_artifact
+from patch.artifacts.artifact import load_artifact, save_artifact
+from patch.cli import inputs
+from patch.files.folder import MANIFEST
+from patch.files.regular import file_sha256
+from patch.files.strict_json import dump_json
+from patch.models.keep_masks import keep_masks
+from patch.models.structure import maskable_linears
+from patch.packed.convert import pack_model
+from patch.packed.save import save_dense
 from patch.pruning import prune_model
+from patch.published import prepare
 from patch.slim import AdaptedLinear, CompressOptions, compress_model, quantize_weight
 from patch.slim.compress import adapters
 from patch.slim.fine_tune import FineTuneOptions
@@ -53,8 +58,8 @@ def compress(folder: Path, *flags: object, masks: str = "wanda", out: str = "sli
 
 
 def restored(folder: Path, artifact: str):
-    model = common.load_model(str(folder / "model"))
-    common.apply_artifact(model, common.load_masks(folder / artifact, model))
+    model = inputs.load_model(str(folder / "model"))
+    apply_artifact(model, inputs.load_masks(folder / artifact, model))
     return model
 
 
@@ -64,9 +69,9 @@ def same_states(first, second) -> bool:
 
 
 def test_the_command_gives_what_the_library_gives_bit_for_bit(work):
-    from patch.data import calibration_windows
+    from patch.data.tokens import calibration_windows
 
-    model = common.load_model(str(work / "model"))
+    model = inputs.load_model(str(work / "model"))
     masks = load_artifact(work / "wanda").masks
     tokens, _ = calibration_windows(build_byte_tokenizer(), work / "train.txt", nsamples=4, seqlen=32)
     options = CompressOptions(quantize_weight=True, lora_rank=0.1)
@@ -97,7 +102,7 @@ def test_quantised_weights_without_adapters_are_exported_as_they_are(work):
     assert compress(work, "--quantize-weight", "--no-slim-quant", out="absmax") == 0
     flags = ["--format", "dense", "--dtype", "auto", "--out", work / "dense"]
     assert call("export", "--model", work / "model", "--masks", work / "absmax", *flags) == 0
-    assert same_states(common.load_model(str(work / "dense")), restored(work, "absmax"))
+    assert same_states(inputs.load_model(str(work / "dense")), restored(work, "absmax"))
     status = call("export", "--model", work / "model", "--masks", work / "slim", "--out", work / "refused")
     assert status == 2 and not (work / "refused").exists()
 
@@ -177,8 +182,8 @@ def test_refused_commands(work, tmp_path, capsys, arguments, message):
 
 
 def test_interrupts_say_what_is_kept(tmp_path):
-    from patch.commands import compress as compress_command
-    from patch.commands import fine_tune as command
+    from patch.cli.commands import compress as compress_command
+    from patch.cli.commands import fine_tune as command
 
     options = command.Options(model="m", masks=tmp_path, data="c4", out=tmp_path)
     assert "no checkpoint was written yet" in command.on_interrupt(options)
@@ -286,7 +291,7 @@ def test_settings_of_another_version_are_refused(tmp_path):
     dense = build_tiny_model("llama", dtype=torch.bfloat16)
     save_artifact(tmp_path / "a", masks, meta={"compression": {"other": 1}}, adapters=adapters(model))
     with pytest.raises(ValueError, match="compression: expected the settings of CompressOptions, got others"):
-        common.apply_artifact(dense, load_artifact(tmp_path / "a"))
+        apply_artifact(dense, load_artifact(tmp_path / "a"))
     assert same_states(dense, build_tiny_model("llama", dtype=torch.bfloat16)) and not keep_masks(dense)
 
 
@@ -300,7 +305,7 @@ def test_adapters_come_back_in_the_dtype_they_were_saved_in(tmp_path):
     weights = {name: model.get_submodule(name).weight for name in masks}
     save_artifact(tmp_path / "a", masks, meta=meta, weights=weights, adapters=adapters(model))
     again = build_tiny_model("llama").bfloat16().float()
-    common.apply_artifact(again, load_artifact(tmp_path / "a", model=again))
+    apply_artifact(again, load_artifact(tmp_path / "a", model=again))
     assert same_states(model, again)
 
 
@@ -359,7 +364,7 @@ def test_prepare_pruned_model_compresses_and_loads_again(tmp_path, arguments, se
 )
 def test_masks_from_elsewhere_are_compressed_and_fine_tuned(tmp_path, arguments, monkeypatch, settings):
     """MaskLLM's masks: the weights are made from the dense ones under these very masks."""
-    monkeypatch.setattr(utils, "FineTuneOptions", lambda seed=42: FineTuneOptions(lr=1e-3, batch_size=32, seed=seed))
+    monkeypatch.setattr(prepare, "FineTuneOptions", lambda seed=42: FineTuneOptions(lr=1e-3, batch_size=32, seed=seed))
     dense = small_model()
     masks = {}
     for name, linear in maskable_linears(dense).items():
@@ -372,11 +377,11 @@ def test_masks_from_elsewhere_are_compressed_and_fine_tuned(tmp_path, arguments,
     source = {"prune_method": "maskllm", "maskllm_checkpoint": str(tmp_path / "mask_compressed.npz")}
     values = arguments | source | settings
 
-    def prepare(path):
+    def prepared(path):
         model = copy.deepcopy(dense)
         return prepare_pruned_model(model, build_byte_tokenizer(), tmp_path / path, values, TILE, 0.35)
 
-    made = prepare("c")
+    made = prepared("c")
     quantised = settings.get("quantize_weight", False)
     for name, keep in masks.items():
         layer = made.get_submodule(name)
@@ -388,7 +393,7 @@ def test_masks_from_elsewhere_are_compressed_and_fine_tuned(tmp_path, arguments,
         assert not quantised or layer.weight.unique().numel() <= 16
         if not quantised and name.endswith("o_proj"):  # kept zeros were trained, too
             assert layer.weight[:4][keep[:4]].all()
-    assert same_states(made, prepare("c"))
+    assert same_states(made, prepared("c"))
     loaded = load_compressed_model(copy.deepcopy(dense), TILE, tmp_path / "c")
     assert same_states(made, loaded)
     assert load_artifact(tmp_path / "c").meta["method"] == "maskllm"
@@ -404,7 +409,7 @@ def test_a_seed_that_training_refuses_is_refused_before_pruning(tmp_path, argume
 
 def test_prepare_pruned_model_fine_tunes(tmp_path, arguments, monkeypatch):
     # The published batch and rate are for larger models than this one.
-    monkeypatch.setattr(utils, "FineTuneOptions", lambda seed=42: FineTuneOptions(lr=1e-3, batch_size=32, seed=seed))
+    monkeypatch.setattr(prepare, "FineTuneOptions", lambda seed=42: FineTuneOptions(lr=1e-3, batch_size=32, seed=seed))
     values = arguments | {"prune_method": "magnitude", "fine_tune": True}
     made = prepare_pruned_model(small_model(), build_byte_tokenizer(), tmp_path / "c", values, TILE, 0.35)
     plain = prune_model(dense := small_model(), "magnitude", progress=False)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from patch.models import keep_masks, maskable_linears
+from patch.models.keep_masks import keep_masks
+from patch.models.structure import maskable_linears
 from patch.pruning import prune_model
 from patch.slim import CompressOptions, compress_model
 from patch.slim.fine_tune import FineTuneOptions, fine_tune

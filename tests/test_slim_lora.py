@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from patch.models import keep_masks, maskable_linears
+from patch.models.keep_masks import keep_masks
+from patch.models.structure import maskable_linears
 from patch.pruning import prune_model
 from patch.pruning.selection import keep_two_of_four
 from patch.slim import AdaptedLinear, CompressOptions, compress_model, compress_weight

@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from patch import data, sources
+from patch.data import sources, tokens
 
 C4_TRAIN, C4_VALIDATION = "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz"
 
@@ -106,34 +106,34 @@ def test_the_table_of_rules_is_complete():
 @pytest.mark.parametrize("name", NAMES)
 def test_calibration(hub, tokenizer, name):
     *request, field, join = RULES[name, "calibration"]
-    windows, digest = data.calibration_windows(tokenizer, name, nsamples=9, seqlen=60, seed=3)
+    windows, digest = tokens.calibration_windows(tokenizer, name, nsamples=9, seqlen=60, seed=3)
     assert hub == [tuple(request)]
     assert sources.NAMED_SETS[name].field == field
     if join is None:
-        expected = data.sample_windows(data.tokenize(tokenizer, TEXTS), 9, 60, 3)
+        expected = tokens.sample_windows(tokens.tokenize(tokenizer, TEXTS), 9, 60, 3)
     else:
-        expected = data.sample_joined(data.tokenize(tokenizer, [join.join(TEXTS)])[0], 9, 60, 3)
+        expected = tokens.sample_joined(tokens.tokenize(tokenizer, [join.join(TEXTS)])[0], 9, 60, 3)
     assert torch.equal(windows, expected)
-    assert digest == data.text_sha256(TEXTS)
-    again, _ = data.calibration_windows(tokenizer, name, nsamples=9, seqlen=60, seed=3)
+    assert digest == tokens.text_sha256(TEXTS)
+    again, _ = tokens.calibration_windows(tokenizer, name, nsamples=9, seqlen=60, seed=3)
     assert torch.equal(windows, again)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training(hub, tokenizer, name):
     *request, field, join = RULES[name, "training"]
-    blocks, digest = data.training_blocks(tokenizer, name, 16)
+    blocks, digest = tokens.training_blocks(tokenizer, name, 16)
     assert hub == [tuple(request)]
     assert sources.NAMED_SETS[name].field == field
-    ids = data.tokenize(tokenizer, [join.join(TEXTS)])[0]  # one token a byte: joined tokens are tokens of the joined
+    ids = tokens.tokenize(tokenizer, [join.join(TEXTS)])[0]  # one token a byte: joined tokens are tokens of the joined
     assert blocks.tolist() == [ids[i : i + 16] for i in range(0, len(ids) - 15, 16)]
-    assert digest == data.text_sha256(TEXTS)
+    assert digest == tokens.text_sha256(TEXTS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation(hub, name):
     *request, field, join = RULES[name, "evaluation"]
-    text, windows = data.evaluation_text(name)
+    text, windows = tokens.evaluation_text(name)
     assert hub == [tuple(request)]
     assert sources.NAMED_SETS[name].field == field
     assert text == join.join(TEXTS)
@@ -156,9 +156,9 @@ def test_calibration_of_large_sets_tokenizes_only_what_is_drawn(monkeypatch, tok
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
     tokenized = []
     monkeypatch.setattr(
-        data, "tokenize", lambda tok, texts: tokenized.extend(texts) or [tok(t)["input_ids"] for t in texts]
+        tokens, "tokenize", lambda tok, texts: tokenized.extend(texts) or [tok(t)["input_ids"] for t in texts]
     )
-    windows, _ = data.calibration_windows(tokenizer, name, nsamples=8, seqlen=79, seed=0)
+    windows, _ = tokens.calibration_windows(tokenizer, name, nsamples=8, seqlen=79, seed=0)
     assert windows.shape == (8, 79) and len(tokenized) == 8
 
 
@@ -173,28 +173,28 @@ def test_training_on_large_sets_stops_the_stream(monkeypatch, tokenizer, name):
             yield {"text": f"{i % 10}" * 8}
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: stream())
-    monkeypatch.setattr(data, "TOKENIZE_BATCH", 10)
-    blocks, digest = data.training_blocks(tokenizer, name, 12, max_blocks=3)
+    monkeypatch.setattr(tokens, "TOKENIZE_BATCH", 10)
+    blocks, digest = tokens.training_blocks(tokenizer, name, 12, max_blocks=3)
     assert blocks.shape == (3, 12) and len(served) == 10
-    assert digest == data.text_sha256(str(i) * 8 for i in range(5))  # 36 tokens begin in five documents
+    assert digest == tokens.text_sha256(str(i) * 8 for i in range(5))  # 36 tokens begin in five documents
     served.clear()
-    blocks, _ = data.training_blocks(tokenizer, name, 12, max_documents=15)
+    blocks, _ = tokens.training_blocks(tokenizer, name, 12, max_documents=15)
     assert blocks.shape == (10, 12) and len(served) == 15
 
 
 def test_packing_knows_no_workers(hub, tokenizer, monkeypatch):
-    expected, digest = data.training_blocks(tokenizer, "slimpajama", 16)
+    expected, digest = tokens.training_blocks(tokenizer, "slimpajama", 16)
     for batch, cores in ((1, 1), (3, 2), (1000, 64)):
-        monkeypatch.setattr(data, "TOKENIZE_BATCH", batch)
+        monkeypatch.setattr(tokens, "TOKENIZE_BATCH", batch)
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true" if cores > 1 else "false")
         for rank in (0, 1):
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("WORLD_SIZE", "2")
-            blocks, again = data.training_blocks(tokenizer, "slimpajama", 16)
+            blocks, again = tokens.training_blocks(tokenizer, "slimpajama", 16)
             assert torch.equal(blocks, expected) and again == digest
-    names = set(inspect.signature(data.training_blocks).parameters) | set(
-        inspect.signature(data.pack_blocks).parameters
+    names = set(inspect.signature(tokens.training_blocks).parameters) | set(
+        inspect.signature(tokens.pack_blocks).parameters
     )
     assert not names & {"num_proc", "num_workers", "workers", "rank", "world_size"}
 
@@ -213,14 +213,14 @@ def test_packing_knows_no_workers(hub, tokenizer, monkeypatch):
 def test_too_little_text_names_the_set_and_what_was_needed(hub, tokenizer, use, error, message):
     with pytest.raises(error, match=message):
         if use == "calibration":
-            data.calibration_windows(tokenizer, "c4", nsamples=1, seqlen=500)
+            tokens.calibration_windows(tokenizer, "c4", nsamples=1, seqlen=500)
         else:
-            data.training_blocks(tokenizer, "c4", 500)
+            tokens.training_blocks(tokenizer, "c4", 500)
 
 
 def test_too_little_joined_text_names_the_set(hub, tokenizer):
     with pytest.raises(ValueError, match=r"calibration text ptb: expected a text of more than 500 tokens, got 195"):
-        data.calibration_windows(tokenizer, "ptb", nsamples=1, seqlen=500)
+        tokens.calibration_windows(tokenizer, "ptb", nsamples=1, seqlen=500)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -230,11 +230,11 @@ def test_no_text_is_an_error_for_every_use(hub, tokenizer, monkeypatch, name):
         rf"^{name}: expected text, found only empty documents|calibration text {name}: expected at least one document"
     )
     with pytest.raises(ValueError, match=refused):
-        data.calibration_windows(tokenizer, name, nsamples=1, seqlen=4)
+        tokens.calibration_windows(tokenizer, name, nsamples=1, seqlen=4)
     with pytest.raises(ValueError, match=f"^{name}: expected text, found only empty documents"):
-        data.training_blocks(tokenizer, name, 1)
+        tokens.training_blocks(tokenizer, name, 1)
     with pytest.raises(ValueError, match=f"^{name}: expected text, found only empty documents"):
-        data.evaluation_text(name)
+        tokens.evaluation_text(name)
 
 
 def test_a_stream_that_breaks_says_what_to_do(monkeypatch):

@@ -10,21 +10,24 @@ import sys
 import pytest
 import torch
 
-from patch_kernels import _library, masked_weight, ops, support
+from patch_kernels import _library, masked_weight, self_check
+from patch_kernels.ops import LIBRARY_PATH
 
 
 def test_report_is_json_and_every_op_works_here():
-    report = json.loads(json.dumps(support.report()))
+    report = json.loads(json.dumps(self_check.report()))
     assert report["build"]["torch_target"] == "2.11"
     rows = [row for row in report["checks"] if row["device"] == "cpu"]
-    assert len(rows) == len(support.CHECKS) and all(row["ok"] for row in rows)
+    assert len(rows) == len(self_check.CHECKS) and all(row["ok"] for row in rows)
 
 
 def test_self_check_notices_a_wrong_result(monkeypatch):
-    monkeypatch.setattr(support.masked, "masked_weight", lambda w, p, t, **k: (w + 0 * p.sum() + 0 * t.sum(), w.sum()))
-    monkeypatch.setattr(support.TiledWeight, "unpack", lambda self: torch.zeros(self.shape))
-    monkeypatch.setattr(support.adamw, "adamw_step", lambda *a, **k: None)
-    rows = {row["op"]: row for row in support.check_device(torch.device("cpu"))}
+    monkeypatch.setattr(
+        self_check.masked_weight, "masked_weight", lambda w, p, t, **k: (w + 0 * p.sum() + 0 * t.sum(), w.sum())
+    )
+    monkeypatch.setattr(self_check.TiledWeight, "unpack", lambda self: torch.zeros(self.shape))
+    monkeypatch.setattr(self_check.adamw, "adamw_step", lambda *a, **k: None)
+    rows = {row["op"]: row for row in self_check.check_device(torch.device("cpu"))}
     assert not rows["pack_tiles, unpack_tiles"]["ok"] and not rows["masked_weight"]["ok"]
     assert rows["tile_linear"]["ok"]
     assert "Rebuild" in rows["masked_weight"]["advice"]
@@ -36,9 +39,9 @@ def test_cuda_stream_symbol_is_bound_exactly_on_a_cuda_torch():
 
 
 def test_gemm_status_without_a_gpu():
-    status = _library.gemm_status(ops.LIBRARY_PATH, 100)
+    status = _library.gemm_status(LIBRARY_PATH, 100)
     assert status["state"] == "disabled"
-    has_cuda = _library.build_info(ops.LIBRARY_PATH)["cuda_architectures"] != "none"
+    has_cuda = _library.build_info(LIBRARY_PATH)["cuda_architectures"] != "none"
     expected = "device number 100 is outside 0..63" if has_cuda else "this build has no CUDA kernels"
     assert expected in status["reason"]
 
@@ -67,10 +70,10 @@ def test_torch_too_old(monkeypatch):
 def test_every_instruction_set_gives_the_same_mask_and_exact_products(isa, tmp_path):
     """Each in a process of its own; masked weights must be equal bit for bit."""
     script = (
-        "import sys, torch; from patch_kernels import masked_weight, support; torch.manual_seed(0);"
+        "import sys, torch; from patch_kernels import masked_weight, self_check; torch.manual_seed(0);"
         "w, l, t = torch.randn(130, 260), torch.randn(130 * 65, 6), torch.randn(3, 3);"
         "m, s = masked_weight(w, l, t, tile=(64, 128), noise=(1, 2, 3));"
-        "ok = all(r['ok'] for r in support.check_device(torch.device('cpu')));"
+        "ok = all(r['ok'] for r in self_check.check_device(torch.device('cpu')));"
         "torch.set_printoptions(precision=10);"
         "import hashlib; print(hashlib.sha256(m.numpy().tobytes()).hexdigest(), ok)"
     )

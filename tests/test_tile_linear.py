@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from strategies import SHAPES, TOKENS, hybrid_mask
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from patch_kernels import TiledLinear, TiledWeight, ops, reference
+from patch_kernels import TiledLinear, TiledWeight, reference
+from patch_kernels.ops import tile_linear
 
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -129,7 +130,7 @@ def test_gradients_reach_x_and_bias():
 def linear_samples():
     weight, keep, tiles, x, bias = integer_case(130, 132, 6, 0.5, torch.bfloat16, 5)
     tiled = TiledWeight.pack(weight, keep, tiles)
-    packed = tiled.payload, ops.tile_flags(tiles)
+    packed = tiled.payload, tile_linear.tile_flags(tiles)
     yield x, *packed, None, 130, bias, False
     yield x, *packed, tiled.schedule, 130, None, True
     yield x.reshape(2, 3, 132), *packed, None, 130, bias, False
@@ -151,10 +152,10 @@ def test_opcheck_linear(index):
 
 def test_opcheck_pack_and_unpack():
     weight, keep, tiles, *_ = integer_case(130, 132, 6, 0.5, torch.float16, 6)
-    flags = ops.tile_flags(tiles)
+    flags = tile_linear.tile_flags(tiles)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # output size depends on the flags' values
     torch.library.opcheck(torch.ops.patch_kernels.pack_tiles.default, (weight, keep, flags), test_utils=tests)
-    payload = ops.pack_tiles(weight, keep, tiles)
+    payload = tile_linear.pack_tiles(weight, keep, tiles)
     torch.library.opcheck(torch.ops.patch_kernels.unpack_tiles.default, (payload, flags, 130, 132, torch.float16))
 
 
@@ -193,7 +194,7 @@ def test_schedule_follows_the_flags():
     linear = torch.nn.Linear(260, 390, dtype=torch.bfloat16)
     keep, tiles = hybrid_mask(390, 260, 0.5, torch.Generator().manual_seed(9))
     layer = TiledLinear.from_linear(linear, keep, tiles)
-    expected = ops.make_schedule(tiles)
+    expected = tile_linear.make_schedule(tiles)
     assert torch.equal(layer.schedule, expected) and torch.equal(layer.tiled_weight.schedule, expected)
     assert torch.equal(TiledWeight.pack(linear.weight.detach(), keep, tiles).schedule, expected)
     assert "schedule" not in layer.state_dict()
@@ -213,7 +214,7 @@ def test_schedule_follows_the_flags():
 
 def test_schedule_op():
     flags = torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.uint8)
-    assert torch.ops.patch_kernels.make_schedule(flags).shape == (ops.schedule_words((2, 3)),)
+    assert torch.ops.patch_kernels.make_schedule(flags).shape == (tile_linear.schedule_words((2, 3)),)
     torch.library.opcheck(torch.ops.patch_kernels.make_schedule.default, (flags,))
     with pytest.raises(RuntimeError, match="contiguous 2-D uint8"):
         torch.ops.patch_kernels.make_schedule(flags.bool())
@@ -228,11 +229,11 @@ def test_dense_path_is_said_once(monkeypatch):
     ]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
     for device, (status, message) in enumerate(answers):
-        monkeypatch.setattr(ops, "gemm_status", lambda path, index, status=status: status)
+        monkeypatch.setattr(tile_linear, "gemm_status", lambda path, index, status=status: status)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            ops._say_if_dense(100 + device)
-            ops._say_if_dense(100 + device)
+            tile_linear._say_if_dense(100 + device)
+            tile_linear._say_if_dense(100 + device)
         assert len(caught) == (message is not None)
         if message:
             assert re.search(message, str(caught[0].message))
@@ -262,34 +263,40 @@ def test_pack_refuses_groups_that_are_not_two_of_four():
     tiles = torch.ones(2, 2, dtype=torch.bool)
     weight = torch.randn(130, 132).half()
     with pytest.raises(ValueError, match="got 2 groups that are not, the first at row 5, column 4"):
-        ops.pack_tiles(weight, keep, tiles)
+        tile_linear.pack_tiles(weight, keep, tiles)
     with pytest.raises(RuntimeError, match=r"2 groups in sparse tiles.*first at row 5, column 4"):
-        torch.ops.patch_kernels.pack_tiles(weight, keep, ops.tile_flags(tiles))
+        torch.ops.patch_kernels.pack_tiles(weight, keep, tile_linear.tile_flags(tiles))
 
 
 W, KEEP, TILES = torch.zeros(130, 132).half(), torch.ones(130, 132, dtype=torch.bool), torch.zeros(2, 2).bool()
-FLAGS = ops.tile_flags(TILES)
+FLAGS = tile_linear.tile_flags(TILES)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.pack_tiles(W.float(), KEEP, TILES), r"float16 or bfloat16, got torch.float32 \(130, 132\)"),
-        (lambda: ops.pack_tiles(W[0], KEEP, TILES), r"weight \(N, K\).*got torch.float16 \(132,\)"),
-        (lambda: ops.pack_tiles(W, KEEP.float(), TILES), r"keep as bool \(130, 132\), got torch.float32"),
-        (lambda: ops.pack_tiles(W, KEEP[:1], TILES), r"keep as bool \(130, 132\), got torch.bool \(1, 132\)"),
-        (lambda: ops.pack_tiles(W, KEEP, TILES[:1]), r"tile_is_sparse as bool \(2, 2\).*got torch.bool \(1, 2\)"),
-        (lambda: ops.pack_tiles(W, KEEP, TILES.float()), "tile_is_sparse as bool .* got torch.float32"),
         (
-            lambda: ops.pack_tiles(W, KEEP.to("meta"), TILES),
+            lambda: tile_linear.pack_tiles(W.float(), KEEP, TILES),
+            r"float16 or bfloat16, got torch.float32 \(130, 132\)",
+        ),
+        (lambda: tile_linear.pack_tiles(W[0], KEEP, TILES), r"weight \(N, K\).*got torch.float16 \(132,\)"),
+        (lambda: tile_linear.pack_tiles(W, KEEP.float(), TILES), r"keep as bool \(130, 132\), got torch.float32"),
+        (lambda: tile_linear.pack_tiles(W, KEEP[:1], TILES), r"keep as bool \(130, 132\), got torch.bool \(1, 132\)"),
+        (
+            lambda: tile_linear.pack_tiles(W, KEEP, TILES[:1]),
+            r"tile_is_sparse as bool \(2, 2\).*got torch.bool \(1, 2\)",
+        ),
+        (lambda: tile_linear.pack_tiles(W, KEEP, TILES.float()), "tile_is_sparse as bool .* got torch.float32"),
+        (
+            lambda: tile_linear.pack_tiles(W, KEEP.to("meta"), TILES),
             "expected one device, got weight on cpu, keep on meta",
         ),
         (
-            lambda: ops.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, (130, 132), torch.float32),
+            lambda: tile_linear.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, (130, 132), torch.float32),
             "dtype float16 or bfloat16, got torch.float32",
         ),
         (
-            lambda: ops.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, (130, 300), torch.half),
+            lambda: tile_linear.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, (130, 300), torch.half),
             r"tile_is_sparse as bool \(2, 3\)",
         ),
         (lambda: TiledLinear(0, 5), "in_features and out_features >= 1, got 0 and 5"),

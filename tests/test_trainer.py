@@ -1,4 +1,4 @@
-"""patch.trainer: trajectory against a plain loop, accumulation, clean-up, checkpoints, resume, bad input."""
+"""patch.learn.run: trajectory against a plain loop, accumulation, clean-up, checkpoints, resume, bad input."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from patch.learn import MOMENTS, LearnConfig, Schedule, density, weight_norm_ratio
+from patch.learn.config import MOMENTS, LearnConfig
+from patch.learn.masked_linear import MaskedLayers, MaskedLinear, SamplingState, initial_logits
+from patch.learn.objective import Objective, density, weight_norm_ratio
+from patch.learn.run import learn
+from patch.learn.schedules import Schedule
+from patch.learn.state import check_identity, run_identity
+from patch.learn.trainer import ShuffledBlocks
 from patch.mask import combine, sample_pattern_mask, sample_tile_mask
-from patch.mask_trainer import Objective, ShuffledBlocks
-from patch.masked_linear import MaskedLayers, MaskedLinear, SamplingState, initial_logits
-from patch.models import keep_masks, maskable_linears
+from patch.models.keep_masks import keep_masks
+from patch.models.structure import maskable_linears
 from patch.priors import tile_scores
 from patch.pruning import prune_weight
-from patch.trainer import learn
-from patch.training_state import check_identity, run_identity
 from patch_kernels import reference
 
 BLOCKS = torch.randint(0, 256, (30, 16), generator=torch.Generator().manual_seed(5))

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from patch import utils
-from patch.checkpoint import load_artifact
-from patch.data import calibration_windows
-from patch.models import keep_masks, maskable_linears
+from patch.artifacts.artifact import load_artifact
+from patch.data.tokens import calibration_windows
+from patch.models.keep_masks import keep_masks
+from patch.models.structure import maskable_linears
 from patch.priors import tile_scores
 from patch.pruning import get_method, prune_model
 from patch.utils import evaluate, get_llm, load_compressed_model, prepare_pruned_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import build_byte_tokenizer
 
-from patch import zero_shot
+from patch.evaluate import zero_shot
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (pip install 'patch-llm[eval]')"

@@ -8,10 +8,12 @@ the method uses.
 from __future__ import annotations
 
 from patch.pruning.compensation import COMPENSATIONS, Compensation, compensate
-from patch.pruning.methods import LEARNED_METHODS, METHODS, Method, get_method, prune_weight, reference_method
 from patch.pruning.model import check_prunable, prune_model
-from patch.pruning.proxsparse import ProxSparseConfig
-from patch.pruning.selection import PATTERNS, Pruned, PruneOptions
+from patch.pruning.options import PATTERNS, PruneOptions
+from patch.pruning.proxsparse.training import ProxSparseConfig
+from patch.pruning.registry import LEARNED_METHODS, METHODS, Method, get_method, reference_method
+from patch.pruning.selection import Pruned
+from patch.pruning.weight import prune_weight
 
 __all__ = [
     "COMPENSATIONS",

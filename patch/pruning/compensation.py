@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patch.calibration import check_calibration
-from patch.evaluate import perplexity
-from patch.models import check_keep_masks, decoder_blocks, set_keep_mask
+from patch.evaluate.cross_entropy import perplexity
+from patch.models.checks import check_calibration, check_device
+from patch.models.keep_masks import check_keep_masks, set_keep_mask
+from patch.models.structure import decoder_blocks
 from patch.pruning.hessian import Statistics, damped_until, eliminate, full_precision, inverse_factor, inverse_of
-from patch.pruning.selection import Pruned, PruneOptions, check_updated, check_weight, working_dtype
-from patch.pruning.sequential import check_device, update_blocks
+from patch.pruning.options import PruneOptions
+from patch.pruning.selection import Pruned, check_updated, check_weight, working_dtype
+from patch.pruning.sequential import update_blocks
 from patch.pruning.sparsegpt import sweep
 
 logger = logging.getLogger(__name__)

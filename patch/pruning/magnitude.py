@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from patch.pruning.selection import (
-    Pruned,
-    PruneOptions,
-    keep_above_threshold,
-    keep_two_of_four,
-    select,
-    working_dtype,
-)
+from patch.pruning.options import PruneOptions
+from patch.pruning.selection import Pruned, keep_above_threshold, keep_two_of_four, select, working_dtype
 
 
 def prune(weight: torch.Tensor, statistics: None, options: PruneOptions) -> Pruned:

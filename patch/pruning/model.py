@@ -9,12 +9,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from patch.calibration import check_calibration, placed
-from patch.models import apply_keep_masks, decoder_blocks, maskable_linears, set_keep_mask
-from patch.pruning.methods import Method, get_method, make_options
-from patch.pruning.proxsparse import ProxSparseConfig, check_learnable, learn_masks
-from patch.pruning.selection import PruneOptions, check_weight
-from patch.pruning.sequential import check_device, store, update_blocks
+from patch.models.checks import check_calibration, check_device
+from patch.models.keep_masks import apply_keep_masks, set_keep_mask
+from patch.models.modes import placed
+from patch.models.structure import decoder_blocks, maskable_linears
+from patch.pruning.options import PruneOptions
+from patch.pruning.proxsparse.training import ProxSparseConfig, check_learnable, learn_masks
+from patch.pruning.registry import Method, get_method, make_options
+from patch.pruning.selection import check_weight
+from patch.pruning.sequential import store, update_blocks
 
 
 def prune_model(
@@ -40,7 +43,7 @@ def prune_model(
     (`patch.models.keep_masks`).
 
     method       of `prune_weight`, or "prox_sparse", which trains the whole model and knows only 2:4: see
-                 `patch.pruning.proxsparse.learn_masks`. Its masks are applied to the original weights.
+                 `patch.pruning.proxsparse.training.learn_masks`. Its masks are applied to the original weights.
     calibration  (samples, seqlen) int64 token ids, read by all but magnitude.
     prox         how prox_sparse trains; None: the published defaults.
     exclude      fnmatch patterns over names of layers that stay dense.

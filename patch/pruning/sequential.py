@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from patch.calibration import BlockInputs, calibration_mode, capture_block_inputs, placed
-from patch.models import decoder_blocks, set_keep_mask
+from patch.models.keep_masks import set_keep_mask
+from patch.models.modes import calibration_mode, placed
+from patch.models.structure import decoder_blocks
+from patch.pruning.block_inputs import BlockInputs, capture_block_inputs
 from patch.pruning.selection import Pruned, check_inputs
 
 # What makes the new weight and mask of a layer: update(layer name, layer, gathered statistics).
@@ -99,22 +101,6 @@ def _observed(linears: Mapping[str, nn.Linear], statistics: Mapping[str, Any]) -
     finally:
         for handle in handles:
             handle.remove()
-
-
-def check_device(device: torch.device | str | None) -> None:
-    """Refuse a device that does not exist here, before the first block is moved to it."""
-    try:
-        kind = None if device is None else torch.device(device).type
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device: expected a torch device such as 'cuda' or 'cpu', got {device!r}. Pass None to prune "
-            "where the model is."
-        ) from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device: expected a device of this machine, got {device!r} but torch sees no GPU. Pass None to "
-            "prune where the model is."
-        )
 
 
 def store(linear: nn.Linear, pruned: Pruned) -> None:

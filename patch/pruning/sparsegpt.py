@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 
 from patch.pruning.hessian import Statistics, damped_until, full_precision, inverse_factor
-from patch.pruning.selection import (
-    GROUP,
-    Pruned,
-    PruneOptions,
-    check_updated,
-    keep_above_threshold,
-    keep_two_of_four,
-)
+from patch.pruning.options import GROUP, PruneOptions
+from patch.pruning.selection import Pruned, check_updated, keep_above_threshold, keep_two_of_four
 
 __all__ = ["Statistics", "prune", "sweep"]
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from patch.pruning.hessian import Statistics, damped_until, eliminate, full_precision, inverse_factor
-from patch.pruning.selection import Pruned, PruneOptions, check_updated, keep_two_of_four, smallest_of_all
+from patch.pruning.options import PruneOptions
+from patch.pruning.selection import Pruned, check_updated, keep_two_of_four, smallest_of_all
 
 __all__ = ["Statistics", "prune"]
 

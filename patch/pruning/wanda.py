@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from patch.pruning.selection import Pruned, PruneOptions, keep_in_rows, keep_two_of_four, select
+from patch.pruning.options import PruneOptions
+from patch.pruning.selection import Pruned, keep_in_rows, keep_two_of_four, select
 
 
 class Statistics:

@@ -6,8 +6,8 @@ Approximation for LLM Weight Compression", 2025.
 
 from __future__ import annotations
 
+from patch.models.adapted_linear import AdaptedLinear
 from patch.slim.compress import Compressed, compress_model, compress_weight
-from patch.slim.lora import AdaptedLinear
 from patch.slim.options import CompressOptions
 from patch.slim.quantize import Quantized, quantize_weight
 

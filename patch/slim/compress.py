@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from patch.calibration import check_calibration, placed
-from patch.models import check_keep_masks, decoder_blocks, maskable_linears
-from patch.pruning.selection import Pruned, PruneOptions, check_weight, working_dtype
-from patch.pruning.sequential import check_device, store, update_blocks
+from patch.models.adapted_linear import AdaptedLinear, adapted_layers, attach_adapter
+from patch.models.checks import check_calibration, check_device
+from patch.models.keep_masks import check_keep_masks
+from patch.models.modes import placed
+from patch.models.structure import decoder_blocks, maskable_linears
+from patch.pruning.options import PruneOptions
+from patch.pruning.selection import Pruned, check_weight, working_dtype
+from patch.pruning.sequential import store, update_blocks
 from patch.pruning.wanda import Statistics, shifted
-from patch.slim.lora import AdaptedLinear, adapted_layers, adapter_product, attach_adapter, make_adapter
+from patch.slim.lora import adapter_product, make_adapter
 from patch.slim.options import CompressOptions
 from patch.slim.quantize import Quantized, check_matrix, important_columns, quantize_weight
 

@@ -26,14 +26,14 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from patch.calibration import check_calibration
-from patch.checkpoint import model_fingerprint
-from patch.export import check_masks_hold
-from patch.folder import dump_json, read_json
-from patch.models import keep_masks
-from patch.slim.lora import AdaptedLinear
-from patch.trainer import prepared
-from patch.training_state import TRAINER_STATE, checkpoints, data_fingerprint, tensors_fingerprint
+from patch.files.strict_json import dump_json, read_json
+from patch.models.adapted_linear import AdaptedLinear
+from patch.models.checks import check_calibration
+from patch.models.facts import model_fingerprint
+from patch.models.keep_masks import check_masks_hold, keep_masks
+from patch.models.modes import prepared
+from patch.runs.checkpoints import TRAINER_STATE, checkpoints
+from patch.runs.identity import data_fingerprint, tensors_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def fine_tune(
         checkpoint = checkpoint_to_resume(model, blocks, options, folder) if resume else None
         if checkpoint is None and int(os.environ.get("RANK", "0")) == 0:
             (folder / RUN).write_bytes(dump_json(_identity(model, blocks, options)))
-        stack.enter_context(prepared(model, options))
+        stack.enter_context(prepared(model, grad_checkpoint=options.grad_checkpoint))
         mixed = stack.enter_context(_trainable(model, trained))
         trainer = _MaskedTrainer(
             model=model,

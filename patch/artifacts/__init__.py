@@ -1,0 +1,1 @@
+"""Artifacts: masks (and what belongs to them) as folders, and masks made by others."""

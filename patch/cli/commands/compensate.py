@@ -1,0 +1,185 @@
+"""`patch-llm compensate`: update the weights a mask keeps, so that the layers' outputs stay near the dense ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patch.cli import inputs, outputs
+from patch.settings import RESOLVED_NAME, dump_yaml, setting
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+NAME = "compensate"
+SUMMARY = "update the kept weights for a mask; perplexity before and after"
+EXAMPLES = """\
+examples:
+  patch-llm compensate --model ./llama --masks learned --data train.txt --heldout heldout.txt --out compensated
+  patch-llm compensate --model ./llama --masks learned --data wikitext2 --out compensated
+      reads its calibration text from the training split and measures on the test split
+"""
+SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `compensate`."""
+
+    model: str = setting(help="the DENSE model the masks were made for: folder or Hugging Face id", metavar="MODEL")
+    masks: str = setting(help="folder made by prune or learn", metavar="DIR")
+    data: str = setting(help="calibration " + inputs.DATA_HELP, metavar="TEXT")
+    out: Path = setting(help="folder to write", metavar="DIR")
+    heldout: str | None = setting(
+        None, "text to measure on (default: the evaluation split, if --data is a named set)", metavar="TEXT"
+    )
+    method: str = setting("least_squares", "least_squares (exact) or sparsegpt (cheaper)", metavar="METHOD")
+    damping: float = setting(0.01, "share of the Hessian's mean diagonal added to it (default 0.01)", metavar="SHARE")
+    precision: str = setting("fp32", "fp32 or fp64 for the Hessian and the update", metavar="PRECISION")
+    text_field: str | None = setting(None, "column of a .jsonl or .parquet file (default text)", metavar="NAME")
+    nsamples: int = setting(128, "calibration samples (default 128)", metavar="N")
+    seqlen: int | None = setting(None, "tokens per sample (default 2048, or what the model allows)", metavar="N")
+    heldout_windows: int = setting(64, "held-out windows of seqlen tokens, at most (default 64)", metavar="N")
+    seed: int = setting(0, "seed of the calibration samples (default 0)", metavar="N")
+    dtype: str = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
+    device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
+    overwrite: bool = setting(False, "replace an earlier result in --out")
+
+    def __post_init__(self) -> None:
+        for name, least in (("nsamples", 1), ("seqlen", 2), ("heldout_windows", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected an integer >= {least}, got {value}. Leave it out for the default.")
+
+
+def run(options: Options) -> None:
+    """Compensate and save masks with updated weights; see the module's docstring."""
+    out = outputs.check_new_folder(options.out, overwrite=options.overwrite, what="result")
+    inputs.check_text_source(options.data)
+    heldout_source = _heldout_source(options)
+    masks = inputs.artifact_folder(options.masks)
+    if options.overwrite:
+        outputs.check_input_stays(masks, out)
+    from patch.artifacts.artifact import save_artifact
+    from patch.models.keep_masks import measured_sparsity
+    from patch.models.structure import maskable_linears
+    from patch.pruning import compensate
+
+    model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
+    source = inputs.load_masks(options.masks, model)
+    _check_masks_only(options, source.meta)
+    tokenizer = inputs.load_tokenizer(options.model)
+    calibration, text_sha256 = inputs.load_calibration(options, model, tokenizer)
+    seqlen = calibration.shape[1]
+    heldout = _heldout_windows(options, tokenizer, heldout_source, seqlen)
+    linears = maskable_linears(model)
+    result = compensate(
+        model,
+        source.masks,
+        calibration=calibration,
+        heldout=heldout,
+        method=options.method,
+        damping=options.damping,
+        precision=options.precision,
+        exclude=[name for name in linears if name not in source.masks],
+    )
+    resolved = dataclasses.replace(options, overwrite=False)  # repeating a run must not replace its result
+    compensation = outputs.provenance(
+        options.data,
+        text_sha256,
+        masks=options.masks,
+        method=options.method,
+        damping=options.damping,
+        precision=options.precision,
+        nsamples=options.nsamples,
+        seqlen=seqlen,
+        seed=options.seed,
+        heldout=heldout_source,
+        heldout_windows=len(heldout),
+        perplexity_before=result.perplexity_before,
+        perplexity_after=result.perplexity_after,
+    )
+    save_artifact(
+        out,
+        source.masks,
+        meta=source.meta | {"compensation": dict(compensation)},
+        tile_scores=source.tile_scores,
+        tile_is_sparse=source.tile_is_sparse,
+        weights={name: linears[name].weight for name in source.masks},
+        extra={RESOLVED_NAME: dump_yaml(resolved, header="patch-llm compensate --config THIS_FILE")},
+    )
+    _print_errors(result.layer_errors)
+    print(f"sparsity {measured_sparsity(source.masks):.4f}, as before")
+    print(
+        f"held-out perplexity ({len(heldout)} windows of {seqlen} tokens): "
+        f"{result.perplexity_before:.4f} with the masks alone, {result.perplexity_after:.4f} after"
+    )
+    if result.is_worse:
+        print("WARNING: this is WORSE than the masks alone; use those, more --nsamples, or a larger --damping")
+    outputs.print_written(
+        out, "masks and weights", f"patch-llm eval --model {options.model} --masks {options.masks},{out} --data TEXT"
+    )
+
+
+def on_interrupt(options: Options) -> str:
+    """Compensation keeps nothing of a part."""
+    return f"nothing was written to {options.out}; run the same command again"
+
+
+def _check_masks_only(options: Options, meta: Mapping[str, Any]) -> None:
+    """Refuse masks whose weights were compressed or trained: the update starts from dense ones and would undo it."""
+    for key, command in (("compression", "compress"), ("fine_tune", "fine-tune")):
+        if meta.get(key) is not None:
+            raise ValueError(
+                f"--masks: expected masks alone, {options.masks} is a result of {command}, whose weights would be "
+                f"lost. Give what it was made from, and run {command} on the result."
+            )
+
+
+def _heldout_source(options: Options) -> str:
+    """Where the held-out text comes from; never the text the weights are fitted to."""
+    from patch.data.sources import NAMED_SETS
+
+    if options.heldout is None:
+        if options.data not in NAMED_SETS:
+            raise ValueError(
+                "heldout: expected a text that is not in --data, got none. Give --heldout TEXT: perplexity before and "
+                "after is measured on it."
+            )
+        return options.data
+    inputs.check_text_source(options.heldout, "--heldout")
+    if options.data not in NAMED_SETS and Path(options.heldout).resolve() == Path(options.data).resolve():
+        raise ValueError(
+            f"heldout: expected another text than --data, got {options.heldout!r} for both. The weights are fitted to "
+            "--data, so perplexity on it says nothing."
+        )
+    return options.heldout
+
+
+def _heldout_windows(options: Options, tokenizer: Any, source: str, seqlen: int) -> Tensor:
+    import torch
+
+    from patch.data.tokens import evaluation_text, tokenize
+
+    text, _ = evaluation_text(source, text_field=options.text_field)
+    ids = torch.tensor(tokenize(tokenizer, [text])[0], dtype=torch.int64)
+    windows = min(len(ids) // seqlen, options.heldout_windows)
+    if windows == 0:
+        raise ValueError(
+            f"heldout: expected at least one window of {seqlen} tokens, {source!r} has {len(ids)} tokens. Give more "
+            "text or a smaller --seqlen."
+        )
+    return ids[: windows * seqlen].reshape(windows, seqlen)
+
+
+def _print_errors(errors: dict[str, tuple[float, float]]) -> None:
+    if not errors:
+        print("the masks prune nothing; all weights stay as they are")
+        return
+    before, after = (sum(pair[i] for pair in errors.values()) / len(errors) for i in (0, 1))
+    print(f"updated {len(errors)} layers; mean relative output error on the calibration text:")
+    print(f"  {before:.5f} with the masks alone, {after:.5f} after")

@@ -1,0 +1,53 @@
+"""`patch-llm demo`: the main job on a small model, in a few minutes on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from patch import settings as settings_module
+from patch.cli.inputs import hide_bars_without_terminal
+from patch.demo.settings import DemoSettings
+from patch.settings import setting
+
+NAME = "demo"
+SUMMARY = "train a small model, prune, learn masks, compare, pack and generate (a few minutes)"
+EXAMPLES = """\
+examples:
+  patch-llm demo --out demo
+  patch-llm demo --out demo --set settings.learn.steps=500
+
+Run the same command again after an interrupt: finished stages are reused. --out holds results.csv, perplexity.png,
+tiles.png and one folder per stage; demo/dense, demo/packed and demo/pruned are models for the other commands.
+"""
+SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `demo`."""
+
+    out: Path = setting(Path("demo-results"), "folder to write (default demo-results)", metavar="DIR")
+    text: Path | None = setting(None, "folder of .py files (default: Python's standard library)", metavar="DIR")
+    settings: DemoSettings = dataclasses.field(default_factory=DemoSettings)
+
+
+def run(options: Options) -> None:
+    """Run all stages that are not finished."""
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out: expected a folder, {options.out} is a file. Choose another --out.")
+    if options.text is not None and not options.text.is_dir():
+        raise FileNotFoundError(
+            f"--text: expected a folder of .py files, found none at {options.text}. Check the path."
+        )
+    from patch.demo.run import run_demo
+
+    hide_bars_without_terminal()
+    settings_module.save_resolved(options, options.out, header="patch-llm demo --config THIS_FILE")
+    run_demo(options.out, options.settings, text=options.text)
+
+
+def on_interrupt(options: Options) -> str:
+    """Finished stages stay."""
+    return f"finished stages are kept in {options.out}; run the same command to go on"

@@ -1,0 +1,73 @@
+"""`patch-llm export`: write a pruned model as an ordinary dense folder or in the packed tile format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from patch.cli import inputs, outputs
+from patch.settings import setting
+
+NAME = "export"
+SUMMARY = "write the pruned model, packed (smaller) or dense (works everywhere)"
+EXAMPLES = """\
+examples:
+  patch-llm export --model ./llama --masks learned --format packed --out packed
+  patch-llm export --model ./llama --masks learned --format dense --out pruned
+
+A packed folder is loaded by patch.load(DIR), or by AutoModelForCausalLM after `import patch.packed`. A dense folder has
+zeros where weights were pruned and needs no PATCH at all.
+"""
+SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `export`."""
+
+    model: str = setting(help=inputs.MODEL_HELP + " (the dense model the masks were made from)", metavar="MODEL")
+    masks: Path = setting(help="folder made by prune or learn", metavar="DIR")
+    out: Path = setting(help="folder to write", metavar="DIR")
+    format: Literal["packed", "dense"] = setting("packed", "packed or dense (default packed)", metavar="FORMAT")
+    dtype: str = setting("bfloat16", "bf16, fp16; dense also fp32 or auto (default bf16)", metavar="DTYPE")
+    overwrite: bool = setting(False, "replace an earlier export in --out")
+
+
+def run(options: Options) -> None:
+    """Load the dense model, apply the masks, write; see the module's docstring."""
+    dtype = inputs.dtype_of(options.dtype)
+    if options.format == "packed" and str(dtype) not in ("torch.bfloat16", "torch.float16"):
+        raise ValueError(
+            f"--dtype: expected bf16 or fp16 with --format packed, got {options.dtype!r}. The packed format holds "
+            "16-bit weights."
+        )
+    out = outputs.check_new_folder(options.out, overwrite=options.overwrite, what="export")
+    inputs.artifact_folder(options.masks)
+    from patch.artifacts.apply import apply_artifact
+    from patch.models.keep_masks import keep_masks, measured_sparsity
+    from patch.packed.convert import pack_model
+    from patch.packed.save import save_dense, save_packed
+    from patch.packed.swap import packed_layers
+
+    model = inputs.load_model(options.model, dtype=options.dtype, device="cpu")
+    tokenizer = inputs.load_tokenizer(options.model)
+    apply_artifact(model, inputs.load_masks(options.masks, model))
+    masks = keep_masks(model)
+    sparsity = measured_sparsity(masks)
+    before = sum(m.weight.numel() * m.weight.element_size() for m in map(model.get_submodule, masks))
+    if options.format == "packed":
+        pack_model(model)
+        after = sum(layer.payload.numel() + layer.tile_is_sparse.numel() for _, layer in packed_layers(model))
+        save_packed(model, tokenizer, out)
+    else:
+        after = before
+        save_dense(model, tokenizer, out)
+    print(f"sparsity of the {len(masks)} pruned layers: {sparsity:.4f}")
+    print(f"bytes of these layers: {before:,} dense -> {after:,} {options.format} ({after / before:.3f}x)")
+    outputs.print_written(out, f"the {options.format} model", f"patch-llm generate --model {out} --prompt 'Once'")
+
+
+def on_interrupt(options: Options) -> str:
+    """Export keeps nothing of a part."""
+    return f"nothing was written to {options.out}; run the same command again"

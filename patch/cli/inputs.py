@@ -1,0 +1,206 @@
+"""What commands read: models, tokenizers, masks, calibration text; refused in one sentence before any work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from patch.artifacts.artifact import Artifact
+
+MODEL_HELP = "model folder or Hugging Face id"
+DATA_HELP = "text: a .txt, .jsonl or .parquet file, or c4, wikitext2, ptb, slimpajama"
+CALIBRATION_SEQLEN = 2048
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def check_text_source(source: str | None, flag: str = "--data") -> str:
+    """A named set or an existing local file; raises before any model is loaded."""
+    from patch.data.sources import LOCAL_SUFFIXES, NAMED_SETS
+
+    if source is None:
+        raise ValueError(f"{flag}: expected a text, got none. Give {DATA_HELP.removeprefix('text: ')}.")
+    path = Path(source)
+    if source not in NAMED_SETS and not path.is_file():
+        raise FileNotFoundError(
+            f"{flag}: expected a file ({', '.join(LOCAL_SUFFIXES)}) or one of {', '.join(NAMED_SETS)}, got {source!r}, "
+            "which is no file. Check the path."
+        )
+    return source
+
+
+def dtype_of(name: str, flag: str = "--dtype") -> torch.dtype | str:
+    """torch dtype by name, or "auto"; raises ValueError for another one."""
+    import torch
+
+    name = _SHORT_DTYPES.get(name, name)
+    if name not in DTYPES:
+        raise ValueError(f"{flag}: expected one of {', '.join(DTYPES)} (or bf16, fp16, fp32), got {name!r}. Use bf16.")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def device_of(name: str | None) -> torch.device:
+    """Device by name; None takes the GPU if there is one. raises ValueError when it is not there."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}. Use --device cpu.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: expected a GPU that is there, got {name!r} with {torch.cuda.device_count()} GPUs visible to "
+            "torch. Use --device cpu, or see `patch-llm info`."
+        )
+    return device
+
+
+def load_model(path: str, *, dtype: str = "auto", device: str | None = None) -> nn.Module:
+    """Causal language model (dense or packed) in evaluation mode."""
+    import patch
+
+    hide_bars_without_terminal()
+
+    check_model_path(path)
+    where = device_of(device)
+    wanted = dtype_of(dtype)
+    with _model_errors(path):
+        model = patch.load(path, dtype=wanted)
+    return model.to(where).eval()
+
+
+def load_model_config(path: str, *, packed: bool = False) -> Any:
+    """transformers configuration of a dense (or packed, if allowed) model; nothing else of the model is read."""
+    from transformers import AutoConfig
+
+    check_model_path(path)
+    with _model_errors(path):
+        config = AutoConfig.from_pretrained(path)
+    if not packed and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"--model: expected a dense model, {path!r} has a quantization_config in its config.json. Give the model "
+            "that it was made from."
+        )
+    return config
+
+
+def load_model_shapes(path: str) -> nn.Module:
+    """The model without its weights (on the meta device), where only names and shapes of layers are needed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_model_config(path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@contextlib.contextmanager
+def _model_errors(path: str) -> Iterator[None]:
+    """transformers' errors about a model that is not there, as one sentence that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"--model: expected a model folder or a Hugging Face id, got {path!r} which cannot be loaded ({reason}). "
+            "Check the name, and the network or the cache."
+        ) from error
+
+
+def hide_bars_without_terminal() -> None:
+    """transformers draws its progress bars into log files too; ours are for terminals only."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+
+
+def load_tokenizer(path: str) -> Any:
+    """Tokenizer saved beside a model."""
+    from transformers import AutoTokenizer
+
+    check_model_path(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"--model: expected a tokenizer in {path!r}, got none that loads ({reason}). Save the tokenizer into the "
+            "model's folder."
+        ) from error
+
+
+def load_masks(path: str | os.PathLike, model: nn.Module, flag: str = "--masks") -> Artifact:
+    """Artifact of prune, or of learn (its folder or the result inside), checked against the model."""
+    from patch.artifacts.artifact import load_artifact
+    from patch.models.facts import config_fingerprint
+
+    artifact = load_artifact(artifact_folder(path, flag), model=model)
+    made_for = artifact.meta.get("config_fingerprint")
+    if made_for is not None and made_for != config_fingerprint(model.config):
+        raise ValueError(
+            f"{flag}: expected masks of this model, {path} was made from {artifact.meta.get('model')!r} whose "
+            "configuration differs. Give that model, or make the masks again."
+        )
+    return artifact
+
+
+def artifact_folder(path: str | os.PathLike, flag: str = "--masks") -> Path:
+    """The artifact at `path`: the folder itself, or `result` in the folder of a learning run."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{flag}: expected a folder made by prune or learn, found none at {folder}. Check the path."
+        )
+    if (folder / "result").is_dir():
+        return folder / "result"
+    if any(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"{flag}: expected a finished learning run, {folder} has checkpoints but no result. Finish it with "
+            "`patch-llm learn ... --resume`."
+        )
+    return folder
+
+
+def load_calibration(options: Any, model: nn.Module, tokenizer: Any = None) -> tuple[torch.Tensor, str]:
+    """Calibration samples (nsamples, seqlen) that a command's options ask for, and the SHA-256 of their text.
+
+    options    with data, text_field, nsamples, seqlen (None: 2048, or what the model allows) and seed
+    tokenizer  default: the one saved beside options.model
+    """
+    from patch.data.tokens import calibration_windows
+    from patch.models.facts import context_length
+
+    return calibration_windows(
+        load_tokenizer(options.model) if tokenizer is None else tokenizer,
+        options.data,
+        nsamples=options.nsamples,
+        seqlen=options.seqlen or min(CALIBRATION_SEQLEN, context_length(model) or CALIBRATION_SEQLEN),
+        seed=options.seed,
+        text_field=options.text_field,
+    )
+
+
+def check_model_path(path: str) -> None:
+    """Refuse a path that cannot hold a model, before anything is loaded."""
+    folder = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise FileNotFoundError(f"--model: expected a model folder, found none at {path!r}. Check the path.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--model: expected a transformers model, {path!r} has no config.json. Give the folder of the dense model; "
+            "folders made by prune or learn hold masks and belong to --masks."
+        )

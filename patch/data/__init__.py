@@ -1,0 +1,29 @@
+"""Text and tokens: local files and named sets, tokenizing, packing, sampling."""
+
+from __future__ import annotations
+
+from patch.data.sources import NAMED_SETS, iter_documents, load_documents
+from patch.data.tokens import (
+    calibration_windows,
+    evaluation_text,
+    pack_blocks,
+    sample_joined,
+    sample_windows,
+    text_sha256,
+    tokenize,
+    training_blocks,
+)
+
+__all__ = [
+    "NAMED_SETS",
+    "calibration_windows",
+    "evaluation_text",
+    "iter_documents",
+    "load_documents",
+    "pack_blocks",
+    "sample_joined",
+    "sample_windows",
+    "text_sha256",
+    "tokenize",
+    "training_blocks",
+]

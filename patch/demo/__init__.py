@@ -1,0 +1,1 @@
+"""`patch-llm demo`: the main job on a small model, in a few minutes on a CPU."""

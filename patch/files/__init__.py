@@ -1,0 +1,1 @@
+"""Files and folders that are complete or not there, and strict readers of what others wrote. Knows no model."""

@@ -1,0 +1,260 @@
+"""Learning of masks: `learn` takes a dense model and gives it back masked, whatever happens on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
+
+from patch.artifacts.artifact import load_artifact, save_artifact
+from patch.files.folder import resolve_folder
+from patch.learn import state as state_files
+from patch.learn.checks import check_inputs
+from patch.learn.config import LearnConfig
+from patch.learn.masked_linear import MaskedLayers
+from patch.learn.trainer import MaskTrainer, ShuffledBlocks
+from patch.models.keep_masks import apply_keep_masks, measured_sparsity
+from patch.models.modes import prepared
+from patch.models.structure import maskable_linears
+from patch.runs import checkpoints as run_checkpoints
+from patch.runs import metrics as run_metrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LearnResult:
+    """Outcome of `learn`.
+
+    masks           keep masks (N, K) bool by layer name.
+    tile_is_sparse  (rows, cols) bool grids by layer name.
+    metrics         the records of metrics.jsonl, in order.
+    hard_density    share of nonzeros of the final masks; soft_density the mean of the last step's sampled
+                    masks, which is what the penalty controls.
+    """
+
+    masks: dict[str, Tensor]
+    tile_is_sparse: dict[str, Tensor]
+    metrics: list[dict[str, Any]]
+    hard_density: float
+    soft_density: float
+
+
+def learn(
+    model: nn.Module,
+    train_blocks: Tensor,
+    config: LearnConfig,
+    *,
+    prior_masks: Mapping[str, Tensor] | None = None,
+    tile_scores: Mapping[str, Tensor] | None = None,
+    output_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    exclude: Sequence[str] = (),
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+    report_to: Sequence[str] = (),
+) -> LearnResult:
+    """Learn masks on the frozen weights of a causal language model and apply them.
+
+    model         transformers causal LM in float32, bfloat16 or float64 with its dense weights; changed in
+                  place and back as plain nn.Linear with pruned weights set to 0 and `keep_mask` attached, on
+                  the device, with the train mode, requires_grad flags and use_cache that it came with. After
+                  an error it is dense again.
+    train_blocks  (blocks, tokens) int64 token ids; the labels are the ids themselves. Shuffled by
+                  config.seed; what does not fill a global batch is left out.
+    prior_masks   keep masks (N, K) bool by layer name, from one-shot 2:4 pruning; required (exactly 2 of 4)
+                  in mode "tile", where they are the fixed patterns.
+    tile_scores   (rows, cols) by layer name, from patch.priors.tile_scores of an unstructured mask.
+    output_dir    folder for checkpoints, metrics.jsonl and the result; None keeps nothing.
+    resume        go on from the newest complete checkpoint in output_dir (or start, if there is none). A
+                  finished run is not trained again, its masks are applied. The result equals an uninterrupted
+                  run's bits.
+    exclude       fnmatch patterns of layers left dense.
+    callbacks, report_to  passed to transformers' Trainer.
+    raises        ValueError or TypeError before any work for bad input; FloatingPointError naming the step
+                  when the loss or a gradient is not finite (checkpoints stay).
+    """
+    linears = maskable_linears(model, exclude)
+    if resume and output_dir is None:
+        raise ValueError("resume: expected an output_dir to resume from, got none; pass the folder of the earlier run")
+    check_inputs(model, train_blocks, config, linears, prior_masks, tile_scores)
+    world_size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    config.accumulation_steps(world_size)
+    if prior_masks is None and config.pattern_prior_strength > 0:
+        logger.info("no prior_masks given: the 2:4 logits start from the random draw alone")
+    if tile_scores is None and config.mode != "mask_llm" and config.tile_prior_strength > 0:
+        logger.info("no tile_scores given: the tile logits start from the random draw alone")
+    tensors = {
+        "layers": {name: torch.tensor(linear.weight.shape) for name, linear in linears.items()},
+        "prior_masks": _ordered(prior_masks, linears),
+        "tile_scores": _ordered(tile_scores, linears),
+    }
+    identity = state_files.run_identity(model, train_blocks, config, tensors, world_size)
+    with contextlib.ExitStack() as stack:
+        if output_dir is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patch-learn-")))
+        else:
+            folder = Path(output_dir).resolve()
+            if not resume and rank == 0:
+                state_files.refuse_used_folder(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        result_dir = resolve_folder(folder / run_checkpoints.RESULT, must_exist=False)
+        if resume and result_dir.exists():
+            return _finished_result(model, folder, identity, exclude)
+        checkpoint = run_checkpoints.newest_checkpoint(folder, may_rename=rank == 0) if resume else None
+        if checkpoint is not None:
+            state_files.check_identity(checkpoint, state_files.read_identity(checkpoint), identity)
+            logger.info("resuming from %s", checkpoint)
+        run = Run(
+            folder,
+            identity,
+            checkpoint,
+            output_dir is not None,
+            rank,
+            progress,
+            tuple(callbacks),
+            tuple(report_to),
+        )
+        masks, grids, log, soft = _train(model, train_blocks, config, linears, prior_masks, tile_scores, run)
+        masks = {name: mask.to(linears[name].weight.device) for name, mask in masks.items()}
+        grids = {name: grid.to(linears[name].weight.device) for name, grid in grids.items()}
+        apply_keep_masks(model, masks, exclude=exclude)
+        result = _result(masks, grids, log, soft, config)
+        if output_dir is not None and rank == 0:
+            _save_result(folder, result, config, identity)
+        return result
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how one call of learn trains."""
+
+    folder: Path
+    identity: dict[str, Any]
+    checkpoint: Path | None
+    saves: bool
+    rank: int
+    progress: bool
+    callbacks: tuple[TrainerCallback, ...]
+    report_to: tuple[str, ...]
+
+
+def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
+    """Train the logits: (keep masks, tile grids, metrics, soft density). Leaves the model plain and dense."""
+    total_steps = config.total_steps(train_blocks.shape[0])
+    steps_done = 0 if run.checkpoint is None else int(run.checkpoint.name.rsplit("-", 1)[1])
+    with prepared(model, grad_checkpoint=config.grad_checkpoint):
+        layers = MaskedLayers(model, linears, config, prior_masks=prior_masks, tile_scores=tile_scores)
+        metrics = None
+        try:
+            metrics = run_metrics.MetricsLog(
+                run.folder / run_metrics.METRICS if run.saves and run.rank == 0 else None, steps_done
+            )
+            trainer = MaskTrainer(
+                model,
+                ShuffledBlocks(train_blocks, config),
+                layers,
+                metrics=metrics,
+                arguments=training_arguments(config, total_steps, run),
+                identity=run.identity,
+                callbacks=run.callbacks,
+                progress=run.progress,
+            )
+            trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+            if trainer.state.global_step != total_steps:
+                raise RuntimeError(
+                    f"learning was stopped at step {trainer.state.global_step} of {total_steps} by a "
+                    "callback; call learn again with resume=True"
+                )
+            masks, grids = layers.harden()
+            soft_density = trainer.soft_density()
+        finally:
+            layers.remove()
+            if metrics is not None:
+                metrics.close()
+    return masks, grids, metrics.lines, soft_density
+
+
+def training_arguments(config: LearnConfig, total_steps: int, run: Run) -> TrainingArguments:
+    use_cpu = not torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(run.folder),
+        use_cpu=use_cpu,
+        max_steps=total_steps,
+        per_device_train_batch_size=config.local_batch_size,
+        gradient_accumulation_steps=config.accumulation_steps(int(os.environ.get("WORLD_SIZE", "1"))),
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        save_strategy="steps" if run.saves else "no",
+        save_steps=config.save_steps,
+        logging_strategy="steps",
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,
+        disable_tqdm=not (run.progress and sys.stderr.isatty()),
+        report_to=list(run.report_to),
+        remove_unused_columns=False,
+        dataloader_pin_memory=not use_cpu,
+        ddp_find_unused_parameters=False,
+        bf16=False,  # the model computes in its own dtype, the logits are kept in config.logits_dtype
+    )
+    # One process drives one device. Trainer's fallback for more, DataParallel, copies the modules on every
+    # forward pass, and the sums that the layers stash would be lost in the copies.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _finished_result(model, folder: Path, identity: dict[str, Any], exclude: Sequence[str]) -> LearnResult:
+    path = folder / run_checkpoints.RESULT
+    artifact = load_artifact(path, model=model)
+    state_files.check_identity(path, artifact.meta.get("run"), identity)
+    logger.info("%s is finished already, applying its masks", path)
+    apply_keep_masks(model, artifact.masks, exclude=exclude)
+    metrics_path = folder / run_metrics.METRICS
+    metrics = run_metrics.read_metrics(metrics_path) if metrics_path.exists() else []
+    device = next(model.parameters()).device
+    return LearnResult(
+        {name: mask.to(device) for name, mask in artifact.masks.items()},
+        {name: grid.to(device) for name, grid in artifact.tile_is_sparse.items()},
+        metrics,
+        artifact.meta["hard_density"],
+        artifact.meta["soft_density"],
+    )
+
+
+def _result(masks, grids, metrics, soft: float | None, config: LearnConfig) -> LearnResult:
+    hard = 1.0 - measured_sparsity(masks)
+    if soft is None:  # resumed after the last step: nothing was sampled in this call
+        soft = metrics[-1]["soft_density"] if metrics else hard
+    target = 1.0 - config.target_sparsity
+    level = logging.WARNING if abs(hard - target) > 0.02 else logging.INFO
+    logger.log(level, "density: target %.4f, sampled masks %.4f, final masks %.4f", target, soft, hard)
+    return LearnResult(masks, grids, metrics, hard, soft)
+
+
+def _save_result(folder: Path, result: LearnResult, config: LearnConfig, identity: dict[str, Any]) -> None:
+    meta = {
+        "method": config.mode,
+        "pattern": "patch",
+        "sparsity": config.target_sparsity,
+        "tile": config.tile,
+        "seed": config.seed,
+        "hard_density": result.hard_density,
+        "soft_density": result.soft_density,
+        "run": identity,
+    }
+    save_artifact(folder / run_checkpoints.RESULT, result.masks, meta=meta, tile_is_sparse=result.tile_is_sparse)
+
+
+def _ordered(tensors: Mapping[str, Tensor] | None, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor] | None:
+    return None if tensors is None else {name: tensors[name] for name in linears}

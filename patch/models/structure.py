@@ -1,0 +1,140 @@
+"""Which layers of a model PATCH may mask.
+
+Layers are found by structure (`nn.Linear` inside the decoder's repeated blocks), not by architecture name, so a new
+family of transformers needs no entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's repeated blocks: (module path from the model's root, list of blocks in call order).
+
+    Works for a causal language model and for its bare decoder. Of all lists of modules that contain
+    `nn.Linear` layers the outermost is taken, of several equally deep ones the one with most weights. Raises
+    ValueError when there is none.
+    """
+    found = _find_blocks(*_decoder(model))
+    if found is None:
+        raise ValueError(
+            "expected a decoder with a list of blocks that contain nn.Linear layers, got "
+            f"{type(model).__name__} without one{_why_no_linear(model)}. Use a causal language model built "
+            "like Llama, Qwen2, Gemma-3 or OPT."
+        )
+    return found
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a language model that turns token ids into final hidden states; a bare model itself."""
+    return _decoder(model)[1]
+
+
+def maskable_linears(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """Layers that may be masked: {module path from the model's root: layer}, in `named_modules()` order.
+
+    These are the `nn.Linear` layers inside the decoder's blocks. Embeddings, the output head (tied or not)
+    and the projections some models put around their embeddings (OPT-350M) are never among them. In a module
+    without a list of blocks every `nn.Linear` of its body counts, again without the output head.
+
+    exclude  fnmatch patterns over the names, such as "*.k_proj"; each must match a layer of the model.
+    Raises ValueError when no layer is found or left, or a pattern matches nothing.
+    """
+    found = _block_linears(model)
+    if not found:
+        raise ValueError(
+            f"expected a model with nn.Linear layers to mask, got {type(model).__name__} with none in its "
+            f"decoder{_why_no_linear(model)}. Use an architecture built from nn.Linear (Llama, Qwen2, "
+            "Gemma-3, OPT, ...)."
+        )
+    patterns = _check_patterns(model, exclude)
+    kept = {name: layer for name, layer in found.items() if not any(fnmatchcase(name, p) for p in patterns)}
+    if not kept:
+        raise ValueError(
+            f"expected at least one layer left to mask, got exclude={list(patterns)} which removes all "
+            f"{len(found)} nn.Linear layers. Use narrower patterns."
+        )
+    return kept
+
+
+def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
+    """(module path, module) of the part that turns tokens into final hidden states."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}. Load the model first.")
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else getattr(model, "base_model", None)
+    if not isinstance(decoder, nn.Module):
+        decoder = model
+    for name, module in model.named_modules():
+        if module is decoder:
+            return name, decoder
+    return "", model
+
+
+def _find_blocks(prefix: str, decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    found = {
+        _join(prefix, name): module
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and _linear_elems(module) > 0
+    }
+    if not found:
+        return None
+    path = min(found, key=lambda name: (name.count("."), -_linear_elems(found[name])))
+    return path, found[path]
+
+
+def _block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    prefix, decoder = _decoder(model)
+    prefix, _ = _find_blocks(prefix, decoder) or (prefix, decoder)
+    heads = _embedding_weights(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (not prefix or name.startswith(prefix + "."))
+        and not any(module.weight is weight for weight in heads)
+    }
+
+
+def _embedding_weights(model: nn.Module) -> list[torch.Tensor]:
+    """Weights of embeddings and of the output head; a layer that holds one of them is never masked."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), torch.Tensor):
+        weights.append(head.weight)
+    return weights
+
+
+def _check_patterns(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+        raise TypeError(f'expected exclude as a list of patterns, got {exclude!r}. Write exclude=["*.k_proj"].')
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"exclude: expected patterns that match a layer, got '{pattern}' which matches none of the "
+                f"{len(names)} nn.Linear layers. Names look like '{names[0]}'; a pattern may use * and ?."
+            )
+    return tuple(exclude)
+
+
+def _why_no_linear(model: nn.Module) -> str:
+    kinds = {type(module).__name__ for module in model.modules()}
+    if "Conv1D" in kinds:
+        return " (its layers are transformers' Conv1D, as in GPT-2, whose weight is stored transposed)"
+    if "TiledLinear" in kinds:
+        return " (its layers are packed already; call patch.packed.unpack_model first)"
+    return ""
+
+
+def _linear_elems(module: nn.Module) -> int:
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name

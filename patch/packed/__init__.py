@@ -1,0 +1,13 @@
+"""Packed models: nn.Linear with masks as TiledLinear, saved and loaded through transformers.
+
+Importing this package registers the quantization method "patch" with transformers. Without it transformers only warns
+about an unknown method and loads random weights.
+"""
+
+from __future__ import annotations
+
+from patch.packed.convert import pack_model, unpack_model
+from patch.packed.load import load
+from patch.packed.save import save_dense, save_packed
+
+__all__ = ["load", "pack_model", "save_dense", "save_packed", "unpack_model"]

@@ -1,0 +1,113 @@
+"""Packs the masked linear layers of a model, and unpacks them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patch.models.adapted_linear import refuse_adapters
+from patch.models.keep_masks import keep_masks
+from patch.packed.quantizer import mark_dense, mark_packed
+from patch.packed.swap import cast_model, unpack_layers
+from patch_kernels import TiledLinear, tiles_that_are_two_of_four
+
+PACKED_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@torch.no_grad()
+def pack_model(
+    model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Replace nn.Linear by patch_kernels.TiledLinear in place, layer by layer; returns the model.
+
+    masks   {layer name: keep (N, K) bool}; default the masks attached to the model (patch.models.keep_masks).
+            A 128x128 tile is stored sparse exactly if every group in it keeps 2 of 4; other tiles are stored
+            dense with their zeros, so any mask at any tile size is kept exactly.
+    dtype   fp16 or bf16: cast the whole model first; None: it must be fp16 or bf16 already.
+    raises  ValueError or TypeError before any layer is changed.
+
+    Peak memory is the model plus about two layers. A transformers model also gets its quantization_config, so
+    that save_pretrained and from_pretrained (after `import patch.packed`) round-trip it.
+    """
+    refuse_adapters(model)
+    masks = dict(keep_masks(model) if masks is None else masks)
+    _check_masks(model, masks, dtype)
+    if dtype is not None:
+        cast_model(model, dtype)
+    for name, keep in masks.items():
+        linear = model.get_submodule(name)
+        keep = keep.to(linear.weight.device)
+        packed = TiledLinear.from_linear(linear, keep, tiles_that_are_two_of_four(keep))
+        model.set_submodule(name, packed)
+        del linear, keep
+        masks[name] = torch.empty(0)  # frees the mask when nobody else holds it
+    if hasattr(model, "config"):
+        mark_packed(model)
+    return model
+
+
+@torch.no_grad()
+def unpack_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace TiledLinear by nn.Linear with zeros where pruned, in place, layer by layer; returns the model.
+
+    dtype   of the new layers; default that of the packed weight. No keep masks are attached: which zeros of a
+            dense tile were pruned is not stored.
+    raises  ValueError when the model has no packed layer.
+    """
+    unpack_layers(model, dtype=dtype)
+    if hasattr(model, "config"):
+        mark_dense(model)
+    return model
+
+
+def _check_masks(model: nn.Module, masks: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+    if not masks:
+        raise ValueError(
+            f"expected a model with keep masks, got {type(model).__name__} without one; prune it or learn "
+            "masks "
+            "first, or pass masks="
+        )
+    if dtype is not None and dtype not in PACKED_DTYPES:
+        raise ValueError(f"expected dtype float16 or bfloat16, got {dtype}; the packed format holds 16-bit weights")
+    modules = dict(model.named_modules())
+    shared = _shared_weights(model)
+    for name, keep in masks.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            found = "nothing" if linear is None else type(linear).__name__
+            raise ValueError(f"masks: expected an nn.Linear at {name!r}, found {found}; use masks of this model")
+        _check_keep(name, linear, keep)
+        if id(linear.weight) in shared:
+            raise ValueError(
+                f"{name}: its weight is shared with another module (tied embeddings?); leave this layer out of masks"
+            )
+        if dtype is None and linear.weight.dtype not in PACKED_DTYPES:
+            raise ValueError(
+                f"{name}: expected fp16 or bf16 weights, got {linear.weight.dtype}; pass "
+                "dtype=torch.bfloat16 to cast "
+                "the model"
+            )
+    if dtype is None and len({modules[name].weight.dtype for name in masks}) > 1:
+        raise ValueError("expected one dtype for all masked layers, got fp16 and bf16; pass dtype= to cast the model")
+
+
+def _check_keep(name: str, linear: nn.Linear, keep: Any) -> None:
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+        got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+        raise TypeError(f"masks[{name!r}]: expected a bool tensor, True where a weight stays, got {got}")
+    if keep.shape != linear.weight.shape:
+        raise ValueError(
+            f"masks[{name!r}]: expected the weight's shape {tuple(linear.weight.shape)}, got "
+            f"{tuple(keep.shape)}; use "
+            "masks of this model"
+        )
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """id() of the parameters that more than one module holds."""
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {key for key, count in held.items() if count > 1}

@@ -1,0 +1,176 @@
+"""Packed models in transformers: the quantizer of the method "patch", and the marks of a packed model.
+
+    import patch.packed
+    model = AutoModelForCausalLM.from_pretrained(folder)      # or patch.load(folder)
+
+config.json holds the sizes and a checksum of every packed layer; they are checked against the headers of the
+safetensors files before a tensor is allocated, and against the tensors after loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantizer
+
+from patch.packed.headers import check_files
+from patch.packed.quantization_config import DTYPES, METHOD, PatchConfig
+from patch.packed.swap import layer_sha256, packed_layers, unpack_layers
+from patch_kernels import TiledLinear, payload_bytes, tile_grid
+
+_verify: contextvars.ContextVar[bool] = contextvars.ContextVar("patch_verify", default=True)
+
+
+@register_quantizer(METHOD)
+class PatchHfQuantizer(HfQuantizer):
+    """Builds packed layers before loading and checks them after it; uses only hooks of transformers 5.17 to 5.24."""
+
+    requires_calibration = True  # only checkpoints that are packed already can be loaded
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("expected a device_map without 'disk', packed layers cannot be offloaded; use cpu or cuda")
+
+    def _process_model_before_weight_loading(
+        self,
+        model: nn.Module,
+        checkpoint_files: Sequence[str] | None = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        config: PatchConfig = self.quantization_config
+        for name, layer in config.layers.items():
+            _check_module(model, name, layer)
+        if checkpoint_files:
+            check_files(checkpoint_files, config)
+        for name, layer in config.layers.items():
+            packed = TiledLinear(
+                layer["in_features"],
+                layer["out_features"],
+                layer["bias"],
+                payload_bytes=layer["payload_bytes"],
+                dtype=DTYPES[layer["dtype"]],
+                device="meta",
+            )
+            model.set_submodule(name, packed)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        loaded = dict(packed_layers(model))
+        for name, layer in self.quantization_config.layers.items():
+            _check_loaded(name, layer, loaded.get(name))
+            loaded[name].refresh_schedule()  # follows from the flags, so it is in no file
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        unpack_layers(model, dtype=dtype)
+        mark_dense(model)
+        return model
+
+    def remove_quantization_config(self, model: nn.Module) -> None:
+        mark_dense(model)
+
+
+@contextlib.contextmanager
+def verification(enabled: bool) -> Iterator[None]:
+    """Turn the checksum comparison on or off for from_pretrained calls inside the block."""
+    token = _verify.set(enabled)
+    try:
+        yield
+    finally:
+        _verify.reset(token)
+
+
+def mark_packed(model: nn.Module) -> None:
+    """Give a model with TiledLinear layers the attributes that transformers saves and loads by."""
+    layers = {
+        name: {
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "bias": layer.bias is not None,
+            "dtype": str(layer.weight_dtype).removeprefix("torch."),
+            "payload_bytes": layer.payload.numel(),
+            "sha256": layer_sha256(layer),
+        }
+        for name, layer in packed_layers(model)
+    }
+    config = PatchConfig(layers=layers)
+    model.config.quantization_config = config
+    model.hf_quantizer = PatchHfQuantizer(config, pre_quantized=True)
+    model.quantization_method = METHOD
+    model.is_quantized = True
+
+
+def mark_dense(model: nn.Module) -> None:
+    """Undo mark_packed."""
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+        (model.config, "_is_quantized"),
+    ):
+        if name in vars(owner):
+            delattr(owner, name)
+    model.is_quantized = False
+
+
+def _check_module(model: nn.Module, name: str, layer: Mapping[str, Any]) -> None:
+    module = dict(model.named_modules()).get(name)
+    if not isinstance(module, nn.Linear):
+        found = "nothing" if module is None else type(module).__name__
+        raise ValueError(
+            f"quantization_config: expected a linear layer at {name!r} of {type(model).__name__}, found "
+            f"{found}; load "
+            "with AutoModelForCausalLM, and the config.json the weights were saved with"
+        )
+    expected = (layer["out_features"], layer["in_features"], layer["bias"])
+    if (module.out_features, module.in_features, module.bias is not None) != expected:
+        raise ValueError(
+            f"quantization_config: layer {name!r} is {expected[0]}x{expected[1]} with bias {expected[2]}, "
+            "the model's is "
+            f"{module.out_features}x{module.in_features} with bias {module.bias is not None}; use the "
+            "config.json the "
+            "weights were saved with"
+        )
+    if module.weight.dtype != DTYPES[layer["dtype"]]:
+        raise ValueError(
+            f"quantization_config: layer {name!r}: expected dtype {layer['dtype']} (as packed), got "
+            f"{module.weight.dtype}; leave dtype out, or load and call model.dequantize() for another dtype"
+        )
+
+
+def _check_loaded(name: str, layer: Mapping[str, Any], module: TiledLinear | None) -> None:
+    if module is None or module.payload.is_meta or module.tile_is_sparse.is_meta:
+        raise ValueError(f"{name}: expected a packed layer after loading, found none; export the model again")
+    flags = module.tile_is_sparse
+    grid = tuple(tile_grid((module.out_features, module.in_features)))
+    if tuple(flags.shape) != grid or flags.dtype != torch.uint8 or int(flags.max()) > 1:
+        raise ValueError(f"{name}: expected tile_is_sparse of 0 and 1 with shape {grid}; the file was damaged")
+    expected = payload_bytes(flags.bool())
+    if module.payload.numel() != layer["payload_bytes"] or expected != layer["payload_bytes"]:
+        raise ValueError(
+            f"{name}: expected a payload of {expected} bytes for its tiles, found {module.payload.numel()} "
+            "and "
+            f"{layer['payload_bytes']} in config.json; the file was damaged, export the model again"
+        )
+    if _verify.get() and layer_sha256(module) != layer["sha256"]:
+        raise ValueError(
+            f"{name}: the SHA-256 of the packed weight differs from config.json; the file was changed, copy "
+            "or export "
+            "it again"
+        )

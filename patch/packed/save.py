@@ -1,0 +1,64 @@
+"""Write a model as a folder: dense (opens with plain transformers) or packed (opens with patch.load)."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from patch.files.folder import write_folder
+from patch.files.strict_json import read_json
+from patch.models.adapted_linear import refuse_adapters
+from patch.models.keep_masks import check_masks_hold
+from patch.packed.convert import unpack_model
+from patch.packed.swap import packed_layers
+
+DEFAULT_SHARD = "5GB"
+
+
+def save_dense(
+    model: nn.Module, tokenizer: Any, path: str | os.PathLike, *, max_shard_size: str = DEFAULT_SHARD
+) -> None:
+    """Write an ordinary transformers folder: weights with zeros where pruned, no sparsity key in config.json.
+
+    model      dense, or packed (a dense copy is made; the model itself is not changed)
+    tokenizer  saved beside it; None leaves it out
+    raises     ValueError when a weight that its keep mask prunes is not zero, or a layer has adapters.
+    """
+    check_masks_hold(model)
+    refuse_adapters(model)
+    if any(packed_layers(model)):
+        model = unpack_model(copy.deepcopy(model))
+
+    def write(directory: Path) -> None:
+        _save(model, tokenizer, directory, max_shard_size)
+        if "quantization_config" in read_json(directory / "config.json"):
+            raise ValueError(
+                "expected a dense model, its config has a quantization_config of another method; dequantize it first"
+            )
+
+    write_folder(path, write)
+
+
+def save_packed(
+    model: nn.Module, tokenizer: Any, path: str | os.PathLike, *, max_shard_size: str = DEFAULT_SHARD
+) -> None:
+    """Write a packed model (patch.packed.pack_model); patch.load reads it.
+
+    raises  ValueError when the model has no packed layer.
+    """
+    if not any(packed_layers(model)):
+        raise ValueError(
+            f"expected a packed model, got {type(model).__name__} without a packed layer; call "
+            "patch.packed.pack_model(model) first"
+        )
+    write_folder(path, lambda directory: _save(model, tokenizer, directory, max_shard_size))
+
+
+def _save(model: nn.Module, tokenizer: Any, directory: Path, max_shard_size: str) -> None:
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)

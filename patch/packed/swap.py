@@ -1,0 +1,52 @@
+"""The packed layers of a model: finding them, unpacking them, their checksums, and casting what is around them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from patch_kernels import TiledLinear
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, TiledLinear]]:
+    """(name, layer) of every packed layer in module order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, TiledLinear))
+
+
+def unpack_layers(model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
+    """Replace every packed layer by nn.Linear with zeros where pruned, in place; see convert.unpack_model."""
+    names = [name for name, _ in packed_layers(model)]
+    if not names:
+        raise ValueError(
+            f"expected a model with packed layers, got {type(model).__name__} without one; pack_model makes them"
+        )
+    for name in names:
+        linear = model.get_submodule(name).to_linear()
+        model.set_submodule(name, linear if dtype is None else linear.to(dtype))
+
+
+def layer_sha256(layer: TiledLinear) -> str:
+    """SHA-256 over the tile flags and the payload of a packed layer."""
+    digest = hashlib.sha256()
+    for buffer in (layer.tile_is_sparse, layer.payload):
+        digest.update(buffer.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters and saved buffers in place, as from_pretrained(dtype=...) would.
+
+    Non-persistent floating point buffers (rotary frequencies) stay fp32; model.to(dtype) would round them.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    saved = set(model.state_dict())
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+    if hasattr(model, "config"):
+        model.config.dtype = dtype

@@ -1,0 +1,240 @@
+"""ProxSparse: train the weights until every four of them have at most two left, and keep that choice as a mask.
+
+Every step is one of AdamW on the language-model loss, followed by the proximal operator of a regulariser that
+is 0 exactly when a group of four has at most two nonzeros. Of the trained weights only the places of the two
+largest of each four are used: the masks go onto the original weights. 2:4 only.
+Source: Liu et al., "ProxSparse: Regularized Learning of Semi-Structured Sparsity Masks for Pretrained LLMs",
+2025. Theirs trains all weights of the model; here those that are not masked stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from patch.models.checks import check_calibration, check_device
+from patch.models.modes import placed
+from patch.models.structure import maskable_linears
+from patch.pruning.options import GROUP, PruneOptions
+from patch.pruning.proxsparse.proximal import _check_number, _number, frozen_weight_gradient, prox
+from patch.pruning.selection import check_weight, keep_two_of_four, working_dtype
+
+logger = logging.getLogger(__name__)
+_BAR_INTERVAL = 10
+# Calibration samples of the published settings: one for each step.
+DEFAULT_NSAMPLES = 400
+
+
+@dataclass(frozen=True)
+class ProxSparseConfig:
+    """How `learn_masks` trains; checked when made. Defaults are the published ones.
+
+    lam              weight of the regulariser in the proximal step; not multiplied by lr. The published value
+                     differs from model to model, see docs/proxsparse.md
+    lr               peak learning rate of AdamW (betas 0.9 and 0.999, eps 1e-8, no weight decay)
+    steps            optimiser steps; samples are read in a new random order each time all were read
+    batch_size       samples per step
+    warmup_ratio     share of the steps in which lr rises from 0; it falls linearly to 0 afterwards
+    max_grad_norm    gradients of all weights together are scaled down to this norm
+    frozen_lam       weight of `frozen_weight_penalty`, 0 without it
+    frozen_epsilon   its epsilon
+    seed             of the sample order and of dropout
+    grad_checkpoint  compute activations again in the backward pass: less memory, more time
+    """
+
+    lam: float = 0.1
+    lr: float = 1e-4
+    steps: int = 400
+    batch_size: int = 1
+    warmup_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+    frozen_lam: float = 0.0
+    frozen_epsilon: float = 0.1
+    seed: int = 42
+    grad_checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        for name, usual in (("lam", 0.1), ("frozen_lam", 0.0)):
+            _check_number(name, getattr(self, name), 0 <= _number(getattr(self, name)) < math.inf, "0 or more", usual)
+        for name, usual in (("lr", 1e-4), ("max_grad_norm", 1.0), ("frozen_epsilon", 0.1)):
+            _check_number(name, getattr(self, name), 0 < _number(getattr(self, name)) < math.inf, "above 0", usual)
+        _check_number("warmup_ratio", self.warmup_ratio, 0 <= _number(self.warmup_ratio) <= 1, "from 0 to 1", 0.1)
+        for name, least, usual in (("steps", 1, 400), ("batch_size", 1, 1), ("seed", 0, 42)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{name}: expected an integer of {least} or more, got {value!r}. The usual one is {usual}."
+                )
+        if not isinstance(self.grad_checkpoint, bool):
+            raise TypeError(f"grad_checkpoint: expected True or False, got {self.grad_checkpoint!r}. Pass a bool.")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step; the first is 0. Linear warm-up, then linear to 0 at the end."""
+        warmup = math.ceil(self.steps * self.warmup_ratio)
+        if step < warmup:
+            return self.lr * step / warmup
+        return self.lr * max(0, self.steps - step) / max(1, self.steps - warmup)
+
+
+def learn_masks(
+    model: nn.Module,
+    calibration: Tensor,
+    config: ProxSparseConfig | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """2:4 keep masks {layer name: (N, K) bool} learned by ProxSparse; the model is as before afterwards.
+
+    model        causal language model in float32, bfloat16 or float64 with its dense weights. Its maskable
+                 weights are trained (a 16-bit model with fp32 master weights) and come back bit for bit, also
+                 after an exception, as do gradients, requires_grad, train mode and use_cache.
+    calibration  (samples, seqlen) int64 token ids, seqlen at least 2; the labels are the ids themselves
+    config       None: the published defaults
+    exclude      fnmatch patterns over names of layers that stay dense
+    device       where the model is trained, then put back; None: where it is
+    raises       ValueError or TypeError before any work; FloatingPointError naming the step when the loss or
+                 its gradient is not finite
+
+    Memory: 20 bytes per maskable weight, in any dtype but float64 (weight, original, master weight, gradient,
+    two moments of AdamW), and the activations of batch_size samples. A function of its arguments and seed.
+    """
+    config = ProxSparseConfig() if config is None else config
+    if not isinstance(config, ProxSparseConfig):
+        raise TypeError(f"config: expected a ProxSparseConfig, got {type(config).__name__}. Make one.")
+    linears = check_learnable(model, calibration, exclude=exclude, device=device)
+    # Here because transformers' Trainer, behind it, takes seconds to import and no other method needs it.
+    from patch.models.modes import prepared
+
+    with prepared(model, grad_checkpoint=config.grad_checkpoint), placed(model, device):
+        torch.manual_seed(config.seed)  # dropout; `prepared` puts the generator back
+        # By weight: one that two layers share is trained once.
+        weights = {linear.weight: name for name, linear in linears.items()}
+        before = [(weight.detach().clone(), weight.grad) for weight in weights]
+        try:
+            trained = _train(model, weights, [original for original, _ in before], calibration, config, progress)
+            keep = {weight: keep_two_of_four(master.abs()) for weight, master in zip(weights, trained, strict=True)}
+        finally:
+            with torch.no_grad():
+                for weight, (original, gradient) in zip(weights, before, strict=True):
+                    weight.requires_grad_(False)  # `prepared` sets the flags that were set
+                    weight.copy_(original)
+                    weight.grad = gradient
+        masks = {name: keep[linear.weight] for name, linear in linears.items()}
+    return {name: mask.to(linears[name].weight.device) for name, mask in masks.items()}
+
+
+def check_learnable(
+    model: nn.Module, calibration: Tensor, *, exclude: Sequence[str] = (), device: torch.device | str | None = None
+) -> dict[str, nn.Linear]:
+    """The layers `learn_masks` trains; raises ValueError or TypeError for what it refuses."""
+    linears = maskable_linears(model, exclude)
+    check_calibration(model, calibration)
+    if calibration.shape[1] < 2:
+        raise ValueError(
+            f"calibration: expected samples of at least 2 tokens to predict one, got {tuple(calibration.shape)}. "
+            "Pass longer windows."
+        )
+    check_device(device)
+    for name, linear in linears.items():
+        check_weight(linear.weight, PruneOptions(), f"layer '{name}'")
+        if linear.weight.dtype == torch.float16:
+            raise ValueError(
+                f"layer '{name}': expected float32, bfloat16 or float64 weights to train, got torch.float16 whose "
+                "gradients overflow. Load the model with dtype=torch.bfloat16 (--dtype bfloat16)."
+            )
+    return linears
+
+
+def _train(
+    model: nn.Module,
+    weights: Mapping[nn.Parameter, str],
+    originals: Sequence[Tensor],
+    calibration: Tensor,
+    config: ProxSparseConfig,
+    progress: bool,
+) -> list[Tensor]:
+    """Train the weights (each with the name of its layer) in place; returns them in at least fp32."""
+    for weight in weights:
+        weight.requires_grad_(True)
+        weight.grad = None
+    # A step of 1e-4 is below half a unit in the last place of a bf16 weight above 1/32 and would be lost.
+    masters = [weight.detach().to(working_dtype(weight)) for weight in weights]
+    optimizer = torch.optim.AdamW(masters, lr=config.lr, weight_decay=0.0, fused=True)
+    batches = _batches(len(calibration), config)
+    home = model.get_input_embeddings().weight.device
+    share = 1.0
+    with tqdm(total=config.steps, desc="ProxSparse", unit="step", disable=None if progress else True) as bar:
+        for step, batch in enumerate(batches):
+            ids = calibration[batch].to(home)
+            loss = model(input_ids=ids, labels=ids).loss
+            _check_finite("loss", loss, step, config)
+            loss.backward()
+            _take_gradients(weights, masters, originals, config)
+            norm = nn.utils.clip_grad_norm_(masters, config.max_grad_norm)
+            _check_finite("gradient", norm, step, config)
+            optimizer.param_groups[0]["lr"] = config.lr_at(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for weight, master in zip(weights, masters, strict=True):
+                    master.copy_(prox(master, config.lam))
+                    weight.copy_(master)
+            if step % _BAR_INTERVAL == 0 or step + 1 == config.steps:
+                share = _violations(masters)
+                bar.set_postfix(loss=f"{loss.item():.4f}", violations=f"{share:.4f}", refresh=False)
+            bar.update()
+    for master, name in zip(masters, weights.values(), strict=True):
+        if master not in optimizer.state:
+            raise ValueError(
+                f"layer '{name}': expected to see calibration inputs, got none; the model does not call it for these "
+                "samples. Put it in exclude."
+            )
+    logger.info("ProxSparse: %.4f of the groups have more than two nonzeros after %d steps", share, config.steps)
+    return masters
+
+
+def _batches(samples: int, config: ProxSparseConfig) -> Tensor:
+    """Indices of the samples of every step, (steps, batch_size): one random order after the other."""
+    generator = torch.Generator().manual_seed(config.seed)
+    wanted = config.steps * config.batch_size
+    orders = [torch.randperm(samples, generator=generator) for _ in range(math.ceil(wanted / samples))]
+    return torch.cat(orders)[:wanted].reshape(config.steps, config.batch_size)
+
+
+@torch.no_grad()
+def _take_gradients(
+    weights: Mapping[nn.Parameter, str],
+    masters: Sequence[Tensor],
+    originals: Sequence[Tensor],
+    config: ProxSparseConfig,
+) -> None:
+    """Move the weights' gradients to the masters, one at a time, with that of the frozen-weight term."""
+    for weight, master, original in zip(weights, masters, originals, strict=True):
+        if weight.grad is None:
+            continue
+        master.grad, weight.grad = weight.grad.to(master.dtype), None
+        if config.frozen_lam > 0:
+            gradient = frozen_weight_gradient(master, original.to(master.dtype), config.frozen_epsilon)
+            master.grad.add_(gradient, alpha=config.frozen_lam)
+
+
+def _violations(weights: Sequence[Tensor]) -> float:
+    """Share of the groups of four that have more than two nonzeros."""
+    counts = ((weight.reshape(-1, GROUP) != 0).sum(1) > 2 for weight in weights)
+    return sum(int(count.sum()) for count in counts) / sum(weight.numel() // GROUP for weight in weights)
+
+
+def _check_finite(what: str, value: Tensor, step: int, config: ProxSparseConfig) -> None:
+    if not torch.isfinite(value):
+        raise FloatingPointError(
+            f"ProxSparse: expected a finite {what}, got {value.item()} at step {step + 1} of {config.steps}. The "
+            "model's weights are as before; lower lr, or check the model and the calibration text."
+        )

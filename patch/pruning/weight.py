@@ -1,0 +1,79 @@
+"""Pruning of a single weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from patch.pruning.registry import METHODS, get_method, make_options
+from patch.pruning.selection import Pruned, check_inputs, check_weight
+
+
+@torch.no_grad()
+def prune_weight(
+    weight: torch.Tensor,
+    method: str,
+    *,
+    pattern: str = "2:4",
+    sparsity: float = 0.5,
+    inputs: Sequence[torch.Tensor] | None = None,
+    block_size: int | None = None,
+    damping: float = 0.01,
+    shift_zero_metrics: bool = False,
+    precision: str = "fp32",
+) -> Pruned:
+    """Prune one weight (N, K); nothing is changed in place.
+
+    method      "magnitude", "wanda", "sparsegpt" or "thanos".
+    pattern     "2:4": exactly two of every four consecutive columns stay, sparsity must be 0.5, K % 4 == 0.
+                "unstructured": a share `sparsity` of 0 up to 1 goes, by the method's own rule: one threshold
+                for the matrix (magnitude), int(K * sparsity) in each row (wanda), one threshold for each
+                block (sparsegpt), int(N * K * sparsity) of the matrix (thanos). Sparsity 0 returns the
+                weight as it is.
+    inputs      the layer's inputs, one (tokens, K) tensor per calibration sample, on the weight's device.
+                Samples may differ in length and weigh the same. Needed by all but magnitude.
+    block_size  columns sparsegpt and thanos treat at once; a multiple of 4 for 2:4. None: 128, but 512 for
+                thanos with 2:4.
+    damping     share of the mean diagonal sparsegpt and thanos add to the Hessian's diagonal; raised with a
+                warning when that is not enough to invert it.
+    shift_zero_metrics  wanda: lift all channel energies so that dead input channels do not score 0.
+    precision   "fp32" or "fp64": of scores, statistics and updates. fp64 weights always take fp64.
+
+    Magnitude and wanda leave kept weights bit-identical, sparsegpt and thanos update them. Equal scores are
+    pruned from the lower column up. Raises ValueError or TypeError before any work.
+    """
+    chosen = get_method(method)
+    if chosen.is_learned:
+        raise ValueError(
+            f"method: expected one that prunes a single weight ({', '.join(METHODS)}), got '{method}', which learns "
+            "the masks of a whole model. Use patch.pruning.prune_model."
+        )
+    options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
+    check_weight(weight, options, "weight")
+    if chosen.statistics is not None:
+        _check_samples(inputs, weight, method)
+    if options.sparsity == 0:
+        return Pruned(weight.detach().clone(), torch.ones_like(weight, dtype=torch.bool))
+    statistics = None
+    if chosen.statistics is not None:
+        statistics = chosen.new_statistics(weight, options)
+        for x in inputs:
+            statistics.add(x)
+    return chosen.prune(weight, statistics, options)
+
+
+def _check_samples(inputs: Sequence[torch.Tensor] | None, weight: torch.Tensor, method: str) -> None:
+    if inputs is not None and not isinstance(inputs, (list, tuple)):
+        raise TypeError(
+            f"inputs: expected a list of (tokens, in_features) tensors, one per calibration sample, got "
+            f"{type(inputs).__name__}. Wrap a single sample in a list."
+        )
+    if not inputs:
+        raise ValueError(
+            f"inputs: expected calibration inputs for method '{method}', got "
+            f"{'none' if inputs is None else 'an empty list'}. Pass one (tokens, in_features) tensor per "
+            "sample, or use method='magnitude'."
+        )
+    for index, x in enumerate(inputs):
+        check_inputs(x, weight.shape[1], weight.device, f"inputs[{index}]")

@@ -1,0 +1,99 @@
+"""Checkpoint folders of a training run: finding the newest that is complete, and the state of random generators."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from patch.files.folder import verify_folder
+
+logger = logging.getLogger(__name__)
+RESULT = "result"
+TRAINER_STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
+
+
+def newest_checkpoint(output_dir: Path, *, may_rename: bool = True) -> Path | None:
+    """Newest checkpoint that verifies. Damaged newer ones are renamed to damaged-* and reported.
+
+    may_rename  False on all but the first of several processes.
+    """
+    for path in reversed(checkpoints(output_dir)):
+        try:
+            verify_folder(path)
+        except (ValueError, OSError) as error:
+            if not may_rename:
+                continue
+            aside = _free_name(path.with_name(f"damaged-{path.name}"))
+            os.rename(path, aside)
+            logger.warning("ignoring an unusable checkpoint (kept as %s): %s", aside.name, error)
+        else:
+            return path
+    return None
+
+
+def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file, after checking names and shapes against `expected` before any is allocated."""
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        if names != set(expected):
+            differing = sorted(names ^ set(expected))[:3]
+            raise ValueError(
+                f"{path}: expected the tensors of this model's masked layers, got others (for example "
+                f"{differing}); resume with the same model, mode and exclude"
+            )
+        for name, tensor in expected.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(tensor.shape):
+                raise ValueError(
+                    f"{path}: expected shape {tuple(tensor.shape)} for {name}, got {shape}; resume with the same tile"
+                )
+        return {name: file.get_tensor(name) for name in expected}
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """State of the generators that training may use (dropout): the CPU's and the training device's."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(path: Path, rank: int, device: torch.device) -> None:
+    with safe_open(path, framework="pt") as file:
+        torch.set_rng_state(file.get_tensor("cpu")[rank])
+        if device.type == "cuda" and "cuda" in file.keys():
+            torch.cuda.set_rng_state(file.get_tensor("cuda")[rank], device)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def remove_checkpoint(path: Path) -> None:
+    import shutil
+
+    # Renamed first: a kill in the middle of the removal must not leave a folder that looks like a checkpoint.
+    doomed = _free_name(path.with_name(f"removed-{path.name}"))
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _free_name(path: Path) -> Path:
+    number = 0
+    candidate = path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}.{number}")
+    return candidate

@@ -1,0 +1,37 @@
+"""Stages of a long job: each leaves a folder with its result and a key of what it was made from.
+
+A stage whose folder holds the same key is not run again, so an interrupted job goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from patch.files.folder import verify_folder
+from patch.files.strict_json import read_json
+
+logger = logging.getLogger(__name__)
+
+STAGE_FILE = "stage.json"
+
+
+def finished(folder: Path, key: str) -> dict[str, Any] | None:
+    """Result of a complete stage folder with this key; None for none, another, or a damaged one."""
+    if not (folder / STAGE_FILE).is_file():
+        return None
+    try:
+        verify_folder(folder)
+        content = read_json(folder / STAGE_FILE)
+    except (ValueError, OSError) as error:
+        logger.warning("making stage %s again: %s", folder.name, error)
+        return None
+    return content["result"] if content["key"] == key else None
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value: the key of a stage with these settings and inputs."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

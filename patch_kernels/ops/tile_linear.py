@@ -1,0 +1,233 @@
+"""Typed wrappers of the packed weight's ops: checks with readable errors, fake kernels, autograd. masked.py has
+those of mask learning.
+
+The C++ schemas (csrc/schema.cpp) have no defaults, so autograd always sees every input at its place.
+tile_linear has no autograd formula on purpose: one costs 5 us a call even under no_grad. Training goes through
+tile_linear_train.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from patch_kernels._library import gemm_status
+from patch_kernels.ops import LIBRARY_PATH
+from patch_kernels.reference import TILE
+
+_ops = torch.ops.patch_kernels
+
+DENSE_TILE_BYTES = 32768
+SPARSE_TILE_BYTES = 18432
+_PACKED_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def tile_grid(shape: tuple[int, int], tile: tuple[int, int] = (TILE, TILE)) -> tuple[int, int]:
+    """Number of tile rows and columns that cover a weight of shape (N, K); edge tiles may be cut."""
+    return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
+
+
+def payload_bytes(tile_is_sparse: Tensor) -> int:
+    """Bytes of the packed payload for a grid of tile flags: 18432 for a sparse tile, 32768 for a dense one."""
+    sparse = int(tile_is_sparse.bool().sum())
+    return sparse * SPARSE_TILE_BYTES + (tile_is_sparse.numel() - sparse) * DENSE_TILE_BYTES
+
+
+def two_of_four_violations(keep: Tensor, tile_is_sparse: Tensor) -> tuple[int, tuple[int, int] | None]:
+    """Groups inside sparse tiles that do not keep exactly 2 of 4: their number, and the first one's (row, column).
+
+    keep (N, K) bool; tile_is_sparse (ceil(N/128), ceil(K/128)) bool. A last group cut by the matrix edge to one or two
+    columns must keep them all.
+    """
+    rows, cols = keep.shape
+    groups = -(-cols // 4)
+    padded = torch.nn.functional.pad(keep, (0, groups * 4 - cols))
+    kept = padded.reshape(rows, groups, 4).sum(2)
+    expected = torch.full((groups,), 2, device=keep.device)
+    if cols % 4 == 1:
+        expected[-1] = 1
+    row_tile = torch.arange(rows, device=keep.device) // TILE
+    group_tile = torch.arange(groups, device=keep.device) * 4 // TILE
+    inside = tile_is_sparse.bool()[row_tile][:, group_tile]
+    wrong = (kept != expected) & inside
+    count = int(wrong.sum())
+    if count == 0:
+        return 0, None
+    row, group = divmod(int(wrong.flatten().to(torch.uint8).argmax()), groups)
+    return count, (row, 4 * group)
+
+
+def tile_flags(tile_is_sparse: Tensor) -> Tensor:
+    """Tile flags as the ops take them: uint8 0 and 1 (a view of bool flags)."""
+    return tile_is_sparse.view(torch.uint8) if tile_is_sparse.dtype == torch.bool else tile_is_sparse
+
+
+def _check_grid(op: str, tile_is_sparse: Tensor, shape: tuple[int, int]) -> None:
+    if tile_is_sparse.dtype not in (torch.bool, torch.uint8) or tuple(tile_is_sparse.shape) != tile_grid(shape):
+        raise ValueError(
+            f"{op}: expected tile_is_sparse as bool {tile_grid(shape)}, one flag per 128x128 tile of a "
+            f"{shape[0]}x{shape[1]} weight, got {tile_is_sparse.dtype} {tuple(tile_is_sparse.shape)}. "
+            "Use patch_kernels.tile_grid(shape) for its shape."
+        )
+
+
+def pack_tiles(weight: Tensor, keep: Tensor, tile_is_sparse: Tensor) -> Tensor:
+    """Pack a weight into dense and 2:4 tiles, format v1 (docs/format.md).
+
+    weight          (N, K) fp16 or bf16; any sizes, edge tiles are padded with zeros.
+    keep            (N, K) bool, True where a weight stays. Dropped weights of dense tiles are stored as zeros.
+    tile_is_sparse  (ceil(N/128), ceil(K/128)) bool; inside a sparse tile every group of four keeps exactly two.
+    returns         payload, 1-D uint8 of payload_bytes(tile_is_sparse) bytes, on weight's device.
+    raises          ValueError for wrong shapes, dtypes or devices, and for groups that are not 2 of 4 (with their
+                    number and the first row and column).
+    """
+    if weight.dim() != 2 or weight.dtype not in _PACKED_DTYPES:
+        raise ValueError(
+            f"pack_tiles: expected weight (N, K) in float16 or bfloat16, got {weight.dtype} {tuple(weight.shape)}. "
+            "Convert it first, for example weight.to(torch.bfloat16)."
+        )
+    if keep.dtype != torch.bool or keep.shape != weight.shape:
+        raise ValueError(
+            f"pack_tiles: expected keep as bool {tuple(weight.shape)}, got {keep.dtype} {tuple(keep.shape)}. "
+            "Pass the keep mask itself (True where a weight stays), not a float mask."
+        )
+    _check_grid("pack_tiles", tile_is_sparse, tuple(weight.shape))
+    if not weight.device == keep.device == tile_is_sparse.device:
+        raise ValueError(
+            f"pack_tiles: expected one device, got weight on {weight.device}, keep on {keep.device}, "
+            f"tile_is_sparse on {tile_is_sparse.device}. Move them together."
+        )
+    count, first = two_of_four_violations(keep, tile_is_sparse)
+    if count:
+        raise ValueError(
+            f"pack_tiles: expected exactly 2 of 4 kept values in every group of a sparse tile, got {count} groups "
+            f"that are not, the first at row {first[0]}, column {first[1]}. Mark their tiles dense or prune to 2:4."
+        )
+    # Packing happens once per layer: one CPU implementation serves every device.
+    payload = _ops.pack_tiles(weight.cpu(), keep.cpu(), tile_flags(tile_is_sparse.cpu()).contiguous())
+    return payload.to(weight.device)
+
+
+def unpack_tiles(payload: Tensor, tile_is_sparse: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Inverse of pack_tiles: the dense (N, K) weight, bit for bit, zeros where pruned."""
+    if dtype not in _PACKED_DTYPES:
+        raise ValueError(
+            f"unpack_tiles: expected dtype float16 or bfloat16, got {dtype}. Use the dtype given to pack_tiles."
+        )
+    _check_grid("unpack_tiles", tile_is_sparse, tuple(shape))
+    return _ops.unpack_tiles(payload, tile_flags(tile_is_sparse), shape[0], shape[1], dtype)
+
+
+def make_schedule(tile_is_sparse: Tensor) -> Tensor:
+    """What tile_linear's GPU kernels read about a layer's tiles: offsets, order of rows, cuts along K (csrc/plan.h).
+
+    tile_is_sparse  (R, C) bool or uint8 on any device; read on the host, so a GPU tensor is waited for.
+    returns         int32 (words,) on the same device. Depends on the flags alone; not part of any file.
+    """
+    words = _ops.make_schedule(tile_flags(tile_is_sparse.cpu()).contiguous())
+    return words.to(tile_is_sparse.device)
+
+
+def tile_linear(
+    x: Tensor,
+    payload: Tensor,
+    tile_is_sparse: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """y = x @ weight.T + bias with the weight packed by pack_tiles.
+
+    x         (..., K) of the packed dtype (fp16 or bf16); leading sizes may be 0, strides are free.
+    bias      (N,) of x's dtype, or None; added in fp32.
+    schedule  make_schedule(tile_is_sparse). Without it a GPU unpacks and calls cuBLAS; a CPU does not need it.
+    batch_invariant  row i of y does not depend on the number of rows, bit for bit, at some cost in speed on a GPU. On a
+              CPU that is always so.
+    returns   (..., N) in x's dtype; accumulation is fp32; bitwise the same from run to run.
+    An inf or NaN of x at a pruned position of a sparse tile does not reach y.
+    Gradients reach x and bias; the weight is frozen: on Hopper it is read before the kernel ahead of this call on the
+    stream has ended (docs/kernels.md), so do not write payload or schedule by a kernel directly before.
+    """
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    op = _ops.tile_linear_train if needs_grad else _ops.tile_linear
+    y = op(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
+    if x.is_cuda and schedule is not None and not torch.compiler.is_compiling():
+        _say_if_dense(x.device.index)
+    return y
+
+
+@functools.cache
+def _say_if_dense(device_index: int) -> None:
+    """Warn once a device if its sparse kernels are not used, or not the best ones."""
+    status = gemm_status(LIBRARY_PATH, device_index)
+    name = torch.cuda.get_device_name(device_index)
+    if status["state"] != "works":
+        why = status["reason"] or "the first call was inside a graph capture; make one call before capturing"
+        warnings.warn(
+            f"patch_kernels: expected a sparse GEMM kernel for cuda:{device_index} ({name}), got none: {why}. "
+            "tile_linear unpacks the weight and calls cuBLAS there: right, but not faster than dense.",
+            stacklevel=3,
+        )
+    elif status["reason"]:
+        warnings.warn(
+            f"patch_kernels: cuda:{device_index} ({name}) uses the portable kernels: {status['reason']}. "
+            "Please report this with the output of `patch-llm info`.",
+            stacklevel=3,
+        )
+
+
+def schedule_words(grid: tuple[int, int]) -> int:
+    """int32 words of make_schedule for a grid of tiles: header, tiles, order, cuts of rows and of pairs."""
+    rows, cols = grid
+    return 3 + rows * cols + rows + 9 * (rows + -(-rows // 2))
+
+
+def _fake_linear(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _register_fakes() -> None:
+    fake = torch.library.register_fake
+    fake("patch_kernels::tile_linear", _fake_linear)
+    fake("patch_kernels::tile_linear_train", _fake_linear)
+    fake(
+        "patch_kernels::unpack_tiles",
+        lambda payload, tile_is_sparse, rows, cols, dtype: payload.new_empty((rows, cols), dtype=dtype),
+    )
+
+    fake(
+        "patch_kernels::make_schedule",
+        lambda flags: flags.new_empty(schedule_words(tuple(flags.shape)), dtype=torch.int32),
+    )
+
+    @fake("patch_kernels::pack_tiles")
+    def _(weight, keep, tile_is_sparse):
+        # The size depends on the flags' values: an unbacked size for the compiler.
+        size = torch.library.get_ctx().new_dynamic_size()
+        return weight.new_empty(size, dtype=torch.uint8)
+
+
+def _setup_linear(ctx, inputs, output):
+    x, payload, tile_is_sparse, _, _, bias, _ = inputs
+    ctx.save_for_backward(payload, tile_is_sparse)
+    ctx.in_features, ctx.dtype, ctx.has_bias = x.shape[-1], x.dtype, bias is not None
+
+
+def _backward_linear(ctx, grad):
+    payload, tile_is_sparse = ctx.saved_tensors
+    out_features = grad.shape[-1]
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = _ops.unpack_tiles(payload, tile_is_sparse, out_features, ctx.in_features, ctx.dtype)
+        grad_x = grad @ weight
+    if ctx.has_bias and ctx.needs_input_grad[5]:
+        grad_bias = grad.reshape(-1, out_features).sum(0)
+    return grad_x, None, None, None, None, grad_bias, None
+
+
+_register_fakes()
+torch.library.register_autograd("patch_kernels::tile_linear_train", _backward_linear, setup_context=_setup_linear)

@@ -1,0 +1,153 @@
+"""TiledLinear: drop-in for nn.Linear whose frozen weight is packed into dense and 2:4 tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from patch_kernels.ops import tile_linear
+from patch_kernels.tiled_weight import TiledWeight
+
+
+class TiledLinear(nn.Module):
+    """y = x @ weight.T + bias with the weight in packed format v1.
+
+    in_features, out_features   K and N
+    payload_bytes               size of the packed weight, ops.payload_bytes(tile_is_sparse)
+    dtype                       fp16 or bf16: of the weight, the bias, x and y
+
+    batch_invariant             row i of y does not depend on the number of rows, bit for bit; may be set at any time
+
+    Buffers: payload (payload_bytes,) uint8 and tile_is_sparse (ceil(N/128), ceil(K/128)) uint8 of 0 and 1; and schedule
+    (int32, ops.make_schedule), which follows from the flags and is not part of the state.
+    A new module holds zeros and all-dense flags until its state is loaded or from_linear fills it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        payload_bytes: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device=None,
+        batch_invariant: bool = False,
+    ):
+        super().__init__()
+        grid = tile_linear.tile_grid((out_features, in_features))
+        tiles = grid[0] * grid[1]
+        if payload_bytes is None:
+            payload_bytes = tiles * tile_linear.DENSE_TILE_BYTES
+        _check_construction(in_features, out_features, payload_bytes, tiles, dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_dtype = dtype
+        self.batch_invariant = batch_invariant
+        self.register_buffer("payload", torch.zeros(payload_bytes, dtype=torch.uint8, device=device))
+        self.register_buffer("tile_is_sparse", torch.zeros(grid, dtype=torch.uint8, device=device))
+        words = torch.zeros(tile_linear.schedule_words(grid), dtype=torch.int32, device=device)
+        self.register_buffer("schedule", words, persistent=False)
+        self._schedule_is_current = False
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, keep: Tensor, tile_is_sparse: Tensor) -> TiledLinear:
+        """Pack a dense layer; see ops.pack_tiles for what keep and tile_is_sparse must be."""
+        tiled = TiledWeight.pack(linear.weight.detach(), keep, tile_is_sparse)
+        module = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            payload_bytes=tiled.payload.numel(),
+            dtype=linear.weight.dtype,
+            device="meta",
+        )
+        module.payload = tiled.payload
+        module.tile_is_sparse = tile_linear.tile_flags(tiled.tile_is_sparse).clone()
+        module.refresh_schedule()
+        if linear.bias is not None:
+            module.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return module.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The same layer as nn.Linear, zeros where pruned."""
+        weight = self.tiled_weight.unpack()
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return linear.train(self.training)
+
+    @property
+    def tiled_weight(self) -> TiledWeight:
+        """View of the packed weight."""
+        shape = (self.out_features, self.in_features)
+        schedule = self.schedule if self._schedule_is_current else None
+        return TiledWeight(self.payload, self.tile_is_sparse.bool(), shape, self.weight_dtype, schedule)
+
+    def refresh_schedule(self) -> None:
+        """Make the schedule again after the flags have changed. Waits for the GPU: not inside a graph capture.
+
+        Loading a state, from_linear and the first forward on a GPU see to it.
+        """
+        self.schedule = tile_linear.make_schedule(self.tile_is_sparse)
+        self._schedule_is_current = True
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._schedule_is_current = False
+
+    def __setattr__(self, name, value):
+        if name == "tile_is_sparse":
+            self._schedule_is_current = False
+        super().__setattr__(name, value)
+
+    def _current_schedule(self) -> Tensor | None:
+        """The schedule for this call: a CPU needs none."""
+        if not self.payload.is_cuda:
+            return None
+        if not self._schedule_is_current or self.schedule.device != self.payload.device:
+            self.refresh_schedule()
+        return self.schedule
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight_dtype or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"TiledLinear: expected x as {self.weight_dtype} (..., {self.in_features}), got {x.dtype} "
+                f"{tuple(x.shape)}. Convert x, or pack the model in x's dtype (fp16 or bf16)."
+            )
+        return tile_linear.tile_linear(
+            x,
+            self.payload,
+            self.tile_is_sparse,
+            self.out_features,
+            self.bias,
+            self._current_schedule(),
+            self.batch_invariant,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"dtype={self.weight_dtype}, payload_bytes={self.payload.numel()}"
+        )
+
+
+def _check_construction(in_features, out_features, payload_bytes, tiles, dtype) -> None:
+    if in_features < 1 or out_features < 1:
+        raise ValueError(
+            f"TiledLinear: expected in_features and out_features >= 1, got {in_features} and {out_features}. "
+            "Keep empty layers as nn.Linear."
+        )
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"TiledLinear: expected dtype float16 or bfloat16, got {dtype}. Convert the model first.")
+    low, high = tiles * tile_linear.SPARSE_TILE_BYTES, tiles * tile_linear.DENSE_TILE_BYTES
+    step = tile_linear.DENSE_TILE_BYTES - tile_linear.SPARSE_TILE_BYTES
+    if not low <= payload_bytes <= high or (payload_bytes - low) % step:
+        raise ValueError(
+            f"TiledLinear: expected payload_bytes between {low} (all tiles sparse) and {high} (all dense) in steps of "
+            f"{step} for {out_features}x{in_features}, got {payload_bytes}. Use ops.payload_bytes(tile_is_sparse)."
+        )

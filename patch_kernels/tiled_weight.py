@@ -1,0 +1,65 @@
+"""TiledWeight: a packed weight with what is needed to read it back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patch_kernels.ops import tile_linear
+
+
+@dataclass(frozen=True)
+class TiledWeight:
+    """A weight (N, K) packed into dense and 2:4 tiles of 128x128.
+
+    payload         1-D uint8, ops.payload_bytes(tile_is_sparse) bytes (docs/format.md)
+    tile_is_sparse  (ceil(N/128), ceil(K/128)) bool
+    shape, dtype    of the weight; dtype is fp16 or bf16
+    schedule        ops.make_schedule(tile_is_sparse), which the GPU kernels need; None: they unpack and call cuBLAS
+    """
+
+    payload: Tensor
+    tile_is_sparse: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    schedule: Tensor | None = None
+
+    @classmethod
+    def pack(cls, weight: Tensor, keep: Tensor, tile_is_sparse: Tensor) -> TiledWeight:
+        """See ops.pack_tiles for shapes and errors."""
+        payload = tile_linear.pack_tiles(weight, keep, tile_is_sparse)
+        schedule = tile_linear.make_schedule(tile_is_sparse)
+        return cls(payload, tile_is_sparse.bool(), tuple(weight.shape), weight.dtype, schedule)
+
+    def unpack(self) -> Tensor:
+        """The dense weight (N, K), zeros where pruned."""
+        return tile_linear.unpack_tiles(self.payload, self.tile_is_sparse, self.shape, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of payload and flags."""
+        return self.payload.numel() + self.tile_is_sparse.numel()
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
+        """x @ weight.T + bias; see ops.tile_linear."""
+        flags = tile_linear.tile_flags(self.tile_is_sparse)
+        return tile_linear.tile_linear(x, self.payload, flags, self.shape[0], bias, self.schedule, batch_invariant)
+
+
+def tiles_that_are_two_of_four(keep: Tensor) -> Tensor:
+    """Flags (ceil(N/128), ceil(K/128)) of the tiles whose every group keeps exactly 2 of 4: these can be packed sparse.
+
+    keep (N, K) bool, made by any mask at any tile size.
+    """
+    rows, cols = keep.shape
+    groups = -(-cols // 4)
+    kept = torch.nn.functional.pad(keep, (0, groups * 4 - cols)).reshape(rows, groups, 4).sum(2)
+    expected = torch.full((groups,), 2, device=keep.device)
+    if cols % 4 == 1:
+        expected[-1] = 1
+    right = kept == expected
+    grid = tile_linear.tile_grid((rows, cols))
+    padded = torch.nn.functional.pad(right, (0, grid[1] * 32 - groups, 0, grid[0] * 128 - rows), value=True)
+    return padded.reshape(grid[0], 128, grid[1], 32).all(3).all(1)
