@@ -8,7 +8,7 @@ namespace patch_kernels {
 
 enum class DType { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-// A layer's weight (rows = N = out_features, cols = K = in_features) in packed format v1 (layout.h).
+// A layer's weight (rows = N = out_features, cols = K = in_features) in packed format v1 (format/layout.h).
 struct TiledMatrix {
   const uint8_t* payload;
   const uint8_t* tile_is_sparse;  // ceil(rows/128) x ceil(cols/128), 0 or 1
@@ -72,7 +72,7 @@ struct AdamWArgs {
   uint64_t seed;
   uint32_t stream, step;
   DType param_type;  // fp32 or bf16
-  int moment_bits;   // 32 (fp32), 16 (bf16) or 8 (codes of adamw_math.h)
+  int moment_bits;   // 32 (fp32), 16 (bf16) or 8 (codes of math/adamw.h)
 };
 
 // First violation found while packing: a sparse tile's group that does not keep exactly two (see pack_tiles).

@@ -1,5 +1,5 @@
 // Schemas of all ops. Implementations: bindings/cpu.cpp and bindings/cuda.cpp; fakes and autograd:
-// patch_kernels/ops.py. No default arguments: Python passes everything, so autograd sees every input at its place.
+// patch_kernels/ops. No default arguments: Python passes everything, so autograd sees every input at its place.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(patch_kernels, m) {

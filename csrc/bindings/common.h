@@ -13,7 +13,7 @@
 
 #include <optional>
 
-#include "../layout.h"
+#include "../format/layout.h"
 #include "../ops.h"
 
 namespace patch_kernels {

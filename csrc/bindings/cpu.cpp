@@ -1,7 +1,7 @@
 // CPU implementations of the ops: check, allocate, call csrc/cpu with torch's threads.
 #include <cmath>
 
-#include "../plan.h"
+#include "../gemm/plan.h"
 #include "adamw.h"
 #include "common.h"
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../cuda/tile_linear.h"
-#include "../plan.h"
+#include "../gemm/plan.h"
 #include "adamw.h"
 #include "common.h"
 
@@ -67,7 +67,7 @@ struct Workspace {
   }
 };
 
-// For benchmarks/bench_plans.py alone: what the next calls use instead of their own choice; bn = 0: nothing.
+// For benchmarks/ops/bench_plans.py alone: what the next calls use instead of their own choice; bn = 0: nothing.
 PlanChoice forced_choice{};
 
 Tensor gemm(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule,
@@ -214,7 +214,7 @@ extern "C" __attribute__((visibility("default"))) const char* patch_kernels_gemm
   return text.c_str();
 }
 
-// For benchmarks/bench_plans.py: a choice is five ints (bn, token_ctas, row_ctas, splits, depth).
+// For benchmarks/ops/bench_plans.py: a choice is five ints (bn, token_ctas, row_ctas, splits, depth).
 extern "C" __attribute__((visibility("default"))) void patch_kernels_force_plan(const int* choice) {
   using namespace patch_kernels;
   forced_choice = choice ? PlanChoice{choice[0], choice[1], choice[2], choice[3], choice[4]} : PlanChoice{};

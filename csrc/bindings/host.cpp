@@ -1,16 +1,17 @@
-// patch_kernels._host: for tests and tools, without torch: the layout functions of layout.h, the operand maps of gemm/
-// and the planner of plan.h.
+// patch_kernels._host: for tests and tools, without torch: the layout functions of format/layout.h, the operand maps of
+// gemm/ and the planner of gemm/plan.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <vector>
 
+#include "../format/layout.h"
 #include "../gemm/fragments.h"
+#include "../gemm/plan.h"
 #include "../gemm/wgmma.h"
-#include "../layout.h"
-#include "../mask_math.h"
-#include "../plan.h"
+#include "../math/elements.h"
+#include "../math/mask.h"
 
 namespace pk = patch_kernels;
 namespace py = pybind11;
@@ -125,7 +126,7 @@ void add_operand_maps(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Packed format v1, byte by byte (csrc/layout.h), and the GEMM's operand maps, schedules and plans.";
+  m.doc() = "Packed format v1, byte by byte (csrc/format/layout.h), and the GEMM's operand maps, schedules and plans.";
   m.attr("TILE") = pk::kTile;
   m.attr("DENSE_TILE_BYTES") = pk::kDenseTileBytes;
   m.attr("SPARSE_TILE_BYTES") = pk::kSparseTileBytes;

@@ -1,5 +1,6 @@
 // AdamW on the CPU: one pass in place, blocks of 256 values in the L1 cache. Compiled once per instruction set.
-#include "../adamw_math.h"
+#include "../math/adamw.h"
+
 #include "isa.h"
 #include "parallel.h"
 

@@ -2,7 +2,8 @@
 // Compiled once per instruction set (PK_ISA names the namespace); the vectoriser turns lane loops into SIMD.
 #include <vector>
 
-#include "../mask_math.h"
+#include "../math/elements.h"
+#include "../math/mask.h"
 #include "isa.h"
 #include "parallel.h"
 

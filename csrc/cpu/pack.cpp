@@ -2,7 +2,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../layout.h"
+#include "../format/layout.h"
 #include "parallel.h"
 
 namespace patch_kernels::cpu {

@@ -5,8 +5,8 @@
 #include <memory>
 #include <vector>
 
-#include "../layout.h"
-#include "../mask_math.h"
+#include "../format/layout.h"
+#include "../math/elements.h"
 #include "isa.h"
 #include "parallel.h"
 

@@ -1,6 +1,6 @@
 // AdamW on the GPU: one pass in place. A warp takes a block of 256 values, eight neighbours a lane: 16 bytes of bf16,
 // 32 of fp32, and one Philox call for each tensor that is rounded.
-#include "../adamw_math.h"
+#include "../math/adamw.h"
 #include "launch.h"
 
 namespace patch_kernels::cuda {

@@ -1,9 +1,10 @@
 // Masked weight and its backward on the GPU: one CTA a tile, so the tile's gradient and both sums are local to a CTA,
 // need no atomics and are the same bits in every run.
 //
-// tile_forward and tile_backward are for training: 16-bit weights in tiles of 128 columns (mask_tile.h), logits fetched
-// a step ahead by cp.async. any_forward and any_backward take every other tile, alignment and dtype, a group a thread.
-#include "../mask_tile.h"
+// tile_forward and tile_backward are for training: 16-bit weights in tiles of 128 columns (math/mask_lanes.h), logits
+// fetched a step ahead by cp.async. any_forward and any_backward take every other tile, alignment and dtype, a group a
+// thread.
+#include "../math/mask_lanes.h"
 #include "launch.h"
 
 namespace patch_kernels::cuda {

@@ -4,7 +4,7 @@
 #include <mutex>
 #include <vector>
 
-#include "../self_check.h"
+#include "../check/self_check.h"
 #include "launch.h"
 #include "tile_linear.h"
 #include "tile_linear_sm80.h"

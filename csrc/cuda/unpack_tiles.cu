@@ -1,6 +1,6 @@
 // Packed format v1 to a dense weight on the GPU: one CTA a tile. Serves every GPU that has no GEMM kernel of its own:
 // tile_linear unpacks and calls cuBLAS there.
-#include "../layout.h"
+#include "../format/layout.h"
 #include "../ops.h"
 #include "launch.h"
 

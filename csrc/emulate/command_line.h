@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../self_check.h"
+#include "../check/self_check.h"
 
 namespace patch_kernels::emulate {
 

@@ -21,7 +21,7 @@
 #include <vector>
 
 #include "../gemm/sm90.h"
-#include "../numbers.h"
+#include "../math/elements.h"
 #include "host.h"
 
 namespace patch_kernels::emulate {

@@ -1,15 +1,15 @@
-// The fast masked-weight kernels (mask_tile.h) lane by lane on the host, against the CPU op. Between two warp barriers
-// the 32 lanes run one after the other, in a random order: whatever needs a barrier that is not there reads poison.
-//   emulate_mask equal [--cases N] [--seed S]    masked weights and logit gradients bit for bit, sums and tile
-//   gradients
-//                                                to rounding
+// The fast masked-weight kernels (math/mask_lanes.h) lane by lane on the host, against the CPU op. Between two warp
+// barriers the 32 lanes run one after the other, in a random order: whatever needs a barrier that is not there reads
+// poison.
+//   emulate_mask equal [--cases N] [--seed S]    masked weights and logit gradients bit for bit, sums and the
+//                                                gradients of tiles to rounding
 //   emulate_mask fault NAME | faults             exit code 0 if the planted error is noticed
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 
 #include "../cpu/isa.h"
-#include "../mask_tile.h"
+#include "../math/mask_lanes.h"
 #include "command_line.h"
 
 namespace patch_kernels::emulate {

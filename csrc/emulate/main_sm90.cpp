@@ -4,7 +4,7 @@
 //   emulate_sm90 selfcheck                  the problems and plans that a GPU is checked with at first use
 //   emulate_sm90 fault NAME                 0 if the planted error is noticed
 //   emulate_sm90 faults                     their names
-#include "../self_check.h"
+#include "../check/self_check.h"
 #include "command_line.h"
 #include "machine_sm90.h"
 

@@ -2,12 +2,12 @@
 // accumulators lie (PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix").
 #pragma once
 
-#include "../layout.h"
+#include "../format/layout.h"
 
 namespace patch_kernels {
 
-// Every slot, of weights or of x, is rows of 128 bytes with the swizzle of layout.h. `row0` is a multiple of 8, so the
-// XOR depends on the lane alone and the compiler computes it once.
+// Every slot, of weights or of x, is rows of 128 bytes with the swizzle of format/layout.h. `row0` is a multiple of 8,
+// so the XOR depends on the lane alone and the compiler computes it once.
 
 // ldmatrix.x4 of a 16x16 block of weights: its four matrices are rows 0-7 and 8-15 of columns 0-7, then of 8-15, which
 // is the order of the A registers. unit = first 16-byte unit of the block in the row.

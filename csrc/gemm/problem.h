@@ -1,9 +1,10 @@
-// What a GEMM kernel is told: y (tokens x rows) = x (tokens x cols) * weight^T + bias, the weight packed (layout.h).
+// What a GEMM kernel is told: y (tokens x rows) = x (tokens x cols) * weight^T + bias, the weight packed
+// (format/layout.h).
 #pragma once
 
 #include <cstdint>
 
-#include "../plan.h"
+#include "plan.h"
 
 // Kernel bodies are written once: device code under nvcc, host code for the emulators (csrc/emulate).
 #if defined(__CUDACC__)

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../layout.h"
+#include "../format/layout.h"
 
 namespace patch_kernels {
 

@@ -6,8 +6,9 @@
 // (emulate/main_mask.cpp) calls them for 32 lanes in turn.
 #pragma once
 
-#include "mask_math.h"
-#include "ops.h"
+#include "../ops.h"
+#include "elements.h"
+#include "mask.h"
 
 namespace patch_kernels {
 namespace {

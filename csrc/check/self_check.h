@@ -3,8 +3,8 @@
 
 #include <vector>
 
+#include "../gemm/plan.h"
 #include "integer_problem.h"
-#include "plan.h"
 
 namespace patch_kernels {
 

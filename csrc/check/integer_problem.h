@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "gemm/problem.h"
-#include "numbers.h"
-#include "ops.h"
+#include "../gemm/problem.h"
+#include "../math/elements.h"
+#include "../ops.h"
 
 namespace patch_kernels {
 

@@ -6,8 +6,9 @@
 // stream), a function of these alone.
 #pragma once
 
-#include "mask_math.h"
-#include "ops.h"
+#include "../ops.h"
+#include "elements.h"
+#include "philox.h"
 
 namespace patch_kernels {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "layout.h"
+#include "../format/layout.h"
 
 namespace patch_kernels {
 
