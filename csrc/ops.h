@@ -86,16 +86,25 @@ struct PackError {
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
 
+// The CPU ops that are compiled once per instruction set: name, parameters, arguments. cpu/isa.h declares each of them
+// for every set and cpu/dispatch.cpp picks one.
+#define PK_CPU_OPS(OP)                                                                                             \
+  OP(tile_linear, (const TileLinearArgs& args, ParallelFor parallel), (args, parallel))                            \
+  /* masked like weight; sums (2) fp64 */                                                                          \
+  OP(masked_weight, (const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel),              \
+     (args, masked, sums, parallel))                                                                               \
+  OP(masked_weight_backward, (const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel), \
+     (args, grads, parallel))                                                                                      \
+  OP(adamw_step, (const AdamWArgs& args, ParallelFor parallel), (args, parallel))
+
+#define PK_DECLARE_OP(name, parameters, arguments) void name parameters;
+
 namespace cpu {
 int64_t payload_bytes(const uint8_t* tile_is_sparse, int64_t tiles);
 PackError pack_tiles(const uint16_t* weight, const bool* keep, const uint8_t* tile_is_sparse, int64_t rows,
                      int64_t cols, uint8_t* payload, ParallelFor parallel);
 void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, ParallelFor parallel);
-void tile_linear(const TileLinearArgs& args, ParallelFor parallel);
-// masked like weight; sums (2) fp64.
-void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel);
-void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel);
-void adamw_step(const AdamWArgs& args, ParallelFor parallel);
+PK_CPU_OPS(PK_DECLARE_OP)
 const char* instruction_set();
 }  // namespace cpu
 

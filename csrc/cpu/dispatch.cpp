@@ -33,30 +33,23 @@ Isa isa() {
 }  // namespace
 
 #if defined(PK_X86)
-#define PK_CALL(function, ...)               \
-  switch (isa()) {                           \
-    case Isa::kAvx512:                       \
-      return avx512::function(__VA_ARGS__);  \
-    case Isa::kAvx2:                         \
-      return avx2::function(__VA_ARGS__);    \
-    case Isa::kGeneric:                      \
-      return generic::function(__VA_ARGS__); \
+#define PK_DISPATCH(name, parameters, arguments) \
+  void name parameters {                         \
+    switch (isa()) {                             \
+      case Isa::kAvx512:                         \
+        return avx512::name arguments;           \
+      case Isa::kAvx2:                           \
+        return avx2::name arguments;             \
+      case Isa::kGeneric:                        \
+        return generic::name arguments;          \
+    }                                            \
   }
 #else
-#define PK_CALL(function, ...) return generic::function(__VA_ARGS__);
+#define PK_DISPATCH(name, parameters, arguments) \
+  void name parameters { return generic::name arguments; }
 #endif
 
-void tile_linear(const TileLinearArgs& args, ParallelFor parallel) { PK_CALL(tile_linear, args, parallel) }
-
-void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel) {
-  PK_CALL(masked_weight, args, masked, sums, parallel)
-}
-
-void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel) {
-  PK_CALL(masked_weight_backward, args, grads, parallel)
-}
-
-void adamw_step(const AdamWArgs& args, ParallelFor parallel) { PK_CALL(adamw_step, args, parallel) }
+PK_CPU_OPS(PK_DISPATCH)
 
 const char* instruction_set() {
   switch (isa()) {

@@ -3,14 +3,14 @@
 
 #include "../ops.h"
 
-#define PK_DECLARE_ISA(isa)                                                                                        \
-  namespace patch_kernels::cpu::isa {                                                                              \
-  void tile_linear(const TileLinearArgs& args, ParallelFor parallel);                                              \
-  void masked_weight(const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel);              \
-  void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel); \
-  void adamw_step(const AdamWArgs& args, ParallelFor parallel);                                                    \
-  }
-
-PK_DECLARE_ISA(generic)
-PK_DECLARE_ISA(avx2)
-PK_DECLARE_ISA(avx512)
+namespace patch_kernels::cpu {
+namespace generic {
+PK_CPU_OPS(PK_DECLARE_OP)
+}
+namespace avx2 {
+PK_CPU_OPS(PK_DECLARE_OP)
+}
+namespace avx512 {
+PK_CPU_OPS(PK_DECLARE_OP)
+}
+}  // namespace patch_kernels::cpu
