@@ -12,8 +12,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 
 #include "../format/layout.h"
+#include "../format/packed_dtype.h"
 #include "../ops.h"
 
 namespace patch_kernels {
@@ -22,9 +24,7 @@ using Tensor = torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using ScalarType = torch::headeronly::ScalarType;
 
-inline bool is_16_bit(ScalarType type) { return type == ScalarType::Half || type == ScalarType::BFloat16; }
-
-inline DType to_dtype(ScalarType type, const char* op) {
+inline std::optional<DType> find_dtype(ScalarType type) {
   switch (type) {
     case ScalarType::Half:
       return DType::kFloat16;
@@ -35,9 +35,26 @@ inline DType to_dtype(ScalarType type, const char* op) {
     case ScalarType::Double:
       return DType::kFloat64;
     default:
-      STD_TORCH_CHECK(false, op, ": expected a floating-point tensor of 16, 32 or 64 bits");
+      return std::nullopt;
   }
-  return DType::kFloat32;
+}
+
+inline DType to_dtype(ScalarType type, const char* op) {
+  const std::optional<DType> dtype = find_dtype(type);
+  STD_TORCH_CHECK(dtype.has_value(), op, ": expected a floating-point tensor of 16, 32 or 64 bits");
+  return *dtype;
+}
+
+inline bool is_packed(ScalarType type) {
+  const std::optional<DType> dtype = find_dtype(type);
+  return dtype.has_value() && is_packed(*dtype);
+}
+
+// "float16 or bfloat16"
+inline std::string packed_names() {
+  std::string names;
+  for_each_packed([&](auto packed) { names += (names.empty() ? "" : " or ") + std::string(packed.kName); });
+  return names;
 }
 
 inline void check_same_device(const Tensor& a, const Tensor& b, const char* op, const char* name) {
@@ -76,7 +93,7 @@ struct LinearCall {
 
 inline LinearCall linear_call(const Tensor& x_in, const Tensor& payload, const Tensor& tile_is_sparse,
                               int64_t out_features, const OptionalTensor& bias_in, const char* op) {
-  STD_TORCH_CHECK(is_16_bit(x_in.scalar_type()), op, ": x must be float16 or bfloat16");
+  STD_TORCH_CHECK(is_packed(x_in.scalar_type()), op, ": x must be ", packed_names());
   STD_TORCH_CHECK(x_in.dim() >= 1, op, ": x needs at least one dimension");
   check_same_device(x_in, payload, op, "payload");
   const int64_t cols = x_in.size(x_in.dim() - 1);

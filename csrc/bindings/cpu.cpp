@@ -17,8 +17,8 @@ void torch_parallel(int64_t n, ParallelBody body, void* context) {
 
 Tensor pack_tiles(const Tensor& weight_in, const Tensor& keep_in, const Tensor& tile_is_sparse) {
   const char* op = "pack_tiles";
-  STD_TORCH_CHECK(weight_in.dim() == 2 && is_16_bit(weight_in.scalar_type()), op,
-                  ": weight must be (N, K) float16 or bfloat16");
+  STD_TORCH_CHECK(weight_in.dim() == 2 && is_packed(weight_in.scalar_type()), op, ": weight must be (N, K) ",
+                  packed_names());
   STD_TORCH_CHECK(keep_in.scalar_type() == ScalarType::Bool && keep_in.dim() == 2 &&
                       keep_in.size(0) == weight_in.size(0) && keep_in.size(1) == weight_in.size(1),
                   op, ": keep must be a bool tensor of weight's shape");
@@ -38,7 +38,7 @@ Tensor pack_tiles(const Tensor& weight_in, const Tensor& keep_in, const Tensor& 
 }
 
 Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols, ScalarType dtype) {
-  STD_TORCH_CHECK(is_16_bit(dtype), "unpack_tiles: dtype must be float16 or bfloat16");
+  STD_TORCH_CHECK(is_packed(dtype), "unpack_tiles: dtype must be ", packed_names());
   const TiledMatrix matrix = tiled_matrix(payload, tile_is_sparse, rows, cols, "unpack_tiles");
   check_payload_on_host(payload, tile_is_sparse, "unpack_tiles");
   const Tensor weight = torch::stable::new_empty(payload, {rows, cols}, dtype);

@@ -25,7 +25,7 @@ void* current_stream(const Tensor& tensor) {
 }
 
 Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols, ScalarType dtype) {
-  STD_TORCH_CHECK(is_16_bit(dtype), "unpack_tiles: dtype must be float16 or bfloat16");
+  STD_TORCH_CHECK(is_packed(dtype), "unpack_tiles: dtype must be ", packed_names());
   const TiledMatrix matrix = tiled_matrix(payload, tile_is_sparse, rows, cols, "unpack_tiles");
   const DeviceGuard guard(payload.get_device());
   const Tensor weight = torch::stable::new_empty(payload, {rows, cols}, dtype);
@@ -73,7 +73,7 @@ PlanChoice forced_choice{};
 Tensor gemm(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule,
             int64_t out_features, const OptionalTensor& bias, bool batch_invariant, bool overlaps_previous) {
   const char* op = "tile_linear";
-  STD_TORCH_CHECK(is_16_bit(x.scalar_type()) && x.dim() >= 1, op, ": x must be float16 or bfloat16");
+  STD_TORCH_CHECK(is_packed(x.scalar_type()) && x.dim() >= 1, op, ": x must be ", packed_names());
   check_same_device(x, payload, op, "payload");
   STD_TORCH_CHECK(is_aligned(payload.const_data_ptr()), op, ": payload must start at a multiple of 16 bytes; clone it");
   const int device = payload.get_device();

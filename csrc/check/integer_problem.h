@@ -49,6 +49,10 @@ inline int random_size(std::mt19937& random, int high, int edge = kTile) {
   return std::min(high, std::max(1, size));
 }
 
+inline DType random_packed(std::mt19937& random) {
+  return PackedDtypes::kDTypes[between(random, 0, PackedDtypes::kCount - 1)];
+}
+
 inline Sizes random_sizes(std::mt19937& random, int max_rows, int max_cols, int max_tokens) {
   Sizes s;
   s.rows = random_size(random, max_rows);

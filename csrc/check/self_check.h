@@ -10,7 +10,8 @@ namespace patch_kernels {
 
 // 3 x 3 tiles, ragged. K is a multiple of 8 for one type only and N for the other, so that both ways to store y are
 // taken.
-inline Sizes self_check_sizes(bool is_half) {
+inline Sizes self_check_sizes(DType dtype) {
+  const bool is_half = dtype == DType::kFloat16;
   Sizes sizes;
   sizes.rows = is_half ? 328 : 331;
   sizes.cols = is_half ? 333 : 336;
@@ -22,7 +23,7 @@ inline Sizes self_check_sizes(bool is_half) {
 
 // Every kernel of a family, with the ways its CTAs can work together.
 inline std::vector<LaunchPlan> self_check_plans(Family family) {
-  const Sizes sizes = self_check_sizes(true);  // the grid of tiles is the same for both types
+  const Sizes sizes = self_check_sizes(DType::kFloat16);  // the grid of tiles is the same for all types
   std::vector<LaunchPlan> plans;
   const auto add = [&](bool pairs, int bn, int token_ctas, int row_ctas, int splits, int depth) {
     LaunchPlan plan{};

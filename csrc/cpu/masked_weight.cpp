@@ -222,15 +222,13 @@ void dispatch(const MaskedWeightArgs& args, Body&& body) {
   const auto with_logits = [&](auto* weight) {
     short_logits ? body(weight, static_cast<BFloat16*>(nullptr), kFloat) : body(weight, kFloat, kFloat);
   };
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return with_logits(static_cast<Half*>(nullptr));
-    case DType::kBFloat16:
-      return with_logits(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat32:
-      return with_logits(kFloat);
-    case DType::kFloat64:
-      return body(kDouble, kDouble, kDouble);
+  if (is_packed(args.dtype)) {
+    with_packed(args.dtype,
+                [&](auto packed) { with_logits(static_cast<typename decltype(packed)::Storage*>(nullptr)); });
+  } else if (args.dtype == DType::kFloat32) {
+    with_logits(kFloat);
+  } else {
+    body(kDouble, kDouble, kDouble);
   }
 }
 

@@ -238,11 +238,7 @@ void run(const TileLinearArgs& args, ParallelFor parallel) {
 
 void tile_linear(const TileLinearArgs& args, ParallelFor parallel) {
   if (args.tokens == 0 || args.weight.rows == 0) return;
-  if (args.dtype == DType::kBFloat16) {
-    run<BFloat16>(args, parallel);
-  } else {
-    run<Half>(args, parallel);
-  }
+  with_packed(args.dtype, [&](auto packed) { run<typename decltype(packed)::Storage>(args, parallel); });
 }
 
 }  // namespace patch_kernels::cpu::PK_ISA

@@ -1,16 +1,12 @@
 // The sm_80 machine on a GPU: the instructions that gemm/sm80.h is written in, one thread's share of a warp.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
 #include "../gemm/sm80.h"
+#include "packed_dtype.cuh"
 
 namespace patch_kernels::cuda {
 
-// Element is __half or __nv_bfloat16.
+// Element is that of OnCard.
 template <class Element>
 class MachineSm80 {
  public:
@@ -32,20 +28,8 @@ class MachineSm80 {
   __device__ __forceinline__ int block_y() const { return static_cast<int>(blockIdx.y); }
   __device__ __forceinline__ uint32_t smem() const { return smem_; }
 
-  static __device__ __forceinline__ uint16_t round(float value) {
-    if constexpr (kIsHalf) {
-      return __half_as_ushort(__float2half_rn(value));
-    } else {
-      return __bfloat16_as_ushort(__float2bfloat16_rn(value));
-    }
-  }
-  static __device__ __forceinline__ float widen(uint16_t bits) {
-    if constexpr (kIsHalf) {
-      return __half2float(__ushort_as_half(bits));
-    } else {
-      return __bfloat162float(__ushort_as_bfloat16(bits));
-    }
-  }
+  static __device__ __forceinline__ uint16_t round(float value) { return Ptx<Element>::round(value); }
+  static __device__ __forceinline__ float widen(uint16_t bits) { return Ptx<Element>::widen(bits); }
 
   template <class F>
   __device__ __forceinline__ void each_lane(F f) {
@@ -102,39 +86,25 @@ class MachineSm80 {
 
   __device__ __forceinline__ void mma(Regs<float, 4>& sums, const Regs<uint32_t, 4>& w, const Regs<uint32_t, 4>& x,
                                       int k16) {
-#define PK_MMA(type)                                                           \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                   \
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n" \
-      : "+f"(sums.v[0]), "+f"(sums.v[1]), "+f"(sums.v[2]), "+f"(sums.v[3])     \
-      : "r"(w.v[0]), "r"(w.v[1]), "r"(w.v[2]), "r"(w.v[3]), "r"(x.v[2 * k16]), "r"(x.v[2 * k16 + 1]))
-    if constexpr (kIsHalf) {
-      PK_MMA("f16");
-    } else {
-      PK_MMA("bf16");
-    }
-#undef PK_MMA
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.%10.%10.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(sums.v[0]), "+f"(sums.v[1]), "+f"(sums.v[2]), "+f"(sums.v[3])
+        : "r"(w.v[0]), "r"(w.v[1]), "r"(w.v[2]), "r"(w.v[3]), "r"(x.v[2 * k16]), "r"(x.v[2 * k16 + 1]),
+          "C"(Ptx<Element>::kType));
   }
 
   // ::ordered_metadata because plain mma.sp may run much slower on newer GPUs (PTX ISA, "mma.sp").
   template <int kSelector>
   __device__ __forceinline__ void mma_sp(Regs<float, 4>& sums, const Regs<uint32_t, 4>& w, const Regs<uint32_t, 4>& x,
                                          const Regs<uint32_t, 1>& meta) {
-#define PK_MMA_SP(type)                                                                                         \
-  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type                               \
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"              \
-      : "+f"(sums.v[0]), "+f"(sums.v[1]), "+f"(sums.v[2]), "+f"(sums.v[3])                                      \
-      : "r"(w.v[0]), "r"(w.v[1]), "r"(w.v[2]), "r"(w.v[3]), "r"(x.v[0]), "r"(x.v[1]), "r"(x.v[2]), "r"(x.v[3]), \
-        "r"(meta.v[0]), "n"(kSelector))
-    if constexpr (kIsHalf) {
-      PK_MMA_SP("f16");
-    } else {
-      PK_MMA_SP("bf16");
-    }
-#undef PK_MMA_SP
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.%14.%14.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
+        : "+f"(sums.v[0]), "+f"(sums.v[1]), "+f"(sums.v[2]), "+f"(sums.v[3])
+        : "r"(w.v[0]), "r"(w.v[1]), "r"(w.v[2]), "r"(w.v[3]), "r"(x.v[0]), "r"(x.v[1]), "r"(x.v[2]), "r"(x.v[3]),
+          "r"(meta.v[0]), "n"(kSelector), "C"(Ptx<Element>::kType));
   }
 
  private:
-  static constexpr bool kIsHalf = std::is_same_v<Element, __half>;
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
   uint32_t smem_;

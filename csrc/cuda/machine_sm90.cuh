@@ -9,11 +9,9 @@
 
 namespace patch_kernels::cuda {
 
-// Element is __half or __nv_bfloat16. kStreamWeights: every weight is read once, so L2 should drop it first.
+// Element is that of OnCard. kStreamWeights: every weight is read once, so L2 should drop it first.
 template <class Element, bool kStreamWeights>
 class MachineSm90 {
-  static constexpr bool kIsHalf = sizeof(Element) == 2 && __is_same(Element, __half);
-
  public:
   using TensorMap = CUtensorMap;
 
@@ -291,11 +289,7 @@ class MachineSm90 {
   }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t word;
-    if constexpr (kIsHalf) {
-      asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low));
-    } else {
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low));
-    }
+    asm("cvt.rn.%3x2.f32 %0, %1, %2;\n" : "=r"(word) : "f"(high), "f"(low), "C"(Ptx<Element>::kType));
     return word;
   }
 

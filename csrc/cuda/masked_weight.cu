@@ -287,15 +287,12 @@ constexpr T* null() {
 // Calls body with null pointers of the storage and compute types of a weight dtype.
 template <class Body>
 void dispatch_any(DType dtype, Body&& body) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return body(null<Half>(), null<float>());
-    case DType::kBFloat16:
-      return body(null<BFloat16>(), null<float>());
-    case DType::kFloat32:
-      return body(null<float>(), null<float>());
-    case DType::kFloat64:
-      return body(null<double>(), null<double>());
+  if (is_packed(dtype)) {
+    with_packed(dtype, [&](auto packed) { body(null<typename decltype(packed)::Storage>(), null<float>()); });
+  } else if (dtype == DType::kFloat32) {
+    body(null<float>(), null<float>());
+  } else {
+    body(null<double>(), null<double>());
   }
 }
 
@@ -307,7 +304,7 @@ void dispatch_tile(const MaskedWeightArgs& args, Body&& body) {
     if (args.pattern_dtype == DType::kBFloat16) return body(weight, null<BFloat16>());
     return body(weight, null<float>());
   };
-  args.dtype == DType::kFloat16 ? with_logits(null<Half>()) : with_logits(null<BFloat16>());
+  with_packed(args.dtype, [&](auto packed) { with_logits(null<typename decltype(packed)::Storage>()); });
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

@@ -83,10 +83,11 @@ class Arena {
 constexpr int64_t kSelfCheckBytes = int64_t{16} << 20;
 
 // "" or what was wrong.
-template <class Element>
-std::string check_family(const DeviceLimits& limits, DType dtype, void* workspace, cudaStream_t stream) {
-  const Sizes sizes = self_check_sizes(dtype == DType::kFloat16);
-  IntegerProblem<Element> problem(sizes);
+template <class Packed>
+std::string check_family(const DeviceLimits& limits, void* workspace, cudaStream_t stream) {
+  constexpr DType dtype = Packed::kDType;
+  const Sizes sizes = self_check_sizes(dtype);
+  IntegerProblem<Element<Packed>> problem(sizes);
   Arena arena(workspace, kSelfCheckBytes);
   GemmProblem p = problem.view();
   p.x = arena.upload(problem.x.data, problem.x.size, stream);
@@ -117,9 +118,9 @@ std::string check_family(const DeviceLimits& limits, DType dtype, void* workspac
       if (complaint.empty()) complaint = problem.complaint();
     }
     if (!complaint.empty()) {
-      return std::string(dtype == DType::kFloat16 ? "fp16" : "bf16") + ", " + std::to_string(plan.bn) +
-             " tokens a CTA, " + std::to_string(plan.token_ctas) + "x" + std::to_string(plan.row_ctas) + "x" +
-             std::to_string(plan.splits) + " CTAs: " + complaint;
+      return std::string(Packed::kShortName) + ", " + std::to_string(plan.bn) + " tokens a CTA, " +
+             std::to_string(plan.token_ctas) + "x" + std::to_string(plan.row_ctas) + "x" + std::to_string(plan.splits) +
+             " CTAs: " + complaint;
     }
   }
   return "";
@@ -128,9 +129,11 @@ std::string check_family(const DeviceLimits& limits, DType dtype, void* workspac
 std::string check_device(DeviceLimits& limits, void* workspace, cudaStream_t stream) {
   try {
     if (limits.family == Family::kSm90) sm90_count_clusters(limits.clusters);
-    const std::string complaint = check_family<HalfElement>(limits, DType::kFloat16, workspace, stream);
-    if (!complaint.empty()) return complaint;
-    return check_family<BFloat16Element>(limits, DType::kBFloat16, workspace, stream);
+    std::string complaint;
+    for_each_packed([&](auto packed) {
+      if (complaint.empty()) complaint = check_family<decltype(packed)>(limits, workspace, stream);
+    });
+    return complaint;
   } catch (const std::exception& error) {
     return error.what();
   }

@@ -1,6 +1,7 @@
-// The sm_80 family on the GPU: kernels for every (tokens of a CTA, depth), fp16 and bf16, and their launch.
+// The sm_80 family on the GPU: kernels for every (tokens of a CTA, depth) and packed dtype, and their launch.
 #include "launch.h"
 #include "machine_sm80.cuh"
+#include "packed_dtype.cuh"
 #include "tile_linear_sm80.h"
 
 namespace patch_kernels::cuda {
@@ -74,11 +75,9 @@ void sm80_tile_linear(const GemmProblem& problem, const LaunchPlan& plan, DType 
   if (item_count(problem.items) == 0) return;
   with_config(plan, [&](auto config) {
     using Config = decltype(config);
-    if (dtype == DType::kFloat16) {
-      launch<Config, __half>(problem, partials, static_cast<cudaStream_t>(stream));
-    } else {
-      launch<Config, __nv_bfloat16>(problem, partials, static_cast<cudaStream_t>(stream));
-    }
+    with_packed(dtype, [&](auto packed) {
+      launch<Config, typename OnCard<decltype(packed)>::Element>(problem, partials, static_cast<cudaStream_t>(stream));
+    });
   });
 }
 

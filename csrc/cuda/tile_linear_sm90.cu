@@ -3,6 +3,7 @@
 
 #include "launch.h"
 #include "machine_sm90.cuh"
+#include "packed_dtype.cuh"
 #include "tile_linear_sm90.h"
 
 namespace patch_kernels::cuda {
@@ -21,7 +22,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kPairs ? 1 : 2)
 }
 
 // The driver makes tensor maps. Asked for at run time: the library must load where there is no driver.
-CUtensorMap tensor_map(const void* base, int64_t rows, int64_t cols, int64_t stride, int box_rows, DType dtype) {
+CUtensorMap tensor_map(const void* base, int64_t rows, int64_t cols, int64_t stride, int box_rows,
+                       CUtensorMapDataType type) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -37,10 +39,9 @@ CUtensorMap tensor_map(const void* base, int64_t rows, int64_t cols, int64_t str
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * kValueBytes};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, element_strides[2] = {1, 1};
-  const CUresult result =
-      encode(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-             const_cast<void*>(base), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(&map, type, 2, const_cast<void*>(base), sizes, strides, box, element_strides,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("tile_linear: cuTensorMapEncodeTiled refused a " + std::to_string(rows) + "x" +
                              std::to_string(cols) + " tensor of row stride " + std::to_string(stride) + " (error " +
@@ -75,12 +76,13 @@ cudaLaunchConfig_t launch_config(int clusters, int cluster_ctas, cudaStream_t st
   return config;
 }
 
-template <class C, class Element>
-void launch(const GemmProblem& p, const LaunchPlan& plan, DType dtype, cudaStream_t stream) {
-  auto* kernel = prepared_kernel<C, Element>();
-  const CUtensorMap x_map = tensor_map(p.x, p.tokens, p.cols, p.x_stride, C::kBn, dtype);
+template <class C, class Packed>
+void launch(const GemmProblem& p, const LaunchPlan& plan, cudaStream_t stream) {
+  constexpr CUtensorMapDataType kType = OnCard<Packed>::kTensorMap;
+  auto* kernel = prepared_kernel<C, typename OnCard<Packed>::Element>();
+  const CUtensorMap x_map = tensor_map(p.x, p.tokens, p.cols, p.x_stride, C::kBn, kType);
   const bool y_by_tensor = C::kPairs && p.rows % 8 == 0;
-  const CUtensorMap y_map = y_by_tensor ? tensor_map(p.y, p.tokens, p.rows, p.rows, C::kStageTokens, dtype) : x_map;
+  const CUtensorMap y_map = y_by_tensor ? tensor_map(p.y, p.tokens, p.rows, p.rows, C::kStageTokens, kType) : x_map;
   cudaLaunchAttribute attributes[2];
   const int ctas = p.token_ctas * p.row_ctas * p.splits;
   const cudaLaunchConfig_t config =
@@ -93,11 +95,7 @@ void launch(const GemmProblem& p, const LaunchPlan& plan, DType dtype, cudaStrea
 void sm90_tile_linear(const GemmProblem& p, const LaunchPlan& plan, DType dtype, void* stream) {
   const bool known = sm90::with_config(plan.pairs, plan.bn, [&](auto config) {
     using C = decltype(config);
-    if (dtype == DType::kFloat16) {
-      launch<C, __half>(p, plan, dtype, static_cast<cudaStream_t>(stream));
-    } else {
-      launch<C, __nv_bfloat16>(p, plan, dtype, static_cast<cudaStream_t>(stream));
-    }
+    with_packed(dtype, [&](auto packed) { launch<C, decltype(packed)>(p, plan, static_cast<cudaStream_t>(stream)); });
   });
   if (!known)
     throw std::runtime_error("tile_linear: no Hopper kernel for " + std::to_string(plan.bn) + " tokens a CTA");

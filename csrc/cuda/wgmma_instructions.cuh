@@ -3,10 +3,9 @@
 // operands by number.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+
+#include "packed_dtype.cuh"
 
 namespace patch_kernels::cuda {
 
@@ -56,49 +55,46 @@ namespace patch_kernels::cuda {
 template <class Element, int kBn>
 struct Wgmma;
 
-// N tokens, R = N/2 registers; A, B, E: numbers of the two descriptors and the metadata word. Accumulators are always
-// added to (scale-d is true): they are cleared at the start of an item.
-#define PK_WGMMA(ELEMENT, TYPE, N, R, A, B, E)                                                                      \
-  template <>                                                                                                       \
-  struct Wgmma<ELEMENT, N> {                                                                                        \
-    static __device__ __forceinline__ void dense(float (&d)[R], uint64_t a, uint64_t b) {                           \
-      asm volatile(                                                                                                 \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                                \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" PK_NAMES_##R "}, %" #A ", %" #B      \
-                                                                                            ", p, 1, 1, 0, 0;\n}\n" \
-          : PK_REGS_##R                                                                                             \
-          : "l"(a), "l"(b));                                                                                        \
-    }                                                                                                               \
-    template <int kSelector>                                                                                        \
-    static __device__ __forceinline__ void sparse(float (&d)[R], uint64_t a, uint64_t b, uint32_t meta) {           \
-      if constexpr (kSelector == 0) {                                                                               \
-        PK_WGMMA_SP(TYPE, N, R, A, B, E, "0")                                                                       \
-      } else {                                                                                                      \
-        PK_WGMMA_SP(TYPE, N, R, A, B, E, "1")                                                                       \
-      }                                                                                                             \
-    }                                                                                                               \
+// N tokens, R = N/2 registers; A, B, C, D: numbers of the operands behind them, which are the two descriptors, then the
+// element's type, with the metadata word before it in the sparse form. Accumulators are always added to (scale-d is
+// true): they are cleared at the start of an item.
+#define PK_WGMMA(N, R, A, B, C, D)                                                                                \
+  template <class Element>                                                                                        \
+  struct Wgmma<Element, N> {                                                                                      \
+    static __device__ __forceinline__ void dense(float (&d)[R], uint64_t a, uint64_t b) {                         \
+      asm volatile(                                                                                               \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                              \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.%" #C ".%" #C " {" PK_NAMES_##R "}, %" #A ", %" #B      \
+                                                                                          ", p, 1, 1, 0, 0;\n}\n" \
+          : PK_REGS_##R                                                                                           \
+          : "l"(a), "l"(b), "C"(Ptx<Element>::kType));                                                            \
+    }                                                                                                             \
+    template <int kSelector>                                                                                      \
+    static __device__ __forceinline__ void sparse(float (&d)[R], uint64_t a, uint64_t b, uint32_t meta) {         \
+      if constexpr (kSelector == 0) {                                                                             \
+        PK_WGMMA_SP(N, R, A, B, C, D, "0")                                                                        \
+      } else {                                                                                                    \
+        PK_WGMMA_SP(N, R, A, B, C, D, "1")                                                                        \
+      }                                                                                                           \
+    }                                                                                                             \
   };
-#define PK_WGMMA_SP(TYPE, N, R, A, B, E, SELECTOR)                                         \
-  asm volatile(                                                                            \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                           \
-      "wgmma.mma_async.sp.sync.aligned.m64n" #N "k32.f32." TYPE "." TYPE " {" PK_NAMES_##R \
-      "}, %" #A ", %" #B ", %" #E ", " SELECTOR ", p, 1, 1, 0, 0;\n}\n"                    \
-      : PK_REGS_##R                                                                        \
-      : "l"(a), "l"(b), "r"(meta));
-#define PK_WGMMA_TYPES(N, R, A, B, E)    \
-  PK_WGMMA(__half, "f16", N, R, A, B, E) \
-  PK_WGMMA(__nv_bfloat16, "bf16", N, R, A, B, E)
+#define PK_WGMMA_SP(N, R, A, B, C, D, SELECTOR)                                          \
+  asm volatile(                                                                          \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                         \
+      "wgmma.mma_async.sp.sync.aligned.m64n" #N "k32.f32.%" #D ".%" #D " {" PK_NAMES_##R \
+      "}, %" #A ", %" #B ", %" #C ", " SELECTOR ", p, 1, 1, 0, 0;\n}\n"                  \
+      : PK_REGS_##R                                                                      \
+      : "l"(a), "l"(b), "r"(meta), "C"(Ptx<Element>::kType));
 
-PK_WGMMA_TYPES(8, 4, 4, 5, 6)
-PK_WGMMA_TYPES(16, 8, 8, 9, 10)
-PK_WGMMA_TYPES(32, 16, 16, 17, 18)
-PK_WGMMA_TYPES(64, 32, 32, 33, 34)
-PK_WGMMA_TYPES(128, 64, 64, 65, 66)
-PK_WGMMA_TYPES(160, 80, 80, 81, 82)
-PK_WGMMA_TYPES(176, 88, 88, 89, 90)
-PK_WGMMA_TYPES(192, 96, 96, 97, 98)
+PK_WGMMA(8, 4, 4, 5, 6, 7)
+PK_WGMMA(16, 8, 8, 9, 10, 11)
+PK_WGMMA(32, 16, 16, 17, 18, 19)
+PK_WGMMA(64, 32, 32, 33, 34, 35)
+PK_WGMMA(128, 64, 64, 65, 66, 67)
+PK_WGMMA(160, 80, 80, 81, 82, 83)
+PK_WGMMA(176, 88, 88, 89, 90, 91)
+PK_WGMMA(192, 96, 96, 97, 98, 99)
 
-#undef PK_WGMMA_TYPES
 #undef PK_WGMMA_SP
 #undef PK_WGMMA
 #undef PK_NAMES_4

@@ -42,14 +42,14 @@ std::string outcome(const Case& c, const std::string& complaint) {
   return complaint.empty() ? "" : describe(c) + ": " + complaint;
 }
 
-// The problems and plans that a GPU is checked with: run_one(plan, bfloat).
+// The problems and plans that a GPU is checked with: run_one(plan, dtype).
 template <class F>
 int run_plans(Family family, F run_one) {
   const std::vector<LaunchPlan> plans = self_check_plans(family);
   int next = 0;
-  return run_cases(2 * static_cast<int>(plans.size()), 0, [&](std::mt19937&) {
+  return run_cases(PackedDtypes::kCount * static_cast<int>(plans.size()), 0, [&](std::mt19937&) {
     const int number = next++;
-    return run_one(plans[number / 2], number % 2 != 0);
+    return run_one(plans[number / PackedDtypes::kCount], PackedDtypes::kDTypes[number % PackedDtypes::kCount]);
   });
 }
 

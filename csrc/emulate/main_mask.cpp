@@ -40,14 +40,7 @@ struct Case {
 
 uint16_t random_16_bit(std::mt19937& random, DType dtype) {
   const float value = std::normal_distribution<float>()(random);
-  if (dtype == DType::kFloat16) {
-    Half half;
-    store_as(value, half);
-    return half.bits;
-  }
-  BFloat16 brain;
-  store_as(value, brain);
-  return brain.bits;
+  return with_packed(dtype, [&](auto packed) { return Element<decltype(packed)>::round(value); });
 }
 
 Case random_case(std::mt19937& random) {
@@ -59,7 +52,7 @@ Case random_case(std::mt19937& random) {
   MaskedWeightArgs& args = c.args;
   args.rows = pick(1, 300), args.cols = columns * pick(1, 400 / columns);
   args.tile_rows = pick(0, 2) ? kTile : pick(1, 200), args.tile_cols = kTile;
-  args.dtype = pick(0, 1) ? DType::kBFloat16 : DType::kFloat16;
+  args.dtype = PackedDtypes::kDTypes[pick(0, PackedDtypes::kCount - 1)];
   args.pattern_dtype = c.source == Source::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
   args.hard_pattern = pick(0, 3) == 0, args.hard_tile = pick(0, 3) == 0;
   args.layer = static_cast<uint32_t>(pick(0, 99));
@@ -242,8 +235,8 @@ std::string run_case(std::mt19937& random, Fault fault) {
   // The copy's pointers still lead into `got`; only results must be its own.
   cpu::generic::masked_weight(expected.args, expected.masked.data(), expected.sums, serial);
   cpu::generic::masked_weight_backward(expected.args, expected.grads(), serial);
-  got.args.dtype == DType::kFloat16 ? emulate_source<Half>(got, random, fault)
-                                    : emulate_source<BFloat16>(got, random, fault);
+  with_packed(got.args.dtype,
+              [&](auto packed) { emulate_source<typename decltype(packed)::Storage>(got, random, fault); });
   std::string complaint;
   if (!same_bytes(got.masked, expected.masked)) complaint += " masked weights differ";
   if (!same_bytes(got.masked_again, expected.masked)) complaint += " masked weights of backward differ";

@@ -12,7 +12,7 @@ namespace {
 
 struct Case {
   Sizes sizes;
-  bool bfloat = false;
+  DType dtype = DType::kFloat16;
   int bn = 8, depth = 2, splits = 1, workers = 1, groups_per_block = 1;
   CopyTime copy_time = CopyTime::kAtWait;
 };
@@ -22,7 +22,8 @@ const char* name_of(CopyTime time) { return time == CopyTime::kAtWait ? "late" :
 std::string describe(const Case& c) {
   char text[192];
   snprintf(text, sizeof(text), " %s bn %d depth %d splits %d workers %d groups_per_block %d copies %s",
-           c.bfloat ? "bf16" : "fp16", c.bn, c.depth, c.splits, c.workers, c.groups_per_block, name_of(c.copy_time));
+           with_packed(c.dtype, [](auto packed) { return packed.kShortName; }), c.bn, c.depth, c.splits, c.workers,
+           c.groups_per_block, name_of(c.copy_time));
   return describe(c.sizes) + text;
 }
 
@@ -90,7 +91,7 @@ std::string run_typed(const Case& c, const Planted& planted) {
 
 template <class Config>
 std::string run_config(const Case& c, const Planted& planted) {
-  return c.bfloat ? run_typed<Config, BFloat16Element>(c, planted) : run_typed<Config, HalfElement>(c, planted);
+  return with_packed(c.dtype, [&](auto packed) { return run_typed<Config, Element<decltype(packed)>>(c, planted); });
 }
 
 // Rings one slot short: what the kernel would be if the slot rule in gemm/sm80.h were wrong.
@@ -130,7 +131,7 @@ std::string run_case(const Case& c, const Planted& planted = {}) {
 Case random_case(std::mt19937& random) {
   constexpr int kBns[] = {16, 32, 128};
   Case c;
-  c.bfloat = between(random, 0, 1) != 0;
+  c.dtype = random_packed(random);
   c.bn = kBns[between(random, 0, 2)];
   const bool deep = between(random, 0, 1) != 0;
   c.depth = c.bn == 128 ? (deep ? 3 : 1) : (deep ? 4 : 2);
@@ -153,10 +154,10 @@ int run_exact(int cases, uint32_t seed) {
 }
 
 int run_self_check(int, uint32_t) {
-  return run_plans(Family::kSm80, [](const LaunchPlan& plan, bool bfloat) {
+  return run_plans(Family::kSm80, [](const LaunchPlan& plan, DType dtype) {
     Case c;
-    c.sizes = self_check_sizes(!bfloat);
-    c.bfloat = bfloat;
+    c.sizes = self_check_sizes(dtype);
+    c.dtype = dtype;
     c.bn = plan.bn, c.depth = plan.depth, c.splits = plan.splits;
     c.workers = plan.items.workers, c.groups_per_block = plan.items.groups_per_block;
     return outcome(c, run_case(c));

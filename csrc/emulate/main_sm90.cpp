@@ -13,7 +13,7 @@ namespace {
 
 struct Case {
   Sizes sizes;
-  bool bfloat = false;
+  DType dtype = DType::kFloat16;
   bool pairs = false;
   int bn = 8, token_ctas = 1, row_ctas = 1, splits = 1, workers = 1, groups_per_block = 1;
   bool cut_by_pair = false;
@@ -23,8 +23,8 @@ std::string describe(const Case& c) {
   char text[192];
   snprintf(text, sizeof(text),
            " %s pairs %d bn %d token_ctas %d row_ctas %d splits %d workers %d groups_per_block %d cut_by_pair %d",
-           c.bfloat ? "bf16" : "fp16", c.pairs, c.bn, c.token_ctas, c.row_ctas, c.splits, c.workers, c.groups_per_block,
-           c.cut_by_pair);
+           with_packed(c.dtype, [](auto packed) { return packed.kShortName; }), c.pairs, c.bn, c.token_ctas, c.row_ctas,
+           c.splits, c.workers, c.groups_per_block, c.cut_by_pair);
   return describe(c.sizes) + text;
 }
 
@@ -91,7 +91,7 @@ std::string run_typed(const Case& c, const FaultPlan& faults) {
 }
 
 std::string run_case(const Case& c, const FaultPlan& faults = {}) {
-  return c.bfloat ? run_typed<BFloat16Element>(c, faults) : run_typed<HalfElement>(c, faults);
+  return with_packed(c.dtype, [&](auto packed) { return run_typed<Element<decltype(packed)>>(c, faults); });
 }
 
 int pick(std::mt19937& random, std::initializer_list<int> values) {
@@ -101,7 +101,7 @@ int pick(std::mt19937& random, std::initializer_list<int> values) {
 Case random_case(std::mt19937& random) {
   Case c;
   c.pairs = between(random, 0, 1) != 0;
-  c.bfloat = between(random, 0, 1) != 0;
+  c.dtype = random_packed(random);
   c.bn = c.pairs ? pick(random, {64, 128, 160, 176, 192}) : pick(random, {8, 16, 32});
   c.sizes = random_sizes(random, 420, 640, 130);
   if (between(random, 0, 7) == 0) c.sizes.rows = between(random, 500, 800);  // several units a worker
@@ -127,7 +127,7 @@ int run_exact(int cases, uint32_t seed) {
 int run_invariant(int cases, uint32_t seed) {
   return run_cases(cases, seed, [](std::mt19937& random) {
     Case wide = random_case(random);
-    wide.bfloat = true;
+    wide.dtype = DType::kBFloat16;
     wide.sizes.tokens = between(random, 33, 130);
     wide.pairs = true, wide.cut_by_pair = true;
     wide.bn = pick(random, {64, 128});
@@ -137,26 +137,27 @@ int run_invariant(int cases, uint32_t seed) {
     narrow.sizes.tokens = between(random, 1, 32);
     narrow.pairs = false, narrow.token_ctas = narrow.row_ctas = 1;
     narrow.bn = narrow.sizes.tokens <= 8 ? 8 : narrow.sizes.tokens <= 16 ? 16 : 32;
-    IntegerProblem<BFloat16Element> problem(wide.sizes);
+    using Brain = Element<PackedBFloat16>;
+    IntegerProblem<Brain> problem(wide.sizes);
     for (size_t at = 0; at < problem.x.size; ++at) {
-      problem.x.data[at] = BFloat16Element::round(0.001f * static_cast<float>(between(random, -4000, 4000)));
+      problem.x.data[at] = Brain::round(0.001f * static_cast<float>(between(random, -4000, 4000)));
     }
     GemmProblem p = problem.view();
-    std::string complaint = run_plan<BFloat16Element>(wide, p, {});
+    std::string complaint = run_plan<Brain>(wide, p, {});
     const auto* y = static_cast<const uint16_t*>(p.y);
     const std::vector<uint16_t> first(y, y + static_cast<size_t>(narrow.sizes.tokens) * p.rows);
     p.tokens = narrow.sizes.tokens;
-    if (complaint.empty()) complaint = run_plan<BFloat16Element>(narrow, p, {});
+    if (complaint.empty()) complaint = run_plan<Brain>(narrow, p, {});
     if (complaint.empty() && !std::equal(first.begin(), first.end(), y)) complaint = "rows differ";
     return complaint.empty() ? "" : describe(wide) + " and " + describe(narrow) + ": " + complaint;
   });
 }
 
 int run_self_check(int, uint32_t) {
-  return run_plans(Family::kSm90, [](const LaunchPlan& plan, bool bfloat) {
+  return run_plans(Family::kSm90, [](const LaunchPlan& plan, DType dtype) {
     Case c;
-    c.sizes = self_check_sizes(!bfloat);
-    c.bfloat = bfloat;
+    c.sizes = self_check_sizes(dtype);
+    c.dtype = dtype;
     c.pairs = plan.pairs, c.bn = plan.bn;
     c.token_ctas = plan.token_ctas, c.row_ctas = plan.row_ctas, c.splits = plan.splits;
     c.workers = plan.items.workers, c.groups_per_block = plan.items.groups_per_block;
@@ -205,7 +206,7 @@ int run_fault(const char* name, const Planted& planted) {
   c.sizes.seed = 7;
   c.pairs = planted.pairs, c.bn = planted.bn, c.token_ctas = planted.token_ctas, c.row_ctas = planted.row_ctas,
   c.splits = planted.splits;
-  c.bfloat = true;
+  c.dtype = DType::kBFloat16;
   FaultPlan plan;
   plan.late_arrivals = planted.fault == Fault::kNotReturned;
   if (planted.delay) plan.retire_delay = std::chrono::microseconds(500);

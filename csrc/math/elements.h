@@ -1,21 +1,15 @@
-// Element types of tensors: conversions to and from fp32 and fp64 for host and device, and fp16 and bf16 as host types.
+// Element types of tensors: conversions to and from fp32 and fp64 for host and device. Branch-free, so that loops over
+// them vectorise.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "../format/packed_dtype.h"
 #include "arithmetic.h"
 
 namespace patch_kernels {
 namespace {  // internal linkage: this header is compiled once per instruction set
-
-// Element conversions, branch-free so that loops over them vectorise. Storage of 16-bit types is uint16_t.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 template <class Real>
 PK_HD Real load_as(BFloat16 x) {
@@ -81,6 +75,7 @@ PK_HD uint32_t pack_pair(float low, float high) {
   if constexpr (std::is_same_v<T, Half>) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   } else {
+    static_assert(std::is_same_v<T, BFloat16>, "no conversion of a pair to T");
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   }
   return word;
@@ -94,20 +89,17 @@ PK_HD uint32_t pack_pair(float low, float high) {
 PK_HD void store_as(float value, float& out) { out = value; }
 PK_HD void store_as(double value, double& out) { out = value; }
 
-}  // namespace
-
-// kPrecision: significant bits, the implied one included.
-template <class Storage, int kPrecisionBits>
+// A packed dtype on the host, as bits.
+template <class Packed>
 struct Element {
-  static constexpr int kPrecision = kPrecisionBits;
-  static float widen(uint16_t bits) { return load_as<float>(Storage{bits}); }
+  static constexpr int kPrecision = Packed::kPrecision;
+  static float widen(uint16_t bits) { return load_as<float>(typename Packed::Storage{bits}); }
   static uint16_t round(float value) {
-    Storage out;
+    typename Packed::Storage out;
     store_as(value, out);
     return out.bits;
   }
 };
-using HalfElement = Element<Half, 11>;
-using BFloat16Element = Element<BFloat16, 8>;
 
+}  // namespace
 }  // namespace patch_kernels

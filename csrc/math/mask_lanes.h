@@ -86,7 +86,7 @@ PK_HD TileGate<Real> gate_of(const MaskedWeightArgs& args, uint32_t tile) {
 // inside a tile's rows fit 32 bits.
 inline bool has_tile_kernel(const MaskedWeightArgs& args) {
   const bool short_logits = args.pattern_logits && args.pattern_dtype == DType::kBFloat16;
-  return (args.dtype == DType::kFloat16 || args.dtype == DType::kBFloat16) && args.tile_cols == kTile &&
+  return is_packed(args.dtype) && args.tile_cols == kTile &&
          args.cols % (short_logits ? 2 * kPairColumns : kPairColumns) == 0 &&
          (args.tile_rows < args.rows ? args.tile_rows : args.rows) * args.cols < (int64_t{1} << 28);
 }

@@ -1,0 +1,43 @@
+// The packed dtypes (format/packed_dtype.h) as CUDA's headers, its driver and PTX call them.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../format/packed_dtype.h"
+
+namespace patch_kernels::cuda {
+
+template <class Packed>
+struct OnCard;
+template <>
+struct OnCard<PackedFloat16> {
+  using Element = __half;
+  static constexpr CUtensorMapDataType kTensorMap = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+};
+template <>
+struct OnCard<PackedBFloat16> {
+  using Element = __nv_bfloat16;
+  static constexpr CUtensorMapDataType kTensorMap = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+};
+
+// Name of an element's type in PTX instructions, an operand of constraint "C" in inline PTX; and its bits.
+template <class Element>
+struct Ptx;
+template <>
+struct Ptx<__half> {
+  static constexpr char kType[] = "f16";
+  static __device__ __forceinline__ uint16_t round(float value) { return __half_as_ushort(__float2half_rn(value)); }
+  static __device__ __forceinline__ float widen(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+};
+template <>
+struct Ptx<__nv_bfloat16> {
+  static constexpr char kType[] = "bf16";
+  static __device__ __forceinline__ uint16_t round(float value) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  }
+  static __device__ __forceinline__ float widen(uint16_t bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
+};
+
+}  // namespace patch_kernels::cuda
