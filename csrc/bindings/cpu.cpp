@@ -31,9 +31,8 @@ Tensor pack_tiles(const Tensor& weight_in, const Tensor& keep_in, const Tensor& 
   const PackError error = cpu::pack_tiles(static_cast<const uint16_t*>(weight.const_data_ptr()),
                                           static_cast<const bool*>(keep.const_data_ptr()), flags, rows, cols,
                                           static_cast<uint8_t*>(payload.mutable_data_ptr()), torch_parallel);
-  STD_TORCH_CHECK(error.count == 0, op, ": ", error.count,
-                  " groups in sparse tiles do not keep exactly 2 of 4 values, the first at row ", error.row,
-                  ", column ", error.col);
+  STD_TORCH_CHECK(error.count == 0, op, ": ", error.count, " groups in sparse tiles do not keep exactly ", kKept,
+                  " of ", kGroup, " values, the first at row ", error.row, ", column ", error.col);
   return payload;
 }
 

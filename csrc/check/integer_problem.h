@@ -185,9 +185,9 @@ class IntegerProblem {
       for (int k0 = 0; k0 < sizes.cols; k0 += kGroup) {
         const int real = std::min(kGroup, sizes.cols - k0);
         int bits = 15;
-        if (is_sparse[r / kTile * tile_cols + k0 / kTile] && real > 2) {
+        if (is_sparse[r / kTile * tile_cols + k0 / kTile] && real > kKept) {
           do bits = between(random, 0, (1 << real) - 1);
-          while (__builtin_popcount(static_cast<unsigned>(bits)) != 2);
+          while (__builtin_popcount(static_cast<unsigned>(bits)) != kKept);
         }
         for (int j = 0; j < real; ++j) {
           const size_t at = static_cast<size_t>(r) * sizes.cols + k0 + j;

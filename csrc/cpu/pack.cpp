@@ -48,8 +48,6 @@ void pack_dense(const uint16_t* weight, const bool* keep, int64_t cols, const Ti
   }
 }
 
-// A group that reaches past the matrix must keep as many of its real columns as a whole group would: two, or all it
-// has.
 PackError pack_sparse(const uint16_t* weight, const bool* keep, int64_t cols, const TileView& view, uint8_t* tile) {
   PackError error{0, -1, -1};
   for (int r = 0; r < kTile; ++r) {
@@ -62,15 +60,15 @@ PackError pack_sparse(const uint16_t* weight, const bool* keep, int64_t cols, co
         bits |= keep[row + k0 + j] << j;
         kept += keep[row + k0 + j];
       }
-      if (kept != (real < 2 ? real : 2)) {
+      if (kept != kept_of(real)) {
         if (error.count++ == 0) error.row = view.row0 + r, error.col = view.col0 + k0;
         continue;
       }
       const int nibble = group_nibble(bits);
-      const int positions[2] = {nibble & 3, nibble >> 2};
-      for (int i = 0; i < 2; ++i) {
+      const int positions[kKept] = {nibble & 3, nibble >> 2};
+      for (int i = 0; i < kKept; ++i) {
         if (bits >> positions[i] & 1) {
-          store_u16(tile + value_offset(r, 2 * c + i), weight[row + k0 + positions[i]]);
+          store_u16(tile + value_offset(r, kKept * c + i), weight[row + k0 + positions[i]]);
         }
       }
       uint8_t* word = tile + kSlotBytes + 4 * meta_word(r, c);

@@ -18,14 +18,18 @@
 namespace patch_kernels {
 
 constexpr int kTile = 128;  // rows and columns of a tile
-constexpr int kGroup = 4;   // consecutive columns of which a sparse tile keeps two
+constexpr int kGroup = 4;   // consecutive columns, of which a sparse tile keeps kKept
+constexpr int kKept = 2;
 constexpr int kGroupsPerRow = kTile / kGroup;
-constexpr int kKeptPerRow = kTile / 2;
+constexpr int kKeptPerRow = kKept * kGroupsPerRow;
 constexpr int kValueBytes = 2;     // fp16 or bf16
 constexpr int kSlotBytes = 16384;  // 128 rows of 128 bytes
 constexpr int kMetaBytes = 2048;   // 4 bits for each of 128 x 32 groups
 constexpr int kDenseTileBytes = 2 * kSlotBytes;
 constexpr int kSparseTileBytes = kSlotBytes + kMetaBytes;
+
+// What a sparse tile keeps of a group that has `real` columns inside the matrix: as many as of a whole one, or all.
+constexpr int kept_of(int real) { return real < kKept ? real : kKept; }
 
 PK_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
