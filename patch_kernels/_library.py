@@ -28,10 +28,8 @@ def load_library() -> Path:
     """Register the ops with torch. raises ImportError saying what was expected, what is there and what to do."""
     path = library_path()
     if _torch_version() < _MINIMUM_TORCH:
-        raise ImportError(
-            f"patch_kernels: expected torch 2.11 or newer, got {torch.__version__}. "
-            "Install it first: pip install 'torch>=2.11'."
-        )
+        got = torch.__version__
+        raise ImportError(f"patch_kernels: expected torch 2.11 or newer, got {got}. pip install 'torch>=2.11' first.")
     if not path.is_file():
         raise ImportError(
             f"patch_kernels: expected the compiled ops at {path}, got no such file. "
@@ -41,8 +39,8 @@ def load_library() -> Path:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(
-            f"patch_kernels: {path} does not load into torch {torch.__version__}: {error}. "
-            f"It was probably built for another system; rebuild it here: {_BUILD_COMMAND}."
+            f"patch_kernels: {path} does not load into torch {torch.__version__}: {error}. It was probably built for "
+            f"another system; rebuild it here: {_BUILD_COMMAND}."
         ) from error
     return path
 

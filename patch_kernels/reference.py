@@ -5,7 +5,11 @@ The noise is the same counter-based stream that the compiled ops use, so equal a
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+
+from patch_kernels.checks import require_multiple, require_tensor
 
 TILE = 128
 
@@ -73,11 +77,8 @@ def pack_keep(keep: torch.Tensor) -> torch.Tensor:
 
     Bit j of a nibble says whether element j of the group stays. raises ValueError if K is not a multiple of 4.
     """
-    if keep.dtype != torch.bool or keep.dim() != 2 or keep.shape[1] % 4:
-        raise ValueError(
-            f"pack_keep: expected a bool (N, K) mask with K a multiple of 4, got {keep.dtype} {tuple(keep.shape)}. "
-            "Exclude layers whose in_features is not a multiple of 4 from 2:4 sparsity."
-        )
+    require_tensor("pack_keep, keep", keep, dtypes=(torch.bool,), shape=("N", "K"), advice="Pass a keep mask.")
+    require_multiple("pack_keep, columns of keep", keep.shape[1], 4, "Exclude such layers from 2:4 sparsity.")
     bit = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=keep.device)
     nibbles = (keep.reshape(-1, 4).to(torch.uint8) * bit).sum(1, dtype=torch.uint8)
     if nibbles.numel() % 2:
@@ -98,22 +99,22 @@ def _straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
 
 
 def masked_weight(
-    weight,
-    pattern_logits,
-    tile_logits,
+    weight: torch.Tensor,
+    pattern_logits: torch.Tensor | None,
+    tile_logits: torch.Tensor | None,
     *,
-    tile=(TILE, TILE),
-    pattern_temperature=1.0,
-    pattern_scale=1.0,
-    tile_temperature=1.0,
-    tile_scale=1.0,
-    hard_pattern=False,
-    hard_tile=False,
-    fixed_pattern=None,
-    noise=None,
-):
+    tile: tuple[int, int] = (TILE, TILE),
+    pattern_temperature: float = 1.0,
+    pattern_scale: float = 1.0,
+    tile_temperature: float = 1.0,
+    tile_scale: float = 1.0,
+    hard_pattern: bool = False,
+    hard_tile: bool = False,
+    fixed_pattern: torch.Tensor | None = None,
+    noise: tuple[int, int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The mathematics of patch_kernels.masked_weight (see there), by autograd, every intermediate at full size."""
-    shape = tuple(weight.shape)
+    shape = (weight.shape[0], weight.shape[1])
     compute = weight.dtype if weight.dtype == torch.float64 else torch.float32
     if pattern_logits is not None:
         scores = pattern_scale * pattern_logits.to(compute)
@@ -125,11 +126,11 @@ def masked_weight(
             probability = _straight_through(one_hot, probability)
         mask = (probability @ PATTERNS.to(probability)).reshape(shape)
     else:
-        mask = unpack_keep(fixed_pattern, shape).to(compute)
+        mask = unpack_keep(cast(torch.Tensor, fixed_pattern), shape).to(compute)
     if tile_logits is not None:
         scores = tile_scale * tile_logits.to(compute)
         if noise is not None:
-            scores = scores + tile_noise(*noise, *scores.shape).to(scores)
+            scores = scores + tile_noise(*noise, scores.shape[0], scores.shape[1]).to(scores)
         dense = torch.sigmoid(scores / tile_temperature)
         if hard_tile:
             dense = _straight_through((scores > 0).to(dense), dense)
@@ -143,7 +144,7 @@ def masked_weight(
     return masked.to(weight.dtype), sums
 
 
-def tile_linear(x, weight, bias=None):
+def tile_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """y = x @ weight.T + bias with float64 accumulation, rounded once to x's dtype. weight is dense (N, K)."""
     y = x.double() @ weight.double().T
     if bias is not None:
@@ -202,9 +203,22 @@ def encode_moment(x: torch.Tensor, random: torch.Tensor, signed: bool) -> tuple[
 
 @torch.no_grad()
 def adamw_step(
-    param, grad, exp_avg, exp_avg_sq, *, step, lr, betas, eps, weight_decay, exp_avg_scale=None,
-    exp_avg_sq_scale=None, grad_scale=None, seed=0, stream=0,
-) -> None:  # fmt: skip
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    exp_avg_scale: torch.Tensor | None = None,
+    exp_avg_sq_scale: torch.Tensor | None = None,
+    grad_scale: torch.Tensor | None = None,
+    seed: int = 0,
+    stream: int = 0,
+) -> None:
     """patch_kernels.adamw_step on CPU tensors."""
 
     def fp32(value: float) -> torch.Tensor:
@@ -217,12 +231,14 @@ def adamw_step(
                 value = round_to_bfloat16(value, random)
             else:
                 value, scales = encode_moment(value, random, signed=what == 1)
-                scale.copy_(scales)
+                cast(torch.Tensor, scale).copy_(scales)
         tensor.copy_(value.reshape(tensor.shape))
 
     def load(tensor: torch.Tensor, scale: torch.Tensor | None = None, signed: bool = False) -> torch.Tensor:
         flat = tensor.reshape(-1)
-        return decode_moment(flat, scale, signed) if tensor.dtype == torch.uint8 else flat.float()
+        if tensor.dtype != torch.uint8:
+            return flat.float()
+        return decode_moment(flat, cast(torch.Tensor, scale), signed)
 
     p, g = load(param), load(grad)
     m, v = load(exp_avg, exp_avg_scale, signed=True), load(exp_avg_sq, exp_avg_sq_scale)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from patch_kernels import reference
 from patch_kernels._library import build_info, gemm_status
 from patch_kernels.ops import LIBRARY_PATH, adamw, masked_weight, tile_linear
+from patch_kernels.packed_dtype import BY_TORCH
 from patch_kernels.tiled_weight import TiledWeight
 
 
-def _small_problem(device: torch.device, dtype: torch.dtype):
+def _small_problem(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A ragged 200x300 weight of small integers with dense and sparse tiles: every product and sum is exact."""
     generator = torch.Generator().manual_seed(0)
     rows, cols = 200, 300
@@ -25,16 +27,16 @@ def _small_problem(device: torch.device, dtype: torch.dtype):
     return weight.to(device), keep.to(device), tile_is_sparse.to(device)
 
 
-def _check_pack(device: torch.device) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
+def _pack_is_right(device: torch.device) -> None:
+    for dtype in BY_TORCH:
         weight, keep, tile_is_sparse = _small_problem(device, dtype)
         unpacked = TiledWeight.pack(weight, keep, tile_is_sparse).unpack()
         if not torch.equal(unpacked, torch.where(keep, weight, 0)):
             raise ArithmeticError("unpack(pack(weight)) is not the masked weight")
 
 
-def _check_linear(device: torch.device) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
+def _linear_is_right(device: torch.device) -> None:
+    for dtype in BY_TORCH:
         weight, keep, tile_is_sparse = _small_problem(device, dtype)
         x = (torch.arange(5 * weight.shape[1], device=device) % 5 - 2).to(dtype).reshape(5, -1)
         y = TiledWeight.pack(weight, keep, tile_is_sparse).matmul(x)
@@ -42,7 +44,7 @@ def _check_linear(device: torch.device) -> None:
             raise ArithmeticError("result differs from the exact integer result")
 
 
-def _check_masked_weight(device: torch.device) -> None:
+def _masked_weight_is_right(device: torch.device) -> None:
     # A GPU has kernels of its own for 16-bit weights with the usual tile.
     for dtype, shape, tile in ((torch.float32, (64, 96), (32, 32)), (torch.bfloat16, (160, 192), (128, 128))):
         generator = torch.Generator().manual_seed(0)
@@ -54,7 +56,8 @@ def _check_masked_weight(device: torch.device) -> None:
             pattern, tiles = (t.clone().to(target).requires_grad_() for t in (logits, tile_logits))
             weights, sums = function(weight.to(target), pattern, tiles, tile=tile, noise=(1, 2, 3))
             (weights.float().square().sum() + sums.sum()).backward()
-            results.append([t.detach().cpu().double() for t in (weights, sums, pattern.grad, tiles.grad)])
+            made: tuple[Any, ...] = (weights, sums, pattern.grad, tiles.grad)
+            results.append([t.detach().cpu().double() for t in made])
         for got, expected in zip(*results, strict=True):
             # A 16-bit weight may be rounded the other way; a tile's gradient is summed in another order.
             tolerance = 1e-4 if got is not results[0][0] else max(1e-4, torch.finfo(dtype).eps)
@@ -62,7 +65,7 @@ def _check_masked_weight(device: torch.device) -> None:
                 raise ArithmeticError(f"differs from the reference by {(got - expected).abs().max():.2e}")
 
 
-def _check_adamw(device: torch.device) -> None:
+def _adamw_is_right(device: torch.device) -> None:
     for moments in (torch.float32, torch.bfloat16, torch.uint8):
         generator = torch.Generator().manual_seed(0)
         start, grad = torch.randn(1000, generator=generator), torch.randn(1000, generator=generator)
@@ -82,10 +85,10 @@ def _check_adamw(device: torch.device) -> None:
 
 
 CHECKS: dict[str, Callable[[torch.device], None]] = {
-    "pack_tiles, unpack_tiles": _check_pack,
-    "tile_linear": _check_linear,
-    "masked_weight": _check_masked_weight,
-    "adamw_step": _check_adamw,
+    "pack_tiles, unpack_tiles": _pack_is_right,
+    "tile_linear": _linear_is_right,
+    "masked_weight": _masked_weight_is_right,
+    "adamw_step": _adamw_is_right,
 }
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from patch_kernels.checks import kind_of
 from patch_kernels.ops import tile_linear
+from patch_kernels.packed_dtype import BY_TORCH
 from patch_kernels.tiled_weight import TiledWeight
 
 
@@ -23,6 +27,11 @@ class TiledLinear(nn.Module):
     A new module holds zeros and all-dense flags until its state is loaded or from_linear fills it.
     """
 
+    payload: Tensor
+    tile_is_sparse: Tensor
+    schedule: Tensor
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -31,7 +40,7 @@ class TiledLinear(nn.Module):
         *,
         payload_bytes: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        device=None,
+        device: torch.device | str | None = None,
         batch_invariant: bool = False,
     ):
         super().__init__()
@@ -39,7 +48,7 @@ class TiledLinear(nn.Module):
         tiles = grid[0] * grid[1]
         if payload_bytes is None:
             payload_bytes = tiles * tile_linear.DENSE_TILE_BYTES
-        _check_construction(in_features, out_features, payload_bytes, tiles, dtype)
+        _check_packing(payload_bytes, tiles, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.weight_dtype = dtype
         self.batch_invariant = batch_invariant
@@ -96,11 +105,11 @@ class TiledLinear(nn.Module):
         self.schedule = tile_linear.make_schedule(self.tile_is_sparse)
         self._schedule_is_current = True
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._schedule_is_current = False
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "tile_is_sparse":
             self._schedule_is_current = False
         super().__setattr__(name, value)
@@ -115,10 +124,8 @@ class TiledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight_dtype or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"TiledLinear: expected x as {self.weight_dtype} (..., {self.in_features}), got {x.dtype} "
-                f"{tuple(x.shape)}. Convert x, or pack the model in x's dtype (fp16 or bf16)."
-            )
+            wanted = f"{self.weight_dtype} (..., {self.in_features})"
+            raise ValueError(f"TiledLinear, x: expected {wanted}, got {kind_of(x)}. Convert x, or pack in its dtype.")
         return tile_linear.tile_linear(
             x,
             self.payload,
@@ -136,18 +143,13 @@ class TiledLinear(nn.Module):
         )
 
 
-def _check_construction(in_features, out_features, payload_bytes, tiles, dtype) -> None:
-    if in_features < 1 or out_features < 1:
-        raise ValueError(
-            f"TiledLinear: expected in_features and out_features >= 1, got {in_features} and {out_features}. "
-            "Keep empty layers as nn.Linear."
-        )
-    if dtype not in (torch.float16, torch.bfloat16):
+def _check_packing(payload_bytes: int, tiles: int, dtype: torch.dtype) -> None:
+    if dtype not in BY_TORCH:
         raise ValueError(f"TiledLinear: expected dtype float16 or bfloat16, got {dtype}. Convert the model first.")
     low, high = tiles * tile_linear.SPARSE_TILE_BYTES, tiles * tile_linear.DENSE_TILE_BYTES
     step = tile_linear.DENSE_TILE_BYTES - tile_linear.SPARSE_TILE_BYTES
     if not low <= payload_bytes <= high or (payload_bytes - low) % step:
         raise ValueError(
-            f"TiledLinear: expected payload_bytes between {low} (all tiles sparse) and {high} (all dense) in steps of "
-            f"{step} for {out_features}x{in_features}, got {payload_bytes}. Use ops.payload_bytes(tile_is_sparse)."
+            f"TiledLinear: expected payload_bytes between {low} (all {tiles} tiles sparse) and {high} (all dense) in "
+            f"steps of {step}, got {payload_bytes}. Use ops.payload_bytes(tile_is_sparse)."
         )

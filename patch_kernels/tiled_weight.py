@@ -14,7 +14,7 @@ from patch_kernels.ops import tile_linear
 class TiledWeight:
     """A weight (N, K) packed into dense and 2:4 tiles of 128x128.
 
-    payload         1-D uint8, ops.payload_bytes(tile_is_sparse) bytes (docs/format.md)
+    payload         1-D uint8, ops.payload_bytes(tile_is_sparse) bytes (docs/reference/format.md)
     tile_is_sparse  (ceil(N/128), ceil(K/128)) bool
     shape, dtype    of the weight; dtype is fp16 or bf16
     schedule        ops.make_schedule(tile_is_sparse), which the GPU kernels need; None: they unpack and call cuBLAS
@@ -31,7 +31,8 @@ class TiledWeight:
         """See ops.pack_tiles for shapes and errors."""
         payload = tile_linear.pack_tiles(weight, keep, tile_is_sparse)
         schedule = tile_linear.make_schedule(tile_is_sparse)
-        return cls(payload, tile_is_sparse.bool(), tuple(weight.shape), weight.dtype, schedule)
+        shape = (weight.shape[0], weight.shape[1])
+        return cls(payload, tile_is_sparse.bool(), shape, weight.dtype, schedule)
 
     def unpack(self) -> Tensor:
         """The dense weight (N, K), zeros where pruned."""
@@ -53,13 +54,9 @@ def tiles_that_are_two_of_four(keep: Tensor) -> Tensor:
 
     keep (N, K) bool, made by any mask at any tile size.
     """
-    rows, cols = keep.shape
-    groups = -(-cols // 4)
-    kept = torch.nn.functional.pad(keep, (0, groups * 4 - cols)).reshape(rows, groups, 4).sum(2)
-    expected = torch.full((groups,), 2, device=keep.device)
-    if cols % 4 == 1:
-        expected[-1] = 1
+    kept, expected = tile_linear.kept_of_groups(keep)
     right = kept == expected
-    grid = tile_linear.tile_grid((rows, cols))
+    rows, groups = right.shape
+    grid = tile_linear.tile_grid((rows, keep.shape[1]))
     padded = torch.nn.functional.pad(right, (0, grid[1] * 32 - groups, 0, grid[0] * 128 - rows), value=True)
     return padded.reshape(grid[0], 128, grid[1], 32).all(3).all(1)

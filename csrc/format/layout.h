@@ -4,7 +4,7 @@
 //   dense    32768 B: two slots of 16384 B, slot h holds columns [64h, 64h+64)
 //   sparse   18432 B: 16384 B of kept values, then 2048 B of metadata
 // A row of 128 bytes is XOR-swizzled in 16-byte units by its row number: the 128-byte swizzle of TMA and wgmma
-// (PTX ISA, "Shared memory matrix layout"). Edge tiles are padded with zeros. docs/format.md shows an example.
+// (PTX ISA, "Shared memory matrix layout"). Edge tiles are padded with zeros. Example: docs/reference/format.md.
 #pragma once
 
 #include <cstdint>

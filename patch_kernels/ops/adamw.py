@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from patch_kernels.checks import kind_of, require_number, require_tensor
+
 _ops = torch.ops.patch_kernels
 SCALE_BLOCK = 256  # values of an 8-bit moment that share a scale
-_PARAM_DTYPES = (torch.float32, torch.bfloat16)
+PARAM_DTYPES = (torch.float32, torch.bfloat16)
 _MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
-_MAX_UINT32 = (1 << 32) - 1
 
 
 def scale_shape(param: Tensor) -> tuple[int]:
@@ -56,18 +59,15 @@ def adamw_step(
     Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), as torch.optim.AdamW; 8-bit blocks after Dettmers et al.
     2022 (arXiv 2110.02861), with other codes.
     """
-    _check_tensors(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad_scale)
-    if not (1 <= step <= _MAX_UINT32 and -(1 << 63) <= seed < 1 << 63 and 0 <= stream < 1 << 30):
-        raise ValueError(
-            "adamw_step: expected a step in [1, 2^32), a 64-bit seed and a stream in [0, 2^30), got "
-            f"step={step}, seed={seed}, stream={stream}. Count steps from 1 and parameters from 0."
-        )
-    if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-        raise ValueError(
-            "adamw_step: expected lr, eps and weight_decay >= 0 and betas in [0, 1), got "
-            f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={tuple(betas)}. Usual are eps=1e-8 and "
-            "betas=(0.9, 0.95)."
-        )
+    moments = (("exp_avg", exp_avg, exp_avg_scale), ("exp_avg_sq", exp_avg_sq, exp_avg_sq_scale))
+    _check_tensors(param, grad, moments, grad_scale)
+    require_number("adamw_step, step", step, ge=1, lt=1 << 32, advice="Count steps from 1.")
+    require_number("adamw_step, seed", seed, ge=-(1 << 63), lt=1 << 63, advice="It has 64 bits.")
+    require_number("adamw_step, stream", stream, ge=0, lt=1 << 30, advice="Count parameters from 0.")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        require_number(f"adamw_step, {name}", value, ge=0, advice="Usual are lr=1e-3, eps=1e-8 and weight_decay=0.")
+    for beta in betas:
+        require_number("adamw_step, betas", beta, ge=0, lt=1, advice="Usual are 0.9 and 0.95.")
     _ops.adamw_step(
         param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad_scale, lr, *betas, eps, weight_decay,
         step, seed, stream,
@@ -75,43 +75,29 @@ def adamw_step(
     torch.autograd.graph.increment_version(param)  # so that a graph that saved the old values says so
 
 
-def _check_tensors(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad_scale) -> None:
-    if param.dtype not in _PARAM_DTYPES or not param.is_contiguous():
-        raise ValueError(
-            f"adamw_step: expected a contiguous param in float32 or bfloat16, got {param.dtype} "
-            f"{tuple(param.shape)} with strides {param.stride()}. Convert it, or use torch.optim.AdamW."
-        )
-    if exp_avg.dtype not in _MOMENT_DTYPES:
-        raise ValueError(
-            f"adamw_step: expected exp_avg in float32, bfloat16 or uint8, got {exp_avg.dtype}. Start with zeros."
-        )
-    scale = (scale_shape(param), torch.float32) if exp_avg.dtype == torch.uint8 else None
-    expected = {
-        "grad": (grad, (tuple(param.shape), param.dtype)),
-        "exp_avg": (exp_avg, (tuple(param.shape), exp_avg.dtype)),
-        "exp_avg_sq": (exp_avg_sq, (tuple(param.shape), exp_avg.dtype)),
-        "exp_avg_scale": (exp_avg_scale, scale),
-        "exp_avg_sq_scale": (exp_avg_sq_scale, scale),
-    }
+def _check_tensors(
+    param: Tensor,
+    grad: Tensor,
+    moments: tuple[tuple[str, Tensor, Tensor | None], ...],
+    grad_scale: Tensor | None,
+) -> None:
+    advice = "Convert it, or use torch.optim.AdamW."
+    require_tensor("adamw_step, param", param, dtypes=PARAM_DTYPES, contiguous=True, advice=advice)
+    shape, device, dtype = param.shape, param.device, moments[0][1].dtype
+    require_tensor("adamw_step, grad", grad, dtypes=(param.dtype,), shape=shape, device=device, advice="As param.")
+    require_tensor("adamw_step, exp_avg", moments[0][1], dtypes=_MOMENT_DTYPES, advice="Start with zeros.")
+    like: dict[str, Any] = {"device": device, "contiguous": True, "advice": "Start with zeros."}
+    for name, moment, own_scale in moments:
+        require_tensor(f"adamw_step, {name}", moment, dtypes=(dtype,), shape=shape, **like)
+        if dtype == torch.uint8:
+            sizes = scale_shape(param)
+            require_tensor(f"adamw_step, {name}_scale", own_scale, dtypes=(torch.float32,), shape=sizes, **like)
+        elif own_scale is not None:
+            got = f"expected None with moments in {dtype}, got {kind_of(own_scale)}. Scales belong to uint8 moments."
+            raise ValueError(f"adamw_step, {name}_scale: {got}")
     if grad_scale is not None:
-        expected["grad_scale"] = (grad_scale.reshape(-1), ((1,), torch.float32))
-    for name, (tensor, wanted) in expected.items():
-        got = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
-        if got != wanted:
-            raise ValueError(
-                f"adamw_step: expected {name} as {_described(wanted)} for a param {tuple(param.shape)} with moments in "
-                f"{exp_avg.dtype}, got {_described(got)}. Scales belong to uint8 moments."
-            )
-        if tensor is not None and tensor.device != param.device:
-            raise ValueError(f"adamw_step: expected {name} on {param.device} like param, got {tensor.device}. Move it.")
-        if tensor is not None and name.startswith("exp_avg") and not tensor.is_contiguous():
-            raise ValueError(
-                f"adamw_step: expected a contiguous {name}, got strides {tensor.stride()}. It is written in place."
-            )
-
-
-def _described(shape_and_dtype) -> str:
-    return "None" if shape_and_dtype is None else f"{shape_and_dtype[1]} {shape_and_dtype[0]}"
+        what, advice = "adamw_step, grad_scale", "It is one number."
+        require_tensor(what, grad_scale.reshape(-1), dtypes=(torch.float32,), shape=(1,), device=device, advice=advice)
 
 
 torch.library.register_fake("patch_kernels::adamw_step", lambda *_: None)

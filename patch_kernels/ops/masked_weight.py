@@ -6,19 +6,17 @@ the mask or of the masked weight is kept between forward and backward.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from patch_kernels.checks import FLOATS, kind_of, require_multiple, require_number, require_tensor
 from patch_kernels.ops.tile_linear import tile_grid
 from patch_kernels.reference import TILE
 
 _ops = torch.ops.patch_kernels
-_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MAX_UINT32 = (1 << 32) - 1
 
 
 class MaskSampling(NamedTuple):
@@ -54,18 +52,11 @@ def mask_sampling(
         "tile_scale": tile_scale,
     }
     for name, value in values.items():
-        bound = " > 0" if name.endswith("temperature") else ""
-        # Not math.isfinite: torch.compile cannot trace it for a number that changed between two calls.
-        if not (0 if bound else -math.inf) < value < math.inf:
-            raise ValueError(
-                f"masked_weight: expected a finite {name}{bound}, got {value}. Schedules of a temperature must end "
-                "above 0, e.g. 0.05."
-            )
-    if noise is not None and not (-(1 << 63) <= noise[0] < 1 << 63 and 0 <= noise[1] <= _MAX_UINT32):
-        raise ValueError(
-            f"masked_weight: expected noise with a 64-bit seed and a draw in [0, 2^32), got seed {noise[0]} and draw "
-            f"{noise[1]}. Count draws from 0."
-        )
+        least = 0 if name.endswith("temperature") else None
+        require_number(f"masked_weight, {name}", value, gt=least, advice="Schedules of a temperature end above 0.")
+    if noise is not None:
+        require_number("masked_weight, seed of noise", noise[0], ge=-(1 << 63), lt=1 << 63, advice="It has 64 bits.")
+        require_number("masked_weight, draw of noise", noise[1], ge=0, lt=1 << 32, advice="Count draws from 0.")
     factors = torch.tensor(
         [
             1 / pattern_temperature,
@@ -127,19 +118,15 @@ def masked_weight(
     }
     if sampling is None:
         if layer != 0:
-            raise ValueError(
-                f"masked_weight: expected layer together with sampling, got layer={layer} alone. Pass sampling, or "
-                "noise=(seed, layer, draw)."
-            )
+            advice = "Pass sampling, or noise=(seed, layer, draw)."
+            raise ValueError(f"masked_weight: expected layer with sampling, got layer={layer} alone. {advice}")
         layer = 0 if noise is None else noise[1]
-        noise = None if noise is None else (noise[0], noise[2])
-        sampling = mask_sampling(**numbers, noise=noise, device=weight.device)
+        drawn = None if noise is None else (noise[0], noise[2])
+        sampling = mask_sampling(**numbers, noise=drawn, device=weight.device)
     elif noise is not None or any(value != 1.0 for value in numbers.values()):
         given = [name for name, value in numbers.items() if value != 1.0] + ["noise"] * (noise is not None)
-        raise ValueError(
-            f"masked_weight: expected sampling without the numbers that it holds, got {', '.join(given)} too. Pass "
-            "them to mask_sampling."
-        )
+        what = "masked_weight: expected sampling without the numbers that it holds"
+        raise ValueError(f"{what}, got {', '.join(given)} too. Pass them to mask_sampling.")
     _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, tile, sampling, layer)
     return _ops.masked_weight(
         weight, pattern_logits, fixed_pattern, tile_logits, *sampling, *tile, hard_pattern, hard_tile, layer
@@ -173,10 +160,9 @@ def masked_linear(
     kind = weight.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if x.dtype != weight.dtype or x.shape[-1:] != weight.shape[1:] or autocast:
-        raise ValueError(
-            f"masked_linear: expected x (..., {weight.shape[1]}) in {weight.dtype} like the weight, got {x.dtype} "
-            f"{tuple(x.shape)}{' under autocast' if autocast else ''}. Convert x; autocast is not supported."
-        )
+        got = f"{kind_of(x)}{' under autocast' if autocast else ''}"
+        wanted = f"{weight.dtype} (..., {weight.shape[1]}) like the weight"
+        raise ValueError(f"masked_linear, x: expected {wanted}, got {got}. Convert x; autocast is not supported.")
     return _MaskedLinear.apply(
         x,
         weight,
@@ -193,17 +179,27 @@ class _MaskedLinear(torch.autograd.Function):
     """Saves x and the inputs of the mask, never the masked weight."""
 
     @staticmethod
-    def forward(x, weight, bias, pattern_logits, fixed_pattern, tile_logits, factors, key, constants):
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pattern_logits: Tensor | None,
+        fixed_pattern: Tensor | None,
+        tile_logits: Tensor | None,
+        factors: Tensor,
+        key: Tensor | None,
+        constants: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
         masked, sums = _ops.masked_weight(weight, pattern_logits, fixed_pattern, tile_logits, factors, key, *constants)
         return functional.linear(x, masked, bias), sums
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, weight, _, *mask_inputs, ctx.constants = inputs
         ctx.save_for_backward(x, weight, *mask_inputs)
 
     @staticmethod
-    def backward(ctx, grad_y, grad_sums):
+    def backward(ctx: Any, grad_y: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, pattern_logits, fixed_pattern, tile_logits, factors, key = ctx.saved_tensors
         needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         grad_rows = grad_y.reshape(-1, weight.shape[0])
@@ -226,24 +222,23 @@ class _MaskedLinear(torch.autograd.Function):
         )
 
 
-def _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, tile, sampling, layer) -> None:
-    if weight.dim() != 2 or weight.dtype not in _WEIGHT_DTYPES or weight.shape[1] % 4 or weight.shape[1] == 0:
-        raise ValueError(
-            "masked_weight: expected weight (N, K) in floating point with K a positive multiple of 4, got "
-            f"{weight.dtype} {tuple(weight.shape)}. Exclude this layer from masking."
-        )
-    if tile[0] < 1 or tile[1] < 4 or tile[1] % 4:
-        raise ValueError(
-            f"masked_weight: expected tile=(rows >= 1, columns a multiple of 4), got {tuple(tile)}. "
-            "A group of four may not cross tiles; (128, 128) is the kernel's own tile."
-        )
-    if not 0 <= layer < 1 << 31:
-        raise ValueError(f"masked_weight: expected a layer number in [0, 2^31), got {layer}. Count layers from 0.")
+def _check_masked_weight(
+    weight: Tensor,
+    pattern_logits: Tensor | None,
+    tile_logits: Tensor | None,
+    fixed_pattern: Tensor | None,
+    tile: tuple[int, int],
+    sampling: MaskSampling,
+    layer: int,
+) -> None:
+    advice = "Exclude this layer from masking."
+    require_tensor("masked_weight, weight", weight, dtypes=FLOATS, shape=("N", "K"), advice=advice)
+    require_multiple("masked_weight, columns of weight", weight.shape[1], 4, advice)
+    require_multiple("masked_weight, columns of tile", tile[1], 4, "A group of four may not cross tiles.")
+    require_number("masked_weight, layer", layer, ge=0, lt=1 << 31, advice="Count layers from 0.")
     if (pattern_logits is None) == (fixed_pattern is None):
-        raise ValueError(
-            "masked_weight: expected either pattern_logits or fixed_pattern, got "
-            f"{'neither' if pattern_logits is None else 'both'}. Learn the 2:4 pattern or fix it."
-        )
+        got = "neither" if pattern_logits is None else "both"
+        raise ValueError(f"masked_weight: expected pattern_logits or fixed_pattern, got {got}. Learn or fix it.")
     groups = weight.shape[0] * weight.shape[1] // 4
     real = (torch.float64,) if weight.dtype == torch.float64 else (torch.float32,)
     learned = real if weight.dtype == torch.float64 else (torch.float32, torch.bfloat16)
@@ -254,25 +249,29 @@ def _check_masked_weight(weight, pattern_logits, tile_logits, fixed_pattern, til
         ("sampling.factors", sampling.factors, (4,), (torch.float64,)),
         ("sampling.key", sampling.key, (2,), (torch.int64,)),
     )
+    advice = "Make it for this weight and tile, on the weight's device."
     for name, tensor, shape, dtypes in expected:
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-            raise ValueError(
-                f"masked_weight: expected {name} as {' or '.join(map(str, dtypes))} {shape} for a weight "
-                f"{tuple(weight.shape)} and tile {tuple(tile)}, got {tensor.dtype} {tuple(tensor.shape)}. Rebuild it "
-                "for this weight and tile."
-            )
-        if tensor.device != weight.device:
-            raise ValueError(
-                f"masked_weight: expected {name} on {weight.device} like the weight, got {tensor.device}. Move it."
-            )
+        if tensor is not None:
+            what = f"masked_weight, {name}"
+            require_tensor(what, tensor, dtypes=dtypes, shape=shape, device=weight.device, advice=advice)
 
 
 def _fake_backward(
-    grad_masked, grad_sums, weight, pattern_logits, fixed_pattern, tile_logits, factors, key, rows, cols, hard_pattern,
-    hard_tile, layer, with_masked,
-):  # fmt: skip
+    grad_masked: Tensor,
+    grad_sums: Tensor,
+    weight: Tensor,
+    pattern_logits: Tensor | None,
+    fixed_pattern: Tensor | None,
+    tile_logits: Tensor | None,
+    factors: Tensor,
+    key: Tensor | None,
+    rows: int,
+    cols: int,
+    hard_pattern: bool,
+    hard_tile: bool,
+    layer: int,
+    with_masked: bool,
+) -> tuple[Tensor, ...]:
     real = torch.float64 if weight.dtype == torch.float64 else torch.float32
     grads = tuple(
         weight.new_empty(0, dtype=real) if logits is None else weight.new_empty(logits.shape, dtype=logits.dtype)
@@ -281,12 +280,12 @@ def _fake_backward(
     return *grads, weight.new_empty(weight.shape if with_masked else 0)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.constants = (*inputs[:6], inputs[6:])
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad_masked, grad_sums):
+def _backward(ctx: Any, grad_masked: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
     weight, pattern_logits, fixed_pattern, tile_logits, *sampling = ctx.saved_tensors
     grad_pattern, grad_tile, _ = _ops.masked_weight_backward(
         grad_masked, grad_sums, weight, pattern_logits, fixed_pattern, tile_logits, *sampling, *ctx.constants, False
@@ -300,7 +299,7 @@ def _backward(ctx, grad_masked, grad_sums):
     )
 
 
-def _second_derivative(ctx, *grads):
+def _second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
     raise NotImplementedError(
         "masked_weight: expected first derivatives only, got a backward pass through its backward pass. For second "
         "derivatives use patch_kernels.reference.masked_weight."

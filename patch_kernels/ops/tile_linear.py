@@ -10,23 +10,31 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from patch_kernels._library import gemm_status
+from patch_kernels.checks import require_sizes, require_tensor
 from patch_kernels.ops import LIBRARY_PATH
+from patch_kernels.packed_dtype import BY_TORCH
 from patch_kernels.reference import TILE
 
 _ops = torch.ops.patch_kernels
 
 DENSE_TILE_BYTES = 32768
 SPARSE_TILE_BYTES = 18432
-_PACKED_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def tile_grid(shape: tuple[int, int], tile: tuple[int, int] = (TILE, TILE)) -> tuple[int, int]:
-    """Number of tile rows and columns that cover a weight of shape (N, K); edge tiles may be cut."""
+def tile_grid(shape: Sequence[int], tile: Sequence[int] = (TILE, TILE)) -> tuple[int, int]:
+    """Number of tile rows and columns that cover a weight of shape (N, K); edge tiles may be cut.
+
+    raises  ValueError for sizes that are no integers >= 1.
+    """
+    require_sizes("weight shape (N, K)", shape, "Pass the shape of a 2-D weight.")
+    require_sizes("tile (rows, columns)", tile, "Use (128, 128).")
     return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
 
 
@@ -36,19 +44,28 @@ def payload_bytes(tile_is_sparse: Tensor) -> int:
     return sparse * SPARSE_TILE_BYTES + (tile_is_sparse.numel() - sparse) * DENSE_TILE_BYTES
 
 
+def kept_of_groups(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept weights of every group of four of a bool mask (N, K), and how many a 2:4 mask keeps there.
+
+    returns  (N, ceil(K/4)) int64 and (ceil(K/4),) int64: 2, but 1 for a last group that the edge cuts to one column.
+    """
+    rows, cols = keep.shape
+    groups = -(-cols // 4)
+    kept = torch.nn.functional.pad(keep, (0, groups * 4 - cols)).reshape(rows, groups, 4).sum(2)
+    expected = torch.full((groups,), 2, device=keep.device)
+    if cols % 4 == 1:
+        expected[-1] = 1
+    return kept, expected
+
+
 def two_of_four_violations(keep: Tensor, tile_is_sparse: Tensor) -> tuple[int, tuple[int, int] | None]:
     """Groups inside sparse tiles that do not keep exactly 2 of 4: their number, and the first one's (row, column).
 
     keep (N, K) bool; tile_is_sparse (ceil(N/128), ceil(K/128)) bool. A last group cut by the matrix edge to one or two
     columns must keep them all.
     """
-    rows, cols = keep.shape
-    groups = -(-cols // 4)
-    padded = torch.nn.functional.pad(keep, (0, groups * 4 - cols))
-    kept = padded.reshape(rows, groups, 4).sum(2)
-    expected = torch.full((groups,), 2, device=keep.device)
-    if cols % 4 == 1:
-        expected[-1] = 1
+    kept, expected = kept_of_groups(keep)
+    rows, groups = kept.shape
     row_tile = torch.arange(rows, device=keep.device) // TILE
     group_tile = torch.arange(groups, device=keep.device) * 4 // TILE
     inside = tile_is_sparse.bool()[row_tile][:, group_tile]
@@ -60,22 +77,29 @@ def two_of_four_violations(keep: Tensor, tile_is_sparse: Tensor) -> tuple[int, t
     return count, (row, 4 * group)
 
 
+def require_two_of_four(what: str, keep: Tensor, tile_is_sparse: Tensor, advice: str) -> None:
+    """Refuse a keep mask (N, K) with groups in sparse tiles that do not keep exactly 2 of 4, see above."""
+    count, first = two_of_four_violations(keep, tile_is_sparse)
+    if first is not None:
+        raise ValueError(
+            f"{what}: expected exactly 2 of 4 kept values in every group of a sparse tile, got {count} groups that "
+            f"are not, the first at row {first[0]}, column {first[1]}. {advice}"
+        )
+
+
 def tile_flags(tile_is_sparse: Tensor) -> Tensor:
     """Tile flags as the ops take them: uint8 0 and 1 (a view of bool flags)."""
     return tile_is_sparse.view(torch.uint8) if tile_is_sparse.dtype == torch.bool else tile_is_sparse
 
 
-def _check_grid(op: str, tile_is_sparse: Tensor, shape: tuple[int, int]) -> None:
-    if tile_is_sparse.dtype not in (torch.bool, torch.uint8) or tuple(tile_is_sparse.shape) != tile_grid(shape):
-        raise ValueError(
-            f"{op}: expected tile_is_sparse as bool {tile_grid(shape)}, one flag per 128x128 tile of a "
-            f"{shape[0]}x{shape[1]} weight, got {tile_is_sparse.dtype} {tuple(tile_is_sparse.shape)}. "
-            "Use patch_kernels.tile_grid(shape) for its shape."
-        )
+def _check_grid(op: str, tile_is_sparse: Tensor, shape: Sequence[int]) -> None:
+    advice = "It is one flag per 128x128 tile; use patch_kernels.tile_grid(shape) for its shape."
+    dtypes = (torch.bool, torch.uint8)
+    require_tensor(f"{op}, tile_is_sparse", tile_is_sparse, dtypes=dtypes, shape=tile_grid(shape), advice=advice)
 
 
 def pack_tiles(weight: Tensor, keep: Tensor, tile_is_sparse: Tensor) -> Tensor:
-    """Pack a weight into dense and 2:4 tiles, format v1 (docs/format.md).
+    """Pack a weight into dense and 2:4 tiles, format v1 (docs/reference/format.md).
 
     weight          (N, K) fp16 or bf16; any sizes, edge tiles are padded with zeros.
     keep            (N, K) bool, True where a weight stays. Dropped weights of dense tiles are stored as zeros.
@@ -84,28 +108,19 @@ def pack_tiles(weight: Tensor, keep: Tensor, tile_is_sparse: Tensor) -> Tensor:
     raises          ValueError for wrong shapes, dtypes or devices, and for groups that are not 2 of 4 (with their
                     number and the first row and column).
     """
-    if weight.dim() != 2 or weight.dtype not in _PACKED_DTYPES:
-        raise ValueError(
-            f"pack_tiles: expected weight (N, K) in float16 or bfloat16, got {weight.dtype} {tuple(weight.shape)}. "
-            "Convert it first, for example weight.to(torch.bfloat16)."
-        )
-    if keep.dtype != torch.bool or keep.shape != weight.shape:
-        raise ValueError(
-            f"pack_tiles: expected keep as bool {tuple(weight.shape)}, got {keep.dtype} {tuple(keep.shape)}. "
-            "Pass the keep mask itself (True where a weight stays), not a float mask."
-        )
-    _check_grid("pack_tiles", tile_is_sparse, tuple(weight.shape))
-    if not weight.device == keep.device == tile_is_sparse.device:
-        raise ValueError(
-            f"pack_tiles: expected one device, got weight on {weight.device}, keep on {keep.device}, "
-            f"tile_is_sparse on {tile_is_sparse.device}. Move them together."
-        )
-    count, first = two_of_four_violations(keep, tile_is_sparse)
-    if count:
-        raise ValueError(
-            f"pack_tiles: expected exactly 2 of 4 kept values in every group of a sparse tile, got {count} groups "
-            f"that are not, the first at row {first[0]}, column {first[1]}. Mark their tiles dense or prune to 2:4."
-        )
+    require_tensor(
+        "pack_tiles, weight",
+        weight,
+        dtypes=BY_TORCH,
+        shape=("N", "K"),
+        advice="Convert it first, for example weight.to(torch.bfloat16).",
+    )
+    shape, device = tuple(weight.shape), weight.device
+    advice = "Pass the keep mask itself (True where a weight stays), on the weight's device."
+    require_tensor("pack_tiles, keep", keep, dtypes=(torch.bool,), shape=shape, device=device, advice=advice)
+    _check_grid("pack_tiles", tile_is_sparse, shape)
+    require_tensor("pack_tiles, tile_is_sparse", tile_is_sparse, device=device, advice="Move it to the weight.")
+    require_two_of_four("pack_tiles", keep, tile_is_sparse, "Mark their tiles dense or prune to 2:4.")
     # Packing happens once per layer: one CPU implementation serves every device.
     payload = _ops.pack_tiles(weight.cpu(), keep.cpu(), tile_flags(tile_is_sparse.cpu()).contiguous())
     return payload.to(weight.device)
@@ -113,16 +128,14 @@ def pack_tiles(weight: Tensor, keep: Tensor, tile_is_sparse: Tensor) -> Tensor:
 
 def unpack_tiles(payload: Tensor, tile_is_sparse: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Inverse of pack_tiles: the dense (N, K) weight, bit for bit, zeros where pruned."""
-    if dtype not in _PACKED_DTYPES:
-        raise ValueError(
-            f"unpack_tiles: expected dtype float16 or bfloat16, got {dtype}. Use the dtype given to pack_tiles."
-        )
+    if dtype not in BY_TORCH:
+        raise ValueError(f"unpack_tiles: expected dtype float16 or bfloat16, got {dtype}. Use that of pack_tiles.")
     _check_grid("unpack_tiles", tile_is_sparse, tuple(shape))
     return _ops.unpack_tiles(payload, tile_flags(tile_is_sparse), shape[0], shape[1], dtype)
 
 
 def make_schedule(tile_is_sparse: Tensor) -> Tensor:
-    """What tile_linear's GPU kernels read about a layer's tiles: offsets, order of rows, cuts along K (csrc/plan.h).
+    """What tile_linear's GPU kernels read about a layer's tiles: offsets, order of rows, cuts of K (csrc/gemm/plan.h).
 
     tile_is_sparse  (R, C) bool or uint8 on any device; read on the host, so a GPU tensor is waited for.
     returns         int32 (words,) on the same device. Depends on the flags alone; not part of any file.
@@ -150,7 +163,7 @@ def tile_linear(
     returns   (..., N) in x's dtype; accumulation is fp32; bitwise the same from run to run.
     An inf or NaN of x at a pruned position of a sparse tile does not reach y.
     Gradients reach x and bias; the weight is frozen: on Hopper it is read before the kernel ahead of this call on the
-    stream has ended (docs/kernels.md), so do not write payload or schedule by a kernel directly before.
+    stream has ended (docs/inside/gemm.md), so do not write payload or schedule by a kernel directly before.
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     op = _ops.tile_linear_train if needs_grad else _ops.tile_linear
@@ -186,7 +199,15 @@ def schedule_words(grid: tuple[int, int]) -> int:
     return 3 + rows * cols + rows + 9 * (rows + -(-rows // 2))
 
 
-def _fake_linear(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant):
+def _fake_linear(
+    x: Tensor,
+    payload: Tensor,
+    tile_is_sparse: Tensor,
+    schedule: Tensor | None,
+    out_features: int,
+    bias: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -205,19 +226,19 @@ def _register_fakes() -> None:
     )
 
     @fake("patch_kernels::pack_tiles")
-    def _(weight, keep, tile_is_sparse):
+    def _(weight: Tensor, keep: Tensor, tile_is_sparse: Tensor) -> Tensor:
         # The size depends on the flags' values: an unbacked size for the compiler.
         size = torch.library.get_ctx().new_dynamic_size()
         return weight.new_empty(size, dtype=torch.uint8)
 
 
-def _setup_linear(ctx, inputs, output):
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, payload, tile_is_sparse, _, _, bias, _ = inputs
     ctx.save_for_backward(payload, tile_is_sparse)
     ctx.in_features, ctx.dtype, ctx.has_bias = x.shape[-1], x.dtype, bias is not None
 
 
-def _backward_linear(ctx, grad):
+def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     payload, tile_is_sparse = ctx.saved_tensors
     out_features = grad.shape[-1]
     grad_x = grad_bias = None
