@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from patch_kernels import PATTERNS
+from patch_kernels import PATTERNS, tile_grid
+from patch_kernels.checks import require_multiple, require_number, require_sizes, require_tensor
 
 __all__ = [
     "PATTERNS",
@@ -31,6 +32,8 @@ __all__ = [
     "tile_counts",
     "tile_grid",
 ]
+
+_SAME_LAYER = "It must belong to the same weight and tile size."
 
 
 def sample_pattern_mask(
@@ -50,22 +53,17 @@ def sample_pattern_mask(
     returns (N, K); every group of a soft or hard sample sums to 2.
     raises  ValueError for K % 4 != 0, wrong logits or noise shape, temperature <= 0.
     """
-    rows, columns = _check_shape(shape)
-    if columns % 4:
-        raise ValueError(
-            f"2:4 patterns: expected K to be a multiple of 4, got weight shape {tuple(shape)}; exclude this layer"
-        )
-    _check_tensor("pattern logits", logits, (rows * columns // 4, 6))
+    _check_pattern_logits(logits, shape)
     _check_temperature(temperature)
     logits = _compute_dtype(logits)
     if noise is None:
         noise = -torch.empty_like(logits).exponential_().log()
-    _check_tensor("pattern noise", noise, logits.shape)
+    require_tensor("pattern noise", noise, shape=logits.shape, advice=_SAME_LAYER)
     probability = torch.softmax((scale * logits + noise.to(logits)) / temperature, dim=1)
     if hard:
         one_hot = functional.one_hot(probability.argmax(1), 6).to(probability)
         probability = _straight_through(one_hot, probability)
-    return (probability @ PATTERNS.to(probability)).reshape(rows, columns)
+    return (probability @ PATTERNS.to(probability)).reshape(shape)
 
 
 def sample_tile_mask(
@@ -87,14 +85,14 @@ def sample_tile_mask(
     returns (N, K).
     raises  ValueError for a bad tile, wrong logits or noise shape, temperature <= 0.
     """
-    grid = tile_grid(tile, shape)
-    _check_tensor("tile logits", logits, grid)
+    grid = tile_grid(shape, tile)
+    require_tensor("tile logits", logits, shape=grid, advice=_SAME_LAYER)
     _check_temperature(temperature)
     logits = _compute_dtype(logits)
     if noise is None:
         exponentials = torch.empty(2, *grid, dtype=logits.dtype, device=logits.device).exponential_()
         noise = exponentials[1].log() - exponentials[0].log()
-    _check_tensor("tile noise", noise, grid)
+    require_tensor("tile noise", noise, shape=grid, advice=_SAME_LAYER)
     score = scale * logits + noise.to(logits)
     dense = torch.sigmoid(score / temperature)
     if hard:
@@ -104,11 +102,8 @@ def sample_tile_mask(
 
 def combine(tile_mask: Tensor, pattern_mask: Tensor) -> Tensor:
     """Joint mask m + (1 - m) * M of a tile mask m and a 2:4 mask M, both (N, K) (bool counts as 0/1)."""
-    if tile_mask.shape != pattern_mask.shape:
-        raise ValueError(
-            f"combine: expected two masks of one shape, got tile mask {tuple(tile_mask.shape)} and pattern "
-            f"mask {tuple(pattern_mask.shape)}; sample both for the same weight"
-        )
+    advice = "Sample both masks for the same weight."
+    require_tensor("combine, pattern_mask", pattern_mask, shape=tile_mask.shape, advice=advice)
     if tile_mask.dtype == torch.bool and pattern_mask.dtype == torch.bool:
         return tile_mask | pattern_mask
     if tile_mask.dtype == torch.bool:
@@ -127,36 +122,23 @@ def harden(
     returns      keep (N, K) bool, tile_is_sparse (rows, cols) bool.
     raises       ValueError for shapes that do not belong together.
     """
-    rows, columns = _check_shape(shape)
-    grid = tile_grid(tile, shape)
+    grid = tile_grid(shape, tile)
     if pattern.dtype == torch.bool:
-        _check_tensor("fixed keep mask", pattern, (rows, columns))
+        require_tensor("fixed keep mask", pattern, shape=shape, advice=_SAME_LAYER)
         keep = pattern.clone()
     else:
-        if columns % 4:
-            raise ValueError(
-                f"harden: expected K to be a multiple of 4, got weight shape {tuple(shape)}; exclude this layer"
-            )
-        _check_tensor("pattern logits", pattern, (rows * columns // 4, 6))
-        keep = PATTERNS.to(pattern.device)[pattern.argmax(1)].reshape(rows, columns)
+        _check_pattern_logits(pattern, shape)
+        keep = PATTERNS.to(pattern.device)[pattern.argmax(1)].reshape(shape)
     if tile_logits is None:
         return keep, torch.ones(grid, dtype=torch.bool, device=keep.device)
-    _check_tensor("tile logits", tile_logits, grid)
+    require_tensor("tile logits", tile_logits, shape=grid, advice=_SAME_LAYER)
     dense = tile_logits.to(keep.device) > 0
     return keep | _expand(dense, tile, shape), ~dense
 
 
-def tile_grid(tile: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
-    """(rows, cols) of the tile grid of a weight, edge tiles included. raises ValueError for sizes < 1."""
-    rows, columns = _check_shape(shape)
-    if len(tile) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in tile):
-        raise ValueError(f"tile: expected two positive integers (rows, columns), got {tuple(tile)}; use (128, 128)")
-    return -(-rows // tile[0]), -(-columns // tile[1])
-
-
 def tile_areas(tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """Number of weights in each tile, int64 (rows, cols); edge tiles count what they really hold."""
-    rows, cols = tile_grid(tile, shape)
+    rows, cols = tile_grid(shape, tile)
     heights = (shape[0] - torch.arange(rows) * tile[0]).clamp(max=tile[0])
     widths = (shape[1] - torch.arange(cols) * tile[1]).clamp(max=tile[1])
     return heights[:, None] * widths
@@ -164,11 +146,9 @@ def tile_areas(tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
 
 def tile_counts(keep: Tensor, tile: tuple[int, int]) -> Tensor:
     """Number of kept weights in each tile of a bool (N, K) mask: int64 (rows, cols)."""
-    if keep.dtype != torch.bool or keep.dim() != 2:
-        raise ValueError(
-            f"tile_counts: expected a bool (N, K) keep mask, got {keep.dtype} {tuple(keep.shape)}; masks are explicit"
-        )
-    rows, cols = tile_grid(tile, tuple(keep.shape))
+    advice = "Masks are explicit, never inferred from zeros of a weight."
+    require_tensor("tile_counts, keep", keep, dtypes=(torch.bool,), shape=("N", "K"), advice=advice)
+    rows, cols = tile_grid((keep.shape[0], keep.shape[1]), tile)
     padding = (0, cols * tile[1] - keep.shape[1], 0, rows * tile[0] - keep.shape[0])
     padded = functional.pad(keep, padding)
     return padded.reshape(rows, tile[0], cols, tile[1]).sum((1, 3), dtype=torch.int64)
@@ -195,16 +175,10 @@ def exact_budget(tile_logits: Sequence[Tensor], gains: Sequence[Tensor], budget:
     raises       ValueError for mismatched grids or a negative budget.
     """
     if len(tile_logits) != len(gains) or any(a.shape != b.shape for a, b in zip(tile_logits, gains, strict=True)):
-        raise ValueError(
-            "exact_budget: expected one grid of gains per grid of logits and equal shapes, got "
-            f"{[tuple(t.shape) for t in tile_logits]} and {[tuple(t.shape) for t in gains]}; compute both "
-            "per layer"
-        )
-    if budget < 0:
-        raise ValueError(
-            f"exact_budget: expected a budget of at least 0 nonzeros, got {budget}; the 2:4 masks alone keep "
-            "more than the target allows, lower the target sparsity"
-        )
+        got = " and ".join(str([tuple(grid.shape) for grid in grids]) for grids in (tile_logits, gains))
+        raise ValueError(f"exact_budget: expected logits and gains of equal shapes, got {got}. Compute both per layer.")
+    advice = "The 2:4 masks alone keep more than the target allows; lower the target sparsity."
+    require_number("exact_budget, nonzeros", budget, ge=0, advice=advice)
     if not tile_logits:
         return []
     logits = torch.cat([grid.flatten().cpu().double() for grid in tile_logits])
@@ -231,20 +205,11 @@ def _compute_dtype(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _check_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"weight shape: expected (N, K) with N, K >= 1, got {tuple(shape)}; pass a 2-D weight's shape")
-    return int(shape[0]), int(shape[1])
-
-
-def _check_tensor(what: str, tensor: Tensor, shape: Sequence[int]) -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(
-            f"{what}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}; it must belong to the same "
-            "weight and tile size"
-        )
+def _check_pattern_logits(logits: Tensor, shape: tuple[int, int]) -> None:
+    require_sizes("weight shape (N, K)", shape, "Pass the shape of a 2-D weight.")
+    require_multiple("2:4 patterns, columns of the weight", shape[1], 4, "Exclude this layer.")
+    require_tensor("pattern logits", logits, shape=(shape[0] * shape[1] // 4, 6), advice=_SAME_LAYER)
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0 or not math.isfinite(temperature):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}; the paper ends at 0.05")
+    require_number("temperature", temperature, gt=0, advice="The paper ends at 0.05.")

@@ -14,8 +14,10 @@ import math
 import torch
 from torch import Tensor
 
+from patch.files.schema import require_choice
 from patch.mask import tile_areas, tile_counts
 from patch_kernels import PATTERNS
+from patch_kernels.checks import require_finite, require_number, require_tensor
 
 NOMINAL_STD = 0.014
 PRIOR_MODES = ("add", "overwrite")
@@ -35,16 +37,12 @@ def pattern_prior(raw: Tensor, keep: Tensor, strength: float, *, std: float | No
               (MaskLLM's code); "overwrite" replaces it (the published PATCH code).
     raises    ValueError for shapes that do not match, a non-bool mask, a negative strength, an unknown mode.
     """
-    if raw.dim() != 2 or raw.shape[1] != 6:
-        raise ValueError(f"pattern_prior: expected raw logits (groups, 6), got {tuple(raw.shape)}; draw them per group")
+    require_tensor("pattern_prior, raw", raw, shape=("groups", 6), advice="Draw logits per group.")
     _check_keep("pattern_prior", keep)
     if keep.numel() != 4 * raw.shape[0] or keep.shape[1] % 4:
-        raise ValueError(
-            f"pattern_prior: expected a keep mask of {raw.shape[0]} groups of 4, got shape "
-            f"{tuple(keep.shape)}; mask and logits must belong to the same layer"
-        )
-    if mode not in PRIOR_MODES:
-        raise ValueError(f"pattern_prior: expected mode 'add' or 'overwrite', got {mode!r}; use 'add'")
+        got = f"expected {raw.shape[0]} groups of 4, got shape {tuple(keep.shape)}"
+        raise ValueError(f"pattern_prior, keep: {got}. Mask and logits must belong to the same layer.")
+    require_choice("pattern_prior, mode", mode, PRIOR_MODES)
     _check_strength("pattern_prior", strength)
     if strength == 0:
         return raw.clone()
@@ -68,19 +66,12 @@ def tile_prior(
     strength, std  as in pattern_prior.
     raises       ValueError for shapes that differ, a density outside 0.5..1, a negative strength, NaN scores.
     """
-    if raw.dim() != 2 or tile_scores.shape != raw.shape:
-        raise ValueError(
-            f"tile_prior: expected scores of the logits' shape {tuple(raw.shape)}, got "
-            f"{tuple(tile_scores.shape)}; compute them with the same tile size"
-        )
-    if not 0.5 <= density <= 1:
-        raise ValueError(
-            f"tile_prior: expected a density of 0.5 to 1 (sparsity 0 to 0.5), got {density}; dense and 2:4 "
-            "tiles cannot reach another"
-        )
+    require_tensor("tile_prior, raw", raw, shape=("rows", "cols"), advice="Draw logits per tile.")
+    require_tensor("tile_prior, tile_scores", tile_scores, shape=raw.shape, advice="Use the same tile size for both.")
+    advice = "Dense and 2:4 tiles reach densities of 0.5 to 1, which are sparsities of 0.5 to 0."
+    require_number("tile_prior, density", density, ge=0.5, le=1, advice=advice)
     _check_strength("tile_prior", strength)
-    if tile_scores.isnan().any():
-        raise ValueError("tile_prior: expected finite tile scores, got NaN; compute them again from a keep mask")
+    require_finite("tile_prior, tile_scores", tile_scores, "Compute them again from a keep mask.")
     if strength == 0:
         return raw.clone()
     dense_tiles = round(2 * raw.numel() * (density - 0.5))
@@ -101,8 +92,7 @@ def tile_scores(keep: Tensor, tile: tuple[int, int]) -> Tensor:
 def _deviation(raw: Tensor, std: float | None) -> float:
     """The given standard deviation, else the sample's; a single value has none (torch.std is NaN)."""
     if std is not None:
-        if not std > 0 or not math.isfinite(std):
-            raise ValueError(f"std: expected a finite number > 0, got {std}; leave it out to use the sample's")
+        require_number("std", std, gt=0, advice="Leave it out to use the sample's.")
         return std
     if raw.numel() < 2:
         return NOMINAL_STD
@@ -111,13 +101,9 @@ def _deviation(raw: Tensor, std: float | None) -> float:
 
 
 def _check_keep(what: str, keep: Tensor) -> None:
-    if keep.dtype != torch.bool or keep.dim() != 2:
-        raise ValueError(
-            f"{what}: expected a bool (N, K) keep mask, got {keep.dtype} {tuple(keep.shape)}; masks are "
-            "explicit, never inferred from zeros of a weight"
-        )
+    advice = "Masks are explicit, never inferred from zeros of a weight."
+    require_tensor(f"{what}, keep", keep, dtypes=(torch.bool,), shape=("N", "K"), advice=advice)
 
 
 def _check_strength(what: str, strength: float) -> None:
-    if not strength >= 0 or not math.isfinite(strength):
-        raise ValueError(f"{what}: expected a strength >= 0, got {strength}; 0 switches the prior off")
+    require_number(f"{what}, strength", strength, ge=0, advice="0 switches the prior off.")

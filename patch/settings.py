@@ -1,38 +1,130 @@
-"""Configuration of the commands: dataclasses filled from presets, files, `--set` overrides and flags.
+"""Settings: records whose fields are settings of commands and functions, and their sources.
 
 Later sources win: defaults < preset < file (YAML or JSON) < `--set a.b=c` < explicit flags. Every key is checked
-against the dataclass, so that a misspelt setting is refused instead of ignored.
+against the record, so that a misspelt setting is refused instead of ignored. A field made by `setting` is a flag of a
+command too: its name, help, default and range stand there and nowhere else.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from patch.files.atomic import write_text_atomic
+from patch.files.schema import Says, fields_of, is_record, nearest, parse, plain, record, refused
+
+__all__ = [
+    "RESOLVED_NAME",
+    "AtLeastOne",
+    "Names",
+    "NewPath",
+    "NotNegative",
+    "Positive",
+    "Seed",
+    "Share",
+    "Tile",
+    "build",
+    "check_keys",
+    "dump_yaml",
+    "load_config",
+    "parts",
+    "record",
+    "save_resolved",
+    "setting",
+    "to_dict",
+]
 
 T = TypeVar("T")
+
 RESOLVED_NAME = "config.resolved.yaml"
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
-_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+_REQUIRED = object()
+
+
+def setting(
+    default: Any = ...,
+    help: str = "",
+    *,
+    metavar: str | None = None,
+    positional: bool = False,
+    choices: Callable[[], Iterable[str]] | None = None,
+    factory: Any = None,
+    **constraints: Any,
+) -> Any:
+    """A field of a record that is a setting; in the Options of a command it becomes the flag --its-name.
+
+    default      ... for a setting that must be given
+    help         what it does, without default or range, which the help adds; "": no flag
+    metavar      word for the value in the help; by default one for the type
+    positional   plain words on the command line instead of a flag
+    choices      names that the help lists, asked for when it is printed
+    constraints  of pydantic's Field: ge, gt, le, lt, examples, ...
+    """
+    extra: dict[str, Any] = {"metavar": metavar, "positional": positional, "choices": choices}
+    kind = {"default_factory": factory} if factory is not None else {"default": default}
+    return Field(**kind, description=help or None, json_schema_extra=extra, **constraints)
+
+
+def parts(value: Any) -> Any:
+    """Texts "a,b" and lists as tuples: what comes before the check of a tuple that is a setting."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.strip("()[] ").split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tile(value: Any, info: ValidationInfo) -> Any:
+    """As `parts`, and where texts are converted what people type for a tile: 128x128, one number for a square one."""
+    if not info.context:
+        return parts(value)
+    value = parts(value.replace("x", ",") if isinstance(value, str) else value)
+    value = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+    return value * 2 if isinstance(value, tuple) and len(value) == 1 else value
+
+
+def _groups_inside(tile: tuple[int, int]) -> tuple[int, int]:
+    if min(tile) < 1 or tile[1] % 4:
+        raise ValueError(
+            f"expected positive rows,columns with columns a multiple of 4, got {tile}. A group of four must not "
+            "cross tiles; use 128,128."
+        )
+    return tile
+
+
+def _expanded(value: Any) -> Any:
+    return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=0.5), Says("a share of zeros from 0 to 0.5", "45 percent is 0.45.")]
+Names = Annotated[tuple[str, ...], BeforeValidator(parts), Says("a list", "Write for example a,b.")]
+Tile = Annotated[
+    tuple[int, int],
+    BeforeValidator(_tile),
+    AfterValidator(_groups_inside),
+    Says("2 values, each an integer", "Write for example 128,128, in Python (128, 128)."),
+]
+NewPath = Annotated[Path, BeforeValidator(_expanded)]
 
 
 def load_config(
     cls: type[T],
     *,
     preset: Mapping[str, Any] | None = None,
-    file: str | os.PathLike | None = None,
+    file: str | os.PathLike[str] | None = None,
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> T:
-    """An instance of the dataclass `cls` from all sources, later ones winning.
+    """An instance of the record `cls` from all sources, later ones winning.
 
     preset     nested values
     file       YAML or JSON file with nested values
@@ -40,99 +132,83 @@ def load_config(
     flags      {dotted key: value}; None means that the flag was not given
     raises     FileNotFoundError for a missing file, ValueError naming source, key, and what to write instead.
     """
-    return build(cls, merge_sources(cls, preset=preset, file=file, overrides=overrides, flags=flags))
-
-
-def merge_sources(
-    cls: type,
-    *,
-    preset: Mapping[str, Any] | None = None,
-    file: str | os.PathLike | None = None,
-    overrides: Iterable[str] = (),
-    flags: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Nested values of all sources with their keys checked against `cls`, before conversion to its types."""
     values: dict[str, Any] = {}
-    sources: list[tuple[str, Mapping[str, Any]]] = []
-    if preset:
-        sources.append(("preset", preset))
+    sources: list[tuple[str, Mapping[str, Any]]] = [("preset", preset)] if preset else []
     if file is not None:
         sources.append((str(file), read_file(file)))
     for text in overrides:
         key, value = parse_override(text)
         sources.append((f"--set {text}", _nest(key, value)))
-    for key, value in (flags or {}).items():
-        if value is not None:
-            sources.append((f"flag for {key}", _nest(key, value)))
+    given = ((key, value) for key, value in (flags or {}).items() if value is not None)
+    sources += [(f"flag for {key}", _nest(key, value)) for key, value in given]
     for source, content in sources:
         check_keys(cls, content, source)
         values = _merge(values, content)
-    return values
+    return build(cls, values)
 
 
 def build(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:
-    """Dataclass instance from nested values, each converted to its field's type.
+    """A record from nested values, texts converted to the types of its fields.
 
     prefix  what the values' keys are called in messages, e.g. "learn."
-    raises  ValueError for an unknown key, a missing required one, or a value of another type.
+    raises  ValueError for an unknown key, a missing required one, or a value that a field does not take.
     """
     check_keys(cls, values, "configuration", prefix=prefix)
-    hints = typing.get_type_hints(cls)
-    arguments, missing = {}, []
-    for field in dataclasses.fields(cls):
-        key = f"{prefix}{field.name}"
-        if field.name in values:
-            arguments[field.name] = convert(values[field.name], hints[field.name], key)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            missing.append(key)
-    if missing:
-        needed = ", ".join(f"--{key.replace('_', '-')}" for key in missing)
+    required = [name for name, info in fields_of(cls).items() if info.is_required() and name not in values]
+    if required:
+        needed = ", ".join(f"--{prefix}{name.replace('_', '-')}" for name in required)
         raise ValueError(f"expected {needed}, got nothing. Give it as a flag, in --config, or by --set KEY=VALUE.")
-    return cls(**arguments)
+    return parse(cls, _meant(cls, values, prefix), prefix, text=True)
+
+
+def check_keys(
+    cls: type, values: Mapping[str, Any], source: str, *, prefix: str = "", also: Iterable[str] = ()
+) -> None:
+    """raises ValueError for the first key of `values` that `cls` does not have, naming the nearest legal one.
+
+    also  further legal names that the advice may name
+    """
+    fields = fields_of(cls)
+    for key, value in values.items():
+        if key not in fields:
+            near = nearest(f"{prefix}{key}", [*legal_keys(cls, prefix), *also])
+            raise ValueError(f"{source}: expected a known setting, got '{prefix}{key}'. {near}")
+        kind = fields[key].annotation
+        if not is_record(kind):
+            continue
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"{source}: expected '{prefix}{key}' to hold settings by name, got {value!r}. "
+                f"Write {prefix}{key}.{next(iter(fields_of(kind)))} = ..."
+            )
+        check_keys(kind, value, source, prefix=f"{prefix}{key}.")
 
 
 def legal_keys(cls: type, prefix: str = "") -> list[str]:
-    """Dotted keys of a dataclass, nested dataclasses included."""
-    hints = typing.get_type_hints(cls)
+    """Dotted keys of a record, those of nested records included."""
     keys = []
-    for field in dataclasses.fields(cls):
-        keys.append(f"{prefix}{field.name}")
-        if dataclasses.is_dataclass(hints[field.name]):
-            keys += legal_keys(hints[field.name], f"{prefix}{field.name}.")
+    for name, info in fields_of(cls).items():
+        keys.append(f"{prefix}{name}")
+        if is_record(info.annotation):
+            keys += legal_keys(info.annotation, f"{prefix}{name}.")
     return keys
 
 
-def check_keys(cls: type, values: Mapping[str, Any], source: str, *, prefix: str = "") -> None:
-    """raises ValueError for the first key of `values` that `cls` does not have, naming the nearest legal one."""
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    for key, value in values.items():
-        if key not in names:
-            near = _nearest(f"{prefix}{key}", legal_keys(cls, prefix))
-            raise ValueError(f"{source}: expected a known setting, got '{prefix}{key}'. {near}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, Mapping):
-                raise ValueError(
-                    f"{source}: expected '{prefix}{key}' to hold settings by name, got {value!r}. "
-                    f"Write {prefix}{key}.{dataclasses.fields(hint)[0].name} = ..."
-                )
-            check_keys(hint, value, source, prefix=f"{prefix}{key}.")
-
-
-def read_file(path: str | os.PathLike) -> dict[str, Any]:
+def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Nested settings of a YAML or JSON file; an empty file has none."""
     path = Path(path)
     if path.suffix not in _FILE_SUFFIXES:
         raise ValueError(f"{path}: expected a file ending in {', '.join(_FILE_SUFFIXES)}. Rename the file.")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a configuration file, found none. Check the path.")
+    is_json = path.suffix == ".json"
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else _yaml_load(text)
+        content = json.loads(text) if is_json else _yaml_load(text)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: expected valid {_kind(path)}, got an error: {reason}. Correct the file.") from None
+        kind = "JSON" if is_json else "YAML"
+        raise ValueError(f"{path}: expected valid {kind}, got an error: {reason}. Correct the file.") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -153,49 +229,20 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {key}: expected a YAML value, got {value!r} ({reason}). Quote it.") from None
 
 
-def convert(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the annotated type; texts become numbers, paths, booleans or tuples where that is what is meant.
-
-    hint    int, float, bool, str, Path, Any, dict, X | None, Literal, tuple[X, X], tuple[X, ...], or a dataclass
-    raises  ValueError naming the key, the expected type and the value.
-    """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            if type(None) in args:
-                return None
-        (inner, *_) = [arg for arg in args if arg is not type(None)]
-        return convert(value, inner, key)
-    if origin is typing.Literal:
-        if value in args:
-            return value
-        raise ValueError(
-            f"{key}: expected one of {', '.join(map(str, args))}, got {value!r}. {_nearest(str(value), args)}"
-        )
-    if origin is tuple:
-        return _convert_tuple(value, args, key)
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, prefix=f"{key}.")
-    if hint is Any or hint is dict or origin is dict:
-        return value
-    return _convert_scalar(value, hint, key)
-
-
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested values of a dataclass instance, as YAML and JSON can hold them."""
-    return _plain(dataclasses.asdict(config))
+    """Plain nested values of a record, as YAML and JSON can hold them."""
+    return typing.cast(dict[str, Any], plain(config))
 
 
 def dump_yaml(config: Any, *, header: str = "") -> str:
-    """YAML text of a dataclass instance or of nested values, keys in order of definition, after `# header` lines."""
+    """YAML text of a record or of nested values, keys in order of definition, after `# header` lines."""
     import yaml
 
-    values = to_dict(config) if dataclasses.is_dataclass(config) else _plain(config)
     lines = "".join(f"# {line}\n" for line in header.splitlines())
-    return lines + yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    return lines + yaml.safe_dump(plain(config), sort_keys=False, default_flow_style=None, allow_unicode=True)
 
 
-def save_resolved(config: Any, folder: str | os.PathLike, *, header: str = "") -> Path:
+def save_resolved(config: Any, folder: str | os.PathLike[str], *, header: str = "") -> Path:
     """Write the resolved configuration into `folder` (made if needed) atomically; returns the file's path."""
     path = Path(folder) / RESOLVED_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,59 +250,32 @@ def save_resolved(config: Any, folder: str | os.PathLike, *, header: str = "") -
     return path
 
 
-def _convert_tuple(value: Any, args: tuple, key: str) -> tuple:
-    endless = len(args) == 2 and args[1] is Ellipsis
-    if isinstance(value, str):
-        # "128,128" and "128x128" are what people type for a tile.
-        text = value.replace("x", ",") if args[0] is int else value
-        value = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
-    elif isinstance(value, int) and not isinstance(value, bool) and not endless:
-        value = [value]
-    if isinstance(value, list) and len(value) == 1 and args == (int, int):
-        value = value * 2  # one number is a square tile
-    if not isinstance(value, (list, tuple)) or not (endless or len(value) == len(args)):
-        wanted = "a list" if endless else f"{len(args)} values"
-        raise ValueError(f"{key}: expected {wanted}, got {value!r}. Write for example {_example(args)}.")
-    kinds = [args[0]] * len(value) if endless else args
-    return tuple(convert(item, kind, key) for item, kind in zip(value, kinds, strict=True))
+def _meant(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The values with None for the texts that mean it. True is no number here, which pydantic would take for 1."""
+    meant = dict(values)
+    for name, info in fields_of(cls).items():
+        value = values.get(name)
+        kinds = _alternatives(info.annotation)
+        if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in kinds:
+            meant[name] = None
+        elif isinstance(value, bool) and not {bool, Any} & kinds and kinds & {int, float, str}:
+            raise refused(info, f"{prefix}{name}", value)
+        elif is_record(info.annotation) and isinstance(value, Mapping):
+            meant[name] = _meant(info.annotation, value, f"{prefix}{name}.")
+    return meant
 
 
-def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in _TRUE | _FALSE:
-            return str(value).lower() in _TRUE
-    elif hint is Path:
-        if isinstance(value, (str, Path)) and str(value):
-            return Path(value).expanduser()
-    elif hint is str:
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-    elif not isinstance(value, bool):  # int or float; True is no number here
-        try:
-            number = hint(value)
-            if hint is float or not isinstance(value, float) or number == value:
-                return number
-        except (TypeError, ValueError, OverflowError):
-            pass
-    article = {
-        "int": "an integer",
-        "float": "a number",
-        "bool": "true or false",
-        "Path": "a path",
-        "str": "text",
-    }
-    example = {"int": "8", "float": "0.45", "bool": "true", "Path": "./folder", "str": "abc"}
-    raise ValueError(
-        f"{key}: expected {article[hint.__name__]}, got {value!r}. Write for example {example[hint.__name__]}."
-    )
+def _alternatives(annotation: Any) -> set[Any]:
+    """The types of a union without their annotations, or the one type."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return {kind for arg in typing.get_args(annotation) for kind in _alternatives(arg)}
+    return {typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation}
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
-    return value
+    return typing.cast(dict[str, Any], value)
 
 
 def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,24 +286,6 @@ def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    # YAML writes plain str only; some versions are subclasses of it.
-    return str(value) if isinstance(value, (Path, str)) else value
-
-
-def _nearest(given: str, legal: Iterable[Any]) -> str:
-    legal = [str(key) for key in legal]
-    near = difflib.get_close_matches(given, legal, n=1, cutoff=0.5)
-    if not near:
-        # A key given without its section, such as lr for learn.lr, is a common slip.
-        near = [key for key in legal if key.rsplit(".", 1)[-1] == given.rsplit(".", 1)[-1]]
-    return f"Did you mean '{near[0]}'?" if near else f"Settings are: {', '.join(legal)}."
-
-
 def _yaml_load(text: str) -> Any:
     import yaml
 
@@ -291,18 +293,3 @@ def _yaml_load(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
-
-
-def _example(args: tuple) -> str:
-    return {int: "128,128", float: "4.0,0.05"}.get(args[0], "a,b")
-
-
-def _kind(path: Path) -> str:
-    return "JSON" if path.suffix == ".json" else "YAML"
-
-
-def setting(
-    default: Any = dataclasses.MISSING, help: str = "", *, metavar: str | None = None, positional: bool = False
-) -> Any:
-    """A dataclass field that becomes the flag --its-name (positional: plain words); required without a default."""
-    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar, "positional": positional})

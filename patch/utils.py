@@ -20,10 +20,12 @@ from torch import nn
 
 from patch.artifacts.artifact import load_artifact
 from patch.evaluate.protocol import perplexity_report
-from patch.evaluate.zero_shot import ZERO_SHOT_TASKS, lm_eval_model, zero_shot
-from patch.models.facts import config_fingerprint, context_length
-from patch.published.prepare import DEFAULT_SEQLEN, _apply, prepare
-from patch.published.prune_args import _tile
+from patch.evaluate.zero_shot import ZERO_SHOT_TASKS, zero_shot
+from patch.models.facts import config_fingerprint
+from patch.pruning.options import DEFAULT_SEQLEN
+from patch.published.llm import load_llm
+from patch.published.prepare import load_prepared, prepare
+from patch.published.prune_args import read_target
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +43,8 @@ def prepare_pruned_model(
 
     checkpoint_name        folder of the result. If it exists it is loaded, after checking that it was made
                            from this model, method, ratio, tile size, calibration set and seed.
-    prune_args             dict or namespace with keys of PRUNE_DEFAULTS; "prox_sparse" takes a dict with fields of
-                           patch.pruning.ProxSparseConfig for that method, whose nsamples is 400 by default
+    prune_args             dict or namespace with fields of patch.published.prune_args.PruneArgs; "prox_sparse" takes
+                           a dict with fields of patch.pruning.ProxSparseConfig
     mask_tile_size         (rows, cols) of the tiles that will be learned
     target_sparsity_ratio  0..0.5, of the unstructured reference model that gives the tile scores
     prune_method "maskllm" takes the masks of maskllm_checkpoint: a MaskLLM or PATCH file (patch.artifacts.foreign; a
@@ -64,8 +66,9 @@ def load_compressed_model(
 
     raises  FileNotFoundError; ValueError when the tile size, the config, a layer or a shape differs.
     """
-    expect = {"tile": list(_tile(mask_tile_size)), "config_fingerprint": config_fingerprint(model.config)}
-    return _apply(model, load_artifact(checkpoint_name, expect=expect, model=model))
+    tile = read_target(mask_tile_size, 0.5).mask_tile_size
+    expect = {"tile": list(tile), "config_fingerprint": config_fingerprint(model.config)}
+    return load_prepared(model, load_artifact(checkpoint_name, expect=expect, model=model))
 
 
 def evaluate(
@@ -106,16 +109,4 @@ def get_llm(
     seqlen  length of calibration samples, cut to the model's context; kept as model.seqlen
     dtype   "auto": that of the checkpoint, so that no small weight is rounded to zero
     """
-    if isinstance(seqlen, bool) or not isinstance(seqlen, int) or seqlen < 1:
-        raise ValueError(f"expected seqlen >= 1, got {seqlen!r}; the paper uses {DEFAULT_SEQLEN}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options = {"local_files_only": local_files_only, "token": hf_token}
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, **options).eval()
-    model.seqlen = min(seqlen, context_length(model) or seqlen)
-    try:
-        wrapped = lm_eval_model(model, AutoTokenizer.from_pretrained(model_name, **options))
-    except ImportError:
-        logger.info("lm-eval is not installed: no zero-shot evaluation")
-        wrapped = None
-    return model, wrapped
+    return load_llm(model_name, local_files_only, hf_token, seqlen, dtype)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
+from patch.artifacts.artifact import Artifact
+from patch.models.keep_masks import apply_keep_masks, check_keep_masks
+from patch.models.structure import linear_at, maskable_linears
+from patch.slim.compress import restore_compression, stored_options
 
-    from patch.artifacts.artifact import Artifact
 
+@torch.no_grad()
+def apply_artifact(model: nn.Module, artifact: Artifact, *, every_layer: bool = False) -> None:
+    """Put an artifact's masks (weights that its method updated, adapters) on the dense model it was made from.
 
-def apply_artifact(model: nn.Module, artifact: Artifact) -> None:
-    """Put an artifact's masks (weights that its method updated, adapters) on the dense model it was made from."""
-    import torch
-
-    from patch.models.keep_masks import apply_keep_masks
-    from patch.models.structure import maskable_linears
-    from patch.slim.compress import restore_compression, stored_options
-
-    options = stored_options(artifact.meta.get("compression"))  # refused before a weight changes
-    left_dense = [name for name in maskable_linears(model) if name not in artifact.masks]
-    with torch.no_grad():
-        for name, weight in artifact.weights.items():
-            model.get_submodule(name).weight.copy_(weight)
+    every_layer  refuse an artifact that leaves layers dense
+    raises       ValueError or TypeError before a weight changes.
+    """
+    options = stored_options(artifact.meta.get("compression"))
+    left_dense = [] if every_layer else [name for name in maskable_linears(model) if name not in artifact.masks]
+    check_keep_masks(model, artifact.masks, left_dense)
+    for name, weight in artifact.weights.items():
+        linear_at(model, name).weight.copy_(weight)
     apply_keep_masks(model, artifact.masks, exclude=left_dense)
     restore_compression(model, artifact.adapters, options)

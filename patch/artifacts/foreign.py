@@ -24,20 +24,25 @@ import numpy as np
 from torch import Tensor, nn
 
 from patch.artifacts.foreign_readers import META, SHAPE, _check_two_of_four, _read_npz, _read_pt
+from patch.files.atomic import replacing
 from patch.files.regular import file_sha256
 from patch.models.keep_masks import measured_sparsity
 from patch.models.structure import maskable_linears
 
 # The files that mask repositories on the Hugging Face hub hold: MaskLLM's, the PATCH authors'.
 FILE_NAMES = ("mask_compressed.npz", "mask.npz")
+_SOURCES = (
+    f"a mask file ({', '.join(FILE_NAMES)} or .pt), a folder with one, or a Hugging Face repository such as "
+    "Vinnnf/LLaMA-2-7B-MaskLLM-C4"
+)
 # Our names of patterns -> those in the PATCH authors' __meta__.
 PATTERNS = {"2:4": "2:4", "patch": "Dense/2:4 tiles", "unstructured": "unstructured"}
 # Our names of methods -> method and variant there.
 _METHODS = {
     "joint": ("PATCH", "PATCH-Joint"),
     "tile": ("PATCH", "PATCH-Tile"),
-    "mask_llm": ("MaskLLM", "MaskLLM"),
-    "maskllm": ("MaskLLM", "MaskLLM"),  # imported
+    "maskllm": ("MaskLLM", "MaskLLM"),
+    "mask_llm": ("MaskLLM", "MaskLLM"),  # the same in artifacts of 0.1.0
 }
 
 
@@ -68,15 +73,12 @@ def locate(source: str | os.PathLike) -> Path:
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
         if len(found) > 1:
             raise ValueError(f"{path}: expected one of {' and '.join(FILE_NAMES)}, found both; name the file")
-        if found:
-            return found[0]
-        raise FileNotFoundError(f"{path}: expected {' or '.join(FILE_NAMES)} in the folder, found neither")
+        if not found:
+            raise FileNotFoundError(f"{path}: expected {' or '.join(FILE_NAMES)} in the folder, found neither")
+        return found[0]
     name = os.fspath(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix in (".npz", ".pt"):
-        raise FileNotFoundError(
-            f"expected a mask file ({', '.join(FILE_NAMES)} or .pt), a folder with one, or a Hugging Face repository "
-            f"such as Vinnnf/LLaMA-2-7B-MaskLLM-C4, got {name!r} which is none; check the path"
-        )
+        raise FileNotFoundError(f"expected {_SOURCES}, got {name!r} which is none; check the path")
     return _download(name)
 
 
@@ -96,16 +98,14 @@ def read_masks(
     path = locate(source)
     if path.suffix == ".pt":
         if not allow_pt:
-            raise ValueError(
-                f"{path}: expected an .npz, got a .pt; it can be read too when asked for (allow_pt, --allow-pt)"
-            )
+            raise ValueError(f"{path}: expected an .npz, got a .pt; allow_pt (--allow-pt) reads it too")
         kind, masks, exact = _read_pt(path, wanted, known, model)
         meta, pattern = None, "2:4"
     else:
         kind, masks, meta = _read_npz(path, wanted, known)
         # Authors' masks are the non-zeros of masked weights: a kept weight that was zero is missing in them.
         exact = kind == "maskllm"
-        names = {theirs: ours for ours, theirs in PATTERNS.items()}
+        names: dict[Any, str] = {theirs: ours for ours, theirs in PATTERNS.items()}
         pattern = "2:4" if exact else names.get((meta or {}).get("pattern"), "unstructured")
     if pattern == "2:4":
         _check_two_of_four(path, masks, exact=exact)
@@ -131,23 +131,14 @@ def write_masks(path: str | os.PathLike, masks: Mapping[str, Tensor], meta: Mapp
         raise ValueError(f"{path}: expected a file ending in .npz; rename it, the authors' loader wants mask.npz")
     if os.path.lexists(path):
         raise FileExistsError(f"{path}: expected a new file, found one; choose another path")
-    measured_sparsity(masks)  # refuses no masks, and masks that are not bool
-    arrays = {META: np.array(json.dumps(dict(meta), sort_keys=True, allow_nan=False))}
+    measured_sparsity(masks)  # refuses no masks, and what is no mask (N, K)
+    arrays: dict[str, Any] = {META: np.array(json.dumps(dict(meta), sort_keys=True, allow_nan=False))}
     for name, keep in masks.items():
-        if keep.dim() != 2:
-            raise ValueError(f"layer '{name}': expected a mask (N, K), got {tuple(keep.shape)}")
         arrays[f"{name}.weight"] = np.packbits(keep.cpu().numpy().reshape(-1))
         arrays[f"{name}.weight{SHAPE}"] = np.array(keep.shape, dtype=np.int64)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(staging, "xb") as file:
-            np.savez_compressed(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
+    with replacing(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def patch_meta(masks: Mapping[str, Tensor], meta: Mapping[str, Any], base_model: str | None = None) -> dict[str, Any]:
@@ -155,9 +146,10 @@ def patch_meta(masks: Mapping[str, Tensor], meta: Mapping[str, Any], base_model:
     imported = (meta.get("imported_from") or {}).get("meta")
     if imported is not None:
         return imported | ({} if base_model is None else {"base_model": base_model})
-    mode, measured = meta.get("method"), measured_sparsity(masks)
+    mode: Any = meta.get("method")
+    measured = measured_sparsity(masks)
     target = meta.get("sparsity")
-    pattern = "2:4" if mode == "mask_llm" else meta.get("pattern")
+    pattern: Any = "2:4" if mode in ("maskllm", "mask_llm") else meta.get("pattern")
     return {
         "base_model": base_model or meta.get("model"),
         "method": _METHODS.get(mode, (mode, mode))[0],
@@ -185,11 +177,9 @@ def _download(repository: str) -> Path:
             reason = error
             break
     if reason is None:
-        raise FileNotFoundError(
-            f"{repository}: expected {' or '.join(FILE_NAMES)} in the repository, found neither; check its files"
-        )
-    text = " ".join(str(reason).split())
+        raise FileNotFoundError(f"{repository}: expected {' or '.join(FILE_NAMES)} in the repository, found neither")
+    got = f"{type(reason).__name__}: {' '.join(str(reason).split())}"
     raise ConnectionError(
-        f"expected to load masks from the Hugging Face repository {repository!r}, got {type(reason).__name__}: {text}; "
-        "check the name, the access and the network, or pass a downloaded file"
+        f"expected to load masks from the Hugging Face repository {repository!r}, got {got}; check the name, the "
+        "access and the network, or pass a downloaded file"
     ) from reason

@@ -6,7 +6,7 @@ import json
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from patch.files.schema import listed
+from patch.models.checks import require_layers
+
 META, SHAPE = "__meta__", ".__shape__"
-_LISTED_NAMES = 5
+_OTHERS = "the masks are of another model or the file is damaged"
+_NO_SHAPE = f"no {SHAPE} of two integers"
 # What zipfile and numpy raise for a file whose bytes are not as written; numpy parses headers as Python text.
 _DAMAGE = (
     *(ValueError, RuntimeError, EOFError, OSError, SyntaxError),
@@ -24,7 +28,7 @@ _DAMAGE = (
 
 
 def _read_npz(
-    path: Path, wanted: Mapping[str, tuple[int, int]], known: Collection[str]
+    path: Path, wanted: Mapping[str, tuple[int, ...]], known: Collection[str]
 ) -> tuple[str, dict[str, Tensor], dict[str, Any] | None]:
     """(format, masks, __meta__ or None) of an .npz in either format."""
     headers = _npz_headers(path)
@@ -33,10 +37,8 @@ def _read_npz(
     elif headers and all(key.endswith(".mask") for key in headers):
         kind, keys = "maskllm", list(headers)
     else:
-        raise ValueError(
-            f"{path}: expected keys that end in .mask (MaskLLM), or names with their {SHAPE} (PATCH), got "
-            f"{_listed(list(headers))}; give a file of masks"
-        )
+        expected = f"keys that end in .mask (MaskLLM), or names with their {SHAPE} (PATCH)"
+        raise ValueError(f"{path}: expected {expected}, got {listed(list(headers))}; give a file of masks")
     layers = {key.removesuffix(".mask").removesuffix(".weight"): key for key in keys}
     _check_names(path, layers, wanted, known)
     wrong = {
@@ -50,7 +52,11 @@ def _read_npz(
             meta = None
             if kind == "patch":
                 meta = _npz_meta(path, archive, headers)
-                _check_shapes(path, archive, headers, {name: layers[name] for name in wanted}, wanted)
+                shapes = {name: _given_shape(archive, headers, layers[name]) for name in wanted}
+                wrong = {
+                    name: f"{shapes[name]}, not {shape}" for name, shape in wanted.items() if shapes[name] != shape
+                }
+                _refuse(path, "the model's shapes", wrong)
             masks = {}
             for name, shape in wanted.items():
                 bits = np.unpackbits(archive[layers[name]], count=shape[0] * shape[1])
@@ -95,25 +101,14 @@ def _npz_meta(path: Path, archive: Any, headers: Mapping[str, Any]) -> dict[str,
     return meta
 
 
-def _check_shapes(
-    path: Path,
-    archive: Any,
-    headers: Mapping[str, Any],
-    layers: Mapping[str, str],
-    wanted: Mapping[str, tuple[int, int]],
-) -> None:
-    wrong = {}
-    for name, key in layers.items():
-        dtype, shape = headers.get(key + SHAPE, (None, None))
-        if dtype is None or dtype.kind not in "iu" or shape != (2,):
-            wrong[name] = f"no {SHAPE} of two integers"
-        elif (given := tuple(archive[key + SHAPE].tolist())) != wanted[name]:
-            wrong[name] = f"{given}, not {wanted[name]}"
-    _refuse(path, "the model's shapes", wrong)
+def _given_shape(archive: Any, headers: Mapping[str, Any], key: str) -> tuple[int, ...] | str:
+    """The shape that a file in the PATCH authors' format tells of a mask, or what is wrong with it."""
+    dtype, shape = headers.get(key + SHAPE, (np.dtype(object), None))
+    return tuple(archive[key + SHAPE].tolist()) if (dtype.kind in "iu", shape) == (True, (2,)) else _NO_SHAPE
 
 
 def _read_pt(
-    path: Path, wanted: Mapping[str, tuple[int, int]], known: Collection[str], model: nn.Module
+    path: Path, wanted: Mapping[str, tuple[int, ...]], known: Collection[str], model: nn.Module
 ) -> tuple[str, dict[str, Tensor], bool]:
     """(format, masks, whether 2:4 is exact) of MaskLLM's dict of masks, or of a state dict of masked weights."""
     from pickle import UnpicklingError
@@ -150,14 +145,9 @@ def _read_pt(
 
 
 def _check_names(path: Path, layers: Collection[str], wanted: Collection[str], known: Collection[str]) -> None:
-    missing = [name for name in wanted if name not in layers]
-    extra = [name for name in layers if name not in known]
-    if missing or extra:
-        raise ValueError(
-            f"{path}: expected a mask for each of the {len(wanted)} layers, missing {_listed(missing)}; not maskable "
-            f"layers of the model {_listed(extra)}. Use the masks of this model, and name layers that stay dense in "
-            "exclude"
-        )
+    # Masks of layers that are excluded may be there: they are left out.
+    given = [name for name in layers if name in wanted or name not in known]
+    require_layers(given, wanted, f"{path}")
 
 
 def _check_two_of_four(path: Path, masks: Mapping[str, Tensor], *, exact: bool) -> None:
@@ -175,18 +165,9 @@ def _check_two_of_four(path: Path, masks: Mapping[str, Tensor], *, exact: bool) 
 def _refuse(path: Path, expected: str, wrong: Mapping[str, str]) -> None:
     """raises ValueError with the layers that are not as expected, and what is wrong with the first of them."""
     if wrong:
-        shown = "; ".join(f"{name}: {what}" for name, what in list(wrong.items())[:_LISTED_NAMES])
-        more = "; ..." if len(wrong) > _LISTED_NAMES else ""
-        raise ValueError(
-            f"{path}: expected {expected}, not so in {len(wrong)} layers ({shown}{more}); "
-            "the masks are of another model or the file is damaged"
-        )
+        got = listed([f"{name}: {what}" for name, what in wrong.items()])
+        raise ValueError(f"{path}: expected {expected}, got other layers: {got}; {_OTHERS}")
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: not a readable .npz of plain arrays ({error}); get the file again")
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_LISTED_NAMES])
-    return f"{len(names)} ({shown}{', ...' if len(names) > _LISTED_NAMES else ''})" if names else "0"

@@ -7,19 +7,47 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from patch.files.schema import record
+from patch.pruning.options import DEFAULT_NSAMPLES, DEFAULT_SEQLEN
+from patch.settings import AtLeastOne, Seed, setting
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
     from patch.artifacts.artifact import Artifact
 
+FIELD_HELP = "column of a .jsonl or .parquet file (default text)"
+SEQLEN_HELP = "tokens per sample (default 2048, or what the model allows)"
+EXCLUDE_HELP = "layers to leave dense, as patterns such as '*.k_proj'"
 MODEL_HELP = "model folder or Hugging Face id"
 DATA_HELP = "text: a .txt, .jsonl or .parquet file, or c4, wikitext2, ptb, slimpajama"
-CALIBRATION_SEQLEN = 2048
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DtypeName = Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
+TokensToPredict = Annotated[int, Field(ge=2)] | None
+
+
+@record(kw_only=True)
+class PlacementSettings:
+    """Where and in which dtype a command loads models."""
+
+    dtype: DtypeName = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
+    device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
+
+
+@record(kw_only=True)
+class CalibrationSettings:
+    """Which calibration samples a command draws from its text."""
+
+    text_field: str | None = setting(None, FIELD_HELP, metavar="NAME")
+    nsamples: AtLeastOne = setting(DEFAULT_NSAMPLES, "calibration samples")
+    seqlen: AtLeastOne | None = setting(None, SEQLEN_HELP)
+    seed: Seed = setting(0, "seed of the calibration samples")
 
 
 def check_text_source(source: str | None, flag: str = "--data") -> str:
@@ -37,14 +65,12 @@ def check_text_source(source: str | None, flag: str = "--data") -> str:
     return source
 
 
-def dtype_of(name: str, flag: str = "--dtype") -> torch.dtype | str:
-    """torch dtype by name, or "auto"; raises ValueError for another one."""
+def dtype_of(name: DtypeName) -> torch.dtype | str:
+    """torch dtype by name, or "auto"."""
     import torch
 
-    name = _SHORT_DTYPES.get(name, name)
-    if name not in DTYPES:
-        raise ValueError(f"{flag}: expected one of {', '.join(DTYPES)} (or bf16, fp16, fp32), got {name!r}. Use bf16.")
-    return name if name == "auto" else getattr(torch, name)
+    full = _SHORT_DTYPES.get(name, name)
+    return full if full == "auto" else getattr(torch, full)
 
 
 def device_of(name: str | None) -> torch.device:
@@ -65,7 +91,7 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def load_model(path: str, *, dtype: str = "auto", device: str | None = None) -> nn.Module:
+def load_model(path: str, *, dtype: DtypeName = "auto", device: str | None = None) -> PreTrainedModel:
     """Causal language model (dense or packed) in evaluation mode."""
     import patch
 
@@ -75,8 +101,8 @@ def load_model(path: str, *, dtype: str = "auto", device: str | None = None) -> 
     where = device_of(device)
     wanted = dtype_of(dtype)
     with _model_errors(path):
-        model = patch.load(path, dtype=wanted)
-    return model.to(where).eval()
+        model: PreTrainedModel = patch.load(path, dtype=wanted)
+    return model.to(where).eval()  # type: ignore[arg-type]
 
 
 def load_model_config(path: str, *, packed: bool = False) -> Any:
@@ -181,13 +207,13 @@ def load_calibration(options: Any, model: nn.Module, tokenizer: Any = None) -> t
     tokenizer  default: the one saved beside options.model
     """
     from patch.data.tokens import calibration_windows
-    from patch.models.facts import context_length
+    from patch.models.facts import within_context
 
     return calibration_windows(
         load_tokenizer(options.model) if tokenizer is None else tokenizer,
         options.data,
         nsamples=options.nsamples,
-        seqlen=options.seqlen or min(CALIBRATION_SEQLEN, context_length(model) or CALIBRATION_SEQLEN),
+        seqlen=options.seqlen or within_context(model, DEFAULT_SEQLEN),
         seed=options.seed,
         text_field=options.text_field,
     )

@@ -49,6 +49,12 @@ def check_new_file(path: Path | None, flag: str) -> None:
         raise ValueError(f"{flag}: expected a folder to write to, {parent} is none. Choose another place.")
 
 
+def refuse_resume_and_overwrite(options: Any) -> None:
+    """Refuse options that ask to go on with a run and to replace it."""
+    if options.resume and options.overwrite:
+        raise ValueError("--resume and --overwrite: expected one of them, got both. Keep the run or replace it.")
+
+
 def check_input_stays(path: Path, out: Path, flag: str = "--masks") -> None:
     """Refuse an --out that --overwrite would empty of what the command reads."""
     if path.resolve().is_relative_to(out.resolve()):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import sys
+import types
 import typing
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from pydantic.fields import FieldInfo
+
 from patch import __version__
+from patch.files.schema import default_of, fields_of
 
 PROGRAM = "patch-llm"
 USAGE_ERROR = 2
+_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", tuple: "A,B"}
 
 COMMANDS = {
     "prune": "patch.cli.commands.prune",
@@ -67,41 +73,54 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser, module: ModuleType) -> None:
     """Flags of a command: one per setting, then those for settings inside a section."""
-    hints = typing.get_type_hints(module.Options)
     required = parser.add_argument_group("required (here, in --config or by --set)")
     optional = parser.add_argument_group("settings")
-    for field in dataclasses.fields(module.Options):
-        if "help" not in field.metadata:
-            continue
-        group = required if field.default is dataclasses.MISSING else optional
-        _add_flag(
-            group,
-            f"--{field.name.replace('_', '-')}",
-            field.name,
-            field.metadata,
-            is_bool=hints[field.name] is bool,
-            is_list=hints[field.name] == tuple[str, ...],
-        )
-    for flag, (key, metavar, text) in module.SECTION_FLAGS.items():
-        _add_flag(optional, flag, key, {"metavar": metavar, "help": text}, is_bool=not metavar)
+    for name, info in fields_of(module.Options).items():
+        if info.description is not None:
+            _add_flag(required if info.is_required() else optional, f"--{name.replace('_', '-')}", name, info)
+    for flag, (kind, section, name) in getattr(module, "SECTION_FLAGS", {}).items():
+        _add_flag(optional, flag, f"{section}.{name}", fields_of(kind)[name])
 
 
-def _add_flag(group: Any, flag: str, key: str, metadata: Any, *, is_bool: bool, is_list: bool = False) -> None:
-    if metadata.get("positional"):
+def _add_flag(group: Any, flag: str, key: str, info: FieldInfo) -> None:
+    extra = typing.cast(dict[str, Any], info.json_schema_extra)
+    kind = _kind(info.annotation)
+    # Values stay text here: the settings convert and check them, with the same messages for all sources.
+    shown = {"metavar": extra["metavar"] or _METAVARS.get(kind, "VALUE"), "help": _help(info, extra)}
+    if extra["positional"]:
         # SUPPRESS: an absent word must not hide what --config or the flag gave.
-        words = {"nargs": "*" if is_list else "?", "metavar": metadata["metavar"], "help": metadata["help"]}
-        group.add_argument(f"setting {key}", default=argparse.SUPPRESS, **words)
-        if is_list:
+        words = {"nargs": "*" if kind is tuple else "?", "default": argparse.SUPPRESS}
+        group.add_argument(f"setting {key}", **words, **shown)
+        if kind is tuple:
             return  # a single word has its flag too, by which messages call it
-    options: dict[str, Any] = {"dest": f"setting {key}", "default": None, "help": metadata["help"]}
-    if is_bool:
+    options: dict[str, Any] = {"dest": f"setting {key}", "default": None} | shown
+    if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
-    else:
-        # Values stay text here: the configuration converts and checks them, with the same messages for all sources.
-        options["metavar"] = metadata["metavar"]
-    if is_list:
+        del options["metavar"]
+    elif kind is tuple and Ellipsis in typing.get_args(info.annotation):
         options["action"] = "append"  # --data a --data b is --data a,b; argparse would keep the last one only
     group.add_argument(flag, **options)
+
+
+def _kind(annotation: Any) -> Any:
+    """The plain type of a setting: that of X | None and of an annotated type is X's."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _kind(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return _kind(next(arg for arg in args if arg is not type(None)))
+    return origin or annotation
+
+
+def _help(info: FieldInfo, extra: Mapping[str, Any]) -> str:
+    """What the setting does, its choices and its default; percent signs are argparse's own."""
+    text = info.description or ""
+    if extra["choices"] is not None:
+        text += f": {', '.join(extra['choices']())}"
+    default = None if info.is_required() else default_of(info)
+    if not isinstance(default, bool) and default not in (None, (), "") and "(default" not in text:
+        text += f" (default {','.join(map(str, default)) if isinstance(default, tuple) else default})"
+    return text.replace("%", "%%")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

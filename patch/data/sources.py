@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -172,8 +172,8 @@ def iter_documents(
     return _refuse_empty(name, islice(documents, limit))
 
 
-def named_rows(name: str, split: str) -> Sequence[dict[str, Any]]:
-    """Rows of a split of a named set, mapped from disk: random access without holding the text.
+def named_rows(name: str, split: str) -> Any:
+    """Rows of a split of a named set (datasets.Dataset), mapped from disk: random access without holding the text.
 
     raises  ValueError for an unknown split, ConnectionError when the set cannot be fetched.
     """

@@ -36,7 +36,7 @@ def tokenize(tokenizer: Any, documents: Iterable[str]) -> list[list[int]]:
     return ids
 
 
-def pack_blocks(documents: Iterable[Sequence[int]], block_size: int, *, max_blocks: int | None = None) -> Tensor:
+def pack_blocks(documents: Iterable[Sequence[Any]], block_size: int, *, max_blocks: int | None = None) -> Tensor:
     """Concatenate token id sequences and cut them into blocks; the incomplete tail is dropped.
 
     returns  (blocks, block_size) int64, at most max_blocks
@@ -82,7 +82,7 @@ def sample_windows(
     _check_sampling(nsamples, seqlen, seed)
     draw = random.Random(seed)
     too_short: set[int] = set()
-    windows = []
+    windows: list[Tensor] = []
     while len(windows) < nsamples:
         if len(too_short) == len(token_ids_per_doc):
             raise ValueError(
@@ -144,7 +144,8 @@ def calibration_windows(
             )
         return windows, text_sha256(row[named.field] for row in rows)
     documents = load_documents(source, text_field=text_field)
-    joined = (LOCAL_JOIN if named is None else named.calibration_join).join(documents)
+    join = None if named is None else named.calibration_join
+    joined = (LOCAL_JOIN if join is None else join).join(documents)
     with _naming(name, "calibration"):
         windows = sample_joined(tokenize(tokenizer, [joined])[0], nsamples, seqlen, seed)
     return windows, text_sha256(documents)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def train_tokenizer(documents: list[str], vocab_size: int):
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE tokenizer trained on documents, as a transformers tokenizer with <s> </s> <pad>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -33,7 +38,9 @@ def train_tokenizer(documents: list[str], vocab_size: int):
     )
 
 
-def build_model(*, vocab_size: int, hidden_size: int, intermediate_size: int, layers: int, heads: int, seed: int):
+def build_model(
+    *, vocab_size: int, hidden_size: int, intermediate_size: int, layers: int, heads: int, seed: int
+) -> LlamaForCausalLM:
     """Llama with random weights in fp32; the token embedding is shared with the output head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,7 +62,7 @@ def build_model(*, vocab_size: int, hidden_size: int, intermediate_size: int, la
 
 
 def train_dense(
-    model,
+    model: nn.Module,
     blocks: torch.Tensor,
     *,
     steps: int,
@@ -128,7 +135,7 @@ def _warm_up_cosine(step: int, warm_up: int, steps: int) -> float:
 class Stopwatch:
     """Seconds since the start, for stage lines such as `[ 12.3 s] training`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._start = time.monotonic()
 
     @property

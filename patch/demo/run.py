@@ -7,11 +7,12 @@ run again, so an interrupted demo goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,13 @@ from patch.packed.convert import pack_model
 from patch.packed.load import load
 from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import packed_layers
-from patch.priors import tile_scores
 from patch.pruning import compensate, get_method, prune_model
+from patch.pruning.tile_scores import reference_tile_scores
 from patch.runs.stages import STAGE_FILE, digest, finished
 from patch_kernels import payload_bytes, tiles_that_are_two_of_four
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What a stage gives: its numbers, and how to write its folder with the stage file in it.
 Outcome = tuple[dict[str, Any], Callable[[Path, bytes], None]]
@@ -94,11 +98,11 @@ class _Demo:
         self.key |= {"calibration": settings.calibration_blocks, "tile": settings.tile}
         one_shot_tokens = settings.calibration_blocks * settings.model.block_size
         for method, label in ONE_SHOT.items():
-            result = self.stage(method, {}, lambda m=method: self._make_one_shot(m))
+            result = self.stage(method, {}, functools.partial(self._make_one_shot, method))
             self.row(label, result, 0.5, 0 if method == "magnitude" else one_shot_tokens)
         self.key |= {"prior": self.stage_key("sparsegpt"), "learn": dataclasses.asdict(settings.learn)}
         learn_tokens = settings.learn.steps * settings.learn.batch_size * settings.model.block_size
-        self.row("MaskLLM 2:4", self._learned("maskllm", "mask_llm", 0.5), 0.5, learn_tokens)
+        self.row("MaskLLM 2:4", self._learned("maskllm", "maskllm", 0.5), 0.5, learn_tokens)
         for target in settings.targets:
             result = self._learned(f"patch-{round(100 * target)}", "joint", target)
             self.row(f"PATCH joint {target:.0%}", result, target, learn_tokens)
@@ -201,7 +205,7 @@ class _Demo:
             self.learn_blocks[: self.settings.learn.steps * config.global_batch_size],
             config,
             prior_masks=prior,
-            tile_scores=None if config.mode == "mask_llm" else self._tile_scores(config),
+            tile_scores=None if config.mode == "maskllm" else self._tile_scores(config),
             progress=False,
         )
         meta = {
@@ -215,32 +219,26 @@ class _Demo:
         metrics = "".join(json.dumps(record) + "\n" for record in outcome.metrics)
 
         def save(folder: Path, stage: bytes) -> None:
-            extra = {STAGE_FILE: stage, "metrics.jsonl": metrics}
+            extra: dict[str, bytes | str] = {STAGE_FILE: stage, "metrics.jsonl": metrics}
             save_artifact(folder, outcome.masks, meta=meta, tile_is_sparse=outcome.tile_is_sparse, extra=extra)
 
         return self._measure(model, outcome.masks), save
 
     def _tile_scores(self, config: LearnConfig) -> dict[str, Tensor]:
         """Tile scores of the SparseGPT reference pruned unstructured to the target."""
-        masks = prune_model(
-            self._dense_model(),
-            "sparsegpt",
-            pattern="unstructured",
-            sparsity=config.target_sparsity,
-            calibration=self.calibration,
-            progress=False,
-        )
-        return {name: tile_scores(keep, config.tile) for name, keep in masks.items()}
+        model = self._dense_model()
+        calibration = {"calibration": self.calibration, "progress": False}
+        return reference_tile_scores(model, "sparsegpt", config.target_sparsity, config.tile, **calibration)
 
     # -- measurements ---
 
-    def _dense_model(self):
+    def _dense_model(self) -> PreTrainedModel:
         return load(self.out / "dense", dtype=torch.float32).eval()
 
-    def _perplexity(self, model) -> float:
+    def _perplexity(self, model: nn.Module) -> float:
         return perplexity(model.eval(), self.heldout, self.settings.model.block_size, batch_size=32)
 
-    def _measure(self, model, masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _measure(self, model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
         """Perplexity in fp32, true sparsity from the masks, bytes of the layers as packed and as dense bf16."""
         packed = sum(payload_bytes(tiles_that_are_two_of_four(keep)) for keep in masks.values())
         return {
@@ -316,7 +314,7 @@ class _Demo:
         pack_model(model, dtype=torch.bfloat16)
         save_packed(model, self.tokenizer, self.out / "packed")
         save_dense(model, self.tokenizer, self.out / "pruned")
-        loaded = load(self.out / "packed").eval()
+        loaded: Any = load(self.out / "packed").eval()
         window = self.heldout[: self.settings.model.block_size][None]
         with torch.inference_mode():
             expected, got = model(input_ids=window).logits, loaded(input_ids=window).logits
@@ -342,7 +340,7 @@ class _Demo:
 
 def make_dense(
     corpus: corpus_module.Corpus, settings: ModelSettings, say: Callable[[str], None]
-) -> tuple[nn.Module, Any, dict[str, Any]]:
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """The dense model trained on the part `train` of the corpus, its tokenizer, and numbers about both."""
     tokenizer = demo_model.train_tokenizer(corpus.train, settings.vocab_size)
     blocks = pack_blocks(tokenize(tokenizer, corpus.train), settings.block_size)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from patch.models.facts import context_length
 from patch.models.modes import evaluating
+from patch.models.structure import input_embeddings
 
 DEFAULT_WINDOW = 4096
 # Positions whose logits are turned to fp32 at a time: bounds the copy at 1024 x vocabulary.
@@ -81,7 +82,7 @@ def _windows(model: nn.Module, token_ids: Any, window: int, batch_size: int) -> 
             f"expected at least one window of {window} tokens, got {len(ids)} tokens; give more text or a "
             "smaller window"
         )
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = input_embeddings(model) if hasattr(model, "get_input_embeddings") else None
     vocabulary = getattr(embeddings, "num_embeddings", None)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):

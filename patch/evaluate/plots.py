@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from patch.files.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
 
 DENSE_COLOR, SPARSE_COLOR = "#1f4e79", "#f2b872"
 _ONE_SHOT_COLORS = ("#7f7f7f", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
@@ -127,7 +133,7 @@ def plot_tile_maps(
     save_figure(figure, path)
 
 
-def _draw_by_name(axes, labels: Sequence[str], values: Sequence[float | None]) -> None:
+def _draw_by_name(axes: Axes, labels: Sequence[str], values: Sequence[float | None]) -> None:
     """One dot a model, the first on top. Dots, not bars: the axis need not start at zero."""
     rows = range(len(labels))
     known = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None]
@@ -145,7 +151,7 @@ def _draw_by_name(axes, labels: Sequence[str], values: Sequence[float | None]) -
 
 
 def _draw_by_sparsity(
-    axes,
+    axes: Axes,
     labels: Sequence[str],
     values: Sequence[float | None],
     sparsities: Sequence[float | None],
@@ -187,14 +193,14 @@ def _draw_by_sparsity(
     axes.grid(alpha=0.25)
 
 
-def _write_value(axes, value: float, point: tuple[float, float]) -> None:
+def _write_value(axes: Axes, value: float, point: tuple[float, float]) -> None:
     """The number above its mark, on white so that lines across stay off it."""
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-    place = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
+    box: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    place: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
     axes.annotate(f"{value:.2f}", point, fontsize=8, bbox=box, zorder=4, **place)
 
 
-def _logarithmic_if_wide(axes, axis: str, values: Sequence[float]) -> None:
+def _logarithmic_if_wide(axes: Axes, axis: str, values: Sequence[float]) -> None:
     """A broken model's perplexity must not press all others into one spot."""
     if min(values, default=0) > 0 and max(values) > 10 * min(values):
         from matplotlib.ticker import LogLocator, NullFormatter
@@ -206,8 +212,8 @@ def _logarithmic_if_wide(axes, axis: str, values: Sequence[float]) -> None:
         ticks.set_minor_formatter(NullFormatter())
 
 
-def _shared_legend(figure, cells) -> None:
-    entries = {}
+def _shared_legend(figure: Figure, cells: Iterable[Axes]) -> None:
+    entries: dict[str, Any] = {}
     for cell in cells:
         handles, names = cell.get_legend_handles_labels()
         entries |= dict(zip(names, handles, strict=True))
@@ -249,7 +255,7 @@ def _offsets(sizes: Mapping[Any, int]) -> dict[Any, int]:
     return offsets
 
 
-def _figure(width: float, height: float, *, columns: int = 1, rows: int = 1):
+def _figure(width: float, height: float, *, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
     # The object interface with the Agg canvas: no pyplot state, no display, safe beside a user's own plots.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -259,13 +265,13 @@ def _figure(width: float, height: float, *, columns: int = 1, rows: int = 1):
     return figure, figure.subplots(rows, columns)
 
 
-def _tile_colors():
+def _tile_colors() -> ListedColormap:
     from matplotlib.colors import ListedColormap
 
     return ListedColormap(["white", DENSE_COLOR, SPARSE_COLOR])
 
 
-def _tile_legend(figure) -> None:
+def _tile_legend(figure: Figure) -> None:
     from matplotlib.patches import Patch
 
     patches = [
@@ -275,17 +281,12 @@ def _tile_legend(figure) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 
-def save_figure(figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Write a matplotlib figure as PNG, atomically."""
-    path = Path(path)
-    staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        figure.savefig(staging, format="png")
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
-def _endless(values: Sequence[str]):
+def _endless(values: Sequence[str]) -> Iterator[str]:
     while True:
         yield from values

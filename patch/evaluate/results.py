@@ -16,22 +16,83 @@ import datetime
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from patch.evaluate.tables import format_table
+from patch.files.schema import Count, Says, parse, record
 from patch.files.strict_json import read_json
 
-FORMAT = "patch-llm-results"
+FORMAT: Literal["patch-llm-results"] = "patch-llm-results"
 VERSION = 1
-_MODEL_KEYS = ("label", "model", "sparsity", "method", "model_fingerprint", "perplexity", "zero_shot")
-_SET_KEYS = ("perplexity", "loss", "text_sha256", "tokens", "window", "windows")
-_TASK_KEYS = ("value", "stderr", "questions", "num_fewshot", "version", "config_sha256")
 _SAID_ELSEWHERE = ("model", "model_fingerprint", "dtype", "device", "versions")
 # What two numbers must share to be comparable.
 _SAME_TEXT = ("text_sha256", "tokens", "window", "windows")
 _SAME_QUESTIONS = ("version", "num_fewshot", "questions", "config_sha256")
+
+
+@record(others=True)
+class SetResult:
+    """What is needed of a perplexity_report."""
+
+    perplexity: float | None
+    loss: float
+    text_sha256: str
+    tokens: Count
+    window: Count
+    windows: Count
+
+
+@record(others=True)
+class TaskResult:
+    """What is needed of a task."""
+
+    value: float
+    stderr: float | None
+    questions: Count
+    num_fewshot: Count
+    version: str
+    config_sha256: str
+
+
+@record(others=True)
+class ZeroShotResult:
+    """What is needed of a zero_shot_report."""
+
+    average: float
+    metric: str
+    limit: Count | None
+    tasks: dict[str, TaskResult]
+
+
+@record(others=True)
+class ModelResult:
+    """What is needed of a model."""
+
+    label: str
+    model: str
+    sparsity: float | None
+    method: str | None
+    model_fingerprint: str
+    perplexity: dict[str, SetResult]
+    zero_shot: ZeroShotResult | None
+
+
+@record(others=True)
+class ResultFile:
+    """What is needed of a result file; other keys may be there."""
+
+    format: Annotated[Literal["patch-llm-results"], Says(f"{FORMAT!r}", "Give a file of `patch-llm eval --json`.")]
+    version: Annotated[
+        int,
+        Field(ge=VERSION, le=VERSION),
+        Says(f"version {VERSION} of the result format", "Evaluate again with this version of patch-llm."),
+    ]
+    models: Annotated[list[ModelResult], Field(min_length=1), Says("a list of models")]
 
 
 def make_results(
@@ -53,33 +114,6 @@ def make_results(
     }
 
 
-def write_new_text(path: str | os.PathLike, text: str) -> Path:
-    """Write a file that is not there yet, atomically; returns the path that was written.
-
-    When the file appeared since it was looked for, the text goes to the next free name (results-2.json): an
-    evaluation of hours is neither lost nor does it replace another one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(staging, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        for target in _names(path):
-            try:
-                # Takes the name, where a rename would replace; not a hard link, which many shares do not have.
-                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
-                continue
-            os.replace(staging, target)
-            return target
-    finally:
-        staging.unlink(missing_ok=True)
-    raise FileExistsError(f"expected a free name like {path}, found none; give another one")
-
-
 def results_text(results: Mapping[str, Any]) -> str:
     """The text of a result file; sets and tasks keep the order they were asked for in."""
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
@@ -96,31 +130,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
             f"{path}: expected a result file of `patch-llm eval --json`, found none; check the path"
         )
     results = read_json(path)
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected a result file of `patch-llm eval --json`, this is another kind of file")
-    if results.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: expected version {VERSION} of the result format, got {str(results.get('version'))[:40]}; "
-            "evaluate again with this version of patch-llm"
-        )
-    models = results.get("models")
-    if not isinstance(models, list) or not models:
-        raise ValueError(f"{path}: expected a list of models, got none; evaluate again")
-    for number, model in enumerate(models):
-        where = f"{path}: models[{number}]"
-        _check_keys(model, _MODEL_KEYS, where)
-        _check_number(model["sparsity"], f"{where}.sparsity", optional=True)
-        for name, report in _items(model["perplexity"], f"{where}.perplexity"):
-            _check_keys(report, _SET_KEYS, f"{where}.perplexity.{name}")
-            _check_number(report["loss"], f"{where}.perplexity.{name}.loss")
-            _check_number(report["perplexity"], f"{where}.perplexity.{name}.perplexity", optional=True)
-        if model["zero_shot"] is not None:
-            _check_keys(model["zero_shot"], ("average", "metric", "limit", "tasks"), f"{where}.zero_shot")
-            _check_number(model["zero_shot"]["average"], f"{where}.zero_shot.average")
-            for name, task in _items(model["zero_shot"]["tasks"], f"{where}.zero_shot.tasks"):
-                _check_keys(task, _TASK_KEYS, f"{where}.zero_shot.tasks.{name}")
-                _check_number(task["value"], f"{where}.zero_shot.tasks.{name}.value")
-                _check_number(task["stderr"], f"{where}.zero_shot.tasks.{name}.stderr", optional=True)
+    parse(ResultFile, results, f"{path}: ", "Evaluate again with `patch-llm eval --json`.")
     return results
 
 
@@ -148,11 +158,11 @@ def merge_models(files: Mapping[str, Mapping[str, Any]], labels: Sequence[str] =
         for model, label in zip(merged, labels, strict=True):
             model["label"] = label
     else:
-        counts = _counts(model["label"] for model in merged)
+        counts = Counter(model["label"] for model in merged)
         for model in merged:
             if counts[model["label"]] > 1:
                 model["label"] = f"{model['label']} ({Path(model['file']).stem})"
-    for label, count in _counts(model["label"] for model in merged).items():
+    for label, count in Counter(model["label"] for model in merged).items():
         if count > 1:
             raise ValueError(f"expected different labels, got {label!r} {count} times; give one for each with --labels")
     check_comparable(merged)
@@ -172,11 +182,11 @@ def check_comparable(models: Sequence[Mapping[str, Any]]) -> None:
             first = tasks.setdefault(name, model)
             _check_same(name, model, first, task, first["zero_shot"]["tasks"][name], _SAME_QUESTIONS)
             _check_same(name, model, first, zero_shot, first["zero_shot"], ("metric", "limit"))
-        first = next(m for m in models if m["zero_shot"]) if zero_shot else None
-        if first is not None and set(first["zero_shot"]["tasks"]) != set(zero_shot["tasks"]):
+        scored = next(m for m in models if m["zero_shot"]) if zero_shot else None
+        if scored is not None and set(scored["zero_shot"]["tasks"]) != set(zero_shot["tasks"]):
             raise ValueError(
-                f"{_named(model)}: zero-shot tasks are {sorted(zero_shot['tasks'])}, for {_named(first)} they are "
-                f"{sorted(first['zero_shot']['tasks'])}: their means cannot be compared; evaluate both on the "
+                f"{_named(model)}: zero-shot tasks are {sorted(zero_shot['tasks'])}, for {_named(scored)} they are "
+                f"{sorted(scored['zero_shot']['tasks'])}: their means cannot be compared; evaluate both on the "
                 "same tasks"
             )
 
@@ -265,12 +275,6 @@ def zero_shot_line(report: Mapping[str, Any]) -> str:
     )
 
 
-def _names(path: Path) -> Iterable[Path]:
-    yield path
-    for number in range(2, 1000):
-        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
-
-
 def _entry(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model as the file holds it: what is said once for the model or the file is not repeated for every set."""
     sets = {}
@@ -279,25 +283,6 @@ def _entry(model: Mapping[str, Any]) -> dict[str, Any]:
         # JSON has no infinity: a perplexity that overflows is null beside its loss.
         sets[name] = kept | {"perplexity": kept["perplexity"] if math.isfinite(kept["perplexity"]) else None}
     return {**model, "perplexity": sets}
-
-
-def _check_keys(value: Any, keys: Sequence[str], where: str) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected values by name, got {type(value).__name__}; evaluate again")
-    if missing := [key for key in keys if key not in value]:
-        raise ValueError(f"{where}: expected {', '.join(missing)}, found nothing; evaluate again")
-
-
-def _items(value: Any, where: str) -> Iterable[tuple[str, Any]]:
-    _check_keys(value, (), where)
-    return value.items()
-
-
-def _check_number(value: Any, where: str, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: expected a number, got {str(value)[:40]!r}; evaluate again")
 
 
 def _check_same(
@@ -329,13 +314,6 @@ def _perplexity_text(report: Mapping[str, Any] | None) -> str:
 def _accuracy_text(task: Mapping[str, Any]) -> str:
     value = f"{100 * task['value']:.2f}"
     return value if task["stderr"] is None else f"{value} +- {100 * task['stderr']:.2f}"
-
-
-def _counts(labels: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for label in labels:
-        counts[label] = counts.get(label, 0) + 1
-    return counts
 
 
 def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:

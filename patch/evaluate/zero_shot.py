@@ -20,22 +20,13 @@ from typing import Any
 from torch import nn
 
 from patch.evaluate.cross_entropy import DEFAULT_WINDOW
+from patch.evaluate.task_sets import TASK_SETS
 from patch.models.facts import context_length
 from patch.models.modes import evaluating
 
 logger = logging.getLogger(__name__)
 
-# The eight tasks of the paper's tables; MMLU (57 subjects, weighted by their questions) counts once in the mean.
-ZERO_SHOT_TASKS = (
-    "mmlu",
-    "piqa",
-    "arc_easy",
-    "arc_challenge",
-    "winogrande",
-    "openbookqa",
-    "race",
-    "hellaswag",
-)
+ZERO_SHOT_TASKS = TASK_SETS["paper"]
 METRIC = "acc,none"
 # acc has a closed-form standard error; lm-eval gives it only if it may bootstrap the other metrics of a task too.
 _BOOTSTRAP_ITERS = 1

@@ -19,21 +19,62 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
 
 from patch.files.regular import file_sha256
-from patch.files.strict_json import dump_json, is_count, read_json
+from patch.files.schema import Count, Says, Sha256, parse, record
+from patch.files.strict_json import dump_json, read_json
 
 logger = logging.getLogger(__name__)
 MANIFEST = "patch_manifest.json"
-FORMAT = "patch-folder"
+FORMAT: Literal["patch-folder"] = "patch-folder"
 VERSION = 1
 MAX_FILES = 100_000
+_ADVICE = "Copy the whole folder again, or save it again."
+
+
+def _inside(files: dict[str, Entry]) -> dict[str, Entry]:
+    for name in files:
+        pure = PurePosixPath(name)
+        unsafe = pure.is_absolute() or str(pure) != name or ".." in pure.parts or "\\" in name or "\0" in name
+        if unsafe or name in ("", ".", MANIFEST) or len(name) > 1024:
+            raise ValueError(f"expected file paths inside the folder, got {name[:200]!r}; do not load it")
+    return files
+
+
+@record
+class Entry:
+    """What the manifest says of a file."""
+
+    size: Count
+    sha256: Sha256
+
+
+@record
+class Manifest:
+    """Contents of the manifest: every file by its relative path."""
+
+    format: Annotated[Literal["patch-folder"], Says(repr(FORMAT), "This is not a folder we wrote.")]
+    version: Annotated[
+        int,
+        Field(ge=VERSION, le=VERSION),
+        Says(f"version {VERSION}", "It was written by another version, install that version or save again."),
+    ]
+    files: Annotated[
+        dict[str, Entry],
+        Field(min_length=1, max_length=MAX_FILES),
+        AfterValidator(_inside),
+        Says(f"1 to {MAX_FILES} files"),
+    ]
+
+
 _writing: set[Path] = set()
 _writing_lock = threading.Lock()
 
 
-def write_folder(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+def write_folder(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
     """Make the folder `path` hold exactly what `write(directory)` puts into an empty directory.
 
     An earlier folder written by this function is replaced; any other folder that has files in it is refused.
@@ -46,7 +87,9 @@ def write_folder(path: str | os.PathLike, write: Callable[[Path], None]) -> None
     target.parent.mkdir(parents=True, exist_ok=True)
     with _only_writer(target):
         resolve_folder(target, must_exist=False)
-        _refuse_foreign_target(target)
+        if foreign := _foreign(target):
+            expected = "expected a new or empty folder or one written before"
+            raise ValueError(f"{target}: {expected}, found {foreign}; choose another path or move them away")
         _remove_stale(target)
         staging = target.with_name(f"{target.name}.tmp-{os.getpid()}")
         os.mkdir(staging)
@@ -82,73 +125,35 @@ def resolve_folder(path: str | os.PathLike, *, must_exist: bool = True) -> Path:
     return target
 
 
-def verify_folder(path: str | os.PathLike) -> dict[str, Any]:
+def verify_folder(path: str | os.PathLike[str]) -> Manifest:
     """Check every file of a folder made by write_folder against its manifest.
 
-    returns the manifest: {"format", "version", "files": {relative path: {"size", "sha256"}}}.
+    returns the manifest.
     raises  FileNotFoundError when there is no such folder, ValueError naming the file and the broken rule.
     """
     folder = resolve_folder(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, found something else; give the folder that was saved")
     manifest = _read_manifest(folder)
-    listed = manifest["files"]
-    present = set(_walk(folder)) - {MANIFEST}
-    for name in sorted(listed.keys() - present):
-        raise ValueError(f"{folder / name}: listed in {MANIFEST} but missing; copy the whole folder again")
-    for name in sorted(present - listed.keys()):
-        raise ValueError(f"{folder / name}: not listed in {MANIFEST}; remove the file or save the folder again")
-    for name, entry in listed.items():
-        size = os.lstat(folder / name).st_size
-        if size != entry["size"]:
+    sizes = {name: os.lstat(folder / name).st_size for name in _walk(folder) if name != MANIFEST}
+    expected = {name: entry.size for name, entry in manifest.files.items()}
+    for name in sorted(sizes.keys() | expected.keys()):
+        if sizes.get(name) != expected.get(name):
+            wanted, got = (f"{x[name]} bytes" if name in x else "no such file" for x in (expected, sizes))
+            raise ValueError(f"{folder / name}: expected {wanted} by {MANIFEST}, found {got}. {_ADVICE}")
+    for name, entry in manifest.files.items():
+        if (found := file_sha256(folder / name)) != entry.sha256:
             raise ValueError(
-                f"{folder / name}: expected {entry['size']} bytes by {MANIFEST}, found {size}; the file was "
-                "truncated or changed, copy or save it again"
-            )
-    for name, entry in listed.items():
-        if file_sha256(folder / name) != entry["sha256"]:
-            raise ValueError(
-                f"{folder / name}: SHA-256 differs from {MANIFEST}; the file was changed, copy or save it again"
+                f"{folder / name}: expected SHA-256 {entry.sha256} by {MANIFEST}, found {found}. {_ADVICE}"
             )
     return manifest
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not os.path.lexists(path):
         raise ValueError(f"{path}: missing, so the folder is incomplete or not one of ours; save it again")
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ValueError(f"{path}: expected format {FORMAT!r}, got {got!r}; this is not a folder we wrote")
-    version = manifest.get("version")
-    if not is_count(version) or version != VERSION:
-        raise ValueError(
-            f"{path}: expected version {VERSION}, got {version!r}; it was written by another version, "
-            "install that "
-            "version or save again"
-        )
-    files = manifest.get("files")
-    if set(manifest) != {"format", "version", "files"} or not isinstance(files, dict):
-        raise ValueError(f"{path}: expected the keys format, version, files, got {sorted(manifest)}; save it again")
-    if not 0 < len(files) <= MAX_FILES:
-        raise ValueError(f"{path}: expected 1 to {MAX_FILES} files, got {len(files)}; save it again")
-    for name, entry in files.items():
-        _check_entry(path, name, entry)
-    return manifest
-
-
-def _check_entry(path: Path, name: str, entry: Any) -> None:
-    pure = PurePosixPath(name)
-    unsafe = pure.is_absolute() or str(pure) != name or ".." in pure.parts or "\\" in name or "\0" in name
-    if unsafe or name in ("", ".", MANIFEST) or len(name) > 1024:
-        raise ValueError(f"{path}: expected file paths inside the folder, got {name[:200]!r}; do not load it")
-    if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
-        raise ValueError(f"{path}: expected size and sha256 for {name!r}; save the folder again")
-    if not is_count(entry["size"]):
-        raise ValueError(f"{path}: expected a size of 0 to 2^63-1 for {name!r}, got {str(entry['size'])[:40]}")
-    if not isinstance(entry["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-        raise ValueError(f"{path}: expected a SHA-256 of 64 hex digits for {name!r}; save the folder again")
+    return parse(Manifest, read_json(path), f"{path}: ", "Save the folder again.")
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -163,27 +168,19 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield path.relative_to(folder).as_posix()
 
 
-def _refuse_foreign_target(target: Path) -> None:
-    """Never delete what this module did not write."""
-    if not os.path.lexists(target):
-        return
-    if target.is_symlink() or not target.is_dir():
-        raise ValueError(f"{target}: expected a new path or a folder, found a file or link; choose another path")
-    if not os.listdir(target):
-        return
+def _foreign(target: Path) -> str:
+    """What is at a path that this module did not write, so that it must never be deleted; "" for nothing."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        return "a file or link"
+    if not target.exists() or not os.listdir(target):
+        return ""
     if not (target / MANIFEST).is_file():
-        raise ValueError(
-            f"{target}: expected a new or empty folder or one written before, found other files; choose another path"
-        )
+        return "other files"
     try:
-        listed = set(_read_manifest(target)["files"])
-        foreign = set(_walk(target)) - listed - {MANIFEST}
+        foreign = set(_walk(target)) - _read_manifest(target).files.keys() - {MANIFEST}
     except ValueError:
-        return  # ours but damaged: may be replaced
-    if foreign:
-        raise ValueError(
-            f"{target}: expected only files written before, found also {sorted(foreign)[:5]}; move them away first"
-        )
+        return ""  # ours but damaged: may be replaced
+    return f"also {sorted(foreign)[:5]}" if foreign else ""
 
 
 def _siblings(target: Path, kind: str) -> list[tuple[Path, int]]:

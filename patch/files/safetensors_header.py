@@ -7,16 +7,22 @@ is bounded by its own size.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from patch.files.regular import open_regular
-from patch.files.strict_json import is_count, parse_json
+from patch.files.schema import Count, Says, listed, parse, record
+from patch.files.strict_json import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
+_ADVICE = "Copy the file again."
 
 ITEM_BYTES = {
     "BOOL": 1,
@@ -39,14 +45,86 @@ ITEM_BYTES = {
 }
 
 
+@record
+class Entry:
+    """A tensor in the header."""
+
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(ITEM_BYTES)})$"), Says(f"one of {', '.join(ITEM_BYTES)}")]
+    shape: Annotated[list[Count], Field(max_length=MAX_DIMENSIONS), Says(f"at most {MAX_DIMENSIONS} sizes >= 0")]
+    data_offsets: Annotated[tuple[Count, Count], Says("two data offsets >= 0")]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that dtype and shape take."""
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)  # Python integers: no overflow
+
+    @model_validator(mode="after")
+    def _spans_its_bytes(self) -> Entry:
+        span = self.data_offsets[1] - self.data_offsets[0]
+        if span != self.nbytes:
+            what = f"{self.dtype} of shape {str(self.shape)[:80]}"
+            raise ValueError(f"expected offsets that span {self.nbytes} bytes, {what}, got {span}. {_ADVICE}")
+        return self
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of one tensor: dtype as safetensors writes it ("U8", "BF16", ...), shape, "
-    "bytes."""
+    """What the header says of one tensor: dtype as safetensors writes it ("U8", "BF16", ...), shape, bytes."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """What a tensor of a file has to be: of one of these dtypes, and of this shape.
+
+    shape     sizes; a range stands for the sizes in it, a name for any size >= 1
+    optional  the tensor may be missing
+    """
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int | range | str, ...]
+    optional: bool = False
+
+    def fits(self, info: TensorInfo | None) -> bool:
+        """Whether a tensor is as it has to be; None: it is missing."""
+        if info is None:
+            return self.optional
+        if info.dtype not in self.dtypes or len(info.shape) != len(self.shape):
+            return False
+        return all(
+            size >= 1 if isinstance(wanted, str) else size in (wanted if isinstance(wanted, range) else (wanted,))
+            for size, wanted in zip(info.shape, self.shape, strict=True)
+        )
+
+    def __str__(self) -> str:
+        sizes = [f"{n.start} to {n.stop - 1}" if isinstance(n, range) else str(n) for n in self.shape]
+        return f"{' or '.join(self.dtypes)} ({', '.join(sizes)}{',' * (len(sizes) == 1)})"
+
+
+def require_tensors(
+    where: str | os.PathLike[str],
+    header: Mapping[str, TensorInfo],
+    rules: Mapping[str, TensorRule | str],
+    advice: str,
+    *,
+    others: bool = False,
+) -> None:
+    """Refuse tensors that are missing or not as they have to be, and those without a rule unless `others` are allowed.
+
+    rules   {name: what the tensor has to be, or, where there must be none of that name, the words for that}
+    """
+    for name, rule in rules.items():
+        info = header.get(name)
+        if not (info is None if isinstance(rule, str) else rule.fits(info)):
+            raise ValueError(f"{where}: {name}: expected {rule}, got {info or 'nothing'}. {advice}")
+    if not others and (unknown := sorted(header.keys() - rules.keys())):
+        raise ValueError(f"{where}: expected tensors of its layers only, got also {listed(unknown)}. {advice}")
 
 
 def read_header(path: str | os.PathLike) -> dict[str, TensorInfo]:
@@ -59,65 +137,26 @@ def read_header(path: str | os.PathLike) -> dict[str, TensorInfo]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(
-                f"{path}: expected a safetensors header of 2 to {MAX_HEADER_BYTES} bytes inside a file of "
-                f"{size} "
-                f"bytes, its length field says {length}; the file was truncated or is another kind"
-            )
+            limits = f"a safetensors header of 2 to {MAX_HEADER_BYTES} bytes inside a file of {size} bytes"
+            raise ValueError(f"{path}: expected {limits}, its length field says {length}. {_ADVICE}")
         data = file.read(length)
     try:
         header = parse_json(data)
     except ValueError as error:
-        raise ValueError(f"{path}: safetensors header is not valid JSON ({error}); copy the file again") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: expected a JSON object as safetensors header; copy the file again")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path}: expected __metadata__ to map text to text; copy the file again")
-    return _check_tensors(path, header, size - 8 - length)
+        raise ValueError(f"{path}: safetensors header is not valid JSON ({error}). {_ADVICE}") from None
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
+    parse(dict[str, str], metadata, f"{path}: __metadata__.", _ADVICE)
+    entries = parse(dict[str, Entry], header, f"{path}: ", _ADVICE)
+    _refuse_gaps(path, entries, size - 8 - length)
+    return {name: TensorInfo(entry.dtype, tuple(entry.shape), entry.nbytes) for name, entry in entries.items()}
 
 
-def _check_tensors(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, entry in header.items():
-        tensors[name], begin, end = _check_tensor(path, name, entry)
-        spans.append((begin, end, name))
+def _refuse_gaps(path: Path, entries: Mapping[str, Entry], data_bytes: int) -> None:
+    spans = sorted((*entry.data_offsets, f"tensor {name[:200]!r}") for name, entry in entries.items())
     position = 0
-    for begin, end, name in sorted(spans):
+    for begin, end, what in [*spans, (data_bytes, data_bytes, "the end of the file")]:
         if begin != position:
             raise ValueError(
-                f"{path}: tensor {name!r} starts at byte {begin}, expected {position} (no gap, no overlap); "
-                "copy the file again"
+                f"{path}: expected {what} at byte {position} (no gap, no overlap), got byte {begin}. {_ADVICE}"
             )
         position = end
-    if position != data_bytes:
-        raise ValueError(
-            f"{path}: the header describes {position} bytes of tensors, the file holds {data_bytes}; it was "
-            "truncated or extended, copy it again"
-        )
-    return tensors
-
-
-def _check_tensor(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-    where = f"{path}: tensor {name[:200]!r}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{where}: expected dtype, shape and data_offsets; copy the file again")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ValueError(f"{where}: unknown dtype {str(dtype)[:40]!r}, expected one of {sorted(ITEM_BYTES)}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(is_count, shape)):
-        raise ValueError(f"{where}: expected a shape of at most {MAX_DIMENSIONS} sizes >= 0, got {str(shape)[:80]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
-        raise ValueError(f"{where}: expected two data offsets >= 0, got {str(offsets)[:80]}")
-    nbytes = ITEM_BYTES[dtype]
-    for length in shape:
-        nbytes *= length  # Python integers: no overflow
-    begin, end = offsets
-    if end - begin != nbytes:
-        raise ValueError(
-            f"{where}: {dtype} of shape {str(shape)[:80]} takes {nbytes} bytes, its offsets span "
-            f"{end - begin}; "
-            "copy the file again"
-        )
-    return TensorInfo(dtype, tuple(shape), nbytes), begin, end

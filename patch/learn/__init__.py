@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from patch.files.lazy import lazy_names
 
 if TYPE_CHECKING:
     from patch.learn.config import LearnConfig
@@ -13,22 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LearnConfig", "LearnResult", "Schedule", "density", "learn", "weight_norm_ratio"]
 
-# Imported when asked for: the settings alone need neither torch nor transformers' Trainer, which takes seconds.
-_HOMES = {
-    "LearnConfig": "config",
-    "LearnResult": "run",
-    "Schedule": "schedules",
-    "density": "objective",
-    "learn": "run",
-    "weight_norm_ratio": "objective",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"patch.learn.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'patch.learn' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "LearnConfig": "config",
+        "LearnResult": "run",
+        "Schedule": "schedules",
+        "density": "objective",
+        "learn": "run",
+        "weight_norm_ratio": "objective",
+    },
+)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import patch_kernels
 from patch.learn.config import LearnConfig
-from patch.mask import exact_budget, harden, nonzero_budget, tile_areas, tile_counts, tile_grid
+from patch.mask import exact_budget, harden, nonzero_budget, tile_areas, tile_counts
 from patch.models.structure import decoder_blocks
 from patch.priors import pattern_prior, tile_prior
-from patch_kernels import MaskSampling
+from patch_kernels import MaskSampling, tile_grid
 from patch_kernels.reference import unpack_keep
 
 _SAMPLED = ("seed", "draw", "pattern_temperature", "pattern_scale", "tile_temperature", "tile_scale")
@@ -85,6 +85,8 @@ class MaskedLinear(nn.Module):
     exported.
     """
 
+    fixed_pattern: Tensor | None
+
     def __init__(
         self,
         linear: nn.Linear,
@@ -98,9 +100,7 @@ class MaskedLinear(nn.Module):
     ) -> None:
         super().__init__()
         if (pattern_logits is None) == (fixed_keep is None):
-            raise ValueError(
-                "MaskedLinear: expected pattern_logits or fixed_keep, got both or neither; give exactly one"
-            )
+            raise ValueError("MaskedLinear: expected pattern_logits or fixed_keep, got both or neither. Give one.")
         if pattern_logits is None and tile_logits is None:
             raise ValueError("MaskedLinear: expected logits to train, got a fixed mask without tile_logits; add them")
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -139,7 +139,7 @@ class MaskedLinear(nn.Module):
         """Hardened 2:4 keep mask (N, K) bool, tiles left out of account."""
         if self.pattern_logits is not None:
             return harden(self.pattern_logits, None, self.tile, self.shape)[0]
-        return unpack_keep(self.fixed_pattern, self.shape)
+        return unpack_keep(cast(Tensor, self.fixed_pattern), self.shape)
 
     def harden(self, dense_tiles: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(keep (N, K), tile_is_sparse (rows, cols)); dense_tiles, a bool grid, overrules the logits."""
@@ -235,12 +235,12 @@ class MaskedLayers:
     def harden(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Final (keep masks, tile_is_sparse grids) by layer; with config.exact_budget tiles go by rank."""
         chosen: dict[str, Tensor] = {}
-        if self.config.exact_budget and self.config.mode != "mask_llm":
+        if self.config.exact_budget and self.config.mode != "maskllm":
             gains = [self._gain(layer) for layer in self.layers.values()]
             total = sum(layer.weight.numel() for layer in self.layers.values())
             all_dense = sum(int(gain.sum()) for gain in gains)
             budget = nonzero_budget(total, self.config.target_sparsity) - (total - all_dense)
-            logits = [layer.tile_logits for layer in self.layers.values()]
+            logits = [cast(Tensor, layer.tile_logits) for layer in self.layers.values()]
             chosen = dict(zip(self.layers, exact_budget(logits, gains, budget), strict=True))
         hardened = {name: layer.harden(chosen.get(name)) for name, layer in self.layers.items()}
         return {name: pair[0] for name, pair in hardened.items()}, {name: pair[1] for name, pair in hardened.items()}
@@ -273,8 +273,8 @@ def initial_logits(
             pattern = pattern_prior(pattern, keep, config.pattern_prior_strength, mode=config.prior_mode)
         if config.logits_dtype == "bfloat16":
             pattern = pattern.to(torch.bfloat16)
-    if config.mode != "mask_llm":
-        raw = torch.randn(tile_grid(config.tile, shape), generator=generator, dtype=dtype) * config.init_std
+    if config.mode != "maskllm":
+        raw = torch.randn(tile_grid(shape, config.tile), generator=generator, dtype=dtype) * config.init_std
         tile = raw.to(device)
         if scores is not None:
             # The nominal deviation: a layer has few tiles, so the sample's is noisy, and undefined for one

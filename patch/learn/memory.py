@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils import import_utils
 
 from patch.learn.checks import check_blocks, check_model, check_precision
@@ -31,6 +31,7 @@ from patch.learn.trainer import MaskTrainer, ShuffledBlocks
 from patch.models.keep_masks import apply_keep_masks
 from patch.models.modes import prepared
 from patch.models.structure import maskable_linears
+from patch.runs.metrics import MetricsLog
 
 GB = 10**9
 CARDS_GB = (24, 80, 141)
@@ -145,14 +146,22 @@ def learning_memory(
 def _as_in_a_run() -> Iterator[None]:
     """transformers takes fake tensors for a graph being traced, and would write out attention masks that no run has."""
     actual = import_utils.is_fake_tensor
-    import_utils.is_fake_tensor = lambda _: False
+    import_utils.is_fake_tensor = lambda x: False
     try:
         yield
     finally:
         import_utils.is_fake_tensor = actual
 
 
-def _walk(model, linears, config, blocks, priors, arguments, ledger) -> None:
+def _walk(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    config: LearnConfig,
+    blocks: Tensor,
+    priors: dict[str, Tensor] | None,
+    arguments: TrainingArguments,
+    ledger: _Ledger,
+) -> None:
     """What `learn` does, once through, on fake tensors."""
     ledger.book(OTHER, [*model.parameters(), *model.buffers()])
     ledger.book(MASKED, [p for linear in linears.values() for p in linear.parameters()])
@@ -166,7 +175,7 @@ def _walk(model, linears, config, blocks, priors, arguments, ledger) -> None:
         model,
         ShuffledBlocks(blocks, config),
         layers,
-        metrics=None,
+        metrics=MetricsLog(None),
         arguments=arguments,
         identity={},
         progress=False,
@@ -183,7 +192,7 @@ def _walk(model, linears, config, blocks, priors, arguments, ledger) -> None:
     apply_keep_masks(model, {name: pair[0] for name, pair in hardened.items()}, exclude=_others(model, linears))
 
 
-def _walk_step(model, trainer, config, seqlen, ledger) -> None:
+def _walk_step(model: nn.Module, trainer: MaskTrainer, config: LearnConfig, seqlen: int, ledger: _Ledger) -> None:
     """An optimiser step with moments, and with gradients of an earlier micro-batch if there is one."""
     logits = list(trainer.layers.parameters().values())
     for parameter in logits:
@@ -238,7 +247,7 @@ class _Ledger(TorchDispatchMode):
         # By id of the storage: (keeps the callback alive, its kind, its bytes). None: not counted.
         self._entries: dict[int, tuple[weakref.ref, str | None, int]] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             # Fake tensors have no values. Every question that is asked on the way is whether all is well: yes.
             dtype = args[0].dtype
@@ -255,7 +264,7 @@ class _Ledger(TorchDispatchMode):
         self._phase, self._highest = phase, self._total
         self.phases[phase] = dict(self._now)
 
-    def book(self, kind: str, tensors: Iterable[Tensor]) -> None:
+    def book(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
         """Say of which kind the storages of these tensors are."""
         for tensor in tensors:
             if isinstance(tensor, Tensor) and tensor.device.type == self._device_type:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,14 +38,12 @@ def weight_norm_ratio(
     """
     masks, weights = _as_list("weight_norm_ratio", masks), _as_list("weight_norm_ratio", weights)
     if len(masks) != len(weights) or any(m.shape != w.shape for m, w in zip(masks, weights, strict=True)):
-        raise ValueError(
-            f"weight_norm_ratio: expected one weight per mask and equal shapes, got {len(masks)} masks "
-            f"{[tuple(m.shape) for m in masks[:3]]} and {len(weights)} weights "
-            f"{[tuple(w.shape) for w in weights[:3]]}; pass both in the same layer order"
-        )
+        got = " and ".join(str([tuple(t.shape) for t in tensors[:3]]) for tensors in (masks, weights))
+        counts = f"{len(masks)} masks and {len(weights)} weights with {got}"
+        raise ValueError(f"weight_norm_ratio: expected one weight per mask and equal shapes, got {counts}. Pair them.")
     power = 2 if squared else 1
     kept = sum(_norm(_select(mask, weight)) ** power for mask, weight in zip(masks, weights, strict=True))
-    return kept / sum(_norm(weight.detach()) ** power for weight in weights)
+    return cast(Tensor, kept / sum(_norm(weight.detach()) ** power for weight in weights))
 
 
 def _as_list(what: str, tensors: Iterable[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
@@ -82,14 +81,12 @@ class Objective:
     def __call__(self, sums: list[Tensor], progress: float) -> tuple[Tensor, Tensor, Tensor]:
         """(penalty with gradient, density, kept share of the norm) of one micro-batch; progress = t / T."""
         if len(sums) != len(self.elems):
-            raise RuntimeError(
-                f"expected every masked layer to run once per forward pass, {len(sums)} of {len(self.elems)} "
-                "did; exclude layers that the model does not use"
-            )
+            did = f"{len(sums)} of {len(self.elems)} did"
+            raise RuntimeError(f"expected every masked layer to run once per pass, {did}. Exclude layers without use.")
         config = self.config
         table = torch.stack([pair.to(self.elems.device) for pair in sums])
         penalty = table.new_zeros(())
-        if config.mode != "mask_llm":
+        if config.mode != "maskllm":
             gap = (self.membership @ table[:, 0] / self.group_elems - (1.0 - config.target_sparsity)).abs()
             total = gap.mean() if config.layer_target_reduction == "mean" else gap.sum()
             penalty = penalty + config.sparse_reg * total

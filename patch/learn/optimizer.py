@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from patch.files.schema import require_choice
 from patch.learn.config import MOMENTS, LearnConfig
-from patch_kernels.ops.adamw import adamw_step, scale_shape
+from patch_kernels.checks import require_tensor
+from patch_kernels.ops.adamw import PARAM_DTYPES, adamw_step, scale_shape
 
-_STORAGE = dict(zip(MOMENTS, (torch.float32, torch.bfloat16, torch.uint8), strict=True))
+_STORAGE: dict[str, torch.dtype] = dict(zip(MOMENTS, (torch.float32, torch.bfloat16, torch.uint8), strict=True))
 
 
 def make_optimizer(logits: Mapping[str, nn.Parameter], config: LearnConfig) -> torch.optim.Optimizer:
@@ -19,7 +21,7 @@ def make_optimizer(logits: Mapping[str, nn.Parameter], config: LearnConfig) -> t
 
     torch's fused AdamW where logits and moments are at least fp32, LowPrecisionAdamW otherwise.
     """
-    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
     parameters = list(logits.values())
     if config.moments == "float32" and all(parameter.dtype != torch.bfloat16 for parameter in parameters):
         return torch.optim.AdamW(parameters, fused=True, **settings)
@@ -38,13 +40,13 @@ def scale_gradients(optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
     elif optimizer.defaults.get("fused") and all(parameter.dtype == torch.float32 for parameter in parameters):
         if not hasattr(optimizer, "grad_scale"):  # a copy of the optimizer has neither the attribute nor the hook
             optimizer.register_step_post_hook(_forget_scale)
-        optimizer.grad_scale = factor.float().reciprocal()  # the fused step divides by it
+        cast(Any, optimizer).grad_scale = factor.float().reciprocal()  # the fused step divides by it
     else:
         for parameter in parameters:
             parameter.grad.mul_(factor.to(parameter.device))
 
 
-def _forget_scale(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _forget_scale(optimizer: Any, args: Any, kwargs: Any) -> None:
     optimizer.grad_scale = None
 
 
@@ -80,10 +82,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         moments: str = "bfloat16",
         seed: int = 0,
     ) -> None:
-        if moments not in MOMENTS:
-            raise ValueError(
-                f"LowPrecisionAdamW: expected moments as one of {', '.join(MOMENTS)}, got {moments!r}; choose one"
-            )
+        require_choice("LowPrecisionAdamW, moments", moments, MOMENTS)
         self.moments, self.seed = moments, seed
         self.grad_scale: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -92,14 +91,11 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         """As torch's; refuses parameters that are neither float32 nor bfloat16."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            if parameter.dtype not in (torch.float32, torch.bfloat16):
-                raise ValueError(
-                    f"LowPrecisionAdamW: expected float32 or bfloat16 parameters, got {parameter.dtype} "
-                    f"{tuple(parameter.shape)}; use torch.optim.AdamW for it"
-                )
+            advice = "Use torch.optim.AdamW for it."
+            require_tensor("LowPrecisionAdamW, parameter", parameter, dtypes=PARAM_DTYPES, advice=advice)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -149,10 +145,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             expected = {name: (value.dtype, tuple(value.shape)) for name, value in empty.items()}
             found = {name: (value.dtype, tuple(value.shape)) for name, value in got.items()}
             if found != expected:
-                raise ValueError(
-                    f"LowPrecisionAdamW: expected a state of {expected} for parameter {index} with moments in "
-                    f"{self.moments}, got {found}; load a state saved with the same setting"
-                )
+                what = f"LowPrecisionAdamW, state of parameter {index} with moments in {self.moments}"
+                raise ValueError(f"{what}: expected {expected}, got {found}. Load one saved with the same setting.")
             # The step stays on the CPU, where reading it does not wait for a GPU.
             self.state[parameter] = {
                 name: value.to("cpu" if name == "step" else parameter.device) for name, value in got.items()

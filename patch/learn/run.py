@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from patch.models.modes import prepared
 from patch.models.structure import maskable_linears
 from patch.runs import checkpoints as run_checkpoints
 from patch.runs import metrics as run_metrics
+from patch.runs.arguments import trainer_arguments, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def learn(
     config.accumulation_steps(world_size)
     if prior_masks is None and config.pattern_prior_strength > 0:
         logger.info("no prior_masks given: the 2:4 logits start from the random draw alone")
-    if tile_scores is None and config.mode != "mask_llm" and config.tile_prior_strength > 0:
+    if tile_scores is None and config.mode != "maskllm" and config.tile_prior_strength > 0:
         logger.info("no tile_scores given: the tile logits start from the random draw alone")
     tensors = {
         "layers": {name: torch.tensor(linear.weight.shape) for name, linear in linears.items()},
@@ -149,7 +149,15 @@ class Run:
     report_to: tuple[str, ...]
 
 
-def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
+def _train(
+    model: nn.Module,
+    train_blocks: Tensor,
+    config: LearnConfig,
+    linears: Mapping[str, nn.Linear],
+    prior_masks: Mapping[str, Tensor] | None,
+    tile_scores: Mapping[str, Tensor] | None,
+    run: Run,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Any]], float | None]:
     """Train the logits: (keep masks, tile grids, metrics, soft density). Leaves the model plain and dense."""
     total_steps = config.total_steps(train_blocks.shape[0])
     steps_done = 0 if run.checkpoint is None else int(run.checkpoint.name.rsplit("-", 1)[1])
@@ -172,49 +180,37 @@ def _train(model, train_blocks, config, linears, prior_masks, tile_scores, run):
             )
             trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
             if trainer.state.global_step != total_steps:
-                raise RuntimeError(
-                    f"learning was stopped at step {trainer.state.global_step} of {total_steps} by a "
-                    "callback; call learn again with resume=True"
-                )
+                done = f"{trainer.state.global_step} of {total_steps}"
+                raise RuntimeError(f"learning was stopped at step {done} by a callback; call learn again, resume=True")
             masks, grids = layers.harden()
-            soft_density = trainer.soft_density()
+            soft_density, lines = trainer.soft_density(), metrics.lines
         finally:
             layers.remove()
             if metrics is not None:
                 metrics.close()
-    return masks, grids, metrics.lines, soft_density
+    return masks, grids, lines, soft_density
 
 
 def training_arguments(config: LearnConfig, total_steps: int, run: Run) -> TrainingArguments:
-    use_cpu = not torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(run.folder),
-        use_cpu=use_cpu,
-        max_steps=total_steps,
+    return trainer_arguments(
+        run.folder,
+        total_steps,
+        saves=run.saves,
+        progress=run.progress,
+        report_to=run.report_to,
         per_device_train_batch_size=config.local_batch_size,
-        gradient_accumulation_steps=config.accumulation_steps(int(os.environ.get("WORLD_SIZE", "1"))),
+        gradient_accumulation_steps=config.accumulation_steps(world_size()),
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        save_strategy="steps" if run.saves else "no",
         save_steps=config.save_steps,
-        logging_strategy="steps",
         logging_steps=config.log_steps,
-        logging_nan_inf_filter=False,
-        disable_tqdm=not (run.progress and sys.stderr.isatty()),
-        report_to=list(run.report_to),
         remove_unused_columns=False,
-        dataloader_pin_memory=not use_cpu,
         ddp_find_unused_parameters=False,
         bf16=False,  # the model computes in its own dtype, the logits are kept in config.logits_dtype
     )
-    # One process drives one device. Trainer's fallback for more, DataParallel, copies the modules on every
-    # forward pass, and the sums that the layers stash would be lost in the copies.
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments
 
 
-def _finished_result(model, folder: Path, identity: dict[str, Any], exclude: Sequence[str]) -> LearnResult:
+def _finished_result(model: nn.Module, folder: Path, identity: dict[str, Any], exclude: Sequence[str]) -> LearnResult:
     path = folder / run_checkpoints.RESULT
     artifact = load_artifact(path, model=model)
     state_files.check_identity(path, artifact.meta.get("run"), identity)
@@ -232,7 +228,13 @@ def _finished_result(model, folder: Path, identity: dict[str, Any], exclude: Seq
     )
 
 
-def _result(masks, grids, metrics, soft: float | None, config: LearnConfig) -> LearnResult:
+def _result(
+    masks: dict[str, Tensor],
+    grids: dict[str, Tensor],
+    metrics: list[dict[str, Any]],
+    soft: float | None,
+    config: LearnConfig,
+) -> LearnResult:
     hard = 1.0 - measured_sparsity(masks)
     if soft is None:  # resumed after the last step: nothing was sampled in this call
         soft = metrics[-1]["soft_density"] if metrics else hard

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+
+from patch.files.schema import record
+from patch.settings import AtLeastOne
+from patch_kernels.checks import require_number
 
 
-@dataclass(frozen=True)
+@record
 class Schedule:
     """Straight line from start to end over `steps` optimiser steps, constant afterwards."""
 
     start: float
     end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"Schedule: expected at least 1 step, got {self.steps}; use the number of optimiser steps")
+    steps: AtLeastOne
 
     def at(self, step: int) -> float:
         """Value at an optimiser step; the first step is 0."""
-        if step < 0:
-            raise ValueError(f"Schedule: expected a step >= 0, got {step}; steps count from 0")
+        require_number("Schedule, step", step, ge=0, advice="Steps count from 0.")
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
 

@@ -33,6 +33,13 @@ OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
 # Settings that may change between two parts of one run, because the trajectory does not depend on them.
 _FREE_SETTINGS = ("save_steps", "save_total_limit", "log_steps", "grad_checkpoint")
+# What must agree beside the settings, in the words of messages.
+_MUST_AGREE = {
+    "model": "the model's weights",
+    "data": "the training blocks",
+    "layers_and_priors": "the masked layers, prior masks or tile scores",
+    "world_size": "the number of processes",
+}
 
 
 def run_identity(
@@ -55,29 +62,15 @@ def run_identity(
 def check_identity(folder: Path, found: Any, expected: Mapping[str, Any]) -> None:
     """raises ValueError naming what differs between the stored run and the one asked for."""
     if not isinstance(found, dict) or set(found) != set(expected) or not isinstance(found["config"], dict):
-        raise ValueError(
-            f"{folder}: expected the identity of a learning run, got something else; choose another folder"
-        )
-    what = {
-        "model": "the model's weights",
-        "data": "the training blocks",
-        "layers_and_priors": "the masked layers, prior masks or tile scores",
-        "world_size": "the number of processes",
-    }
-    for key, label in what.items():
-        if found[key] != expected[key]:
-            raise ValueError(
-                f"{folder}: expected {label} of the run that wrote it ({_short(found[key])}), got others "
-                f"({_short(expected[key])}); resume with the same ones or choose another output_dir"
-            )
+        raise ValueError(f"{folder}: expected the identity of a learning run, got something else. Use another folder.")
+    rows = [(label, _short(found[key]), _short(expected[key])) for key, label in _MUST_AGREE.items()]
     # A setting that did not exist yet had what is now its default.
     before = _settings(LearnConfig()) | found["config"]
-    for key, value in expected["config"].items():
-        if before[key] != value:
-            raise ValueError(
-                f"{folder}: expected {key}={before[key]!r} as in the run that wrote it, got {value!r}; resume "
-                "with the same setting or choose another output_dir"
-            )
+    rows += [(key, repr(before[key]), repr(value)) for key, value in expected["config"].items()]
+    for label, was, now in rows:
+        if was != now:
+            wanted = f"expected {label} of the run that wrote it, {was}, got {now}"
+            raise ValueError(f"{folder}: {wanted}. Resume with the same, or choose another output_dir.")
 
 
 def refuse_used_folder(output_dir: Path) -> None:
@@ -85,10 +78,8 @@ def refuse_used_folder(output_dir: Path) -> None:
     used = [METRICS, RESULT, *(path.name for path in checkpoints(output_dir))]
     present = [name for name in used if (output_dir / name).exists()]
     if present:
-        raise ValueError(
-            f"output_dir {output_dir}: expected no earlier learning run, found {', '.join(sorted(present))}; "
-            "pass resume=True to go on with it, or choose another folder"
-        )
+        found, advice = ", ".join(sorted(present)), "Pass resume=True to go on with it, or choose another folder."
+        raise ValueError(f"output_dir {output_dir}: expected no earlier learning run, found {found}. {advice}")
 
 
 def save_checkpoint(

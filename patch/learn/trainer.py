@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from patch.learn import state as state_files
 from patch.learn.config import LearnConfig
+from patch.learn.masked_linear import MaskedLayers
 from patch.learn.objective import Objective
 from patch.learn.optimizer import make_optimizer, scale_gradients
 from patch.learn.schedules import Schedule, learning_rate_factor
 from patch.runs import checkpoints as run_checkpoints
+from patch.runs.metrics import MetricsLog
 
 
 class MaskTrainer(Trainer):
@@ -33,14 +36,28 @@ class MaskTrainer(Trainer):
     Checkpoints are safetensors and JSON, complete or absent, instead of Trainer's pickles written in place.
     """
 
-    def __init__(self, model, dataset, layers, *, metrics, arguments, identity, callbacks=(), progress=True) -> None:
+    train_dataset: ShuffledBlocks
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: ShuffledBlocks,
+        layers: MaskedLayers,
+        *,
+        metrics: MetricsLog,
+        arguments: TrainingArguments,
+        identity: dict[str, Any],
+        callbacks: Sequence[TrainerCallback] = (),
+        progress: bool = True,
+    ) -> None:
         self.layers, self.config, self.metrics_log, self.identity = layers, layers.config, metrics, identity
         self._logits = layers.parameters()
         steps = arguments.max_steps
         config = self.config
         self._schedules = {
-            name: Schedule(*getattr(config, name), steps)
+            name: Schedule(start, end, steps)
             for name in ("pattern_temperature", "pattern_scale", "tile_temperature", "tile_scale")
+            for start, end in (getattr(config, name),)
         }
         self._micro_step = 0
         self._step_values: Tensor | None = None
@@ -62,7 +79,13 @@ class MaskTrainer(Trainer):
             self.add_callback(_Progress())
         self.add_callback(_Guard(self))
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """Token loss plus the regularisers of this micro-batch's masks."""
         state, step = self.layers.state, self.state.global_step
         accumulation = self.args.gradient_accumulation_steps
@@ -83,7 +106,8 @@ class MaskTrainer(Trainer):
         token_loss = loss.detach().double() * (1.0 if is_scaled else share)
         loss = loss + penalty.to(loss.dtype) * (share if is_scaled else 1.0)
         values = torch.stack([token_loss, penalty.detach() * share, density * share, ratio * share])
-        self._step_values = values if self._micro_step == 0 else self._step_values + values
+        earlier = self._step_values if self._micro_step > 0 else None
+        self._step_values = values if earlier is None else earlier + values
         self._micro_step += 1
         return (loss, outputs) if return_outputs else loss
 
@@ -96,27 +120,31 @@ class MaskTrainer(Trainer):
     def check_finite(self) -> None:
         """Stop before the optimiser turns a broken step into broken logits."""
         norm = self._grad_norm if self._grad_norm is not None else self._total_norm()
-        if not torch.stack([self._step_values.sum(), norm.double()]).isfinite().all():
-            loss = self._step_values.tolist()
+        values = cast(Tensor, self._step_values)
+        if not torch.stack([values.sum(), norm.double()]).isfinite().all():
+            step, (loss, penalty, *_) = self.state.global_step, values.tolist()
             raise FloatingPointError(
-                f"step {self.state.global_step + 1}: expected a finite loss and finite gradients, got token "
-                f"loss {loss[0]}, penalty {loss[1]}; the logits of step {self.state.global_step} and earlier "
-                "checkpoints are unharmed, lower lr or the logit scales, or check the data and weights"
+                f"step {step + 1}: expected a finite loss and finite gradients, got token loss {loss}, penalty "
+                f"{penalty}. Step {step} and checkpoints are unharmed; lower lr or the scales, or check the data."
             )
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimiser of `make_optimizer`."""
         if self.optimizer is None:
             self.optimizer = make_optimizer(self._logits, self.config)
         return self.optimizer
 
-    def _clip_grad_norm(self, model):
+    @property
+    def _made_optimizer(self) -> torch.optim.Optimizer:
+        return cast(torch.optim.Optimizer, self.optimizer)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self.clip_gradients()
 
     def clip_gradients(self) -> Tensor:
         """Norm of all gradients; the optimizer itself scales them down to max_grad_norm in its next step."""
         self._grad_norm = norm = self._total_norm()
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        optimizer = getattr(self.optimizer, "optimizer", self._made_optimizer)  # accelerate wraps it
         scale_gradients(optimizer, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
@@ -129,31 +157,33 @@ class MaskTrainer(Trainer):
         ]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LambdaLR:
         """Linear warm-up from 0, then cosine."""
         config, steps = self.config, num_training_steps
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer if optimizer is None else optimizer,
+            self._made_optimizer if optimizer is None else optimizer,
             lambda step: learning_rate_factor(step, steps, config.warmup_steps, config.min_lr_ratio),
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         # The dataset is shuffled already, as a function of the seed alone.
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Replace Trainer's interval averages by the values of the step, and append them to metrics.jsonl."""
         if "loss" in logs and self._step_values is not None:
-            logs = self._record(logs)
+            logs = self._record(logs, self._step_values)
             if self.is_world_process_zero():
                 self.metrics_log.write({"step": self.state.global_step} | logs)
         super().log(logs, start_time)
 
-    def _record(self, logs: dict[str, Any]) -> dict[str, Any]:
-        gathered = self.accelerator.gather(self._step_values[None].float()).double().mean(0)
-        values = self._step_values if self.args.world_size == 1 else gathered
+    def _record(self, logs: dict[str, Any], values: Tensor) -> dict[str, Any]:
+        gathered: Tensor = self.accelerator.gather(values[None].float()).double().mean(0)
+        values = values if self.args.world_size == 1 else gathered
         token_loss, penalty, density, ratio = values.tolist()
         step = self.state.global_step
         last_step, last_time = self._clock
@@ -178,7 +208,7 @@ class MaskTrainer(Trainer):
     def start_clock(self) -> None:
         self._clock = (self.state.global_step, time.monotonic())
 
-    def _save_checkpoint(self, model, trial=None) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         device = self.args.device
         states = run_checkpoints.random_states(device)
         if self.args.world_size > 1:
@@ -188,9 +218,9 @@ class MaskTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         self.metrics_log.sync()
-        state = self.optimizer.state_dict()["state"]
+        state = self._made_optimizer.state_dict()["state"]
         state_files.save_checkpoint(
-            Path(self.args.output_dir),
+            Path(cast(str, self.args.output_dir)),
             self.state.global_step,
             identity=self.identity,
             logits=self._logits,
@@ -200,34 +230,35 @@ class MaskTrainer(Trainer):
             keep=self.config.save_total_limit,
         )
 
-    def _save(self, output_dir=None, state_dict=None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Trainer.save_model would write the whole frozen model; the masks are saved by `learn`."""
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         loaded = run_checkpoints.load_tensors(Path(resume_from_checkpoint, state_files.LOGITS), self._logits)
         with torch.no_grad():
             for name, logits in self._logits.items():
                 logits.copy_(loaded[name])
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         path = Path(checkpoint, state_files.OPTIMIZER)
         moments = state_files.load_moments(path, self._logits, self.config.moments)
-        self.optimizer.load_state_dict(
-            self.optimizer.state_dict() | {"state": {i: moments[name] for i, name in enumerate(self._logits)}}
+        optimizer = self._made_optimizer
+        optimizer.load_state_dict(
+            optimizer.state_dict() | {"state": {i: moments[name] for i, name in enumerate(self._logits)}}
         )
         # The schedule is a function of the step, so there is nothing to read for it.
-        scheduler, step = self.lr_scheduler, self.state.global_step
+        scheduler, step = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_scheduler), self.state.global_step
         scheduler.last_epoch = step
         scheduler._last_lr = [base * scheduler.lr_lambdas[0](step) for base in scheduler.base_lrs]
-        for group, lr in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+        for group, lr in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = lr
 
-    def _load_scaler(self, checkpoint) -> None:
+    def _load_scaler(self, checkpoint: str | None) -> None:
         """No gradient scaler: float16 models are refused."""
 
-    def _load_rng_state(self, checkpoint) -> None:
+    def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             path = Path(checkpoint, state_files.RANDOM)
             run_checkpoints.restore_random_states(path, self.args.process_index, self.args.device)
@@ -262,20 +293,22 @@ class _Guard(TrainerCallback):
     def __init__(self, trainer: MaskTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.start_clock()
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.begin_step()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.check_finite()
 
 
 class _Progress(ProgressCallback):
     """Trainer's progress bar with the last values behind it instead of one printed line per step."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    training_bar: Any
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "lm_loss" in logs:
             shown = {key: f"{logs[key]:.3f}" for key in ("lm_loss", "soft_density", "hard_density")}
             self.training_bar.set_postfix(shown, refresh=False)

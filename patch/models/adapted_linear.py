@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.models.keep_masks import set_keep_mask
+from patch.models.structure import linear_at
 
 ADAPTER_DTYPE = torch.bfloat16
 ADAPTER_KEYS = (".lora_left", ".lora_right")
@@ -19,7 +20,15 @@ class AdaptedLinear(nn.Linear):
     Both are saved with the state dict. They are stored in bf16 and computed with in the dtype of x.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.rank = rank
         self.lora_left = nn.Parameter(torch.zeros(in_features, rank, dtype=ADAPTER_DTYPE, device=device))
@@ -35,8 +44,9 @@ class AdaptedLinear(nn.Linear):
             zeros = torch.zeros_like(getattr(adapted, side), device=linear.weight.device)
             setattr(adapted, side, nn.Parameter(zeros))
         adapted.train(linear.training)
-        if isinstance(getattr(linear, "keep_mask", None), Tensor):
-            set_keep_mask(adapted, linear.keep_mask)
+        keep = getattr(linear, "keep_mask", None)
+        if isinstance(keep, Tensor):
+            set_keep_mask(adapted, keep)
         return adapted
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,14 +64,12 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 def refuse_adapters(model: nn.Module) -> None:
     """Refuse a model with adapters, for formats that hold weights only and would leave them out."""
     if adapted := adapted_layers(model):
-        raise ValueError(
-            f"{next(iter(adapted))}: expected a layer without adapters, {len(adapted)} layers have some and model "
-            "folders do not hold them. Keep the artifact, or compress without lora_rank."
-        )
+        where = f"{next(iter(adapted))}: expected a layer without adapters, {len(adapted)} layers have some"
+        raise ValueError(f"{where}. Model folders cannot hold them, keep the artifact or compress without lora_rank.")
 
 
 def attach_adapter(model: nn.Module, name: str, rank: int) -> AdaptedLinear:
     """Put a layer with an adapter of zeros in the place of the layer `name`."""
-    adapted = AdaptedLinear.from_linear(model.get_submodule(name), rank)
+    adapted = AdaptedLinear.from_linear(linear_at(model, name), rank)
     model.set_submodule(name, adapted)
     return adapted

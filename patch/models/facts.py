@@ -58,6 +58,11 @@ def context_length(model: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def within_context(model: Any, tokens: int) -> int:
+    """A usual number of tokens, or the context of a model or configuration where that is shorter."""
+    return min(tokens, context_length(model) or tokens)
+
+
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     from importlib.metadata import version

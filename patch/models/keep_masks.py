@@ -6,13 +6,13 @@ A keep mask is a bool tensor of the weight's shape, True where a weight stays; i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
+from patch.models.checks import require_layers, require_mask
 from patch.models.structure import maskable_linears
-
-_LISTED_NAMES = 5
 
 
 def set_keep_mask(linear: nn.Linear, keep: torch.Tensor) -> None:
@@ -22,16 +22,21 @@ def set_keep_mask(linear: nn.Linear, keep: torch.Tensor) -> None:
     """
     if not isinstance(linear, nn.Linear):
         raise TypeError(
-            f"set_keep_mask expected an nn.Linear, got {type(linear).__name__}. Convert packed layers back first."
+            f"linear: expected an nn.Linear, got {type(linear).__name__}. Convert packed layers back first."
         )
-    _check_keep(keep, linear, "the layer")
+    require_mask(keep, linear.weight.shape, "keep")
     linear.register_buffer("keep_mask", keep.to(linear.weight.device), persistent=False)
+
+
+def keep_mask_of(linear: nn.Module) -> torch.Tensor:
+    """The keep mask of a layer that has one."""
+    return cast(torch.Tensor, linear.keep_mask)
 
 
 def keep_masks(model: nn.Module) -> dict[str, torch.Tensor]:
     """The keep masks attached to the model's `nn.Linear` layers, {module path: (N, K) bool}; may be {}."""
     return {
-        name: module.keep_mask
+        name: keep_mask_of(module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and isinstance(getattr(module, "keep_mask", None), torch.Tensor)
     }
@@ -49,7 +54,7 @@ def apply_keep_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, exc
     linears = check_keep_masks(model, masks, exclude)
     for name, linear in linears.items():
         set_keep_mask(linear, masks[name])
-        linear.weight.masked_fill_(~linear.keep_mask, 0)
+        linear.weight.masked_fill_(~keep_mask_of(linear), 0)
 
 
 def check_keep_masks(
@@ -57,16 +62,9 @@ def check_keep_masks(
 ) -> dict[str, nn.Linear]:
     """The layers of `maskable_linears(model, exclude)`; raises unless `masks` has a fitting mask for each."""
     linears = maskable_linears(model, exclude)
-    missing = [name for name in linears if name not in masks]
-    extra = [name for name in masks if name not in linears]
-    if missing or extra:
-        raise ValueError(
-            f"expected one keep mask for each of the {len(linears)} maskable layers, got {len(masks)} masks: "
-            f"missing {_listed(missing)}; not in the model {_listed(extra)}. Use the masks of this model, "
-            "and name layers that stay dense in exclude."
-        )
+    require_layers(masks, linears, "masks")
     for name, keep in masks.items():
-        _check_keep(keep, linears[name], f"layer '{name}'")
+        require_mask(keep, linears[name].weight.shape, f"layer '{name}'")
     return linears
 
 
@@ -75,45 +73,17 @@ def measured_sparsity(masks: Mapping[str, torch.Tensor]) -> float:
     if not masks:
         raise ValueError("expected at least one keep mask, got none. Prune or learn first, or pass keep_masks(model).")
     for name, keep in masks.items():
-        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool:
-            raise TypeError(f"expected bool keep masks, got {_kind(keep)} for '{name}'. Use keep.bool().")
+        require_mask(keep, ("N", "K"), f"layer '{name}'")
     total = sum(keep.numel() for keep in masks.values())
     # By parts: torch turns what it counts into int64 first, which for a whole mask is 8 times the mask.
     kept = sum(int(torch.count_nonzero(rows)) for keep in masks.values() for rows in keep.split(1024))
     return 1 - kept / total
 
 
-def _check_keep(keep: torch.Tensor, linear: nn.Linear, label: str) -> None:
-    if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool:
-        raise TypeError(
-            f"expected a bool keep mask for {label}, got {_kind(keep)}. Pass an explicit mask, True where a "
-            "weight stays."
-        )
-    if keep.shape != linear.weight.shape:
-        raise ValueError(
-            f"expected a keep mask of shape {tuple(linear.weight.shape)} for {label}, got "
-            f"{tuple(keep.shape)}. The mask belongs to another model or layer."
-        )
-
-
-def _kind(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_LISTED_NAMES])
-    return f"{len(names)} ({shown}{', ...' if len(names) > _LISTED_NAMES else ''})" if names else "0"
-
-
 def check_masks_hold(model: nn.Module) -> None:
-    """Refuse a model whose weights no longer obey the keep masks attached to it (training can undo "
-    "pruning)."""
+    """Refuse a model whose weights no longer obey the keep masks attached to it (training can undo pruning)."""
     modules = dict(model.named_modules())
     for name, keep in keep_masks(model).items():
-        violations = int((modules[name].weight.detach().ne(0) & ~keep).sum())
-        if violations:
-            raise ValueError(
-                f"{name}: expected zeros where the keep mask prunes, got {violations} other values; apply "
-                "the masks "
-                "again with patch.models.apply_keep_masks"
-            )
+        if violations := int((modules[name].weight.detach().ne(0) & ~keep).sum()):
+            where = f"{name}: expected zeros where the keep mask prunes"
+            raise ValueError(f"{where}, got {violations} other values; apply the masks again with apply_keep_masks")

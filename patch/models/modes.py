@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from patch.models.structure import decoder_of
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
     """Run the body without gradients, dropout or key-value cache; all of it is as before afterwards."""
-    config = getattr(decoder_of(model), "config", None)
+    config: Any = getattr(decoder_of(model), "config", None)
     training = [module for module in model.modules() if module.training]
     had_cache = getattr(config, "use_cache", None)
     try:
@@ -66,7 +67,7 @@ def prepared(model: nn.Module, *, grad_checkpoint: bool) -> Iterator[None]:
     device = next(model.parameters()).device
     training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model_config = getattr(model, "config", None)
+    model_config: Any = getattr(model, "config", None)
     use_cache = getattr(model_config, "use_cache", None)
     checkpointing = grad_checkpoint and not _is_checkpointing(model)
     generators = [] if not torch.cuda.is_available() else [torch.cuda.current_device()]

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any, cast
 
 import torch
 from torch import nn
+
+_USE = "Use a causal language model built like Llama, Qwen2, Gemma-3 or OPT."
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -21,11 +24,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     found = _find_blocks(*_decoder(model))
     if found is None:
-        raise ValueError(
-            "expected a decoder with a list of blocks that contain nn.Linear layers, got "
-            f"{type(model).__name__} without one{_why_no_linear(model)}. Use a causal language model built "
-            "like Llama, Qwen2, Gemma-3 or OPT."
-        )
+        got = f"{type(model).__name__} without one{_why_no_linear(model)}"
+        raise ValueError(f"expected a decoder with a list of blocks that contain nn.Linear layers, got {got}. {_USE}")
     return found
 
 
@@ -46,19 +46,24 @@ def maskable_linears(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
     """
     found = _block_linears(model)
     if not found:
-        raise ValueError(
-            f"expected a model with nn.Linear layers to mask, got {type(model).__name__} with none in its "
-            f"decoder{_why_no_linear(model)}. Use an architecture built from nn.Linear (Llama, Qwen2, "
-            "Gemma-3, OPT, ...)."
-        )
+        got = f"{type(model).__name__} with none in its decoder{_why_no_linear(model)}"
+        raise ValueError(f"expected a model with nn.Linear layers to mask, got {got}. {_USE}")
     patterns = _check_patterns(model, exclude)
     kept = {name: layer for name, layer in found.items() if not any(fnmatchcase(name, p) for p in patterns)}
     if not kept:
-        raise ValueError(
-            f"expected at least one layer left to mask, got exclude={list(patterns)} which removes all "
-            f"{len(found)} nn.Linear layers. Use narrower patterns."
-        )
+        got = f"exclude={list(patterns)} which removes all {len(found)} nn.Linear layers"
+        raise ValueError(f"expected at least one layer left to mask, got {got}. Use narrower patterns.")
     return kept
+
+
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """The layer at a module path where an nn.Linear is known to be."""
+    return cast(nn.Linear, model.get_submodule(name))
+
+
+def input_embeddings(model: nn.Module) -> Any:
+    """The token embedding of a transformers model."""
+    return cast(Any, model).get_input_embeddings()
 
 
 def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
@@ -105,8 +110,9 @@ def _embedding_weights(model: nn.Module) -> list[torch.Tensor]:
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), torch.Tensor):
-        weights.append(head.weight)
+    weight = getattr(head, "weight", None)
+    if isinstance(head, nn.Module) and isinstance(weight, torch.Tensor):
+        weights.append(weight)
     return weights
 
 
@@ -116,10 +122,8 @@ def _check_patterns(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"exclude: expected patterns that match a layer, got '{pattern}' which matches none of the "
-                f"{len(names)} nn.Linear layers. Names look like '{names[0]}'; a pattern may use * and ?."
-            )
+            got = f"'{pattern}' which matches none of the {len(names)} nn.Linear layers such as '{names[0]}'"
+            raise ValueError(f"exclude: expected patterns that match a layer, got {got}. A pattern may use * and ?.")
     return tuple(exclude)
 
 

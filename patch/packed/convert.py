@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from patch.models.adapted_linear import refuse_adapters
+from patch.models.checks import require_layer, require_mask
 from patch.models.keep_masks import keep_masks
+from patch.models.structure import linear_at
 from patch.packed.quantizer import mark_dense, mark_packed
 from patch.packed.swap import cast_model, unpack_layers
 from patch_kernels import TiledLinear, tiles_that_are_two_of_four
+from patch_kernels.checks import require_tensor
+from patch_kernels.packed_dtype import BY_TORCH
 
-PACKED_DTYPES = (torch.float16, torch.bfloat16)
+Model = TypeVar("Model", bound=nn.Module)
+_CAST = "Pass dtype=torch.bfloat16 to cast the model."
 
 
 @torch.no_grad()
-def pack_model(
-    model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype | None = None
-) -> nn.Module:
+def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Model:
     """Replace nn.Linear by patch_kernels.TiledLinear in place, layer by layer; returns the model.
 
     masks   {layer name: keep (N, K) bool}; default the masks attached to the model (patch.models.keep_masks).
@@ -39,7 +42,7 @@ def pack_model(
     if dtype is not None:
         cast_model(model, dtype)
     for name, keep in masks.items():
-        linear = model.get_submodule(name)
+        linear = linear_at(model, name)
         keep = keep.to(linear.weight.device)
         packed = TiledLinear.from_linear(linear, keep, tiles_that_are_two_of_four(keep))
         model.set_submodule(name, packed)
@@ -51,7 +54,7 @@ def pack_model(
 
 
 @torch.no_grad()
-def unpack_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+def unpack_model(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     """Replace TiledLinear by nn.Linear with zeros where pruned, in place, layer by layer; returns the model.
 
     dtype   of the new layers; default that of the packed weight. No keep masks are attached: which zeros of a
@@ -66,45 +69,20 @@ def unpack_model(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Mo
 
 def _check_masks(model: nn.Module, masks: dict[str, Tensor], dtype: torch.dtype | None) -> None:
     if not masks:
-        raise ValueError(
-            f"expected a model with keep masks, got {type(model).__name__} without one; prune it or learn "
-            "masks "
-            "first, or pass masks="
-        )
-    if dtype is not None and dtype not in PACKED_DTYPES:
+        got = f"{type(model).__name__} without one"
+        raise ValueError(f"expected a model with keep masks, got {got}; prune it or learn masks first, or pass masks=")
+    if dtype is not None and dtype not in BY_TORCH:
         raise ValueError(f"expected dtype float16 or bfloat16, got {dtype}; the packed format holds 16-bit weights")
-    modules = dict(model.named_modules())
     shared = _shared_weights(model)
     for name, keep in masks.items():
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
-            found = "nothing" if linear is None else type(linear).__name__
-            raise ValueError(f"masks: expected an nn.Linear at {name!r}, found {found}; use masks of this model")
-        _check_keep(name, linear, keep)
-        if id(linear.weight) in shared:
-            raise ValueError(
-                f"{name}: its weight is shared with another module (tied embeddings?); leave this layer out of masks"
-            )
-        if dtype is None and linear.weight.dtype not in PACKED_DTYPES:
-            raise ValueError(
-                f"{name}: expected fp16 or bf16 weights, got {linear.weight.dtype}; pass "
-                "dtype=torch.bfloat16 to cast "
-                "the model"
-            )
-    if dtype is None and len({modules[name].weight.dtype for name in masks}) > 1:
-        raise ValueError("expected one dtype for all masked layers, got fp16 and bf16; pass dtype= to cast the model")
-
-
-def _check_keep(name: str, linear: nn.Linear, keep: Any) -> None:
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
-        got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
-        raise TypeError(f"masks[{name!r}]: expected a bool tensor, True where a weight stays, got {got}")
-    if keep.shape != linear.weight.shape:
-        raise ValueError(
-            f"masks[{name!r}]: expected the weight's shape {tuple(linear.weight.shape)}, got "
-            f"{tuple(keep.shape)}; use "
-            "masks of this model"
-        )
+        weight = require_layer(model, name, "masks", "Use masks of this model.").weight
+        require_mask(keep, weight.shape, f"masks[{name!r}]")
+        if id(weight) in shared:
+            raise ValueError(f"{name}: its weight is shared with another module (tied?); leave this layer out of masks")
+        if dtype is None:
+            require_tensor(f"{name}.weight", weight, dtypes=tuple(BY_TORCH), advice=_CAST)
+    if dtype is None and len({linear_at(model, name).weight.dtype for name in masks}) > 1:
+        raise ValueError(f"expected one dtype for all masked layers, got fp16 and bf16. {_CAST}")
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from patch.files.safetensors_header import TensorInfo, read_header
-from patch.packed.quantization_config import HEADER_DTYPES, PatchConfig
+from patch.files.safetensors_header import TensorInfo, TensorRule, read_header, require_tensors
+from patch.files.schema import listed
+from patch.packed.quantization_config import PatchConfig
 from patch_kernels import tile_grid
+from patch_kernels.packed_dtype import BY_NAME
+
+_ADVICE = "Export the model again."
 
 
 def check_files(files: Sequence[str | os.PathLike], config: PatchConfig) -> None:
@@ -16,32 +20,22 @@ def check_files(files: Sequence[str | os.PathLike], config: PatchConfig) -> None
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
-            raise ValueError(
-                f"{file}: expected safetensors files, pickled weights are not read; export the model again"
-            )
+            raise ValueError(f"{file}: expected safetensors files, pickled weights are not read. {_ADVICE}")
         header = read_header(os.path.realpath(file))  # the hub's cache holds links
-        for name in header.keys() & tensors.keys():
-            raise ValueError(f"{file}: tensor {name!r} is in two files; export the model again")
+        if twice := sorted(header.keys() & tensors.keys()):
+            raise ValueError(f"{file}: expected each tensor in one file, got {listed(twice)} in two. {_ADVICE}")
         tensors |= header
-    where = Path(files[0]).parent
+    require_tensors(Path(files[0]).parent, tensors, _rules(config), _ADVICE, others=True)
+
+
+def _rules(config: PatchConfig) -> dict[str, TensorRule | str]:
+    """What the tensors of the packed layers have to be."""
+    rules: dict[str, TensorRule | str] = {}
     for name, layer in config.layers.items():
-        grid = tile_grid((layer["out_features"], layer["in_features"]))
-        _check_tensor(where, f"{name}.payload", tensors, "U8", (layer["payload_bytes"],))
-        _check_tensor(where, f"{name}.tile_is_sparse", tensors, "U8", tuple(grid))
-        if layer["bias"]:
-            _check_tensor(where, f"{name}.bias", tensors, HEADER_DTYPES[layer["dtype"]], (layer["out_features"],))
-        elif f"{name}.bias" in tensors:
-            raise ValueError(f"{where}: {name}.bias is present, config.json says the layer has none; export again")
-        if f"{name}.weight" in tensors:
-            raise ValueError(f"{where}: {name} has a dense weight beside the packed one; export the model again")
-
-
-def _check_tensor(
-    where: Path, name: str, tensors: Mapping[str, TensorInfo], dtype: str, shape: tuple[int, ...]
-) -> None:
-    info = tensors.get(name)
-    if info is None or info.dtype != dtype or info.shape != shape:
-        got = "nothing" if info is None else f"{info.dtype} {info.shape}"
-        raise ValueError(
-            f"{where}: {name}: expected {dtype} {shape} by config.json, found {got}; export the model again"
-        )
+        out_features = layer["out_features"]
+        bias = TensorRule((BY_NAME[layer["dtype"]].header,), (out_features,))
+        rules[f"{name}.payload"] = TensorRule(("U8",), (layer["payload_bytes"],))
+        rules[f"{name}.tile_is_sparse"] = TensorRule(("U8",), tuple(tile_grid((out_features, layer["in_features"]))))
+        rules[f"{name}.bias"] = bias if layer["bias"] else "no bias by config.json"
+        rules[f"{name}.weight"] = "no dense weight beside the packed one"
+    return rules

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from torch import nn
-from transformers import AutoModelForCausalLM
+from pydantic import Field
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from patch.files.folder import resolve_folder
 from patch.files.safetensors_header import read_header
+from patch.files.schema import Says, listed, parse, record
 from patch.files.strict_json import read_json
 from patch.models.adapted_linear import ADAPTER_KEYS
 from patch.packed.quantizer import verification
 
+_ADVICE = "Export the model, or copy the whole folder, again."
+_USE_ARTIFACT = "Put the artifact of compress on the dense model instead (--masks, or patch.slim)."
+_Shard = Annotated[
+    str,
+    Field(pattern=r"^[^/\x00]+\.safetensors$"),
+    Says("plain names of safetensors files", "Do not load it."),
+]
 
-def load(path: str | os.PathLike, *, verify: bool = True, **kwargs: Any) -> nn.Module:
+
+@record(others=True)
+class _Index:
+    """Contents of model.safetensors.index.json: the file of each tensor."""
+
+    weight_map: Annotated[dict[str, _Shard], Field(min_length=1)]
+
+
+def load(path: str | os.PathLike, *, verify: bool = True, **kwargs: Any) -> PreTrainedModel:
     """Causal language model from a folder of save_packed, save_dense or save_pretrained, or a hub id.
 
     verify   check the SHA-256 of every packed layer
@@ -32,40 +48,31 @@ def load(path: str | os.PathLike, *, verify: bool = True, **kwargs: Any) -> nn.M
     elif name.startswith((".", "/", "~")) or os.path.lexists(name) or name.count("/") > 1:
         raise FileNotFoundError(f"expected a folder with a model at {name}, found none; check the path")
     with verification(verify):
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
-    if dropped := [str(key) for key in info.get("unexpected_keys", ()) if str(key).endswith(ADAPTER_KEYS)]:
-        raise ValueError(
-            f"{name}: expected a model without adapters, found {len(dropped)} tensors of them: {sorted(dropped)[:2]}; "
-            "put the artifact of compress on the dense model instead (--masks, or patch.slim)"
-        )
-    for problem in ("missing_keys", "mismatched_keys"):
-        if keys := info.get(problem):
-            raise ValueError(
-                f"{name}: expected every tensor of {type(model).__name__}, found {len(keys)} "
-                f"{problem.replace('_', ' ')}: {[str(key) for key in sorted(keys)][:5]}; export the model "
-                "again"
-            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    model: PreTrainedModel
+    model, info = loaded
+    dropped = [key for key in info.get("unexpected_keys", ()) if str(key).endswith(ADAPTER_KEYS)]
+    for expected, keys, what, advice in (
+        ("a model without adapters", dropped, "tensors of adapters", _USE_ARTIFACT),
+        (f"every tensor of {type(model).__name__}", info.get("missing_keys"), "missing keys", _ADVICE),
+        (f"every tensor of {type(model).__name__}", info.get("mismatched_keys"), "mismatched keys", _ADVICE),
+    ):
+        if keys:
+            raise ValueError(f"{name}: expected {expected}, found {what}: {listed(sorted(map(str, keys)))}. {advice}")
     return model
 
 
 def _check_folder(folder: Path) -> None:
     """What transformers would answer with an obscure error, or follow out of the folder."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: expected config.json of a model, found none; give a folder made by export")
-    config = read_json(Path(os.path.realpath(folder / "config.json")))
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'}: expected a JSON object; export the model again")
     index = folder / "model.safetensors.index.json"
-    shards = {"model.safetensors"}
+    shards = ["model.safetensors"]
     if index.is_file():
-        weight_map = read_json(Path(os.path.realpath(index)))
-        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index}: expected a weight_map of file names; export the model again")
-        shards = set(weight_map.values())
-    for shard in sorted(shards):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: expected plain names of safetensors files, got {shard[:200]!r}; do not load it")
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / shard}: missing; copy the whole folder again")
-        read_header(os.path.realpath(folder / shard))
+        given = parse(_Index, read_json(Path(os.path.realpath(index))), f"{index}: ", _ADVICE)
+        shards = sorted(set(given.weight_map.values()))
+    for name in ("config.json", *shards):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: expected a file of the model, found none. {_ADVICE}")
+    config = folder / "config.json"
+    parse(dict[str, Any], read_json(Path(os.path.realpath(config))), f"{config}: ", _ADVICE)
+    for name in shards:
+        read_header(os.path.realpath(folder / name))

@@ -4,21 +4,76 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+from pydantic import AfterValidator, Field, model_validator
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from patch.files.strict_json import is_count
-from patch_kernels import TILE, payload_bytes, tile_grid
+from patch.files.schema import Count, Says, Sha256, Size, parse, record
+from patch_kernels import TILE, tile_grid
+from patch_kernels.ops.tile_linear import DENSE_TILE_BYTES, SPARSE_TILE_BYTES
+from patch_kernels.packed_dtype import BY_NAME, NAMES
 
 METHOD = "patch"
 FORMAT_VERSION = 1
 MAX_LAYERS = 100_000
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-HEADER_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
-_LAYER_KEYS = {"out_features", "in_features", "bias", "dtype", "payload_bytes", "sha256"}
+_ADVICE = "Export the model again."
+
+
+@record(kw_only=True)
+class PackedLayer:
+    """A packed layer as config.json describes it."""
+
+    out_features: Size
+    in_features: Size
+    bias: bool
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(BY_NAME)})$"), Says(NAMES)]
+    payload_bytes: Count
+    sha256: Sha256
+
+    @model_validator(mode="after")
+    def _whole_tiles(self) -> PackedLayer:
+        rows, cols = tile_grid((self.out_features, self.in_features))
+        low, high = rows * cols * SPARSE_TILE_BYTES, rows * cols * DENSE_TILE_BYTES
+        step = DENSE_TILE_BYTES - SPARSE_TILE_BYTES
+        if not low <= self.payload_bytes <= high or (self.payload_bytes - low) % step:
+            steps = f"{low} to {high} in steps of {step} for {rows}x{cols} tiles"
+            raise ValueError(f"expected payload_bytes of {steps}, got {self.payload_bytes}. {_ADVICE}")
+        return self
+
+
+def _module_paths(layers: dict[str, PackedLayer]) -> dict[str, PackedLayer]:
+    for name in layers:
+        if not re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) or len(name) > 512:
+            raise ValueError(f"expected module paths such as model.layers.0.mlp.up_proj, got {name[:200]!r}. {_ADVICE}")
+    dtypes = {layer.dtype for layer in layers.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"expected one dtype for all layers, got {sorted(dtypes)}. {_ADVICE}")
+    return layers
+
+
+@record(kw_only=True)
+class Description:
+    """The keys of quantization_config."""
+
+    quant_method: Annotated[str, Field(pattern=f"^{METHOD}$"), Says(repr(METHOD))]
+    format_version: Annotated[
+        int,
+        Field(ge=FORMAT_VERSION, le=FORMAT_VERSION),
+        Says(str(FORMAT_VERSION), "It was written by another version of patch-llm, install that one or export again."),
+    ]
+    tile: Annotated[
+        tuple[Annotated[int, Field(ge=TILE, le=TILE)], ...],
+        Field(min_length=2, max_length=2),
+        Says(f"[{TILE}, {TILE}]"),
+    ]
+    layers: Annotated[
+        dict[str, PackedLayer],
+        Field(min_length=1, max_length=MAX_LAYERS),
+        AfterValidator(_module_paths),
+        Says(f"1 to {MAX_LAYERS} layers by name"),
+    ]
 
 
 @register_quantization_config(METHOD)
@@ -39,64 +94,9 @@ class PatchConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: Any,
     ):
-        if quant_method != METHOD:
-            raise ValueError(f"quantization_config: expected quant_method {METHOD!r}, got {str(quant_method)[:80]!r}")
-        if not is_count(format_version) or format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"quantization_config: expected format_version {FORMAT_VERSION}, got "
-                f"{repr(format_version)[:40]}; it "
-                "was written by another version of patch-llm, install that one or export again"
-            )
-        if unknown:
-            raise ValueError(f"quantization_config: unknown keys {sorted(unknown)[:5]}; export the model again")
-        if not isinstance(tile, list | tuple) or list(tile) != [TILE, TILE] or not all(map(is_count, tile)):
-            raise ValueError(f"quantization_config: expected tile [{TILE}, {TILE}], got {str(tile)[:80]}")
-        if not isinstance(layers, Mapping) or not 0 < len(layers) <= MAX_LAYERS:
-            raise ValueError(
-                f"quantization_config: expected layers with 1 to {MAX_LAYERS} entries, got "
-                f"{len(layers) if isinstance(layers, Mapping) else type(layers).__name__}; export the model "
-                "again"
-            )
-        for name, layer in layers.items():
-            _check_layer(name, layer)
-        dtypes = {layer["dtype"] for layer in layers.values()}
-        if len(dtypes) > 1:
-            raise ValueError(f"quantization_config: expected one dtype for all layers, got {sorted(dtypes)}")
-        self.quant_method = METHOD
+        given = {"quant_method": quant_method, "format_version": format_version, "tile": tile, "layers": layers}
+        parse(Description, given | unknown, "quantization_config: ", _ADVICE)
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = FORMAT_VERSION
         self.tile = [TILE, TILE]
-        self.layers = {name: dict(layer) for name, layer in layers.items()}
-
-
-def _check_layer(name: Any, layer: Any) -> None:
-    where = f"quantization_config: layer {str(name)[:200]!r}"
-    if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) or len(name) > 512:
-        raise ValueError(f"{where}: expected a module path such as model.layers.0.mlp.up_proj")
-    if not isinstance(layer, Mapping) or set(layer) != _LAYER_KEYS:
-        got = sorted(map(str, layer))[:10] if isinstance(layer, Mapping) else type(layer).__name__
-        raise ValueError(f"{where}: expected the keys {sorted(_LAYER_KEYS)}, got {got}; export the model again")
-    for key in ("out_features", "in_features"):
-        if not is_count(layer[key]) or not 0 < layer[key] < 1 << 31:
-            raise ValueError(f"{where}: expected {key} of 1 to 2^31-1, got {str(layer[key])[:40]!r}")
-    if not isinstance(layer["bias"], bool):
-        raise ValueError(f"{where}: expected bias true or false, got {str(layer['bias'])[:40]!r}")
-    if not isinstance(layer["dtype"], str) or layer["dtype"] not in DTYPES:
-        raise ValueError(f"{where}: expected dtype {' or '.join(DTYPES)}, got {str(layer['dtype'])[:40]!r}")
-    rows, cols = tile_grid((layer["out_features"], layer["in_features"]))
-    dense, sparse = _tile_bytes()
-    size = layer["payload_bytes"]
-    low, high = rows * cols * sparse, rows * cols * dense
-    if not is_count(size) or not low <= size <= high or (size - low) % (dense - sparse):
-        raise ValueError(
-            f"{where}: expected payload_bytes of {low} to {high} in steps of {dense - sparse} for "
-            f"{rows}x{cols} tiles, "
-            f"got {str(size)[:40]!r}; export the model again"
-        )
-    if not isinstance(layer["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", layer["sha256"]):
-        raise ValueError(f"{where}: expected sha256 of 64 hex digits, got {str(layer['sha256'])[:80]!r}")
-
-
-def _tile_bytes() -> tuple[int, int]:
-    """Bytes of a dense and of a sparse tile."""
-    flag = torch.zeros(1, 1, dtype=torch.bool)
-    return payload_bytes(flag), payload_bytes(~flag)
+        self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}

@@ -18,11 +18,16 @@ import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from patch.models.checks import require_layer
 from patch.packed.headers import check_files
-from patch.packed.quantization_config import DTYPES, METHOD, PatchConfig
+from patch.packed.quantization_config import METHOD, PatchConfig
 from patch.packed.swap import layer_sha256, packed_layers, unpack_layers
 from patch_kernels import TiledLinear, payload_bytes, tile_grid
+from patch_kernels.checks import require_tensor
+from patch_kernels.packed_dtype import BY_NAME, BY_TORCH
 
+_ADVICE = "Load with AutoModelForCausalLM, and with the config.json that the weights were saved with."
+_DAMAGED = "The file was changed, copy it or export the model again."
 _verify: contextvars.ContextVar[bool] = contextvars.ContextVar("patch_verify", default=True)
 
 
@@ -30,6 +35,7 @@ _verify: contextvars.ContextVar[bool] = contextvars.ContextVar("patch_verify", d
 class PatchHfQuantizer(HfQuantizer):
     """Builds packed layers before loading and checks them after it; uses only hooks of transformers 5.17 to 5.24."""
 
+    quantization_config: PatchConfig
     requires_calibration = True  # only checkpoints that are packed already can be loaded
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -43,7 +49,7 @@ class PatchHfQuantizer(HfQuantizer):
         dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        config: PatchConfig = self.quantization_config
+        config = self.quantization_config
         for name, layer in config.layers.items():
             _check_module(model, name, layer)
         if checkpoint_files:
@@ -54,7 +60,7 @@ class PatchHfQuantizer(HfQuantizer):
                 layer["out_features"],
                 layer["bias"],
                 payload_bytes=layer["payload_bytes"],
-                dtype=DTYPES[layer["dtype"]],
+                dtype=BY_NAME[layer["dtype"]].torch,
                 device="meta",
             )
             model.set_submodule(name, packed)
@@ -96,14 +102,14 @@ def verification(enabled: bool) -> Iterator[None]:
         _verify.reset(token)
 
 
-def mark_packed(model: nn.Module) -> None:
+def mark_packed(model: Any) -> None:
     """Give a model with TiledLinear layers the attributes that transformers saves and loads by."""
     layers = {
         name: {
             "out_features": layer.out_features,
             "in_features": layer.in_features,
             "bias": layer.bias is not None,
-            "dtype": str(layer.weight_dtype).removeprefix("torch."),
+            "dtype": BY_TORCH[layer.weight_dtype].name,
             "payload_bytes": layer.payload.numel(),
             "sha256": layer_sha256(layer),
         }
@@ -116,7 +122,7 @@ def mark_packed(model: nn.Module) -> None:
     model.is_quantized = True
 
 
-def mark_dense(model: nn.Module) -> None:
+def mark_dense(model: Any) -> None:
     """Undo mark_packed."""
     for owner, name in (
         (model, "hf_quantizer"),
@@ -130,47 +136,29 @@ def mark_dense(model: nn.Module) -> None:
 
 
 def _check_module(model: nn.Module, name: str, layer: Mapping[str, Any]) -> None:
-    module = dict(model.named_modules()).get(name)
-    if not isinstance(module, nn.Linear):
-        found = "nothing" if module is None else type(module).__name__
-        raise ValueError(
-            f"quantization_config: expected a linear layer at {name!r} of {type(model).__name__}, found "
-            f"{found}; load "
-            "with AutoModelForCausalLM, and the config.json the weights were saved with"
-        )
-    expected = (layer["out_features"], layer["in_features"], layer["bias"])
-    if (module.out_features, module.in_features, module.bias is not None) != expected:
-        raise ValueError(
-            f"quantization_config: layer {name!r} is {expected[0]}x{expected[1]} with bias {expected[2]}, "
-            "the model's is "
-            f"{module.out_features}x{module.in_features} with bias {module.bias is not None}; use the "
-            "config.json the "
-            "weights were saved with"
-        )
-    if module.weight.dtype != DTYPES[layer["dtype"]]:
-        raise ValueError(
-            f"quantization_config: layer {name!r}: expected dtype {layer['dtype']} (as packed), got "
-            f"{module.weight.dtype}; leave dtype out, or load and call model.dequantize() for another dtype"
-        )
+    shape = (layer["out_features"], layer["in_features"])
+    module = require_layer(model, name, "quantization_config", _ADVICE, shape)
+    for what, expected, got, advice in (
+        ("bias", layer["bias"], module.bias is not None, _ADVICE),
+        ("dtype", BY_NAME[layer["dtype"]].torch, module.weight.dtype, "Leave dtype out, or call model.dequantize()."),
+    ):
+        if got != expected:
+            raise ValueError(
+                f"quantization_config: layer {name!r}: expected {what} {expected} as packed, got {got}. {advice}"
+            )
 
 
 def _check_loaded(name: str, layer: Mapping[str, Any], module: TiledLinear | None) -> None:
     if module is None or module.payload.is_meta or module.tile_is_sparse.is_meta:
-        raise ValueError(f"{name}: expected a packed layer after loading, found none; export the model again")
+        raise ValueError(f"{name}: expected a packed layer after loading, found none. {_DAMAGED}")
     flags = module.tile_is_sparse
-    grid = tuple(tile_grid((module.out_features, module.in_features)))
-    if tuple(flags.shape) != grid or flags.dtype != torch.uint8 or int(flags.max()) > 1:
-        raise ValueError(f"{name}: expected tile_is_sparse of 0 and 1 with shape {grid}; the file was damaged")
-    expected = payload_bytes(flags.bool())
-    if module.payload.numel() != layer["payload_bytes"] or expected != layer["payload_bytes"]:
-        raise ValueError(
-            f"{name}: expected a payload of {expected} bytes for its tiles, found {module.payload.numel()} "
-            "and "
-            f"{layer['payload_bytes']} in config.json; the file was damaged, export the model again"
-        )
-    if _verify.get() and layer_sha256(module) != layer["sha256"]:
-        raise ValueError(
-            f"{name}: the SHA-256 of the packed weight differs from config.json; the file was changed, copy "
-            "or export "
-            "it again"
-        )
+    grid = tile_grid((module.out_features, module.in_features))
+    require_tensor(f"{name}.tile_is_sparse", flags, dtypes=(torch.uint8,), shape=grid, advice=_DAMAGED)
+    if int(flags.max()) > 1:
+        raise ValueError(f"{name}.tile_is_sparse: expected flags of 0 and 1, got {int(flags.max())}. {_DAMAGED}")
+    sizes = [payload_bytes(flags.bool()), module.payload.numel(), layer["payload_bytes"]]
+    if len(set(sizes)) > 1:
+        got = f"{sizes[1]} and {sizes[2]} in config.json"
+        raise ValueError(f"{name}: expected a payload of {sizes[0]} bytes for its tiles, got {got}. {_DAMAGED}")
+    if _verify.get() and (found := layer_sha256(module)) != layer["sha256"]:
+        raise ValueError(f"{name}: expected a packed weight of SHA-256 {layer['sha256']}, got {found}. {_DAMAGED}")

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from patch.files.folder import write_folder
 from patch.files.strict_json import read_json
@@ -20,7 +20,7 @@ DEFAULT_SHARD = "5GB"
 
 
 def save_dense(
-    model: nn.Module, tokenizer: Any, path: str | os.PathLike, *, max_shard_size: str = DEFAULT_SHARD
+    model: PreTrainedModel, tokenizer: Any, path: str | os.PathLike, *, max_shard_size: str = DEFAULT_SHARD
 ) -> None:
     """Write an ordinary transformers folder: weights with zeros where pruned, no sparsity key in config.json.
 
@@ -37,28 +37,26 @@ def save_dense(
         _save(model, tokenizer, directory, max_shard_size)
         if "quantization_config" in read_json(directory / "config.json"):
             raise ValueError(
-                "expected a dense model, its config has a quantization_config of another method; dequantize it first"
+                "expected a dense model, got one with a quantization_config of another method; dequantize it"
             )
 
     write_folder(path, write)
 
 
 def save_packed(
-    model: nn.Module, tokenizer: Any, path: str | os.PathLike, *, max_shard_size: str = DEFAULT_SHARD
+    model: PreTrainedModel, tokenizer: Any, path: str | os.PathLike, *, max_shard_size: str = DEFAULT_SHARD
 ) -> None:
     """Write a packed model (patch.packed.pack_model); patch.load reads it.
 
     raises  ValueError when the model has no packed layer.
     """
     if not any(packed_layers(model)):
-        raise ValueError(
-            f"expected a packed model, got {type(model).__name__} without a packed layer; call "
-            "patch.packed.pack_model(model) first"
-        )
+        got = f"{type(model).__name__} without a packed layer"
+        raise ValueError(f"expected a packed model, got {got}; call patch.packed.pack_model(model) first")
     write_folder(path, lambda directory: _save(model, tokenizer, directory, max_shard_size))
 
 
-def _save(model: nn.Module, tokenizer: Any, directory: Path, max_shard_size: str) -> None:
+def _save(model: PreTrainedModel, tokenizer: Any, directory: Path, max_shard_size: str) -> None:
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,11 +21,9 @@ def unpack_layers(model: nn.Module, *, dtype: torch.dtype | None = None) -> None
     """Replace every packed layer by nn.Linear with zeros where pruned, in place; see convert.unpack_model."""
     names = [name for name, _ in packed_layers(model)]
     if not names:
-        raise ValueError(
-            f"expected a model with packed layers, got {type(model).__name__} without one; pack_model makes them"
-        )
+        raise ValueError(f"expected packed layers, got {type(model).__name__} without one; pack_model makes them")
     for name in names:
-        linear = model.get_submodule(name).to_linear()
+        linear = cast(TiledLinear, model.get_submodule(name)).to_linear()
         model.set_submodule(name, linear if dtype is None else linear.to(dtype))
 
 
@@ -32,7 +31,7 @@ def layer_sha256(layer: TiledLinear) -> str:
     """SHA-256 over the tile flags and the payload of a packed layer."""
     digest = hashlib.sha256()
     for buffer in (layer.tile_is_sparse, layer.payload):
-        digest.update(buffer.detach().cpu().contiguous().numpy())
+        digest.update(buffer.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 

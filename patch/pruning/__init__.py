@@ -1,23 +1,27 @@
-"""Pruning: magnitude, Wanda, SparseGPT and Thanos for one weight or a whole model, ProxSparse for a whole model.
+"""Pruning: one-shot methods for one weight or a whole model, ProxSparse for a whole model, compensation for any mask.
 
-A method is one module with a function `prune(weight, statistics, options) -> Pruned` and, if it needs
-calibration data, a class `Statistics` that takes a layer's inputs one sample at a time and keeps only what
-the method uses.
+A one-shot method is one module with a function `prune(weight, statistics, options) -> Pruned` and, if it needs
+calibration data, a class `Statistics` that takes a layer's inputs one sample at a time and keeps only what the method
+uses. The row of patch.pruning.registry says the rest (docs/inside/add_a_method.md).
 """
 
 from __future__ import annotations
 
-from patch.pruning.compensation import COMPENSATIONS, Compensation, compensate
-from patch.pruning.model import check_prunable, prune_model
-from patch.pruning.options import PATTERNS, PruneOptions
-from patch.pruning.proxsparse.training import ProxSparseConfig
-from patch.pruning.registry import LEARNED_METHODS, METHODS, Method, get_method, reference_method
-from patch.pruning.selection import Pruned
-from patch.pruning.weight import prune_weight
+from typing import TYPE_CHECKING
+
+from patch.files.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from patch.pruning.compensation import Compensation, compensate
+    from patch.pruning.model import check_prunable, prune_model
+    from patch.pruning.options import COMPENSATIONS, PATTERNS, PruneOptions
+    from patch.pruning.proxsparse.config import ProxSparseConfig
+    from patch.pruning.registry import METHODS, Method, get_method
+    from patch.pruning.selection import Pruned
+    from patch.pruning.weight import prune_weight
 
 __all__ = [
     "COMPENSATIONS",
-    "LEARNED_METHODS",
     "METHODS",
     "PATTERNS",
     "Compensation",
@@ -30,5 +34,23 @@ __all__ = [
     "get_method",
     "prune_model",
     "prune_weight",
-    "reference_method",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "COMPENSATIONS": "options",
+        "METHODS": "registry",
+        "PATTERNS": "options",
+        "Compensation": "compensation",
+        "Method": "registry",
+        "ProxSparseConfig": "proxsparse.config",
+        "PruneOptions": "options",
+        "Pruned": "selection",
+        "check_prunable": "model",
+        "compensate": "compensation",
+        "get_method": "registry",
+        "prune_model": "model",
+        "prune_weight": "weight",
+    },
+)

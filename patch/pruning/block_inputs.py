@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from patch.models.modes import block_device
-from patch.models.structure import decoder_blocks, decoder_of
+from patch.models.structure import decoder_blocks, decoder_of, input_embeddings
+
+_NO_CHAIN = "This architecture cannot be calibrated block by block; use method='magnitude'."
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def capture_block_inputs(
     """
     _, blocks = decoder_blocks(model)
     decoder = decoder_of(model)
-    hidden, calls = [], []
+    hidden: list[torch.Tensor] = []
+    calls: list[list[BlockCall]] = []
     for sample in range(len(token_ids)):
         ids = token_ids[sample : sample + 1]
         count = len(blocks) if sample < 2 else 1
@@ -93,7 +96,8 @@ def _capture_each(
     decoder: nn.Module, blocks: nn.ModuleList, token_ids: torch.Tensor, device: torch.device | str | None
 ) -> BlockInputs:
     """The calls of every block for every sample, each from a full run of the dense model."""
-    hidden, calls = [], []
+    hidden: list[torch.Tensor] = []
+    calls: list[list[BlockCall]] = []
     for sample in range(len(token_ids)):
         first_hidden, recorded = _record(decoder, blocks, token_ids[sample : sample + 1], len(blocks), device)
         hidden.append(first_hidden)
@@ -120,12 +124,9 @@ def _record(
         try:
             decoder(token_ids.to(_embedding_device(decoder)))
         except _Recorded:
-            return recorder.first_hidden, recorder.calls
-    raise ValueError(
-        f"expected the model to call its {len(blocks)} blocks in order, got {len(recorder.calls)} of the "
-        f"first {count} called. This architecture cannot be calibrated block by block; use "
-        "method='magnitude'."
-    )
+            return cast(torch.Tensor, recorder.first_hidden), recorder.calls
+    got = f"got {len(recorder.calls)} of the first {count} called"
+    raise ValueError(f"expected the model to call its {len(blocks)} blocks in order, {got}. {_NO_CHAIN}")
 
 
 class _Recorder:
@@ -160,11 +161,8 @@ class _Recorder:
 
     def _note(self, index: int, hidden: torch.Tensor, call: BlockCall) -> None:
         if index != len(self.calls) or (index > 0 and not self._is_previous(hidden)):
-            raise ValueError(
-                "expected a decoder whose blocks are called once, in order, each on the output of the one "
-                f"before, got another computation around block {index}. This architecture cannot be "
-                "calibrated block by block; use method='magnitude'."
-            )
+            wanted = "expected a decoder whose blocks are called once, in order, each on the output of the one before"
+            raise ValueError(f"{wanted}, got another computation around block {index}. {_NO_CHAIN}")
         if index == 0:
             self.first_hidden = hidden
         self.calls.append(call)
@@ -172,7 +170,8 @@ class _Recorder:
             raise _Recorded
 
     def _is_previous(self, hidden: torch.Tensor) -> bool:
-        return hidden is self._previous or torch.equal(hidden, self._previous.to(hidden.device))
+        previous = self._previous
+        return hidden is previous or torch.equal(hidden, cast(torch.Tensor, previous).to(hidden.device))
 
 
 def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple, dict[str, Any]]:
@@ -192,7 +191,7 @@ def _hidden_of(output: Any) -> torch.Tensor:
 
 
 def _embedding_device(decoder: nn.Module) -> torch.device:
-    embedding = decoder.get_input_embeddings() if hasattr(decoder, "get_input_embeddings") else decoder
+    embedding = input_embeddings(decoder) if hasattr(decoder, "get_input_embeddings") else decoder
     return block_device(embedding)
 
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from patch.evaluate.cross_entropy import perplexity
-from patch.models.checks import check_calibration, check_device
+from patch.files.schema import require_choice
+from patch.models.checks import check_device, require_tokens
 from patch.models.keep_masks import check_keep_masks, set_keep_mask
 from patch.models.structure import decoder_blocks
 from patch.pruning.hessian import Statistics, damped_until, eliminate, full_precision, inverse_factor, inverse_of
-from patch.pruning.options import PruneOptions
+from patch.pruning.options import Precision, PruneOptions
 from patch.pruning.selection import Pruned, check_updated, check_weight, working_dtype
 from patch.pruning.sequential import update_blocks
 from patch.pruning.sparsegpt import sweep
@@ -50,7 +51,8 @@ class Compensation:
     @property
     def is_worse(self) -> bool:
         """Whether the held-out perplexity rose; False without held-out text."""
-        return self.perplexity_before is not None and not self.perplexity_after <= self.perplexity_before
+        before, after = self.perplexity_before, self.perplexity_after
+        return before is not None and after is not None and not after <= before
 
 
 def compensate(
@@ -61,7 +63,7 @@ def compensate(
     heldout: Tensor | None = None,
     method: str = "least_squares",
     damping: float = 0.01,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     block_size: int = 128,
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
@@ -87,13 +89,12 @@ def compensate(
 
     Blocks are updated in order, each from the inputs that the updated blocks before it produce.
     """
-    if method not in COMPENSATIONS:
-        raise ValueError(f"method: expected one of {', '.join(COMPENSATIONS)}, got {method!r}. Choose one of them.")
+    require_choice("method", method, COMPENSATIONS)
     options = PruneOptions("unstructured", 0.0, block_size, damping, precision=precision)
     linears = check_keep_masks(model, keep_masks, exclude)
-    check_calibration(model, calibration)
+    require_tokens(model, calibration, "calibration")
     if heldout is not None:
-        check_calibration(model, heldout)
+        require_tokens(model, heldout, "heldout")
     decoder_blocks(model)
     check_device(device)
     for name, linear in linears.items():
@@ -101,10 +102,8 @@ def compensate(
     masks = {name: keep_masks[name].to(linear.weight.device) for name, linear in linears.items()}
     pruned = {name: linear for name, linear in linears.items() if not masks[name].all()}
     if pruned and all(not linear.weight[~masks[name]].any() for name, linear in pruned.items()):
-        raise ValueError(
-            "model: expected its dense weights, got a model in which everything the masks prune is 0 already. "
-            "Load the dense model and pass the masks."
-        )
+        got = "a model in which everything the masks prune is 0 already"
+        raise ValueError(f"model: expected its dense weights, got {got}. Load the dense model and pass the masks.")
     before = None
     if heldout is not None:
         with _masked(linears, masks):
@@ -115,10 +114,11 @@ def compensate(
         keep = masks[name].to(linear.weight.device)
         with full_precision():
             weight = compensated(linear.weight, keep, statistics.hessian, method=method, options=options)
-            errors[name] = tuple(
+            before, after = (
                 output_error(v, linear.weight, statistics.hessian)
                 for v in (linear.weight.masked_fill(~keep, 0), weight)
             )
+            errors[name] = before, after
         return Pruned(weight, keep)
 
     for name in linears.keys() - pruned.keys():

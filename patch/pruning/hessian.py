@@ -66,11 +66,8 @@ def damped_until(hessian: Tensor, damping: float, attempt: Callable[[Tensor], _R
                 raised,
             )
             damping = raised
-    raise ValueError(
-        "expected a Hessian that becomes positive definite with damping, got one that does not with "
-        f"{damping:g} of its mean diagonal. Give more calibration samples, use fp32 activations, or another "
-        "method."
-    )
+    got = f"got one that does not with {damping:g} of its mean diagonal. Give more calibration samples"
+    raise ValueError(f"expected a Hessian that becomes positive definite with damping, {got}, or use fp32.")
 
 
 def inverse_factor(damped: Tensor) -> Tensor | None:
@@ -133,7 +130,7 @@ def eliminate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor | None:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """fp32 products without TF32 or bf16 shortcuts, which are too coarse for a matrix that is inverted."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from patch.models.checks import check_calibration, check_device
-from patch.models.keep_masks import apply_keep_masks, set_keep_mask
+from patch.models.checks import check_device, require_tokens
+from patch.models.keep_masks import apply_keep_masks, keep_mask_of, set_keep_mask
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, maskable_linears
-from patch.pruning.options import PruneOptions
-from patch.pruning.proxsparse.training import ProxSparseConfig, check_learnable, learn_masks
+from patch.pruning.options import Pattern, Precision, PruneOptions
+from patch.pruning.proxsparse.config import ProxSparseConfig
 from patch.pruning.registry import Method, get_method, make_options
 from patch.pruning.selection import check_weight
 from patch.pruning.sequential import store, update_blocks
@@ -24,13 +24,13 @@ def prune_model(
     model: nn.Module,
     method: str,
     *,
-    pattern: str = "2:4",
+    pattern: Pattern = "2:4",
     sparsity: float = 0.5,
     calibration: torch.Tensor | None = None,
     shift_zero_metrics: bool = False,
     block_size: int | None = None,
     damping: float = 0.01,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     prox: ProxSparseConfig | None = None,
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
@@ -55,19 +55,12 @@ def prune_model(
     chosen = get_method(method)
     options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     if chosen.needs_calibration and calibration is None:
-        raise ValueError(
-            f"calibration: expected token ids for method '{method}', got none. Pass windows of (samples, "
-            "seqlen) token ids, or use method='magnitude'."
-        )
-    if chosen.is_learned:
-        if pattern != "2:4":
-            raise ValueError(
-                f"pattern: expected 2:4 for method '{method}', whose regulariser knows no other, got {pattern}. Use "
-                "wanda for an unstructured mask."
-            )
-        masks = learn_masks(model, calibration, prox, exclude=exclude, device=device, progress=progress)
+        advice = "Pass windows of (samples, seqlen) token ids, or use method='magnitude'."
+        raise ValueError(f"calibration: expected token ids for method '{method}', got none. {advice}")
+    if chosen.learns:
+        masks = chosen.code.learn_masks(model, calibration, prox, exclude=exclude, device=device, progress=progress)
         apply_keep_masks(model, masks, exclude=exclude)
-        return {name: model.get_submodule(name).keep_mask for name in masks}
+        return {name: keep_mask_of(model.get_submodule(name)) for name in masks}
     if prox is not None:
         raise ValueError(f"prox: expected None for method '{method}', got settings of prox_sparse. Leave it out.")
     linears = check_prunable(model, chosen, options, calibration, exclude=exclude, device=device)
@@ -75,22 +68,22 @@ def prune_model(
     if options.sparsity == 0:
         for linear in linears.values():
             set_keep_mask(linear, torch.ones_like(linear.weight, dtype=torch.bool))
-        return {name: linear.keep_mask for name, linear in linears.items()}
+        return {name: keep_mask_of(linear) for name, linear in linears.items()}
     # tqdm: None hides the bar when stderr is not a terminal.
     bar_options = {"desc": f"prune ({method})", "disable": None if progress else True}
-    if chosen.statistics is None:
+    if not chosen.reads_inputs:
         _prune_layers(chosen, linears, options, device, bar_options)
     else:
         update_blocks(
             model,
             linears,
-            calibration,
+            cast(torch.Tensor, calibration),
             lambda weight: chosen.new_statistics(weight, options),
             lambda name, linear, statistics: chosen.prune(linear.weight, statistics, options),
             device=device,
             bar_options=bar_options,
         )
-    return {name: linear.keep_mask for name, linear in linears.items()}
+    return {name: keep_mask_of(linear) for name, linear in linears.items()}
 
 
 def check_prunable(
@@ -103,11 +96,11 @@ def check_prunable(
     device: torch.device | str | None = None,
 ) -> dict[str, nn.Linear]:
     """The layers `prune_model` prunes; raises what it raises for this model, these weights and token ids."""
-    if method.is_learned:
-        return check_learnable(model, calibration, exclude=exclude, device=device)
+    if method.learns:
+        return method.code.check_learnable(model, calibration, exclude=exclude, device=device)
     linears = maskable_linears(model, exclude)
-    if method.statistics is not None:
-        check_calibration(model, calibration)
+    if method.reads_inputs:
+        require_tokens(model, calibration, "calibration")
         decoder_blocks(model)
     check_device(device)
     for name, linear in linears.items():

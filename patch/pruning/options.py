@@ -2,64 +2,49 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from patch.files.schema import Says, record
+from patch.settings import AtLeastOne, setting
 
 GROUP = 4
-PATTERNS = ("2:4", "unstructured")
-PRECISIONS = ("fp32", "fp64")
+Pattern = Literal["2:4", "unstructured"]
+Precision = Literal["fp32", "fp64"]
+CompensationMethod = Literal["least_squares", "sparsegpt"]
+PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
+COMPENSATIONS: tuple[CompensationMethod, ...] = get_args(CompensationMethod)
 DEFAULT_BLOCK_SIZE = 128
+DEFAULT_NSAMPLES = 128
+DEFAULT_SEQLEN = 2048
+
+ShareBelowOne = Annotated[
+    float, Field(ge=0, lt=1), Says("a share of zeros from 0 up to but not including 1", "Write 0.45 for 45 %.")
+]
+Damping = Annotated[
+    float, Field(ge=0), Says("a finite share of the mean diagonal, 0 or more", "The usual one is 0.01.")
+]
 
 
-@dataclass(frozen=True)
+@record
 class PruneOptions:
-    """How to prune; checked when made. Fields as in `patch.pruning.prune_weight`."""
+    """How to prune; fields as in `patch.pruning.prune_weight`. raises ValueError naming the field."""
 
-    pattern: str = "2:4"
-    sparsity: float = 0.5
-    block_size: int = DEFAULT_BLOCK_SIZE
-    damping: float = 0.01
+    pattern: Pattern = "2:4"
+    sparsity: ShareBelowOne = 0.5
+    block_size: AtLeastOne = setting(DEFAULT_BLOCK_SIZE, "columns treated at once")
+    damping: Damping = 0.01
     shift_zero_metrics: bool = False
-    precision: str = "fp32"
+    precision: Precision = "fp32"
 
-    def __post_init__(self) -> None:
-        if self.pattern not in PATTERNS:
-            raise ValueError(
-                f"pattern: expected one of {', '.join(PATTERNS)}, got {self.pattern!r}. Choose one of them."
-            )
-        if not _is_number(self.sparsity) or not 0 <= self.sparsity < 1:
-            raise ValueError(
-                "sparsity: expected a share of zeros from 0 up to but not including 1, got "
-                f"{self.sparsity!r}. Write 0.45 for 45 %."
-            )
+    @model_validator(mode="after")
+    def _fits_the_pattern(self) -> PruneOptions:
         if self.pattern == "2:4" and self.sparsity != 0.5:
-            raise ValueError(
-                f"sparsity: expected 0.5 for pattern 2:4, which prunes two of four, got {self.sparsity!r}. "
-                "Use pattern='unstructured' for another share."
-            )
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ValueError(
-                f"block_size: expected a positive number of columns, got {self.block_size!r}. The usual one is 128."
-            )
-        if self.pattern == "2:4" and self.block_size % GROUP:
-            raise ValueError(
-                f"block_size: expected a multiple of {GROUP} for pattern 2:4, got {self.block_size}. The "
-                "usual one is 128."
-            )
-        if not _is_number(self.damping) or not 0 <= self.damping < math.inf:
-            raise ValueError(
-                f"damping: expected a finite share of the mean diagonal, 0 or more, got {self.damping!r}. "
-                "The usual one is 0.01."
-            )
-        if not isinstance(self.shift_zero_metrics, bool):
-            raise TypeError(
-                f"shift_zero_metrics: expected True or False, got {self.shift_zero_metrics!r}. Pass a bool."
-            )
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}. fp32 is the usual one."
-            )
+            advice = "Use pattern='unstructured' for another share."
+            raise ValueError(f"sparsity: expected 0.5 for pattern 2:4, got {self.sparsity!r}. {advice}")
+        if self.pattern == "2:4":
+            from patch_kernels.checks import require_multiple  # brings torch, which help must not wait for
 
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+            require_multiple("block_size", self.block_size, GROUP, "Pattern 2:4 needs that; the usual one is 128.")
+        return self

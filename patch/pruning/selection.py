@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from patch.pruning.options import GROUP, PruneOptions
+from patch_kernels.checks import FLOATS, require_finite, require_multiple, require_tensor
 
 
 @dataclass(frozen=True)
@@ -27,61 +28,30 @@ class Pruned:
 
 def check_weight(weight: torch.Tensor, options: PruneOptions, label: str) -> None:
     """Refuse a weight that cannot be pruned with these options; `label` names it in the message."""
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.itemsize < 2:
-        kind = f"a {weight.dtype} tensor" if isinstance(weight, torch.Tensor) else type(weight).__name__
-        raise TypeError(
-            f"{label}: expected a floating-point weight (fp16, bf16, fp32 or fp64), got {kind}. Prune before "
-            "quantizing."
-        )
-    if weight.is_meta:
+    shape = ("out_features", "in_features")
+    advice = "Pass a Linear's weight, before quantizing."
+    require_tensor(label, weight, dtypes=FLOATS, shape=shape, advice=advice, error=TypeError)
+    if weight.device.type == "meta":
         raise ValueError(f"{label}: expected a weight with values, got one on the meta device. Load the model first.")
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(
-            f"{label}: expected a weight of shape (out_features, in_features), got {tuple(weight.shape)}. "
-            "Pass a Linear's weight."
-        )
-    if options.pattern == "2:4" and weight.shape[1] % GROUP:
-        raise ValueError(
-            f"{label}: expected in_features divisible by {GROUP} for pattern 2:4, got {weight.shape[1]}. "
-            "Exclude this layer or use pattern='unstructured'."
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError(
-            f"{label}: expected finite weights, got {int((~torch.isfinite(weight)).sum())} that are NaN or "
-            "infinite. The checkpoint is damaged or overflowed its dtype; load it in bf16 or fp32."
-        )
+    if options.pattern == "2:4":
+        advice = "Leave it dense with exclude, or prune with pattern='unstructured'."
+        require_multiple(f"{label}, in_features for pattern 2:4", weight.shape[1], GROUP, advice)
+    require_finite(label, weight, "The checkpoint is damaged or overflowed its dtype; load it in bf16 or fp32.")
 
 
 def check_inputs(x: torch.Tensor, in_features: int, device: torch.device, label: str) -> None:
     """Refuse one calibration sample that does not fit the layer; `label` names it in the message."""
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        kind = f"a {x.dtype} tensor" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(
-            f"{label}: expected a floating-point tensor (tokens, in_features), got {kind}. Pass activations."
-        )
-    if x.dim() != 2 or x.shape[1] != in_features:
-        raise ValueError(
-            f"{label}: expected shape (tokens, {in_features}), got {tuple(x.shape)}. "
-            "Pass one 2-D tensor of the layer's inputs per sample."
-        )
-    if x.shape[0] == 0:
-        raise ValueError(f"{label}: expected at least one token, got {tuple(x.shape)}. Drop empty samples.")
-    if x.device != device:
-        raise ValueError(f"{label}: expected the weight's device {device}, got {x.device}. Move one of them.")
-    if not torch.isfinite(x).all():
-        raise ValueError(
-            f"{label}: expected finite calibration inputs, got {int((~torch.isfinite(x)).sum())} NaN or "
-            "infinite values. Run the model in bf16 or fp32; fp16 activations overflow in some models."
-        )
+    shape = ("tokens", in_features)
+    advice = "Pass the layer's inputs, one 2-D tensor per sample with tokens, on the weight's device."
+    require_tensor(label, x, dtypes=FLOATS, shape=shape, device=device, advice=advice, error=TypeError)
+    advice = "Run the model in bf16 or fp32; fp16 activations overflow in some models."
+    require_finite(f"{label}, calibration inputs", x, advice)
 
 
 def check_updated(weight: torch.Tensor) -> None:
     """Refuse updated weights that left the range of their dtype."""
-    if not torch.isfinite(weight).all():
-        raise ValueError(
-            f"expected updated weights within the range of {weight.dtype}, got NaN or infinite ones. Prune "
-            "in fp32 or bf16, raise damping, or give more calibration samples."
-        )
+    advice = "Prune in fp32 or bf16, raise damping, or give more calibration samples."
+    require_finite(f"updated weights in {weight.dtype}", weight, advice)
 
 
 def working_dtype(weight: torch.Tensor, precision: str = "fp32") -> torch.dtype:

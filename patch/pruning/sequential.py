@@ -69,10 +69,8 @@ def _update_block(
         # Popped: a Hessian is as large as a layer and is of no use once its layer is updated.
         gathered = statistics.pop(name)
         if gathered.samples == 0:
-            raise ValueError(
-                f"layer '{name}': expected to see calibration inputs, got none; its block does not call it "
-                "for these samples. Put it in exclude."
-            )
+            wanted = "expected to see calibration inputs, got none"
+            raise ValueError(f"layer '{name}': {wanted}. Its block skips it; put it in exclude.")
         try:
             updated = update(name, linear, gathered)
         except ValueError as error:
@@ -84,7 +82,7 @@ def _update_block(
 def _observed(linears: Mapping[str, nn.Linear], statistics: Mapping[str, Any]) -> Iterator[None]:
     """Feed what each layer is called with to its statistics during the body."""
 
-    def observer(name: str):
+    def observer(name: str) -> Callable[..., None]:
         def observe(linear: nn.Linear, args: tuple, kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             x = x.reshape(-1, x.shape[-1])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from patch.pruning.options import Pattern, Precision
 from patch.pruning.registry import METHODS, get_method, make_options
 from patch.pruning.selection import Pruned, check_inputs, check_weight
 
@@ -15,13 +16,13 @@ def prune_weight(
     weight: torch.Tensor,
     method: str,
     *,
-    pattern: str = "2:4",
+    pattern: Pattern = "2:4",
     sparsity: float = 0.5,
     inputs: Sequence[torch.Tensor] | None = None,
     block_size: int | None = None,
     damping: float = 0.01,
     shift_zero_metrics: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> Pruned:
     """Prune one weight (N, K); nothing is changed in place.
 
@@ -44,36 +45,31 @@ def prune_weight(
     pruned from the lower column up. Raises ValueError or TypeError before any work.
     """
     chosen = get_method(method)
-    if chosen.is_learned:
-        raise ValueError(
-            f"method: expected one that prunes a single weight ({', '.join(METHODS)}), got '{method}', which learns "
-            "the masks of a whole model. Use patch.pruning.prune_model."
-        )
+    if chosen.learns:
+        able = [name for name, row in METHODS.items() if not row.learns]
+        wanted = f"expected one that prunes a single weight ({', '.join(able)}), got '{method}'"
+        raise ValueError(f"method: {wanted}, which learns all masks of a model. Use patch.pruning.prune_model.")
     options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     check_weight(weight, options, "weight")
-    if chosen.statistics is not None:
-        _check_samples(inputs, weight, method)
+    samples = _check_samples(inputs, weight, method) if chosen.reads_inputs else ()
     if options.sparsity == 0:
         return Pruned(weight.detach().clone(), torch.ones_like(weight, dtype=torch.bool))
     statistics = None
-    if chosen.statistics is not None:
+    if chosen.reads_inputs:
         statistics = chosen.new_statistics(weight, options)
-        for x in inputs:
+        for x in samples:
             statistics.add(x)
     return chosen.prune(weight, statistics, options)
 
 
-def _check_samples(inputs: Sequence[torch.Tensor] | None, weight: torch.Tensor, method: str) -> None:
+def _check_samples(inputs: Sequence[torch.Tensor] | None, weight: torch.Tensor, method: str) -> Sequence[torch.Tensor]:
+    """The calibration inputs, checked."""
     if inputs is not None and not isinstance(inputs, (list, tuple)):
-        raise TypeError(
-            f"inputs: expected a list of (tokens, in_features) tensors, one per calibration sample, got "
-            f"{type(inputs).__name__}. Wrap a single sample in a list."
-        )
+        got = type(inputs).__name__
+        raise TypeError(f"inputs: expected a list of (tokens, in_features) tensors, got {got}. Wrap a single one.")
     if not inputs:
-        raise ValueError(
-            f"inputs: expected calibration inputs for method '{method}', got "
-            f"{'none' if inputs is None else 'an empty list'}. Pass one (tokens, in_features) tensor per "
-            "sample, or use method='magnitude'."
-        )
+        got = f"got {'none' if inputs is None else 'an empty list'}. Pass one tensor per sample, or use magnitude."
+        raise ValueError(f"inputs: expected calibration inputs for method '{method}', {got}")
     for index, x in enumerate(inputs):
         check_inputs(x, weight.shape[1], weight.device, f"inputs[{index}]")
+    return inputs

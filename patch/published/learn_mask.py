@@ -16,7 +16,7 @@ from patch.evaluate.zero_shot import lm_eval_model
 from patch.learn.config import LearnConfig
 from patch.learn.run import learn
 from patch.models.keep_masks import keep_masks
-from patch.published.mask_args import _config_fields, _sequence_length, config_from_mask_args
+from patch.published.mask_args import config_fields, config_from_mask_args, read_mask_args
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +41,15 @@ def learn_from(
     hub: Mapping[str, Any],
 ) -> tuple[nn.Module, Any]:
     """The work of patch.fine_tune_mask.learn_mask, see there; hub goes to from_pretrained."""
-    config_options = {key: value for key, value in options.items() if key in _config_fields()}
-    known = (*_config_fields(), *_DATA_OPTIONS, *_LEARN_OPTIONS)
+    config_options = {key: value for key, value in options.items() if key in config_fields()}
+    known = (*config_fields(), *_DATA_OPTIONS, *_LEARN_OPTIONS)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(
             f"learn_mask: expected known options, got {', '.join(unknown)}; valid: {', '.join(sorted(known))}"
         )
     config = config_from_mask_args(mask_args, **config_options)
-    sequence_length = _sequence_length(mask_args)
+    sequence_length = read_mask_args(mask_args)[0].fine_tuning_sequence_length
     masks, scores = _read_compressed(compressed_model, config)
     if wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError(
@@ -97,7 +97,7 @@ def _read_compressed(compressed_model: nn.Module, config: LearnConfig) -> tuple[
         for name, module in modules.items()
         if isinstance(getattr(module, "distribution_scores", None), Tensor)
     }
-    if config.mode != "mask_llm" and scores and len(scores) != len(masks):
+    if config.mode != "maskllm" and scores and len(scores) != len(masks):
         missing = [name for name in masks if name not in scores]
         raise ValueError(
             f"compressed_model: expected distribution_scores on every pruned layer, {missing[0]} has none; "

@@ -10,36 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from patch.artifacts.apply import apply_artifact
 from patch.artifacts.artifact import Artifact, load_artifact, save_artifact
 from patch.artifacts.foreign import locate, read_masks
 from patch.data.sources import NAMED_SETS
 from patch.data.tokens import calibration_windows, training_blocks
 from patch.files.folder import resolve_folder
 from patch.files.regular import file_sha256
-from patch.models.facts import config_fingerprint, context_length, model_fingerprint, model_name, versions
+from patch.models.checks import require_trained_dtype
+from patch.models.facts import config_fingerprint, model_fingerprint, model_name, versions, within_context
 from patch.models.keep_masks import apply_keep_masks
-from patch.models.structure import maskable_linears
-from patch.priors import tile_scores
-from patch.pruning import check_prunable, get_method, prune_model, reference_method
-from patch.published.prune_args import (
-    MASKLLM,
-    _check_ratio,
-    _compression,
-    _computed,
-    _is_calibrated,
-    _prune_args,
-    _pruning,
-    _tile,
-)
-from patch.slim import CompressOptions, compress_model
-from patch.slim.compress import adapters, restore_compression, stored_options
-from patch.slim.fine_tune import DEFAULT_BLOCK_SIZE, DEFAULT_BLOCKS, FineTuneOptions, check_trainable, fine_tune
+from patch.models.structure import linear_at, maskable_linears
+from patch.pruning.model import check_prunable, prune_model
+from patch.pruning.options import DEFAULT_SEQLEN
+from patch.pruning.tile_scores import reference_tile_scores
+from patch.published.prune_args import PruneArgs, Target, read_prune_args, read_target
+from patch.slim.compress import adapters, compress_model
+from patch.slim.fine_tune import fine_tune
+from patch.slim.options import DEFAULT_BLOCK_SIZE, DEFAULT_BLOCKS, CompressOptions, FineTuneOptions
 
 logger = logging.getLogger(__name__)
-DEFAULT_SEQLEN = 2048
 
 
 def prepare(
@@ -52,11 +44,10 @@ def prepare(
     seed: int,
 ) -> nn.Module:
     """The work of patch.utils.prepare_pruned_model; see there."""
-    args = _prune_args(prune_args)
-    tile = _tile(mask_tile_size)
-    _check_ratio("target_sparsity_ratio", target_sparsity_ratio)
-    meta = _meta(model, args, tile, target_sparsity_ratio, seed)
-    compress = _compression(args)
+    args = read_prune_args(prune_args)
+    target = read_target(mask_tile_size, target_sparsity_ratio)
+    meta = _meta(model, args, target, seed)
+    compress = args.compression()
     _check_further_steps(model, args, compress)
     folder = resolve_folder(checkpoint_name, must_exist=False)
     if os.path.lexists(folder) and not folder.is_dir():
@@ -70,34 +61,23 @@ def prepare(
                     f"{folder}: expected a result without {key}, the artifact was made with {key} = "
                     f"{artifact.meta[key]!r}; use the same prune_args or another checkpoint_name"
                 )
-        return _apply(model, artifact)
+        return load_prepared(model, artifact)
 
-    stored = _stored_masks(model, args) if args["prune_method"] == MASKLLM else None
-    blocks = _fine_tuning_blocks(model, tokenizer, args, seed) if args["fine_tune"] else None
+    stored = _stored_masks(model, args) if args.is_stored else None
+    blocks = _fine_tuning_blocks(model, tokenizer, args, seed) if args.fine_tune else None
     calibration, text_hash = None, None
-    if _is_calibrated(args):
+    if args.is_calibrated:
         calibration, text_hash = calibration_windows(
-            tokenizer,
-            args["calibration_dataset"],
-            nsamples=args["nsamples"],
-            seqlen=_seqlen(model),
-            seed=seed,
+            tokenizer, args.calibration_dataset, nsamples=args.samples, seqlen=_seqlen(model), seed=seed
         )
-    options = {key: args[key] for key in ("shift_zero_metrics", "precision", "damping", "block_size")}
+    options = {key: getattr(args, key) for key in ("shift_zero_metrics", "precision", "damping", "block_size")}
     options["calibration"] = calibration
     if stored is None:
-        check_prunable(model, get_method(args["prune_method"]), _pruning(args), calibration)
-    reference = copy.deepcopy(model)
-    reference_masks = prune_model(
-        reference,
-        reference_method(_computed(args["prune_method"])),
-        pattern="unstructured",
-        sparsity=target_sparsity_ratio,
-        **options,
+        check_prunable(model, args.method, args.pruning(), calibration)
+    scores = reference_tile_scores(
+        model, args.computed_method, target.target_sparsity_ratio, target.mask_tile_size, **options
     )
-    scores = {name: tile_scores(keep, tile) for name, keep in reference_masks.items()}
-    del reference, reference_masks
-    updated = None
+    updated: dict[str, Tensor] | None = None
     if stored is not None:
         masks = stored
         if not compress.is_active:
@@ -107,14 +87,14 @@ def prepare(
         pruned = copy.deepcopy(model) if compress.is_active else model
         masks = prune_model(
             pruned,
-            args["prune_method"],
-            pattern=args["sparsity_type"],
-            sparsity=args["sparsity_ratio"],
-            prox=args["prox_sparse"],
+            args.prune_method,
+            pattern=args.sparsity_type,
+            sparsity=args.sparsity_ratio,
+            prox=args.own_settings,
             **options,
         )
-        if compress.is_active and get_method(args["prune_method"]).updates_weights:
-            updated = {name: pruned.get_submodule(name).weight for name in masks}
+        if compress.is_active and args.method.updates_weights:
+            updated = {name: linear_at(pruned, name).weight for name in masks}
         del pruned  # a copy of the whole model
     if compress.is_active:
         compress_model(
@@ -123,11 +103,11 @@ def prepare(
             compress,
             weights=updated,
             calibration=calibration,
-            shift_zero_metrics=args["shift_zero_metrics"],
+            shift_zero_metrics=args.shift_zero_metrics,
         )
     if blocks is not None:
         fine_tune(model, blocks, FineTuneOptions(seed=seed))
-    weights = {name: model.get_submodule(name).weight.detach() for name in masks}
+    weights = {name: linear_at(model, name).weight.detach() for name in masks}
     save_artifact(
         folder,
         masks,
@@ -140,45 +120,44 @@ def prepare(
     return model
 
 
-def _meta(model: nn.Module, args: dict[str, Any], tile: tuple[int, int], target: float, seed: int) -> dict[str, Any]:
+def _meta(model: nn.Module, args: PruneArgs, target: Target, seed: int) -> dict[str, Any]:
     """What a checkpoint must have been made with to be reused."""
-    method = args["prune_method"]
     meta = {
         "config_fingerprint": config_fingerprint(model.config),
         "model_fingerprint": model_fingerprint(model),
-        "method": method,
-        "pattern": args["sparsity_type"],
-        "sparsity": args["sparsity_ratio"],
-        "target_sparsity": target,
-        "tile": list(tile),
+        "method": args.prune_method,
+        "pattern": args.sparsity_type,
+        "sparsity": args.sparsity_ratio,
+        "target_sparsity": target.target_sparsity_ratio,
+        "tile": list(target.mask_tile_size),
     }
-    if method == MASKLLM:
-        meta["maskllm_sha256"] = file_sha256(Path(os.path.realpath(locate(args["maskllm_checkpoint"]))))
-    if args["prox_sparse"] is not None:
-        meta["prox_sparse"] = dataclasses.asdict(args["prox_sparse"])
-    if _is_calibrated(args):
+    if args.maskllm_checkpoint is not None:
+        meta["maskllm_sha256"] = file_sha256(Path(os.path.realpath(locate(args.maskllm_checkpoint))))
+    if args.own_settings is not None:
+        meta[args.prune_method] = dataclasses.asdict(args.own_settings)
+    if args.is_calibrated:
         meta |= {
-            "calibration": _source_identity(args["calibration_dataset"]),
-            "nsamples": args["nsamples"],
+            "calibration": _source_identity(args.calibration_dataset),
+            "nsamples": args.samples,
             "seqlen": _seqlen(model),
             "seed": seed,
-            "shift_zero_metrics": args["shift_zero_metrics"],
-            "precision": args["precision"],
+            "shift_zero_metrics": args.shift_zero_metrics,
+            "precision": args.precision,
         }
-    if get_method(_computed(method)).updates_weights:
-        meta |= {"damping": args["damping"], "block_size": _pruning(args).block_size}
-    if _compression(args).is_active:
-        meta["compression"] = _compression(args).as_dict()
-    if args["fine_tune"]:
-        meta["fine_tune"] = {"data": _source_identity(args["fine_tune_dataset"]), "seed": seed}
+    if args.method.updates_weights:
+        meta |= {"damping": args.damping, "block_size": args.pruning().block_size}
+    if args.compression().is_active:
+        meta["compression"] = args.compression().as_dict()
+    if args.fine_tune:
+        meta["fine_tune"] = {"data": _source_identity(args.fine_tune_dataset), "seed": seed}
     return meta
 
 
-def _stored_masks(model: nn.Module, args: Mapping[str, Any]) -> dict[str, Tensor]:
-    found = read_masks(args["maskllm_checkpoint"], model, allow_pt=True)
+def _stored_masks(model: nn.Module, args: PruneArgs) -> dict[str, Tensor]:
+    found = read_masks(args.maskllm_checkpoint or "", model, allow_pt=True)
     if found.pattern != "2:4":
         raise ValueError(
-            f"prune_args: expected 2:4 masks as maskllm_checkpoint, {args['maskllm_checkpoint']} holds the pattern "
+            f"prune_args: expected 2:4 masks as maskllm_checkpoint, {args.maskllm_checkpoint} holds the pattern "
             f"{found.pattern!r}; take it with `patch-llm import-masks`"
         )
     return found.masks
@@ -190,34 +169,30 @@ def _source_identity(source: str | os.PathLike) -> str:
     return os.fspath(source) if named else file_sha256(Path(os.path.realpath(source)))
 
 
-def _check_further_steps(model: nn.Module, args: dict[str, Any], compress: CompressOptions) -> None:
+def _check_further_steps(model: nn.Module, args: PruneArgs, compress: CompressOptions) -> None:
     """Refuse layers that compression or fine-tuning cannot work on before they are pruned."""
     for name, linear in maskable_linears(model).items():
         compress.check_shape(tuple(linear.weight.shape), f"layer '{name}'")
-        if args["fine_tune"]:
-            check_trainable(linear.weight, f"layer '{name}'")
+        if args.fine_tune:
+            require_trained_dtype(linear.weight, f"layer '{name}'")
 
 
-def _fine_tuning_blocks(model: nn.Module, tokenizer: Any, args: dict[str, Any], seed: int) -> Tensor:
+def _fine_tuning_blocks(model: nn.Module, tokenizer: Any, args: PruneArgs, seed: int) -> Tensor:
     options = FineTuneOptions(seed=seed)
-    block_size = min(DEFAULT_BLOCK_SIZE, context_length(model) or DEFAULT_BLOCK_SIZE)
-    blocks, _ = training_blocks(tokenizer, args["fine_tune_dataset"], block_size, max_blocks=DEFAULT_BLOCKS)
+    block_size = within_context(model, DEFAULT_BLOCK_SIZE)
+    blocks, _ = training_blocks(tokenizer, args.fine_tune_dataset, block_size, max_blocks=DEFAULT_BLOCKS)
     options.total_steps(len(blocks))  # refuses too little text
     return blocks
 
 
 def _seqlen(model: nn.Module) -> int:
     given = getattr(model, "seqlen", None)
-    return given if isinstance(given, int) else min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN)
+    return given if isinstance(given, int) else within_context(model, DEFAULT_SEQLEN)
 
 
-@torch.no_grad()
-def _apply(model: nn.Module, artifact: Artifact) -> nn.Module:
-    options = stored_options(artifact.meta.get("compression"))
-    apply_keep_masks(model, artifact.masks)  # refuses a wrong set of layers before it changes any
-    for name, weight in artifact.weights.items():
-        model.get_submodule(name).weight.copy_(weight.masked_fill(~artifact.masks[name], 0))
-    restore_compression(model, artifact.adapters, options)
+def load_prepared(model: nn.Module, artifact: Artifact) -> nn.Module:
+    """Put a result of `prepare` on the dense model."""
+    apply_artifact(model, artifact, every_layer=True)
     _attach_scores(model, artifact.tile_scores)
     return model
 

@@ -3,148 +3,172 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
 
 from patch import settings
 from patch.data.sources import LOCAL_SUFFIXES, NAMED_SETS
-from patch.pruning import ProxSparseConfig, PruneOptions, get_method, proxsparse
-from patch.pruning.registry import make_options
-from patch.slim import CompressOptions
+from patch.files.schema import Says, fields_of, record
+from patch.pruning.options import Damping, Pattern, Precision, PruneOptions
+from patch.pruning.proxsparse.config import ProxSparseConfig
+from patch.pruning.registry import Method, get_method, make_options
+from patch.settings import AtLeastOne, Share, Tile
+from patch.slim.options import CompressOptions
 
 MASKLLM = "maskllm"  # not a pruning method: the masks are those of prune_args["maskllm_checkpoint"]
-
-PRUNE_DEFAULTS: dict[str, Any] = {
-    "prune_method": "wanda",
-    "sparsity_type": "2:4",
-    "sparsity_ratio": 0.5,
-    "nsamples": 128,
-    "maskllm_checkpoint": None,
-    "optimizer_FT_pruning": "adamw_torch",
-    "calibration_dataset": "c4",
-    "eval_dataset": "wikitext2",
-    "shift_zero_metrics": False,
-    "precision": "fp32",
-    "damping": 0.01,
-    "block_size": None,
-    "fine_tune": False,
-    "prox_sparse": None,
-    "fine_tune_dataset": "slimpajama",
-} | CompressOptions().as_dict()
+_PUBLISHED_NAMES = {"method": "prune_method", "pattern": "sparsity_type", "sparsity": "sparsity_ratio"}
 
 
-def _prune_args(given: Mapping[str, Any] | Any) -> dict[str, Any]:
+def _path_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _source_is_there(name: str, info: ValidationInfo) -> str:
+    if name not in NAMED_SETS and not Path(name).is_file():
+        raise FileNotFoundError(
+            f"prune_args: {info.field_name}: expected one of {', '.join(sorted(NAMED_SETS))} or a local file "
+            f"({', '.join(LOCAL_SUFFIXES)}), got {name!r}. Check the path."
+        )
+    return name
+
+
+def _prox_config(value: Any) -> Any:
+    return settings.build(ProxSparseConfig, value, prefix="prox_sparse.") if isinstance(value, Mapping) else value
+
+
+PathText = Annotated[str, BeforeValidator(_path_text), Says("a name or path")]
+Source = Annotated[PathText, AfterValidator(_source_is_there)]
+ProxSettings = Annotated[
+    ProxSparseConfig | None, BeforeValidator(_prox_config), Says("a dict of settings, or ProxSparseConfig")
+]
+
+
+@record(kw_only=True)
+class PruneArgs(CompressOptions):
+    """prune_args under their published names, those of CompressOptions among them.
+
+    nsamples     None: what is usual for the method
+    prox_sparse  settings of prune_method "prox_sparse"
+    """
+
+    prune_method: str = "wanda"
+    sparsity_type: Pattern = "2:4"
+    sparsity_ratio: Share = 0.5
+    nsamples: AtLeastOne | None = None
+    maskllm_checkpoint: PathText | None = None
+    optimizer_FT_pruning: Literal["adamw_torch"] = "adamw_torch"
+    calibration_dataset: Source = "c4"
+    eval_dataset: Source = "wikitext2"
+    shift_zero_metrics: bool = False
+    precision: Precision = "fp32"
+    damping: Damping = 0.01
+    block_size: AtLeastOne | None = None
+    fine_tune: bool = False
+    prox_sparse: ProxSettings = None
+    fine_tune_dataset: Source = "slimpajama"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PruneArgs:
+        try:
+            self.pruning()
+        except ValueError as error:
+            # Names as the caller wrote them: "pattern: expected ..." and "Use pattern='...'".
+            names = rf"\b({'|'.join(_PUBLISHED_NAMES)})(?=[:=])"
+            raise ValueError(re.sub(names, lambda found: _PUBLISHED_NAMES[found[0]], str(error))) from None
+        if self.prox_sparse is not None and self.prune_method != "prox_sparse":
+            raise ValueError(
+                f"prox_sparse: expected only with prune_method 'prox_sparse', got it with {self.prune_method!r}. Leave "
+                "it out."
+            )
+        fixed_adapters = self.lora_rank == 0 or self.quantize_lora or self.prune_lora
+        if self.fine_tune and self.quantize_weight and fixed_adapters:
+            raise ValueError(
+                "expected fine_tune with weights or adapters that are not quantised, got quantised ones only. Set "
+                "lora_rank without quantize_lora and prune_lora, or leave fine_tune out."
+            )
+        if self.is_stored != (self.maskllm_checkpoint is not None):
+            raise ValueError(
+                f"expected prune_method 'maskllm' and maskllm_checkpoint together, got {self.prune_method!r} and "
+                f"{self.maskllm_checkpoint!r}. Give both or neither."
+            )
+        if self.is_stored and self.sparsity_type != "2:4":
+            raise ValueError(
+                f"expected sparsity_type '2:4' with prune_method 'maskllm', got {self.sparsity_type!r}. Leave it out."
+            )
+        return self
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the masks are not made but read, from maskllm_checkpoint."""
+        return self.prune_method == MASKLLM
+
+    @property
+    def computed_method(self) -> str:
+        """Name of the method that is run: a stored mask only needs its tiles scored, which is done by Wanda."""
+        return "wanda" if self.is_stored else self.prune_method
+
+    @property
+    def method(self) -> Method:
+        """The registered method that is run."""
+        return get_method(self.computed_method)
+
+    @property
+    def samples(self) -> int:
+        """Calibration samples."""
+        return self.method.nsamples if self.nsamples is None else self.nsamples
+
+    @property
+    def own_settings(self) -> Any:
+        """Settings of the method's own, the published ones where none are given; None for a method without."""
+        kind = self.method.settings_type
+        return None if kind is None else self.prox_sparse or kind()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the calibration set is read."""
+        return self.method.needs_calibration or self.compression().needs_calibration
+
+    def pruning(self) -> PruneOptions:
+        """Checked options of the pruning itself, with the method's block size where none is given."""
+        return make_options(
+            self.method,
+            self.sparsity_type,
+            self.sparsity_ratio,
+            self.block_size,
+            self.damping,
+            self.shift_zero_metrics,
+            self.precision,
+        )
+
+    def compression(self) -> CompressOptions:
+        """What is done on top of the masks."""
+        return CompressOptions(**{name: getattr(self, name) for name in fields_of(CompressOptions)})
+
+
+def read_prune_args(given: Mapping[str, Any] | Any) -> PruneArgs:
+    """Checked prune_args of a dict or a namespace. raises ValueError, TypeError or FileNotFoundError."""
     values = dict(given) if isinstance(given, Mapping) else dict(vars(given)) if hasattr(given, "__dict__") else None
     if values is None:
-        raise TypeError(f"prune_args: expected a dict or a namespace, got {type(given).__name__}")
-    if unknown := sorted(set(values) - set(PRUNE_DEFAULTS)):
-        raise ValueError(f"prune_args: unknown keys {unknown}; expected only {sorted(PRUNE_DEFAULTS)}")
-    args = PRUNE_DEFAULTS | values
-    if get_method(_computed(args["prune_method"])).is_learned:
-        args["nsamples"] = values.get("nsamples", proxsparse.DEFAULT_NSAMPLES)
-        args["prox_sparse"] = _prox_config(args["prox_sparse"])
-        if args["sparsity_type"] != "2:4":
-            raise ValueError(
-                f"prune_args: expected sparsity_type '2:4' for prox_sparse, got {args['sparsity_type']!r}; use wanda "
-                "for an unstructured mask"
-            )
-    elif args["prox_sparse"] is not None:
-        raise ValueError(
-            f"prune_args: expected prox_sparse only with prune_method 'prox_sparse', got it with "
-            f"{args['prune_method']!r}; leave it out"
-        )
-    _check_ratio("prune_args['sparsity_ratio']", args["sparsity_ratio"])
-    if args["sparsity_type"] not in ("2:4", "unstructured"):
-        raise ValueError(f"prune_args: expected sparsity_type '2:4' or 'unstructured', got {args['sparsity_type']!r}")
-    if args["sparsity_type"] == "2:4" and args["sparsity_ratio"] != 0.5:
-        raise ValueError(
-            f"prune_args: expected sparsity_ratio 0.5 for 2:4, got {args['sparsity_ratio']}; set it to 0.5"
-        )
-    if isinstance(args["nsamples"], bool) or not isinstance(args["nsamples"], int) or args["nsamples"] < 1:
-        raise ValueError(f"prune_args: expected nsamples >= 1, got {args['nsamples']!r}; the paper uses 128")
-    if args["optimizer_FT_pruning"] != "adamw_torch":
-        raise ValueError(
-            f"prune_args: expected optimizer_FT_pruning 'adamw_torch', got {args['optimizer_FT_pruning']!r}; "
-            "no other "
-            "optimizer is available"
-        )
-    for key in ("shift_zero_metrics", "fine_tune"):
-        if not isinstance(args[key], bool):
-            raise TypeError(f"prune_args: expected {key} True or False, got {args[key]!r}")
-    _pruning(args)
-    compress = _compression(args)
-    fixed_adapters = compress.lora_rank == 0 or compress.quantize_lora or compress.prune_lora
-    if args["fine_tune"] and compress.quantize_weight and fixed_adapters:
-        raise ValueError(
-            "prune_args: expected fine_tune with weights or adapters that are not quantised, got quantised ones only; "
-            "set lora_rank without quantize_lora and prune_lora, or leave fine_tune out"
-        )
-    checkpoint = args["maskllm_checkpoint"]
-    if (args["prune_method"] == MASKLLM) != (checkpoint is not None):
-        raise ValueError(
-            f"prune_args: expected prune_method 'maskllm' and maskllm_checkpoint together, got "
-            f"{args['prune_method']!r} and {checkpoint!r}; give both or neither"
-        )
-    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
-        raise TypeError(f"prune_args: expected maskllm_checkpoint as a name or path, got {type(checkpoint).__name__}")
-    if checkpoint is not None and args["sparsity_type"] != "2:4":
-        raise ValueError(
-            f"prune_args: expected sparsity_type '2:4' with prune_method 'maskllm', got {args['sparsity_type']!r}"
-        )
-    for key in ("calibration_dataset", "eval_dataset", "fine_tune_dataset"):
-        source = args[key]
-        if not isinstance(source, str | os.PathLike):
-            raise TypeError(f"prune_args: expected {key} as a name or path, got {type(source).__name__}")
-        if os.fspath(source) not in NAMED_SETS and not Path(source).is_file():
-            raise FileNotFoundError(
-                f"prune_args: expected {key} to be one of {sorted(NAMED_SETS)} or a local file "
-                f"({', '.join(LOCAL_SUFFIXES)}), got {os.fspath(source)!r}; check the path"
-            )
-    return args
-
-
-def _prox_config(given: Any) -> ProxSparseConfig:
-    if given is None or isinstance(given, ProxSparseConfig):
-        return given or ProxSparseConfig()
-    if not isinstance(given, Mapping):
-        raise TypeError(f"prune_args: expected prox_sparse as a dict or ProxSparseConfig, got {type(given).__name__}")
-    return settings.build(ProxSparseConfig, given, prefix="prox_sparse.")
-
-
-def _pruning(args: Mapping[str, Any]) -> PruneOptions:
-    """Checked options of the pruning itself, with the method's block size where none is given."""
-    keys = ("sparsity_type", "sparsity_ratio", "block_size", "damping", "shift_zero_metrics", "precision")
+        raise TypeError(f"prune_args: expected a dict or a namespace, got {type(given).__name__}. Pass a dict.")
+    settings.check_keys(PruneArgs, values, "prune_args")
     try:
-        return make_options(get_method(_computed(args["prune_method"])), *(args[key] for key in keys))
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"prune_args: {error}") from error
+        return PruneArgs(**values)
+    except ValueError as error:
+        raise ValueError(f"prune_args: {error}") from None
 
 
-def _tile(size: Any) -> tuple[int, int]:
-    valid = isinstance(size, tuple | list) and len(size) == 2
-    if not valid or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
-        raise ValueError(
-            f"mask_tile_size: expected (rows, cols), two integers > 0, got {size!r}; the paper uses (128, 128)"
-        )
-    if size[1] % 4:
-        raise ValueError(f"mask_tile_size: expected columns in multiples of 4 (2:4 groups), got {size[1]}")
-    return size[0], size[1]
+@record
+class Target:
+    """The tiles that will be learned, and the share of zeros of the reference that scores them."""
+
+    mask_tile_size: Tile
+    target_sparsity_ratio: Share
 
 
-def _check_ratio(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 0.5:
-        raise ValueError(f"{name}: expected a share of zeros of 0 to 0.5, got {value!r}; 45 % is 0.45")
-
-
-def _computed(method: str) -> str:
-    """The method that is run: a stored mask only needs its tiles scored, which is done by Wanda."""
-    return "wanda" if method == MASKLLM else method
-
-
-def _is_calibrated(args: dict[str, Any]) -> bool:
-    return get_method(_computed(args["prune_method"])).needs_calibration or _compression(args).needs_calibration
-
-
-def _compression(args: dict[str, Any]) -> CompressOptions:
-    return CompressOptions(**{key: args[key] for key in CompressOptions().as_dict()})
+def read_target(tile: Any, sparsity: Any) -> Target:
+    """Checked tile size and target."""
+    return Target(tile, sparsity)

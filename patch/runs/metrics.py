@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from patch.files.atomic import write_text_atomic
+
 METRICS = "metrics.jsonl"
 
 
@@ -25,12 +27,7 @@ class MetricsLog:
         if path.exists():
             self.lines = [record for record in read_metrics(path) if record["step"] <= resume_step]
             text = "".join(json.dumps(record) + "\n" for record in self.lines)
-            temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-            with open(temporary, "w", encoding="ascii") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_text_atomic(path, text)
         self._file = open(path, "a", encoding="ascii")
 
     def write(self, record: dict[str, Any]) -> None:

@@ -6,17 +6,34 @@ Approximation for LLM Weight Compression", 2025.
 
 from __future__ import annotations
 
-from patch.models.adapted_linear import AdaptedLinear
-from patch.slim.compress import Compressed, compress_model, compress_weight
-from patch.slim.options import CompressOptions
-from patch.slim.quantize import Quantized, quantize_weight
+from typing import TYPE_CHECKING
+
+from patch.files.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from patch.slim.compress import Compressed, compress_model, compress_weight
+    from patch.slim.options import CompressOptions, FineTuneOptions
+    from patch.slim.quantize import Quantized, quantize_weight
 
 __all__ = [
-    "AdaptedLinear",
     "CompressOptions",
     "Compressed",
+    "FineTuneOptions",
     "Quantized",
     "compress_model",
     "compress_weight",
     "quantize_weight",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "CompressOptions": "options",
+        "Compressed": "compress",
+        "FineTuneOptions": "options",
+        "Quantized": "quantize",
+        "compress_model": "compress",
+        "compress_weight": "compress",
+        "quantize_weight": "quantize",
+    },
+)

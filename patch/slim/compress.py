@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from patch.models.adapted_linear import AdaptedLinear, adapted_layers, attach_adapter
-from patch.models.checks import check_calibration, check_device
+from patch.models.checks import check_device, require_tokens
 from patch.models.keep_masks import check_keep_masks
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, maskable_linears
@@ -22,6 +22,7 @@ from patch.pruning.wanda import Statistics, shifted
 from patch.slim.lora import adapter_product, make_adapter
 from patch.slim.options import CompressOptions
 from patch.slim.quantize import Quantized, check_matrix, important_columns, quantize_weight
+from patch_kernels.checks import require_tensor
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,8 @@ def compress_weight(
     raises   ValueError or TypeError before any work.
     """
     check_matrix(weight, keep)
-    if energy is not None and energy.shape != weight.shape[1:]:
-        raise ValueError(
-            f"energy: expected one of each of the {weight.shape[1]} inputs, got {tuple(energy.shape)}. Pass the "
-            "layer's own statistics."
-        )
+    if energy is not None:
+        require_tensor("energy", energy, shape=weight.shape[1:], advice="Pass the layer's own statistics.")
     dtype = working_dtype(weight)
     dense = weight.detach().to(dtype)
     energy = None if energy is None else energy.to(dtype)
@@ -76,7 +74,7 @@ def compress_weight(
         if not options.quantize_weight:
             return values.masked_fill(~keep, 0).to(weight.dtype), None
         kept = values.masked_fill(~keep, 0)
-        factor = important_columns(kept, energy) if options.scale_important_weights else None
+        factor = important_columns(kept, cast(Tensor, energy)) if options.scale_important_weights else None
         quantized = quantize_weight(
             kept,
             keep,
@@ -130,8 +128,7 @@ def compress_model(
     check_device(device)
     if options.lora_rank > 0:
         linears = {
-            name: attach_adapter(model, name, options.rank(tuple(layer.weight.shape)))
-            for name, layer in linears.items()
+            name: attach_adapter(model, name, options.rank(layer.weight.shape)) for name, layer in linears.items()
         }
     errors: dict[str, float] = {}
 
@@ -143,9 +140,9 @@ def compress_model(
         updated = weights[name].to(linear.weight.device) if name in weights else None
         made = compress_weight(linear.weight, keep, options, energy=energy, updated=updated)
         if isinstance(linear, AdaptedLinear):
-            linear.lora_left.copy_(made.left)
-            linear.lora_right.copy_(made.right)
-        linear.compression = options
+            linear.lora_left.copy_(cast(Tensor, made.left))
+            linear.lora_right.copy_(cast(Tensor, made.right))
+        _mark(linear, options)
         errors[name] = made.error
         return Pruned(made.weight, keep)
 
@@ -155,7 +152,7 @@ def compress_model(
         update_blocks(
             model,
             linears,
-            calibration,
+            cast(Tensor, calibration),
             lambda weight: Statistics(weight.shape[1], dtype=working_dtype(weight), device=weight.device),
             update,
             device=device,
@@ -183,11 +180,9 @@ def stored_options(settings: Mapping[str, Any] | None) -> CompressOptions | None
     """
     try:
         return None if settings is None else CompressOptions(**settings)
-    except TypeError as error:
-        raise ValueError(
-            f"compression: expected the settings of CompressOptions, got others ({error}). The artifact was made by "
-            "another version; compress again."
-        ) from None
+    except ValueError as error:
+        got = f"got others ({error}). The artifact was made by another version; compress again."
+        raise ValueError(f"compression: expected the settings of CompressOptions, {got}") from None
 
 
 @torch.no_grad()
@@ -202,7 +197,12 @@ def restore_compression(
     if options is not None:
         for linear in maskable_linears(model).values():
             if isinstance(getattr(linear, "keep_mask", None), Tensor):
-                linear.compression = options
+                _mark(linear, options)
+
+
+def _mark(linear: Any, options: CompressOptions) -> None:
+    """Note on a layer how it was compressed."""
+    linear.compression = options
 
 
 def _check_model(
@@ -225,27 +225,20 @@ def _check_model(
         options.check_shape(tuple(linear.weight.shape), label)
         own = getattr(linear, "keep_mask", None)
         if options.lora_rank > 0 and isinstance(own, Tensor) and not own.all():
-            raise ValueError(
-                f"{label}: expected its dense weight, which adapters are made from, got a pruned one. Load the dense "
-                "model and pass the masks (and updated weights)."
-            )
+            wanted = "expected its dense weight, which adapters are made from, got a pruned one"
+            raise ValueError(f"{label}: {wanted}. Load the dense model and pass the masks (and updated weights).")
         if isinstance(own, Tensor) and (revived := int((masks[name].to(own.device) & ~own).sum())):
-            raise ValueError(
-                f"{label}: expected a mask that keeps no weight which was pruned before, got {revived} of them. Load "
-                "the dense model and pass the masks."
-            )
+            wanted = f"expected a mask that keeps no weight which was pruned before, got {revived} of them"
+            raise ValueError(f"{label}: {wanted}. Load the dense model and pass the masks.")
     for name, weight in weights.items():
-        if name not in linears or weight.shape != linears[name].weight.shape:
-            raise ValueError(
-                f"weights['{name}']: expected the weight of a layer in masks and of its shape, got "
-                f"{tuple(weight.shape)}. Use the masks and weights of one pruning."
-            )
+        if name not in linears:
+            raise ValueError(f"weights['{name}']: expected a layer in masks, got another. Use those of one pruning.")
+        advice = "Use the masks and weights of one pruning."
+        require_tensor(f"weights['{name}']", weight, shape=linears[name].weight.shape, advice=advice)
     if options.needs_calibration:
         if calibration is None:
-            raise ValueError(
-                "calibration: expected token ids for slim_lora or scale_important_weights, got none. Pass windows of "
-                "(samples, seqlen) token ids, or switch these settings off."
-            )
-        check_calibration(model, calibration)
+            wanted = "expected token ids for slim_lora or scale_important_weights, got none"
+            raise ValueError(f"calibration: {wanted}. Pass (samples, seqlen) token ids, or switch these off.")
+        require_tokens(model, calibration, "calibration")
         decoder_blocks(model)
     return linears

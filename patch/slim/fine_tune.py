@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,77 +26,23 @@ from transformers.trainer_callback import PrinterCallback
 
 from patch.files.strict_json import dump_json, read_json
 from patch.models.adapted_linear import AdaptedLinear
-from patch.models.checks import check_calibration
+from patch.models.checks import require_tokens, require_trained_dtype
 from patch.models.facts import model_fingerprint
-from patch.models.keep_masks import check_masks_hold, keep_masks
+from patch.models.keep_masks import check_masks_hold, keep_mask_of, keep_masks
 from patch.models.modes import prepared
+from patch.models.structure import linear_at
+from patch.runs.arguments import trainer_arguments, world_size
 from patch.runs.checkpoints import TRAINER_STATE, checkpoints
 from patch.runs.identity import data_fingerprint, tensors_fingerprint
+from patch.slim.options import FineTuneOptions
+from patch_kernels.checks import require_finite
 
 logger = logging.getLogger(__name__)
 
-# Data of the published code: 30,000 blocks of 1024 tokens of SlimPajama.
-DEFAULT_DATA, DEFAULT_BLOCK_SIZE, DEFAULT_BLOCKS = "slimpajama", 1024, 30_000
 RUN = "run.json"
 # Settings that may change between two parts of one run, because the trajectory does not depend on them.
 _FREE_SETTINGS = ("save_steps", "save_total_limit", "log_steps", "grad_checkpoint")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-
-@dataclass(frozen=True)
-class FineTuneOptions:
-    """Settings of `fine_tune`; checked when made, defaults as published where they are known.
-
-    lr, weight_decay, warmup_steps  AdamW with a linear warm-up and a linear decay to 0
-    max_grad_norm                   gradients are clipped together
-    batch_size                      blocks per optimiser step
-    local_batch_size                blocks per forward pass; divides batch_size
-    grad_checkpoint                 recompute activations in the backward pass
-    save_steps, save_total_limit    checkpoints every so many steps, and how many are kept
-    """
-
-    lr: float = 1e-5
-    weight_decay: float = 1e-2
-    warmup_steps: int = 5
-    max_grad_norm: float = 1.0
-    batch_size: int = 64
-    local_batch_size: int = 1
-    epochs: int = 1
-    seed: int = 42
-    grad_checkpoint: bool = False
-    save_steps: int = 500
-    save_total_limit: int = 2
-    log_steps: int = 10
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not (number if kind is float else type(value) is kind):
-                raise TypeError(
-                    f"{field.name}: expected {kind.__name__}, got {value!r}. The default is {field.default!r}."
-                )
-            least = 0 if kind is float or field.name in ("warmup_steps", "seed") else 1
-            if kind is not bool and value < least:
-                raise ValueError(
-                    f"{field.name}: expected {least} or more, got {value}. The default is {field.default}."
-                )
-        if self.lr == 0:
-            raise ValueError("lr: expected a number above 0, got 0. The published one is 1e-5.")
-        if self.batch_size % self.local_batch_size:
-            raise ValueError(
-                f"batch_size: expected a multiple of local_batch_size {self.local_batch_size}, got {self.batch_size}. "
-                "Change one of them."
-            )
-
-    def total_steps(self, blocks: int) -> int:
-        """Optimiser steps for a number of blocks; what does not fill a batch is left out."""
-        if blocks < self.batch_size:
-            raise ValueError(
-                f"blocks: expected at least batch_size = {self.batch_size}, got {blocks}. Give more text, shorter "
-                "blocks or a smaller batch_size."
-            )
-        return blocks // self.batch_size * self.epochs
+_UNHARMED = "The weights of the step before are unharmed; lower lr, or check the data and weights."
 
 
 @dataclass(frozen=True)
@@ -139,10 +83,9 @@ def fine_tune(
     options = FineTuneOptions() if options is None else options
     trained = trained_parameters(model)
     check_masks_hold(model)
-    check_calibration(model, blocks)
-    if blocks.shape[1] < 2:
-        raise ValueError(f"blocks: expected at least 2 tokens per block, got {blocks.shape[1]}. Use 1024.")
+    require_tokens(model, blocks, "blocks", least=2)
     steps = options.total_steps(len(blocks))
+    options.accumulation_steps(world_size())
     if resume and output_dir is None:
         raise ValueError("resume: expected an output_dir to resume from, got none. Pass the folder of the earlier run.")
     with contextlib.ExitStack() as stack:
@@ -151,10 +94,8 @@ def fine_tune(
         else:
             folder = Path(output_dir)
             if not resume and any(folder.glob("checkpoint-*")):
-                raise ValueError(
-                    f"output_dir: expected no earlier run, {folder} has checkpoints. Pass resume=True to go on, or "
-                    "choose another folder."
-                )
+                advice = "Pass resume=True to go on, or choose another folder."
+                raise ValueError(f"output_dir: expected no earlier run, {folder} has checkpoints. {advice}")
             folder.mkdir(parents=True, exist_ok=True)
         checkpoint = checkpoint_to_resume(model, blocks, options, folder) if resume else None
         if checkpoint is None and int(os.environ.get("RANK", "0")) == 0:
@@ -171,7 +112,7 @@ def fine_tune(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # After the callbacks of the last step, which the one that sets zeros came before.
         check_masks_hold(model)
-    losses = tuple((line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line)
+    losses = tuple((int(line["step"]), line["loss"]) for line in trainer.state.log_history if "loss" in line)
     return FineTuneResult(trainer.state.global_step, tuple(trained), losses)
 
 
@@ -196,10 +137,8 @@ def checkpoint_to_resume(
     found = read_json(folder / RUN) if (folder / RUN).is_file() else None
     found = found if isinstance(found, dict) else {}
     if differing := [key for key in expected if found.get(key) != expected[key]]:
-        raise ValueError(
-            f"resume: expected the model, masks, blocks and settings of the run in {folder}, got another "
-            f"{', '.join(differing)}. Resume with the same ones, or choose another folder."
-        )
+        got = f"got another {', '.join(differing)}. Resume with the same ones, or choose another folder."
+        raise ValueError(f"resume: expected the model, masks, blocks and settings of the run in {folder}, {got}")
     return path
 
 
@@ -210,22 +149,22 @@ def _identity(model: nn.Module, blocks: Tensor, options: FineTuneOptions) -> dic
         "model": model_fingerprint(model),
         "masks": tensors_fingerprint({"keep": keep_masks(model)}),
         "blocks": data_fingerprint(blocks),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": world_size(),
     }
 
 
-def trained_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+def trained_parameters(model: nn.Module) -> dict[str, list[Tensor]]:
     """{layer name: what fine_tune trains of it}: weights that are not quantised, adapters as they came from the SVD.
 
-    raises  ValueError when there is no mask or nothing to train, TypeError for weights in another dtype.
+    raises  ValueError when there is no mask or nothing to train, and for weights in another dtype.
     """
     masks = keep_masks(model)
     if not masks:
         raise ValueError("model: expected keep masks on its layers, got none. Prune, or apply an artifact, first.")
-    chosen: dict[str, list[nn.Parameter]] = {}
+    chosen: dict[str, list[Tensor]] = {}
     for name in masks:
-        layer = model.get_submodule(name)
-        check_trainable(layer.weight, f"layer '{name}'")
+        layer = linear_at(model, name)
+        require_trained_dtype(layer.weight, f"layer '{name}'")
         made = getattr(layer, "compression", None)
         parameters = [] if made is not None and made.quantize_weight else [layer.weight]
         # 2:4 or quantised adapters would lose that; they are used as they are.
@@ -234,33 +173,20 @@ def trained_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         if parameters:
             chosen[name] = parameters
     if not chosen:
-        raise ValueError(
-            "model: expected weights or adapters to train, got quantised ones only. Fine-tune before quantising, or "
-            "compress with lora_rank and without quantize_lora and prune_lora."
-        )
+        advice = "Fine-tune before quantising, or use lora_rank without quantize_lora and prune_lora."
+        raise ValueError(f"model: expected weights or adapters to train, got quantised ones only. {advice}")
     return chosen
-
-
-def check_trainable(weight: Tensor, label: str) -> None:
-    """Refuse a weight in a dtype that is not trained; `label` names it in the message."""
-    if weight.dtype not in _DTYPES:
-        raise TypeError(
-            f"{label}: expected fp32, bf16 or fp64 weights, got {weight.dtype}. Load the model with "
-            "dtype=torch.bfloat16."
-        )
 
 
 class _MaskedTrainer(Trainer):
     """Trainer that stops at a loss that is not finite and never saves a model whose zeros do not hold."""
 
+    model: nn.Module
+
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"step {self.state.global_step + 1}: expected a finite loss, got {loss.item()}. The weights of the "
-                "step before are unharmed; lower lr, or check the data and weights."
-            )
+        require_finite(f"step {self.state.global_step + 1}, loss", loss, _UNHARMED, error=FloatingPointError)
         return result
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -274,21 +200,19 @@ class _ZerosAgain(TrainerCallback):
     Before the step it refuses gradients that are not finite, which the optimiser would spread.
     """
 
-    def __init__(self, model: nn.Module, trained: dict[str, list[nn.Parameter]]):
+    def __init__(self, model: nn.Module, trained: dict[str, list[Tensor]]):
         self._model, self._trained = model, trained
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for name, parameters in self._trained.items():
-            if not all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in parameters):
-                raise FloatingPointError(
-                    f"step {state.global_step + 1}: expected a finite gradient, got another one in {name}. The weights "
-                    "of the step before are unharmed; lower lr, or check the data and weights."
-                )
+            what = f"step {state.global_step + 1}, gradient of {name}"
+            for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
+                require_finite(what, gradient, _UNHARMED, error=FloatingPointError)
 
     @torch.no_grad()
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         for name, keep in keep_masks(self._model).items():
-            weight = self._model.get_submodule(name).weight
+            weight = linear_at(self._model, name).weight
             if weight.requires_grad:
                 weight.masked_fill_(~keep, 0)
 
@@ -307,13 +231,13 @@ class _Blocks(Dataset):
 
 
 @contextlib.contextmanager
-def _trainable(model: nn.Module, trained: dict[str, list[nn.Parameter]]) -> Iterator[bool]:
+def _trainable(model: nn.Module, trained: dict[str, list[Tensor]]) -> Iterator[bool]:
     """Gradients for the chosen parameters, in fp32 where they had 16 bits; whether the model itself has 16 bits."""
     parameters = [parameter for chosen in trained.values() for parameter in chosen]
     before = [parameter.dtype for parameter in parameters]
     flags = [parameter.requires_grad for parameter in parameters]
     masks = keep_masks(model)
-    mixed = any(model.get_submodule(name).weight.dtype == torch.bfloat16 for name in masks)
+    mixed = any(linear_at(model, name).weight.dtype == torch.bfloat16 for name in masks)
     handles = []
     try:
         for parameter in parameters:
@@ -321,7 +245,7 @@ def _trainable(model: nn.Module, trained: dict[str, list[nn.Parameter]]) -> Iter
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         for name in trained:
-            layer = model.get_submodule(name)
+            layer = linear_at(model, name)
             if layer.weight.requires_grad:
                 handles.append(layer.weight.register_post_accumulate_grad_hook(_drop_pruned(layer)))
         yield mixed
@@ -334,11 +258,11 @@ def _trainable(model: nn.Module, trained: dict[str, list[nn.Parameter]]) -> Iter
             parameter.requires_grad_(flag)
 
 
-def _drop_pruned(layer: nn.Linear):
+def _drop_pruned(layer: nn.Linear) -> Callable[[Tensor], None]:
     """The mask is looked up at each call: it moves with the layer between devices."""
 
     def drop(weight: Tensor) -> None:
-        weight.grad.masked_fill_(~layer.keep_mask, 0)
+        cast(Tensor, weight.grad).masked_fill_(~keep_mask_of(layer), 0)
 
     return drop
 
@@ -352,19 +276,14 @@ def _arguments(
     progress: bool,
     report_to: Sequence[str],
 ) -> TrainingArguments:
-    use_cpu = not torch.cuda.is_available()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if options.batch_size % (options.local_batch_size * processes):
-        raise ValueError(
-            f"batch_size: expected a multiple of local_batch_size * processes = {options.local_batch_size} * "
-            f"{processes}, got {options.batch_size}. Change one of them."
-        )
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=use_cpu,
-        max_steps=steps,
+    return trainer_arguments(
+        folder,
+        steps,
+        saves=saves,
+        progress=progress,
+        report_to=report_to,
         per_device_train_batch_size=options.local_batch_size,
-        gradient_accumulation_steps=options.batch_size // (options.local_batch_size * processes),
+        gradient_accumulation_steps=options.accumulation_steps(world_size()),
         learning_rate=options.lr,
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup_steps,
@@ -373,17 +292,7 @@ def _arguments(
         optim="adamw_torch",
         seed=options.seed,
         bf16=mixed,
-        save_strategy="steps" if saves else "no",
         save_steps=options.save_steps,
         save_total_limit=options.save_total_limit,
-        logging_strategy="steps",
         logging_steps=options.log_steps,
-        logging_nan_inf_filter=False,
-        disable_tqdm=not (progress and sys.stderr.isatty()),
-        report_to=list(report_to),
-        dataloader_pin_memory=not use_cpu,
     )
-    # One process drives one device; DataParallel would copy the layers without their hooks.
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments

@@ -7,6 +7,8 @@ naive one. Source: SLiM (Mozaffari, Yazdanbakhsh, Mehri Dehnavi 2025), section o
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def make_adapter(error: Tensor, options: CompressOptions, energy: Tensor | None 
             shift_zero_metrics lifts the zeros.)
     """
     rank = options.rank(tuple(error.shape))
-    x = energy.to(error.dtype).sqrt() if options.slim_lora else torch.ones_like(error[0])
+    x = cast(Tensor, energy).to(error.dtype).sqrt() if options.slim_lora else torch.ones_like(error[0])
     left_singular, singular, _ = torch.linalg.svd(error * x, full_matrices=False)
     found = min(rank, singular.numel())
     left = error.new_zeros(error.shape[1], rank)

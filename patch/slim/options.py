@@ -1,88 +1,76 @@
-"""How a masked model is compressed further: the settings of SLiM under their published names."""
+"""How a masked model is compressed and trained further: the settings of SLiM under their published names."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
-from patch.slim.quantize import check_bits, check_block, check_groups
+from pydantic import Field, model_validator
+
+from patch.files.schema import Says, record
+from patch.settings import AtLeastOne, NotNegative, Positive, Seed, setting
+
+Bits = Annotated[int, Field(ge=2, le=8), Says("2 to 8 bits", "The usual number is 4.")]
+Group = Annotated[int, Field(ge=1), Says("a group size of 1 or more", "The usual ones are 128 and 256.")]
+RankShare = Annotated[
+    float, Field(ge=0, le=1), Says("a share of the layer's smaller size, 0 to 1", "The usual one is 0.1.")
+]
+
+# A setting without effect is a mistake that would go unnoticed: what each of these needs to be set as well.
+_NEEDS = {
+    "scale_important_weights": "quantize_weight",
+    "weight_tiled_quantization": "quantize_weight",
+    "column_wise_grouping": "weight_tiled_quantization",
+    "prune_lora": "lora_rank",
+    "quantize_lora": "lora_rank",
+    "pad_lora": "lora_rank",
+}
 
 
-@dataclass(frozen=True)
+@record
+class Grid:
+    """How finely weights are quantised: bits of a code, and length of a group (None: one scale a matrix)."""
+
+    bitwidth: Bits
+    block: Group | None
+
+
+@record
 class CompressOptions:
-    """Settings of quantisation and low-rank adapters; checked when made, defaults as published.
+    """Settings of quantisation and low-rank adapters; defaults as published. raises ValueError naming the setting."""
 
-    quantize_weight            quantise the kept weights (simulated: they are stored dequantised)
-    bitwidth                   2 to 8 bits, of weights and of quantised adapters
-    slim_quant                 one scale per matrix by SLiM-Quant; False: by the largest weight
-    weight_tiled_quantization  one scale per group of weight_tile_size by its largest weight; wins over slim_quant
-    column_wise_grouping       groups are 1 x weight_tile_size (along a row); False: weight_tile_size x 1
-    scale_important_weights    round the 1 % of columns that matter most more finely
-    lora_rank                  rank of the adapters as a share of min(N, K), 0 (none) to 1
-    slim_lora                  weigh the error by the energy of the inputs; False: all inputs alike
-    prune_lora                 2:4 sparse left adapters
-    quantize_lora              quantise both adapters, in groups of lora_tile_size x 1
-    lora_tile_size             group size of quantised adapters; their rank is rounded up to a multiple of it
-    pad_lora                   round the rank up in the same way without quantising
-    separate_lora              True. Merged adapters would fill what the mask prunes, so False is refused.
-    """
+    quantize_weight: bool = setting(False, "quantise the kept weights (simulated: they are stored dequantised)")
+    bitwidth: Bits = setting(4, "bits of weights and quantised adapters, 2 to 8")
+    slim_quant: bool = setting(True, "one scale a matrix by SLiM-Quant; off: by the largest weight")
+    weight_tiled_quantization: bool = setting(
+        False, "one scale a group of --weight-tile-size by its largest weight; wins over --slim-quant"
+    )
+    weight_tile_size: Group = setting(256, "weights in a group")
+    column_wise_grouping: bool = setting(False, "groups along a row of the weight; off: along a column")
+    scale_important_weights: bool = setting(False, "round the 1 % of columns that matter most more finely")
+    lora_rank: RankShare = setting(0.0, "rank of adapters as a share of the layer's smaller size (default none)")
+    slim_lora: bool = setting(True, "weigh the adapters' error by the energy of the inputs (needs --data)")
+    prune_lora: bool = setting(False, "2:4 sparse left adapters")
+    quantize_lora: bool = setting(False, "quantise the adapters in groups of --lora-tile-size")
+    lora_tile_size: Group = setting(256, "group size of adapters; their rank is rounded up to a multiple of it")
+    separate_lora: Annotated[
+        Literal[True],
+        Says(
+            "True",
+            "Adapters that are merged into the weight fill what the mask prunes, so the model would be dense again; "
+            "leave it out.",
+        ),
+    ] = True
+    pad_lora: bool = setting(False, "round the rank up to a multiple of --lora-tile-size without quantising")
 
-    quantize_weight: bool = False
-    bitwidth: int = 4
-    slim_quant: bool = True
-    weight_tiled_quantization: bool = False
-    weight_tile_size: int = 256
-    column_wise_grouping: bool = False
-    scale_important_weights: bool = False
-    lora_rank: float = 0.0
-    slim_lora: bool = True
-    prune_lora: bool = False
-    quantize_lora: bool = False
-    lora_tile_size: int = 256
-    separate_lora: bool = True
-    pad_lora: bool = False
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, bool) and not isinstance(value, bool):
-                raise TypeError(f"{field.name}: expected True or False, got {value!r}. Pass a bool.")
-        check_bits(self.bitwidth)
-        check_block(self.weight_tile_size, "weight_tile_size")
-        check_block(self.lora_tile_size, "lora_tile_size")
-        rank = self.lora_rank
-        if (
-            isinstance(rank, bool)
-            or not isinstance(rank, (int, float))
-            or not math.isfinite(rank)
-            or not 0 <= rank <= 1
-        ):
-            raise ValueError(
-                f"lora_rank: expected a share of the layer's smaller size, 0 to 1, got {rank!r}. The usual one is 0.1."
-            )
-        if not self.separate_lora:
-            raise ValueError(
-                "separate_lora: expected True, got False. Adapters that are merged into the weight fill what the "
-                "mask prunes, so the model would be dense again; leave it out."
-            )
-        self._check_unused()
-
-    def _check_unused(self) -> None:
-        """A setting without effect is a mistake that would go unnoticed."""
-        needs = {
-            "scale_important_weights": ("quantize_weight", self.quantize_weight),
-            "weight_tiled_quantization": ("quantize_weight", self.quantize_weight),
-            "column_wise_grouping": ("weight_tiled_quantization", self.weight_tiled_quantization),
-            "prune_lora": ("lora_rank", self.lora_rank > 0),
-            "quantize_lora": ("lora_rank", self.lora_rank > 0),
-            "pad_lora": ("lora_rank", self.lora_rank > 0),
-        }
-        for name, (needed, is_set) in needs.items():
-            if getattr(self, name) and not is_set:
-                raise ValueError(
-                    f"{name}: expected {needed} to be set as well, got {getattr(self, needed)!r}. Set both."
-                )
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> CompressOptions:
+        for name, needed in _NEEDS.items():
+            got = getattr(self, needed)
+            if getattr(self, name) and not got:
+                raise ValueError(f"{name}: expected {needed} to be set as well, got {got!r}. Set both.")
+        return self
 
     @property
     def is_active(self) -> bool:
@@ -94,7 +82,7 @@ class CompressOptions:
         """Whether the energies of the layers' inputs are read."""
         return (self.lora_rank > 0 and self.slim_lora) or (self.quantize_weight and self.scale_important_weights)
 
-    def rank(self, shape: tuple[int, int]) -> int:
+    def rank(self, shape: Sequence[int]) -> int:
         """Rank of the adapters of a weight (N, K); at least 1 where adapters are asked for."""
         if self.lora_rank == 0:
             return 0
@@ -102,18 +90,70 @@ class CompressOptions:
         multiple = self.lora_tile_size if self.quantize_lora or self.pad_lora else 1
         return -(-rank // multiple) * multiple
 
-    def check_shape(self, shape: tuple[int, int], label: str) -> None:
+    def check_shape(self, shape: Sequence[int], label: str) -> None:
         """Refuse a weight (N, K) that does not fit these settings; `label` names it in the message."""
         if self.quantize_weight and self.weight_tiled_quantization:
             check_groups(shape, self.weight_tile_size, self.column_wise_grouping, label)
         if self.quantize_lora:
             check_groups((shape[1], self.rank(shape)), self.lora_tile_size, False, f"{label}, left adapter")
-        if self.prune_lora and shape[1] % 4:
-            raise ValueError(
-                f"{label}: expected in_features divisible by 4 to prune its left adapter 2:4, got {shape[1]}. Leave "
-                "prune_lora out."
-            )
+        if self.prune_lora:
+            from patch_kernels.checks import require_multiple
+
+            require_multiple(f"{label}, in_features for prune_lora", shape[1], 4, "Leave prune_lora out.")
 
     def as_dict(self) -> dict[str, Any]:
         """Values that JSON can hold; `CompressOptions(**values)` is the way back."""
         return asdict(self)
+
+
+def check_groups(shape: Sequence[int], block: int, along_rows: bool, label: str) -> None:
+    """Refuse a matrix (N, K) that groups of `block` do not divide; `label` names it in the message."""
+    from patch_kernels.checks import require_multiple
+
+    size, axis = (shape[1], "columns") if along_rows else (shape[0], "rows")
+    advice = "Use a group size that divides it, the other grouping direction, or one scale per matrix."
+    require_multiple(f"{label}, {axis}", size, block, advice, named="the group size ")
+
+
+# Data of the published code: 30,000 blocks of 1024 tokens of SlimPajama.
+DEFAULT_DATA, DEFAULT_BLOCK_SIZE, DEFAULT_BLOCKS = "slimpajama", 1024, 30_000
+
+
+@record
+class FineTuneOptions:
+    """Settings of `fine_tune`, as published where they are known. raises ValueError naming the setting."""
+
+    lr: Positive = setting(1e-5, "peak learning rate; linear warm-up and linear decay to 0", metavar="LR")
+    weight_decay: NotNegative = setting(1e-2, "of AdamW")
+    warmup_steps: Annotated[int, Field(ge=0)] = setting(5, "steps of linear warm-up")
+    max_grad_norm: NotNegative = setting(1.0, "gradients are clipped together to this norm")
+    batch_size: AtLeastOne = setting(64, "blocks per optimiser step")
+    local_batch_size: AtLeastOne = setting(1, "blocks per forward pass; divides the batch size")
+    epochs: AtLeastOne = setting(1, "passes over the blocks")
+    seed: Seed = setting(42, "seed of the order of blocks")
+    grad_checkpoint: bool = setting(False, "recompute activations to save memory")
+    save_steps: AtLeastOne = setting(500, "a checkpoint every so many steps")
+    save_total_limit: AtLeastOne = setting(2, "checkpoints that are kept")
+    log_steps: AtLeastOne = setting(10, "a logged loss every so many steps")
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> FineTuneOptions:
+        self.accumulation_steps()
+        return self
+
+    def accumulation_steps(self, processes: int = 1) -> int:
+        """Forward passes per optimiser step. raises ValueError when the batch cannot be split."""
+        from patch_kernels.checks import require_multiple  # brings torch, which help must not wait for
+
+        per_pass = self.local_batch_size * processes
+        named = f"local_batch_size * processes = {self.local_batch_size} * {processes} = "
+        require_multiple("batch_size", self.batch_size, per_pass, "Change one of them.", named=named)
+        return self.batch_size // per_pass
+
+    def total_steps(self, blocks: int) -> int:
+        """Optimiser steps for a number of blocks; what does not fill a batch is left out."""
+        from patch_kernels.checks import require_at_least
+
+        advice = "Give more text, shorter blocks or a smaller batch_size."
+        require_at_least("blocks", blocks, self.batch_size, advice, named="batch_size = ")
+        return blocks // self.batch_size * self.epochs

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from patch.pruning.selection import working_dtype
+from patch.slim.options import Grid, check_groups
+from patch_kernels.checks import FLOATS, require_tensor
 
-LEAST_BITS, MOST_BITS = 2, 8
 _LEAST_BINS, _MOST_BINS, _WEIGHTS_PER_BIN = 512, 20_000, 1000
 # SLiM scales up the one percent of input channels that matter most. The factor is AWQ's middle ground.
 _IMPORTANT_SHARE, _IMPORTANT_FACTOR = 100, 2.0
@@ -63,9 +64,8 @@ def quantize_weight(
     raises         ValueError or TypeError before any work.
     """
     check_matrix(weight, keep)
-    check_bits(bits)
+    Grid(bits, block)  # refuses other numbers
     if block is not None:
-        check_block(block, "block")
         check_groups(tuple(weight.shape), block, along_rows, "weight")
     kept = weight.detach().to(working_dtype(weight))
     if keep is not None:
@@ -138,16 +138,6 @@ def important_columns(weight: Tensor, energy: Tensor) -> Tensor:
     return factor
 
 
-def check_groups(shape: tuple[int, int], block: int, along_rows: bool, label: str) -> None:
-    """Refuse a matrix (N, K) that groups of `block` do not divide; `label` names it in the message."""
-    size, axis = (shape[1], "columns") if along_rows else (shape[0], "rows")
-    if size % block:
-        raise ValueError(
-            f"{label}: expected {axis} in multiples of the group size {block}, got {size} of shape {tuple(shape)}. "
-            "Use a group size that divides them, the other grouping direction, or one scale per matrix."
-        )
-
-
 def _clipping_error(density: Tensor, centres: Tensor, index: int, bits: int) -> Tensor:
     alpha = centres[index]
     delta = alpha / 2**bits
@@ -172,21 +162,8 @@ def _axis(block: int | None, along_rows: bool) -> int | tuple[int, int]:
 
 def check_matrix(weight: Tensor, keep: Tensor | None) -> None:
     """Refuse what is no weight (N, K), and a mask that is not of its shape."""
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or weight.numel() == 0:
-        got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight: expected a floating-point matrix (N, K), got {got}. Pass a Linear's weight.")
-    if keep is not None and (not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != weight.shape):
-        got = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
-        raise TypeError(f"keep: expected a bool mask of shape {tuple(weight.shape)}, got {got}. Pass the layer's own.")
-
-
-def check_bits(bits: int) -> None:
-    """Refuse a width that int8 codes cannot hold."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not LEAST_BITS <= bits <= MOST_BITS:
-        raise ValueError(f"bitwidth: expected {LEAST_BITS} to {MOST_BITS} bits, got {bits!r}. The usual number is 4.")
-
-
-def check_block(block: int, label: str) -> None:
-    """Refuse a group size that is no positive integer."""
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"{label}: expected a group size of 1 or more, got {block!r}. The usual ones are 128 and 256.")
+    advice = "Pass a Linear's weight."
+    require_tensor("weight", weight, dtypes=FLOATS, shape=("N", "K"), advice=advice, error=TypeError)
+    if keep is not None:
+        advice = "Pass the layer's own mask."
+        require_tensor("keep", keep, dtypes=(torch.bool,), shape=weight.shape, advice=advice, error=TypeError)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch.cli import inputs, outputs
-from patch.settings import RESOLVED_NAME, dump_yaml, setting
+from patch.files.schema import record
+from patch.pruning.options import CompensationMethod, Damping, Precision
+from patch.settings import RESOLVED_NAME, AtLeastOne, NewPath, dump_yaml, setting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,37 +24,25 @@ examples:
   patch-llm compensate --model ./llama --masks learned --data wikitext2 --out compensated
       reads its calibration text from the training split and measures on the test split
 """
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
 
 
-@dataclass(frozen=True)
-class Options:
+@record(kw_only=True)
+class Options(inputs.CalibrationSettings, inputs.PlacementSettings):
     """Settings of `compensate`."""
 
     model: str = setting(help="the DENSE model the masks were made for: folder or Hugging Face id", metavar="MODEL")
     masks: str = setting(help="folder made by prune or learn", metavar="DIR")
     data: str = setting(help="calibration " + inputs.DATA_HELP, metavar="TEXT")
-    out: Path = setting(help="folder to write", metavar="DIR")
+    out: NewPath = setting(help="folder to write", metavar="DIR")
     heldout: str | None = setting(
         None, "text to measure on (default: the evaluation split, if --data is a named set)", metavar="TEXT"
     )
-    method: str = setting("least_squares", "least_squares (exact) or sparsegpt (cheaper)", metavar="METHOD")
-    damping: float = setting(0.01, "share of the Hessian's mean diagonal added to it (default 0.01)", metavar="SHARE")
-    precision: str = setting("fp32", "fp32 or fp64 for the Hessian and the update", metavar="PRECISION")
-    text_field: str | None = setting(None, "column of a .jsonl or .parquet file (default text)", metavar="NAME")
-    nsamples: int = setting(128, "calibration samples (default 128)", metavar="N")
-    seqlen: int | None = setting(None, "tokens per sample (default 2048, or what the model allows)", metavar="N")
-    heldout_windows: int = setting(64, "held-out windows of seqlen tokens, at most (default 64)", metavar="N")
-    seed: int = setting(0, "seed of the calibration samples (default 0)", metavar="N")
-    dtype: str = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
-    device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
+    heldout_windows: AtLeastOne = setting(64, "held-out windows of seqlen tokens, at most")
+    method: CompensationMethod = setting("least_squares", "least_squares (exact) or sparsegpt (cheaper)")
+    damping: Damping = setting(0.01, "share of the Hessian's mean diagonal added to it", metavar="SHARE")
+    precision: Precision = setting("fp32", "of the Hessian and the update")
+    seqlen: inputs.TokensToPredict = setting(None, inputs.SEQLEN_HELP, metavar="N")
     overwrite: bool = setting(False, "replace an earlier result in --out")
-
-    def __post_init__(self) -> None:
-        for name, least in (("nsamples", 1), ("seqlen", 2), ("heldout_windows", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value}. Leave it out for the default.")
 
 
 def run(options: Options) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
-from patch import settings as settings_module
 from patch.cli.inputs import hide_bars_without_terminal
 from patch.demo.settings import DemoSettings
-from patch.settings import setting
+from patch.files.schema import record
+from patch.settings import NewPath, save_resolved, setting
 
 NAME = "demo"
 SUMMARY = "train a small model, prune, learn masks, compare, pack and generate (a few minutes)"
@@ -21,16 +19,15 @@ examples:
 Run the same command again after an interrupt: finished stages are reused. --out holds results.csv, perplexity.png,
 tiles.png and one folder per stage; demo/dense, demo/packed and demo/pruned are models for the other commands.
 """
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
 
 
-@dataclass(frozen=True)
+@record
 class Options:
     """Settings of `demo`."""
 
-    out: Path = setting(Path("demo-results"), "folder to write (default demo-results)", metavar="DIR")
-    text: Path | None = setting(None, "folder of .py files (default: Python's standard library)", metavar="DIR")
-    settings: DemoSettings = dataclasses.field(default_factory=DemoSettings)
+    out: NewPath = setting(Path("demo-results"), "folder to write", metavar="DIR")
+    text: NewPath | None = setting(None, "folder of .py files (default: Python's standard library)", metavar="DIR")
+    settings: DemoSettings = setting(factory=DemoSettings)
 
 
 def run(options: Options) -> None:
@@ -44,7 +41,7 @@ def run(options: Options) -> None:
     from patch.demo.run import run_demo
 
     hide_bars_without_terminal()
-    settings_module.save_resolved(options, options.out, header="patch-llm demo --config THIS_FILE")
+    save_resolved(options, options.out, header="patch-llm demo --config THIS_FILE")
     run_demo(options.out, options.settings, text=options.text)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch.cli import inputs, outputs
-from patch.settings import setting, to_dict
+from patch.evaluate.task_sets import expanded, task_set_names
+from patch.files.schema import record
+from patch.settings import AtLeastOne, Names, NewPath, setting, to_dict
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,39 +28,31 @@ examples:
   patch-llm eval --model ./llama --tasks paper --batch-size 8 --json dense.json   # needs patch-llm[eval]
   patch-llm eval --model ./llama --tasks my_task --task-path ./tasks --markdown -
 """
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
-PAPER = "paper"
 # Tokenizers that disagree on this are not the same; it has what they differ in: case, digits, spaces, non-ASCII.
 _PROBE = "The 17th  probe:\n\tna\u00efve caf\u00e9s paid 3.14 (or 2,718) -- don't they?"
 
 
-@dataclass(frozen=True)
-class Options:
+@record(kw_only=True)
+class Options(inputs.PlacementSettings):
     """Settings of `eval`."""
 
     model: str = setting(help=inputs.MODEL_HELP + "; listed first", metavar="MODEL")
-    data: tuple[str, ...] = setting((), inputs.DATA_HELP + "; several give one perplexity each", metavar="A,B")
-    masks: tuple[str, ...] = setting((), "folders made by prune or learn, put on the model one by one", metavar="A,B")
-    compare: tuple[str, ...] = setting((), "further models (dense or packed folders)", metavar="A,B")
+    data: Names = setting((), inputs.DATA_HELP + "; several give one perplexity each", metavar="A,B")
+    masks: Names = setting((), "folders made by prune or learn, put on the model one by one", metavar="A,B")
+    compare: Names = setting((), "further models (dense or packed folders)", metavar="A,B")
     split: str | None = setting(None, "split of a named set (default by its convention)", metavar="NAME")
-    text_field: str | None = setting(None, "column of a .jsonl or .parquet file (default text)", metavar="NAME")
-    window: int | None = setting(None, "tokens per window (default 4096, or what the model allows)", metavar="N")
-    max_windows: int | None = setting(None, "use only the first windows (default all)", metavar="N")
-    batch_size: int = setting(1, "windows per forward pass (default 1)", metavar="N")
-    tasks: tuple[str, ...] = setting((), "zero-shot tasks of lm-eval; paper: the 8 of the paper", metavar="A,B")
-    task_path: Path | None = setting(None, "folder with further lm-eval task files (*.yaml)", metavar="FOLDER")
+    text_field: str | None = setting(None, inputs.FIELD_HELP, metavar="NAME")
+    window: inputs.TokensToPredict = setting(
+        None, "tokens per window (default 4096, or what the model allows)", metavar="N"
+    )
+    max_windows: AtLeastOne | None = setting(None, "use only the first windows (default all)")
+    batch_size: AtLeastOne = setting(1, "windows per forward pass")
+    tasks: Names = setting((), "zero-shot tasks of lm-eval, or sets of them", metavar="A,B", choices=task_set_names)
+    task_path: NewPath | None = setting(None, "folder with further lm-eval task files (*.yaml)", metavar="FOLDER")
     bos: bool = setting(True, "begin questions of tasks with BOS where the tokenizer does so by itself (default)")
-    limit: int | None = setting(None, "questions per task, for a quick look (default all)", metavar="N")
-    dtype: str = setting("auto", "dtype to load the models in (default: their own)", metavar="DTYPE")
-    device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
-    json: Path | None = setting(None, "also write everything to this new file, for `report`", metavar="FILE")
-    markdown: Path | None = setting(None, "also write tables in Markdown to this new file; - prints", metavar="FILE")
-
-    def __post_init__(self) -> None:
-        for name, least in (("window", 2), ("max_windows", 1), ("batch_size", 1), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value}. Leave it out for the default.")
+    limit: AtLeastOne | None = setting(None, "questions per task, for a quick look (default all)")
+    json: NewPath | None = setting(None, "also write everything to this new file, for `report`", metavar="FILE")
+    markdown: NewPath | None = setting(None, "also write tables in Markdown to this new file; - prints", metavar="FILE")
 
 
 def run(options: Options) -> None:
@@ -119,14 +112,15 @@ def _measure(
     }
     scores = None
     if tasks:
-        how = {"batch_size": options.batch_size, "limit": options.limit, "bos": options.bos}
+        how: dict[str, Any] = {"batch_size": options.batch_size, "limit": options.limit, "bos": options.bos}
         scores = zero_shot_report(model, tokenizer, tasks, task_manager=task_manager, **how)
     return {"perplexity": reports, "zero_shot": scores}
 
 
 def _finish(options: Options, models: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> None:
     """Print the results and write the files that were asked for."""
-    from patch.evaluate.results import make_results, markdown_tables, results_text, write_new_text
+    from patch.evaluate.results import make_results, markdown_tables, results_text
+    from patch.files.atomic import write_new_text
     from patch.models.facts import versions
 
     _print(models, sets)
@@ -157,7 +151,6 @@ def _check(options: Options) -> None:
             raise ValueError(
                 f"--{name}: expected every name once, got {', '.join(values)}. Leave the repeated one out."
             )
-    inputs.dtype_of(options.dtype)
     inputs.device_of(options.device)
     outputs.check_new_file(options.json, "--json")
     outputs.check_new_file(options.markdown, "--markdown")
@@ -171,10 +164,9 @@ def _tasks(options: Options) -> tuple[list[str], Any]:
     """The tasks by name and lm-eval's index of tasks, both checked; ([], None) without tasks."""
     if not options.tasks:
         return [], None
-    from patch.evaluate.zero_shot import ZERO_SHOT_TASKS, check_tasks, make_task_manager
+    from patch.evaluate.zero_shot import check_tasks, make_task_manager
 
-    expanded = (name for given in options.tasks for name in (ZERO_SHOT_TASKS if given == PAPER else [given]))
-    names = list(dict.fromkeys(expanded))
+    names = expanded(options.tasks)
     task_manager = make_task_manager(options.task_path)
     check_tasks(names, task_manager)
     return names, task_manager

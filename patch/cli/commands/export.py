@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from pydantic import model_validator
+
 from patch.cli import inputs, outputs
-from patch.settings import setting
+from patch.files.schema import record
+from patch.settings import NewPath, setting
 
 NAME = "export"
 SUMMARY = "write the pruned model, packed (smaller) or dense (works everywhere)"
@@ -19,33 +20,36 @@ examples:
 A packed folder is loaded by patch.load(DIR), or by AutoModelForCausalLM after `import patch.packed`. A dense folder has
 zeros where weights were pruned and needs no PATCH at all.
 """
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
 
 
-@dataclass(frozen=True)
+@record(kw_only=True)
 class Options:
     """Settings of `export`."""
 
     model: str = setting(help=inputs.MODEL_HELP + " (the dense model the masks were made from)", metavar="MODEL")
-    masks: Path = setting(help="folder made by prune or learn", metavar="DIR")
-    out: Path = setting(help="folder to write", metavar="DIR")
-    format: Literal["packed", "dense"] = setting("packed", "packed or dense (default packed)", metavar="FORMAT")
-    dtype: str = setting("bfloat16", "bf16, fp16; dense also fp32 or auto (default bf16)", metavar="DTYPE")
+    masks: NewPath = setting(help="folder made by prune or learn", metavar="DIR")
+    out: NewPath = setting(help="folder to write", metavar="DIR")
+    format: Literal["packed", "dense"] = setting("packed", "packed or dense", metavar="FORMAT")
+    dtype: inputs.DtypeName = setting("bfloat16", "bf16, fp16; dense also fp32 or auto", metavar="DTYPE")
     overwrite: bool = setting(False, "replace an earlier export in --out")
+
+    @model_validator(mode="after")
+    def _packed_is_16_bit(self) -> Options:
+        if self.format == "packed" and self.dtype not in ("bfloat16", "bf16", "float16", "fp16"):
+            raise ValueError(
+                f"--dtype: expected bf16 or fp16 with --format packed, got {self.dtype!r}. The packed format holds "
+                "16-bit weights."
+            )
+        return self
 
 
 def run(options: Options) -> None:
     """Load the dense model, apply the masks, write; see the module's docstring."""
-    dtype = inputs.dtype_of(options.dtype)
-    if options.format == "packed" and str(dtype) not in ("torch.bfloat16", "torch.float16"):
-        raise ValueError(
-            f"--dtype: expected bf16 or fp16 with --format packed, got {options.dtype!r}. The packed format holds "
-            "16-bit weights."
-        )
     out = outputs.check_new_folder(options.out, overwrite=options.overwrite, what="export")
     inputs.artifact_folder(options.masks)
     from patch.artifacts.apply import apply_artifact
     from patch.models.keep_masks import keep_masks, measured_sparsity
+    from patch.models.structure import linear_at
     from patch.packed.convert import pack_model
     from patch.packed.save import save_dense, save_packed
     from patch.packed.swap import packed_layers
@@ -55,7 +59,7 @@ def run(options: Options) -> None:
     apply_artifact(model, inputs.load_masks(options.masks, model))
     masks = keep_masks(model)
     sparsity = measured_sparsity(masks)
-    before = sum(m.weight.numel() * m.weight.element_size() for m in map(model.get_submodule, masks))
+    before = sum(w.numel() * w.element_size() for w in (linear_at(model, name).weight for name in masks))
     if options.format == "packed":
         pack_model(model)
         after = sum(layer.payload.numel() + layer.tile_is_sparse.numel() for _, layer in packed_layers(model))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from patch.cli import inputs, outputs
-from patch.settings import setting
+from patch.files.schema import record
+from patch.settings import NewPath, setting
 
 NAME = "export-masks"
 SUMMARY = "write masks as the mask.npz of the PATCH authors"
@@ -14,15 +12,14 @@ EXAMPLES = """\
 examples:
   patch-llm export-masks learned --out mask.npz --base-model meta-llama/Llama-2-7b-hf
 """
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
 
 
-@dataclass(frozen=True)
+@record(kw_only=True)
 class Options:
     """Settings of `export-masks`."""
 
-    masks: Path = setting(help="folder made by prune, learn or import-masks", metavar="DIR", positional=True)
-    out: Path = setting(help="new .npz file to write", metavar="FILE")
+    masks: NewPath = setting(help="folder made by prune, learn or import-masks", metavar="DIR", positional=True)
+    out: NewPath = setting(help="new .npz file to write", metavar="FILE")
     base_model: str | None = setting(
         None, "name of the dense model that the file tells (default: what the artifact tells)", metavar="ID"
     )

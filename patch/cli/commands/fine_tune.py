@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patch import settings as settings_module
+from pydantic import model_validator
+
 from patch.cli import inputs, outputs
-from patch.settings import setting
+from patch.files.schema import fields_of, record
+from patch.settings import AtLeastOne, NewPath, save_resolved, setting
+from patch.slim.options import DEFAULT_BLOCK_SIZE, FineTuneOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from patch.slim.fine_tune import FineTuneOptions
 
 NAME = "fine-tune"
 SUMMARY = "train the kept weights and adapters of a masked model; pruned weights stay zero"
@@ -25,43 +25,29 @@ examples:
   patch-llm fine-tune --config tuned/config.resolved.yaml --resume              # go on after an interrupt
   patch-llm eval --model ./llama --masks learned,tuned --data heldout.txt
 """
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
 RESULT = "result"
 
 
-@dataclass(frozen=True)
-class Options:
-    """Settings of `fine-tune`; those of the training are the fields of patch.slim.fine_tune.FineTuneOptions."""
+@record(kw_only=True)
+class Options(FineTuneOptions, inputs.PlacementSettings):
+    """Settings of `fine-tune`: those of patch.slim.FineTuneOptions, and what is trained on what."""
 
     model: str = setting(help=inputs.MODEL_HELP + " (the dense model the masks were made from)", metavar="MODEL")
-    masks: Path = setting(help="folder made by prune, learn or compress", metavar="DIR")
+    masks: NewPath = setting(help="folder made by prune, learn or compress", metavar="DIR")
     data: str = setting(help=inputs.DATA_HELP, metavar="TEXT")
-    out: Path = setting(help="folder for checkpoints and the result", metavar="DIR")
-    text_field: str | None = setting(None, "column of a .jsonl or .parquet file (default text)", metavar="NAME")
-    seqlen: int | None = setting(None, "tokens per block (default 1024, or what the model allows)", metavar="N")
-    blocks: int = setting(30_000, "at most so many blocks of text (default 30000)", metavar="N")
-    lr: float = setting(1e-5, "peak learning rate (default 1e-5)", metavar="LR")
-    weight_decay: float = setting(1e-2, "of AdamW (default 0.01)", metavar="X")
-    warmup_steps: int = setting(5, "steps of linear warm-up (default 5)", metavar="N")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm (default 1)", metavar="X")
-    batch_size: int = setting(64, "blocks per optimiser step (default 64)", metavar="N")
-    local_batch_size: int = setting(1, "blocks per forward pass (default 1)", metavar="N")
-    epochs: int = setting(1, "passes over the blocks (default 1)", metavar="N")
-    grad_checkpoint: bool = setting(False, "recompute activations to save memory")
-    save_steps: int = setting(500, "a checkpoint every so many steps (default 500)", metavar="N")
-    seed: int = setting(42, "seed of the order of blocks (default 42)", metavar="N")
-    dtype: str = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
-    device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
+    out: NewPath = setting(help="folder for checkpoints and the result", metavar="DIR")
+    text_field: str | None = setting(None, inputs.FIELD_HELP, metavar="NAME")
+    seqlen: inputs.TokensToPredict = setting(
+        None, "tokens per block (default 1024, or what the model allows)", metavar="N"
+    )
+    blocks: AtLeastOne = setting(30_000, "at most so many blocks of text")
     resume: bool = setting(False, "go on from the newest checkpoint in --out")
     overwrite: bool = setting(False, "replace an earlier run in --out")
 
-    def __post_init__(self) -> None:
-        if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite: expected one of them, got both. Keep the run or replace it.")
-        for name, least in (("blocks", 1), ("seqlen", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value}. Leave it out for the default.")
+    @model_validator(mode="after")
+    def _resumes_or_replaces(self) -> Options:
+        outputs.refuse_resume_and_overwrite(self)
+        return self
 
 
 def run(options: Options) -> None:
@@ -74,6 +60,7 @@ def run(options: Options) -> None:
         outputs.check_input_stays(masks, options.out)
     from patch.artifacts.apply import apply_artifact
     from patch.artifacts.artifact import save_artifact
+    from patch.models.structure import linear_at
     from patch.slim.compress import adapters
     from patch.slim.fine_tune import checkpoint_to_resume, fine_tune, trained_parameters
 
@@ -88,7 +75,7 @@ def run(options: Options) -> None:
     if options.overwrite:
         outputs.clear_learning_run(options.out)
     resolved = dataclasses.replace(options, resume=False, overwrite=False)
-    settings_module.save_resolved(resolved, options.out, header="patch-llm fine-tune --config THIS_FILE --resume")
+    save_resolved(resolved, options.out, header="patch-llm fine-tune --config THIS_FILE --resume")
     result = fine_tune(model, blocks, settings, output_dir=options.out, resume=options.resume)
     training = dataclasses.asdict(settings) | {"blocks": list(blocks.shape)}
     source = outputs.provenance(options.data, text_sha256, **training)
@@ -98,7 +85,7 @@ def run(options: Options) -> None:
         meta=artifact.meta | {"fine_tune": source},
         tile_scores=artifact.tile_scores,
         tile_is_sparse=artifact.tile_is_sparse,
-        weights={name: model.get_submodule(name).weight for name in artifact.masks},
+        weights={name: linear_at(model, name).weight for name in artifact.masks},
         adapters=adapters(model),
     )
     losses = f": loss {result.losses[0][1]:.4f} -> {result.losses[-1][1]:.4f}" if result.losses else ""
@@ -117,11 +104,7 @@ def on_interrupt(options: Options) -> str:
 
 
 def _settings(options: Options) -> FineTuneOptions:
-    from patch.slim.fine_tune import FineTuneOptions
-
-    names = {field.name for field in dataclasses.fields(Options)}
-    chosen = (field.name for field in dataclasses.fields(FineTuneOptions) if field.name in names)
-    return FineTuneOptions(**{name: getattr(options, name) for name in chosen})
+    return FineTuneOptions(**{name: getattr(options, name) for name in fields_of(FineTuneOptions)})
 
 
 def _check_out(options: Options) -> None:
@@ -142,9 +125,8 @@ def _check_out(options: Options) -> None:
 
 def _blocks(options: Options, model: nn.Module) -> tuple[Tensor, str]:
     from patch.data.tokens import training_blocks
-    from patch.models.facts import context_length
-    from patch.slim.fine_tune import DEFAULT_BLOCK_SIZE
+    from patch.models.facts import within_context
 
-    seqlen = options.seqlen or min(DEFAULT_BLOCK_SIZE, context_length(model) or DEFAULT_BLOCK_SIZE)
+    seqlen = options.seqlen or within_context(model, DEFAULT_BLOCK_SIZE)
     tokenizer = inputs.load_tokenizer(options.model)
     return training_blocks(tokenizer, options.data, seqlen, max_blocks=options.blocks, text_field=options.text_field)

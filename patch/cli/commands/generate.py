@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from patch.cli import inputs
-from patch.settings import setting
+from patch.files.schema import Says, record
+from patch.settings import AtLeastOne, Seed, setting
 
 NAME = "generate"
 SUMMARY = "continue a prompt"
@@ -14,30 +17,22 @@ examples:
   patch-llm generate --model packed --prompt "The capital of France is"
   patch-llm generate --model packed --prompt "Once upon a time" --temperature 0.8 --seed 1
 """
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
 
 
-@dataclass(frozen=True)
-class Options:
+Prompt = Annotated[str, Field(min_length=1), Says("text", "Give at least one word.")]
+
+
+@record(kw_only=True)
+class Options(inputs.PlacementSettings):
     """Settings of `generate`."""
 
     model: str = setting(help=inputs.MODEL_HELP + ", dense or packed", metavar="MODEL")
-    prompt: str = setting(help="text to continue", metavar="TEXT")
-    max_new_tokens: int = setting(64, "tokens to add (default 64)", metavar="N")
-    temperature: float = setting(0.0, "0 takes the most likely token; more is freer (default 0)", metavar="T")
-    seed: int = setting(0, "seed of the sampling (default 0)", metavar="N")
-    dtype: str = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
-    device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
-
-    def __post_init__(self) -> None:
-        if not self.prompt:
-            raise ValueError("--prompt: expected text, got nothing. Give at least one word.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected an integer >= 1, got {self.max_new_tokens}. Use 64.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a number >= 0, got {self.temperature}. Use 0 or about 0.8.")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected an integer >= 0, got {self.seed}. Use 0.")
+    prompt: Prompt = setting(help="text to continue", metavar="TEXT")
+    max_new_tokens: AtLeastOne = setting(64, "tokens to add")
+    temperature: Annotated[float, Field(ge=0)] = setting(
+        0.0, "0 takes the most likely token; more is freer (default 0)", metavar="T", examples=[0.8]
+    )
+    seed: Seed = setting(0, "seed of the sampling")
 
 
 def run(options: Options) -> None:
@@ -52,7 +47,7 @@ def on_interrupt(options: Options) -> str:
     return "generation was stopped"
 
 
-def continuation(model, tokenizer, prompt: str, options: Options) -> str:
+def continuation(model: Any, tokenizer: Any, prompt: str, options: Options) -> str:
     """The prompt and its continuation as text. raises ValueError when they do not fit the model's context."""
     import torch
 
@@ -66,7 +61,7 @@ def continuation(model, tokenizer, prompt: str, options: Options) -> str:
             f"expected prompt and new tokens within the model's {limit} positions, got {ids.shape[1]} + "
             f"{options.max_new_tokens}. Shorten the prompt or --max-new-tokens."
         )
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(options.seed)

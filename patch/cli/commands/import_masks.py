@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from patch.cli import inputs, outputs
-from patch.settings import RESOLVED_NAME, dump_yaml, setting
+from patch.files.schema import record
+from patch.settings import RESOLVED_NAME, Names, NewPath, dump_yaml, setting
 
 NAME = "import-masks"
 SUMMARY = "take masks made elsewhere: a MaskLLM file, or mask.npz of the PATCH authors"
@@ -19,17 +17,16 @@ examples:
 
 The result is used like that of prune or learn: `patch-llm eval --masks maskllm`, `patch-llm learn --prior maskllm`.
 """
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
 
 
-@dataclass(frozen=True)
+@record(kw_only=True)
 class Options:
     """Settings of `import-masks`."""
 
     source: str = setting(help="mask file, folder with one, or Hugging Face id", metavar="SOURCE", positional=True)
     model: str = setting(help=inputs.MODEL_HELP + " (the dense model the masks are for)", metavar="MODEL")
-    out: Path = setting(help="folder to write", metavar="DIR")
-    exclude: tuple[str, ...] = setting((), "layers to leave dense, as patterns such as '*.k_proj'", metavar="A,B")
+    out: NewPath = setting(help="folder to write", metavar="DIR")
+    exclude: Names = setting((), inputs.EXCLUDE_HELP, metavar="A,B")
     allow_pt: bool = setting(False, "also read a .pt of masks or of masked weights, whose zeros count as pruned")
     overwrite: bool = setting(False, "replace an earlier result in --out")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from patch import __version__
+from patch.files.schema import record
 from patch.settings import setting
 
 NAME = "info"
@@ -18,10 +18,9 @@ examples:
   patch-llm info --json > report.json      # attach this to a bug report
 """
 PROGRAM_NAME = "patch-llm"
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
 
 
-@dataclass(frozen=True)
+@record
 class Options:
     """Settings of `info`."""
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import model_validator
 
 from patch import settings
 from patch.cli import inputs, outputs
-from patch.settings import setting
+from patch.files.schema import record
+from patch.learn.config import LearnConfig, Mode
+from patch.settings import AtLeastOne, Names, NewPath, setting
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
-
-    from patch.learn.config import LearnConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,70 +32,60 @@ examples:
   patch-llm learn --model ./llama --preset tile --prior prior --data text.jsonl --sparsity 0.45 \\
       --steps 200 --set learn.lr=5e-4 --out short
 
---preset joint learns tiles and 2:4 patterns, tile learns tiles over the fixed patterns of --prior, mask_llm learns
+--preset joint learns tiles and 2:4 patterns, tile learns tiles over the fixed patterns of --prior, maskllm learns
 2:4 patterns everywhere. All hyper-parameters are settings learn.NAME for --set and --config; the resolved
 configuration with all of them is saved in --out.
 """
 SECTION_FLAGS = {
-    "--sparsity": (
-        "learn.target_sparsity",
-        "SHARE",
-        "target share of zeros, 0 to 0.5 (mask_llm: always 0.5)",
-    ),
-    "--tile": ("learn.tile", "R,C", "rows,columns of a tile (default 128,128)"),
-    "--lr": ("learn.lr", "LR", "learning rate (default of the preset)"),
-    "--local-batch-size": ("learn.local_batch_size", "N", "blocks per forward pass (default 1)"),
-    "--global-batch-size": ("learn.global_batch_size", "N", "blocks per optimiser step (default 256)"),
-    "--exact-budget": (
-        "learn.exact_budget",
-        "",
-        "choose the dense tiles by rank, so that the target is met exactly",
-    ),
-    "--seed": ("learn.seed", "N", "seed of initial logits, noise and data order (default 42)"),
+    "--sparsity": (LearnConfig, "learn", "target_sparsity"),
+    "--tile": (LearnConfig, "learn", "tile"),
+    "--lr": (LearnConfig, "learn", "lr"),
+    "--local-batch-size": (LearnConfig, "learn", "local_batch_size"),
+    "--global-batch-size": (LearnConfig, "learn", "global_batch_size"),
+    "--exact-budget": (LearnConfig, "learn", "exact_budget"),
+    "--seed": (LearnConfig, "learn", "seed"),
 }
 DEFAULT_BLOCKS = 512_000
 DEFAULT_SEQLEN = 4096
 
 
-@dataclass(frozen=True)
-class Options:
+@record(kw_only=True)
+class Options(inputs.PlacementSettings):
     """Settings of `learn`; the hyper-parameters are in the section `learn` (patch.learn.LearnConfig)."""
 
     model: str = setting(help=inputs.MODEL_HELP, metavar="MODEL")
     data: str | None = setting(None, f"{inputs.DATA_HELP} (required unless --dry-run)", metavar="TEXT")
-    out: Path | None = setting(
+    out: NewPath | None = setting(
         None, "folder for the result, checkpoints and metrics.jsonl (required unless --dry-run)", metavar="DIR"
     )
-    preset: Literal["joint", "tile", "mask_llm"] = setting(
-        "joint", "published hyper-parameters: joint, tile or mask_llm (default joint)", metavar="PRESET"
-    )
+    preset: Mode = setting("joint", "published hyper-parameters: joint, tile or maskllm", metavar="PRESET")
     prior: str | None = setting(None, "folder made by prune: 2:4 masks and tile scores to start from", metavar="DIR")
-    steps: int | None = setting(None, "optimiser steps (default: what --blocks gives)", metavar="N")
-    blocks: int | None = setting(None, "blocks of text to train on (default: all, at most 512000)", metavar="N")
-    seqlen: int | None = setting(None, "tokens per block (default 4096, or what the model allows)", metavar="N")
-    text_field: str | None = setting(None, "column of a .jsonl or .parquet file (default text)", metavar="NAME")
-    exclude: tuple[str, ...] = setting((), "layers to leave dense, as patterns such as '*.k_proj'", metavar="A,B")
-    dtype: str = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
-    device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
+    steps: AtLeastOne | None = setting(None, "optimiser steps (default: what --blocks gives)")
+    blocks: AtLeastOne | None = setting(None, "blocks of text to train on (default: all, at most 512000)")
+    seqlen: AtLeastOne | None = setting(None, "tokens per block (default 4096, or what the model allows)")
+    text_field: str | None = setting(None, inputs.FIELD_HELP, metavar="NAME")
+    exclude: Names = setting((), inputs.EXCLUDE_HELP, metavar="A,B")
     resume: bool = setting(False, "go on from the newest complete checkpoint in --out")
     overwrite: bool = setting(False, "remove an earlier learning run in --out and start anew")
     dry_run: bool = setting(False, "print the memory that learning needs, from the model's config.json alone")
-    learn: dict[str, Any] = dataclasses.field(default_factory=dict)
+    learn: dict[str, Any] = setting(factory=dict)
 
-    def __post_init__(self) -> None:
+    @property
+    def folder(self) -> Path:
+        """--out, which is there unless this is a dry run."""
+        return cast(Path, self.out)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Options:
         if self.steps is not None and self.blocks is not None:
             raise ValueError("--steps and --blocks: expected one of them, got both. One follows from the other.")
-        for name in ("steps", "blocks", "seqlen"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value}. Leave it out for the default.")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite: expected one of them, got both. Keep the run or replace it.")
+        outputs.refuse_resume_and_overwrite(self)
         needed = [f"--{name}" for name in ("data", "out") if getattr(self, name) is None and not self.dry_run]
         if needed:
             raise ValueError(
                 f"expected {', '.join(needed)}, got nothing. Give it as a flag, in --config, or by --set KEY=VALUE."
             )
+        return self
 
 
 def run(options: Options) -> None:
@@ -107,7 +99,7 @@ def run(options: Options) -> None:
     if options.prior is not None:
         prior = inputs.artifact_folder(options.prior, "--prior")
         if options.overwrite:
-            outputs.check_input_stays(prior, options.out, "--prior")
+            outputs.check_input_stays(prior, options.folder, "--prior")
     from patch.learn.run import learn
     from patch.models.keep_masks import measured_sparsity
 
@@ -115,9 +107,9 @@ def run(options: Options) -> None:
     masks, scores = _prior(options, config, model)
     blocks = _blocks(options, config, model)
     if options.overwrite:
-        outputs.clear_learning_run(options.out)
+        outputs.clear_learning_run(options.folder)
     resolved = dataclasses.replace(options, learn=settings.to_dict(config), resume=False, overwrite=False)
-    settings.save_resolved(resolved, options.out, header="patch-llm learn --config THIS_FILE --resume")
+    settings.save_resolved(resolved, options.folder, header="patch-llm learn --config THIS_FILE --resume")
     result = learn(
         model,
         blocks,
@@ -134,14 +126,13 @@ def run(options: Options) -> None:
         f"{1 - result.soft_density:.4f})"
     )
     next_step = f"patch-llm export --model {options.model} --masks {options.out} --format packed --out packed"
-    outputs.print_written(options.out, "masks, metrics.jsonl and config.resolved.yaml", next_step)
+    outputs.print_written(options.folder, "masks, metrics.jsonl and config.resolved.yaml", next_step)
 
 
 def print_memory(options: Options, config: LearnConfig) -> None:
     """What learning with these options would allocate at its peak; reads config.json and writes nothing."""
-    dtype, model_config = inputs.dtype_of(options.dtype), inputs.load_model_config(options.model)
-    if dtype == "auto":
-        dtype = model_config.dtype
+    wanted, model_config = inputs.dtype_of(options.dtype), inputs.load_model_config(options.model)
+    dtype: torch.dtype | None = model_config.dtype if isinstance(wanted, str) else wanted
     if dtype is None:
         raise ValueError(
             f"--dtype: expected a dtype in the config.json of {options.model}, got none. Give it, for example --dtype "
@@ -170,7 +161,7 @@ def on_interrupt(options: Options) -> str:
     """Learning keeps its checkpoints."""
     if options.dry_run:
         return "nothing was started"
-    found = [p for p in Path(options.out).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    found = [p for p in options.folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     if not found:
         return (
             f"no checkpoint was complete yet in {options.out}; run again with --overwrite (or learn.save_steps lower)"
@@ -181,8 +172,6 @@ def on_interrupt(options: Options) -> str:
 
 def learning_config(options: Options) -> LearnConfig:
     """LearnConfig of the preset with the settings of the section `learn` on top."""
-    from patch.learn.config import LearnConfig
-
     settings.check_keys(LearnConfig, options.learn, "learn", prefix="learn.")
     if options.learn.get("mode", options.preset) != options.preset:
         raise ValueError(
@@ -190,30 +179,35 @@ def learning_config(options: Options) -> LearnConfig:
             "--preset."
         )
     sparsity = options.learn.get("target_sparsity")
-    if sparsity is None and options.preset != "mask_llm":
+    if sparsity is None and options.preset != "maskllm":
         raise ValueError(
             f"--sparsity: expected a target with preset {options.preset}, got none. Give a share of zeros, for example "
             "--sparsity 0.45."
         )
-    if sparsity is not None:
-        sparsity = settings.convert(sparsity, float, "learn.target_sparsity")
-    preset = settings.to_dict(LearnConfig.from_preset(options.preset, sparsity))
-    return settings.build(LearnConfig, preset | options.learn, prefix="learn.")
+    # Without a target the preset is maskllm, whose target is always 0.5.
+    given = settings.build(
+        LearnConfig, {"mode": options.preset, "target_sparsity": 0.5} | options.learn, prefix="learn."
+    )
+    preset = LearnConfig.from_preset(options.preset, None if sparsity is None else given.target_sparsity)
+    return dataclasses.replace(preset, **{name: getattr(given, name) for name in options.learn})
 
 
 def _check_out(options: Options) -> None:
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out: expected a folder, {options.out} is a file. Choose another --out.")
-    earlier = [name for name in ("result", "metrics.jsonl") if (options.out / name).exists()]
-    earlier += sorted(path.name for path in options.out.glob("checkpoint-*"))
+    out = options.folder
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, {out} is a file. Choose another --out.")
+    earlier = [name for name in ("result", "metrics.jsonl") if (out / name).exists()]
+    earlier += sorted(path.name for path in out.glob("checkpoint-*"))
     if earlier and not (options.resume or options.overwrite):
         raise ValueError(
-            f"--out: expected no earlier learning run, {options.out} has {', '.join(earlier[:4])}. Use --resume, "
+            f"--out: expected no earlier learning run, {out} has {', '.join(earlier[:4])}. Use --resume, "
             "replace it with --overwrite, or choose another --out."
         )
 
 
-def _prior(options: Options, config: LearnConfig, model: nn.Module):
+def _prior(
+    options: Options, config: LearnConfig, model: nn.Module
+) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
     """(2:4 masks, tile scores) of --prior, or None for what there is not."""
     if options.prior is None:
         if config.mode == "tile":
@@ -228,7 +222,7 @@ def _prior(options: Options, config: LearnConfig, model: nn.Module):
             "--pattern 2:4`."
         )
     scores = artifact.tile_scores or None
-    if config.mode == "mask_llm":
+    if config.mode == "maskllm":
         return artifact.masks, None
     if scores is None:
         logger.warning("%s has no tile scores: the tile logits start without a prior", options.prior)
@@ -248,9 +242,9 @@ def _prior(options: Options, config: LearnConfig, model: nn.Module):
 
 def _seqlen(options: Options, model: Any) -> int:
     """Tokens per block for a model or its configuration."""
-    from patch.models.facts import context_length
+    from patch.models.facts import within_context
 
-    return options.seqlen or min(DEFAULT_SEQLEN, context_length(model) or DEFAULT_SEQLEN)
+    return options.seqlen or within_context(model, DEFAULT_SEQLEN)
 
 
 def _blocks(options: Options, config: LearnConfig, model: nn.Module) -> Tensor:
@@ -267,7 +261,7 @@ def _blocks(options: Options, config: LearnConfig, model: nn.Module) -> Tensor:
         wanted = options.steps // config.epochs * config.global_batch_size
     tokenizer = inputs.load_tokenizer(options.model)
     blocks, _ = training_blocks(
-        tokenizer, options.data, seqlen, max_blocks=wanted or DEFAULT_BLOCKS, text_field=options.text_field
+        tokenizer, cast(str, options.data), seqlen, max_blocks=wanted or DEFAULT_BLOCKS, text_field=options.text_field
     )
     if wanted is not None and len(blocks) < wanted:
         raise ValueError(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from pydantic import model_validator
 
 from patch import settings
 from patch.cli import inputs, outputs
-from patch.settings import RESOLVED_NAME, dump_yaml, setting
+from patch.files.schema import record
+from patch.pruning.options import Damping, Pattern, Precision
+from patch.pruning.registry import METHODS, Method, get_method, make_options, method_names
+from patch.settings import RESOLVED_NAME, AtLeastOne, Names, NewPath, Share, Tile, dump_yaml, setting
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from patch.pruning import ProxSparseConfig
+    from torch import Tensor
 
 NAME = "prune"
 SUMMARY = "prune a model one-shot (magnitude, Wanda, SparseGPT, Thanos) or by ProxSparse"
@@ -28,67 +28,47 @@ examples:
       trains a copy of the weights for 400 steps to choose the masks; settings prox.NAME for --set and --config
 """
 SECTION_FLAGS = {
-    "--prox-lambda": ("prox.lam", "LAMBDA", "prox_sparse: weight of its regulariser (default 0.1)"),
-    "--prox-lr": ("prox.lr", "LR", "prox_sparse: peak learning rate (default 1e-4)"),
-    "--prox-steps": ("prox.steps", "N", "prox_sparse: training steps (default 400)"),
+    flag: (method.settings_type, method.section, name) for method in METHODS.values() for flag, name in method.flags
 }
-DEFAULT_NSAMPLES = 128
 
 
-@dataclass(frozen=True)
-class Options:
+@record(kw_only=True)
+class Options(inputs.CalibrationSettings, inputs.PlacementSettings):
     """Settings of `prune`; those of prox_sparse are in the section `prox` (patch.pruning.ProxSparseConfig)."""
 
     model: str = setting(help=inputs.MODEL_HELP, metavar="MODEL")
-    out: Path = setting(help="folder to write", metavar="DIR")
-    method: str = setting("wanda", "magnitude, wanda (default), sparsegpt, thanos or prox_sparse", metavar="METHOD")
-    pattern: Literal["2:4", "unstructured"] = setting(
-        "2:4", "2:4 keeps two of four consecutive weights; or unstructured", metavar="PATTERN"
-    )
-    sparsity: float = setting(0.5, "share of zeros, 0 to 0.5; 2:4 is always 0.5", metavar="SHARE")
+    out: NewPath = setting(help="folder to write", metavar="DIR")
+    method: str = setting("wanda", "pruning method", metavar="METHOD", choices=method_names)
+    pattern: Pattern = setting("2:4", "2:4 keeps two of four consecutive weights; or unstructured", metavar="PATTERN")
+    sparsity: Share = setting(0.5, "share of zeros, 0 to 0.5; 2:4 is always 0.5", metavar="SHARE")
     data: str | None = setting(None, inputs.DATA_HELP + " (not needed by magnitude)", metavar="TEXT")
-    text_field: str | None = setting(None, "column of a .jsonl or .parquet file (default text)", metavar="NAME")
-    nsamples: int | None = setting(None, "calibration samples (default 128; prox_sparse 400)", metavar="N")
-    seqlen: int | None = setting(None, "tokens per sample (default 2048, or what the model allows)", metavar="N")
-    target_sparsity: float | None = setting(
+    nsamples: AtLeastOne | None = setting(  # type: ignore[assignment]  # what the method says, where there is none
+        None, "calibration samples (default: what is usual for the method)"
+    )
+    target_sparsity: Share | None = setting(
         None, "also score tiles from an unstructured reference with this share of zeros", metavar="SHARE"
     )
-    tile: tuple[int, int] = setting((128, 128), "rows,columns of a scored tile (default 128,128)", metavar="R,C")
+    tile: Tile = setting((128, 128), "rows,columns of a scored tile", metavar="R,C")
     shift_zero_metrics: bool = setting(False, "Wanda: raise the statistics of inputs that are always zero")
-    precision: Literal["fp32", "fp64"] = setting("fp32", "of scores, statistics and updates", metavar="P")
-    damping: float = setting(
-        0.01, "SparseGPT, Thanos: share of the mean diagonal added to the Hessian (default 0.01)", metavar="SHARE"
+    precision: Precision = setting("fp32", "fp32 or fp64, of scores, statistics and updates", metavar="P")
+    damping: Damping = setting(
+        0.01, "SparseGPT, Thanos: share of the mean diagonal added to the Hessian", metavar="SHARE"
     )
-    block_size: int | None = setting(
-        None, "SparseGPT, Thanos: columns treated at once (default 128; 512 for Thanos 2:4)", metavar="N"
+    block_size: AtLeastOne | None = setting(
+        None, "SparseGPT, Thanos: columns treated at once (default 128; 512 for Thanos 2:4)"
     )
-    exclude: tuple[str, ...] = setting((), "layers to leave dense, as patterns such as '*.k_proj'", metavar="A,B")
-    seed: int = setting(0, "seed of the calibration samples (default 0)", metavar="N")
-    dtype: str = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
-    device: str | None = setting(None, "cpu, cuda or cuda:N (default: the GPU if there is one)", metavar="DEVICE")
+    exclude: Names = setting((), inputs.EXCLUDE_HELP, metavar="A,B")
     overwrite: bool = setting(False, "replace an earlier result in --out")
-    prox: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prox: dict[str, Any] = setting(factory=dict)
 
-    def __post_init__(self) -> None:
-        for name in ("sparsity", "target_sparsity"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 0.5:
-                raise ValueError(f"{name}: expected a share of zeros from 0 to 0.5, got {value}. 45 percent is 0.45.")
+    @model_validator(mode="after")
+    def _fits_together(self) -> Options:
         if self.pattern == "2:4" and self.sparsity != 0.5:
             raise ValueError(
                 f"sparsity: expected 0.5 with pattern 2:4, got {self.sparsity}. Use --pattern unstructured, or "
                 "`patch-llm learn` for 2:4 tiles at less sparsity."
             )
-        for name in ("nsamples", "seqlen"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value}. Leave it out for the default.")
-        if min(self.tile) < 1 or self.tile[1] % 4:
-            raise ValueError(
-                f"tile: expected rows,columns > 0 with columns a multiple of 4, got {self.tile}. Use 128,128."
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed: expected an integer >= 0, got {self.seed}. Use 0.")
+        return self
 
 
 def run(options: Options) -> None:
@@ -98,8 +78,8 @@ def run(options: Options) -> None:
     from patch.models.facts import config_fingerprint
     from patch.models.keep_masks import measured_sparsity
     from patch.models.structure import maskable_linears
-    from patch.pruning import check_prunable, get_method, proxsparse, prune_model
-    from patch.pruning.registry import make_options
+    from patch.pruning.model import check_prunable, prune_model
+    from patch.pruning.tile_scores import reference_tile_scores
 
     method = get_method(options.method)
     pruning = make_options(
@@ -111,11 +91,9 @@ def run(options: Options) -> None:
         options.shift_zero_metrics,
         options.precision,
     )
-    usual = proxsparse.DEFAULT_NSAMPLES if method.is_learned else DEFAULT_NSAMPLES
-    options = dataclasses.replace(options, nsamples=options.nsamples or usual)
-    prox = _prox_config(options)
-    if prox is not None:
-        options = dataclasses.replace(options, prox=settings.to_dict(prox))
+    own = _own_settings(options, method)
+    section: dict[str, Any] = {} if own is None else {method.section: settings.to_dict(own)}
+    options = dataclasses.replace(options, nsamples=options.nsamples or method.nsamples, **section)
     if method.needs_calibration:
         inputs.check_text_source(options.data)
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
@@ -124,13 +102,15 @@ def run(options: Options) -> None:
     scores = None
     if options.target_sparsity is not None:
         check_prunable(model, method, pruning, calibration, exclude=options.exclude)
-        scores = _tile_scores(options, model, calibration)
+        scores = reference_tile_scores(
+            model, options.method, options.target_sparsity, options.tile, **_shared(options, calibration)
+        )
     masks = prune_model(
         model,
         options.method,
         pattern=options.pattern,
         sparsity=options.sparsity,
-        prox=prox,
+        prox=own,
         **_shared(options, calibration),
     )
     linears = maskable_linears(model, options.exclude)
@@ -153,7 +133,7 @@ def run(options: Options) -> None:
         damping=options.damping,
         block_size=pruning.block_size,
         exclude=options.exclude,
-        **({} if prox is None else {"prox": options.prox}),
+        **section,
     )
     # Repeating a run must not replace its result.
     resolved = dump_yaml(dataclasses.replace(options, overwrite=False), header="patch-llm prune --config THIS_FILE")
@@ -167,39 +147,18 @@ def on_interrupt(options: Options) -> str:
     return f"nothing was written to {options.out}; run the same command again"
 
 
-def _prox_config(options: Options) -> ProxSparseConfig | None:
-    """The section `prox`, checked; None for other methods, which must not have one."""
-    from patch.pruning import LEARNED_METHODS, ProxSparseConfig
-
-    if options.method not in LEARNED_METHODS:
-        if options.prox:
+def _own_settings(options: Options, method: Method) -> Any:
+    """The section of the method's own settings, checked; None for a method without. Others' sections are refused."""
+    for other in METHODS.values():
+        if other.section and other.section != method.section and getattr(options, other.section):
+            given = ", ".join(getattr(options, other.section))
             raise ValueError(
-                f"prox: expected no settings with method {options.method}, got {', '.join(options.prox)}. Leave them "
-                "out, or use --method prox_sparse."
+                f"{other.section}: expected no settings with method {options.method}, got {given}. Leave them out, or "
+                f"use --method {next(name for name, row in METHODS.items() if row is other)}."
             )
+    if method.settings_type is None:
         return None
-    if options.pattern != "2:4":
-        raise ValueError(
-            f"pattern: expected 2:4 with method prox_sparse, got {options.pattern}. Use --method wanda for an "
-            "unstructured mask."
-        )
-    return settings.build(ProxSparseConfig, options.prox, prefix="prox.")
-
-
-def _tile_scores(options: Options, model: nn.Module, calibration: Tensor | None) -> dict[str, Tensor]:
-    """Share of weights that an unstructured reference keeps in each tile."""
-    from patch.priors import tile_scores
-    from patch.pruning import prune_model, reference_method
-
-    reference = copy.deepcopy(model)
-    masks = prune_model(
-        reference,
-        reference_method(options.method),
-        pattern="unstructured",
-        sparsity=options.target_sparsity,
-        **_shared(options, calibration),
-    )
-    return {name: tile_scores(keep, options.tile) for name, keep in masks.items()}
+    return settings.build(method.settings_type, getattr(options, method.section), prefix=f"{method.section}.")
 
 
 def _shared(options: Options, calibration: Tensor | None) -> dict[str, Any]:

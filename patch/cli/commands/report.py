@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from patch.cli import outputs
-from patch.settings import setting
+from patch.files.schema import record
+from patch.settings import Names, NewPath, setting
 
 NAME = "report"
 SUMMARY = "compare results of eval: Markdown table, CSV and plot"
@@ -17,23 +17,22 @@ examples:
   patch-llm report dense.json wanda.json patch-45.json --out comparison
   patch-llm report results.json --labels "dense,Wanda 2:4,PATCH 45%" --out comparison
 """
-SECTION_FLAGS: dict[str, tuple[str, str, str]] = {}
-# What the modes of `learn` are called in a legend.
 # What came after the masks, by the key of an artifact's meta.
 _STEPS = {"compensation": "compensated", "compression": "compressed", "fine_tune": "fine-tuned"}
-_SERIES = {"joint": "PATCH joint", "tile": "PATCH tile", "mask_llm": "MaskLLM"}
+# What the modes of `learn` are called in a legend; mask_llm is what 0.1.0 called maskllm.
+_SERIES = {"joint": "PATCH joint", "tile": "PATCH tile", "maskllm": "MaskLLM", "mask_llm": "MaskLLM"}
 TABLE, NUMBERS, PLOT = "report.md", "results.csv", "results.png"
 
 
-@dataclass(frozen=True)
+@record(kw_only=True)
 class Options:
     """Settings of `report`."""
 
-    out: Path = setting(help="new folder for the report", metavar="FOLDER")
-    results: tuple[str, ...] = setting(
+    out: NewPath = setting(help="new folder for the report", metavar="FOLDER")
+    results: Names = setting(
         (), "files written by `patch-llm eval --json`, the reference first", metavar="RESULT.json", positional=True
     )
-    labels: tuple[str, ...] = setting((), "names of the models in order (default: those of the files)", metavar="A,B")
+    labels: Names = setting((), "names of the models in order (default: those of the files)", metavar="A,B")
     overwrite: bool = setting(False, "replace an earlier report")
 
 

@@ -5,16 +5,17 @@ Source: Liu et al., "ProxSparse: Regularized Learning of Semi-Structured Sparsit
 
 from __future__ import annotations
 
-from patch.pruning.proxsparse.proximal import frozen_weight_gradient, frozen_weight_penalty, prox, regularizer
-from patch.pruning.proxsparse.training import DEFAULT_NSAMPLES, ProxSparseConfig, check_learnable, learn_masks
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "DEFAULT_NSAMPLES",
-    "ProxSparseConfig",
-    "check_learnable",
-    "frozen_weight_gradient",
-    "frozen_weight_penalty",
-    "learn_masks",
-    "prox",
-    "regularizer",
-]
+from patch.files.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from patch.pruning.proxsparse.config import ProxSparseConfig
+    from patch.pruning.proxsparse.proximal import prox
+    from patch.pruning.proxsparse.training import learn_masks
+
+__all__ = ["ProxSparseConfig", "learn_masks", "prox"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__, {"ProxSparseConfig": "config", "learn_masks": "training", "prox": "proximal"}
+)

@@ -4,7 +4,6 @@ Source: Liu et al., "ProxSparse: Regularized Learning of Semi-Structured Sparsit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from patch.pruning.options import GROUP
 from patch.pruning.selection import working_dtype
+from patch_kernels.checks import FLOATS, require_multiple, require_number, require_tensor
 
 # Groups treated at once by `prox`: some ten temporaries of 16 MiB in fp32.
 _CHUNK_GROUPS = 1 << 20
@@ -38,10 +38,8 @@ def prox(v: Tensor, lam: float, *, chunk_groups: int = _CHUNK_GROUPS) -> Tensor:
     largest ones; each case is solved and the best one taken, as in the paper. Descent from 0 misses
     the minimum of some groups when lam * max(z) is near 1; small steps first (`_damped`) do not.
     """
-    _check_number("lam", lam, 0 <= _number(lam) < math.inf, "0 or more", 0.1)
-    if not isinstance(v, Tensor) or not v.is_floating_point() or v.itemsize < 2:
-        kind = f"a {v.dtype} tensor" if isinstance(v, Tensor) else type(v).__name__
-        raise TypeError(f"prox: expected a floating-point tensor (fp16, bf16, fp32 or fp64), got {kind}. Convert it.")
+    require_number("lam", lam, ge=0, advice="The usual one is 0.1.")
+    require_tensor("prox, v", v, dtypes=FLOATS, advice="Convert it.", error=TypeError)
     _check_groups("prox", v)
     groups = v.detach().reshape(-1, GROUP)
     result = torch.empty_like(groups)
@@ -151,18 +149,5 @@ def _scale(original: Tensor, epsilon: float) -> Tensor:
 
 
 def _check_groups(label: str, weight: Tensor) -> None:
-    if weight.dim() == 0 or weight.shape[-1] % GROUP:
-        raise ValueError(
-            f"{label}: expected a last dimension divisible by {GROUP}, got shape {tuple(weight.shape)}. Pad it with "
-            "zeros or leave this layer dense."
-        )
-
-
-def _number(value: object) -> float:
-    """The value of a number, NaN for anything else."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def _check_number(name: str, value: object, fits: bool, expected: str, usual: float) -> None:
-    if not fits:
-        raise ValueError(f"{name}: expected a finite number {expected}, got {value!r}. The usual one is {usual}.")
+    require_tensor(label, weight, shape=(..., "K"), advice="Pass a weight.")
+    require_multiple(f"{label}, last dimension", weight.shape[-1], GROUP, "Pad with zeros or leave this layer dense.")

@@ -12,74 +12,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from patch.models.checks import check_calibration, check_device
+from patch.models.checks import check_device, require_tokens, require_trained_dtype
 from patch.models.modes import placed
-from patch.models.structure import maskable_linears
+from patch.models.structure import input_embeddings, maskable_linears
 from patch.pruning.options import GROUP, PruneOptions
-from patch.pruning.proxsparse.proximal import _check_number, _number, frozen_weight_gradient, prox
+from patch.pruning.proxsparse.config import ProxSparseConfig
+from patch.pruning.proxsparse.proximal import frozen_weight_gradient, prox
 from patch.pruning.selection import check_weight, keep_two_of_four, working_dtype
+from patch_kernels.checks import require_finite
 
 logger = logging.getLogger(__name__)
 _BAR_INTERVAL = 10
-# Calibration samples of the published settings: one for each step.
-DEFAULT_NSAMPLES = 400
-
-
-@dataclass(frozen=True)
-class ProxSparseConfig:
-    """How `learn_masks` trains; checked when made. Defaults are the published ones.
-
-    lam              weight of the regulariser in the proximal step; not multiplied by lr. The published value
-                     differs from model to model, see docs/proxsparse.md
-    lr               peak learning rate of AdamW (betas 0.9 and 0.999, eps 1e-8, no weight decay)
-    steps            optimiser steps; samples are read in a new random order each time all were read
-    batch_size       samples per step
-    warmup_ratio     share of the steps in which lr rises from 0; it falls linearly to 0 afterwards
-    max_grad_norm    gradients of all weights together are scaled down to this norm
-    frozen_lam       weight of `frozen_weight_penalty`, 0 without it
-    frozen_epsilon   its epsilon
-    seed             of the sample order and of dropout
-    grad_checkpoint  compute activations again in the backward pass: less memory, more time
-    """
-
-    lam: float = 0.1
-    lr: float = 1e-4
-    steps: int = 400
-    batch_size: int = 1
-    warmup_ratio: float = 0.1
-    max_grad_norm: float = 1.0
-    frozen_lam: float = 0.0
-    frozen_epsilon: float = 0.1
-    seed: int = 42
-    grad_checkpoint: bool = False
-
-    def __post_init__(self) -> None:
-        for name, usual in (("lam", 0.1), ("frozen_lam", 0.0)):
-            _check_number(name, getattr(self, name), 0 <= _number(getattr(self, name)) < math.inf, "0 or more", usual)
-        for name, usual in (("lr", 1e-4), ("max_grad_norm", 1.0), ("frozen_epsilon", 0.1)):
-            _check_number(name, getattr(self, name), 0 < _number(getattr(self, name)) < math.inf, "above 0", usual)
-        _check_number("warmup_ratio", self.warmup_ratio, 0 <= _number(self.warmup_ratio) <= 1, "from 0 to 1", 0.1)
-        for name, least, usual in (("steps", 1, 400), ("batch_size", 1, 1), ("seed", 0, 42)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{name}: expected an integer of {least} or more, got {value!r}. The usual one is {usual}."
-                )
-        if not isinstance(self.grad_checkpoint, bool):
-            raise TypeError(f"grad_checkpoint: expected True or False, got {self.grad_checkpoint!r}. Pass a bool.")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step; the first is 0. Linear warm-up, then linear to 0 at the end."""
-        warmup = math.ceil(self.steps * self.warmup_ratio)
-        if step < warmup:
-            return self.lr * step / warmup
-        return self.lr * max(0, self.steps - step) / max(1, self.steps - warmup)
+_UNHARMED = "The model's weights are as before; lower lr, or check the model and the calibration text."
 
 
 def learn_masks(
@@ -136,26 +85,17 @@ def check_learnable(
 ) -> dict[str, nn.Linear]:
     """The layers `learn_masks` trains; raises ValueError or TypeError for what it refuses."""
     linears = maskable_linears(model, exclude)
-    check_calibration(model, calibration)
-    if calibration.shape[1] < 2:
-        raise ValueError(
-            f"calibration: expected samples of at least 2 tokens to predict one, got {tuple(calibration.shape)}. "
-            "Pass longer windows."
-        )
+    require_tokens(model, calibration, "calibration", least=2)
     check_device(device)
     for name, linear in linears.items():
         check_weight(linear.weight, PruneOptions(), f"layer '{name}'")
-        if linear.weight.dtype == torch.float16:
-            raise ValueError(
-                f"layer '{name}': expected float32, bfloat16 or float64 weights to train, got torch.float16 whose "
-                "gradients overflow. Load the model with dtype=torch.bfloat16 (--dtype bfloat16)."
-            )
+        require_trained_dtype(linear.weight, f"layer '{name}'")
     return linears
 
 
 def _train(
     model: nn.Module,
-    weights: Mapping[nn.Parameter, str],
+    weights: Mapping[Tensor, str],
     originals: Sequence[Tensor],
     calibration: Tensor,
     config: ProxSparseConfig,
@@ -169,17 +109,17 @@ def _train(
     masters = [weight.detach().to(working_dtype(weight)) for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=config.lr, weight_decay=0.0, fused=True)
     batches = _batches(len(calibration), config)
-    home = model.get_input_embeddings().weight.device
+    home = input_embeddings(model).weight.device
     share = 1.0
     with tqdm(total=config.steps, desc="ProxSparse", unit="step", disable=None if progress else True) as bar:
         for step, batch in enumerate(batches):
             ids = calibration[batch].to(home)
             loss = model(input_ids=ids, labels=ids).loss
-            _check_finite("loss", loss, step, config)
+            require_finite(f"ProxSparse, loss of step {step + 1}", loss, _UNHARMED, error=FloatingPointError)
             loss.backward()
             _take_gradients(weights, masters, originals, config)
             norm = nn.utils.clip_grad_norm_(masters, config.max_grad_norm)
-            _check_finite("gradient", norm, step, config)
+            require_finite(f"ProxSparse, gradient of step {step + 1}", norm, _UNHARMED, error=FloatingPointError)
             optimizer.param_groups[0]["lr"] = config.lr_at(step)
             optimizer.step()
             optimizer.zero_grad()
@@ -193,10 +133,8 @@ def _train(
             bar.update()
     for master, name in zip(masters, weights.values(), strict=True):
         if master not in optimizer.state:
-            raise ValueError(
-                f"layer '{name}': expected to see calibration inputs, got none; the model does not call it for these "
-                "samples. Put it in exclude."
-            )
+            wanted = "expected to see calibration inputs, got none"
+            raise ValueError(f"layer '{name}': {wanted}. The model skips it; put it in exclude.")
     logger.info("ProxSparse: %.4f of the groups have more than two nonzeros after %d steps", share, config.steps)
     return masters
 
@@ -211,7 +149,7 @@ def _batches(samples: int, config: ProxSparseConfig) -> Tensor:
 
 @torch.no_grad()
 def _take_gradients(
-    weights: Mapping[nn.Parameter, str],
+    weights: Mapping[Tensor, str],
     masters: Sequence[Tensor],
     originals: Sequence[Tensor],
     config: ProxSparseConfig,
@@ -230,11 +168,3 @@ def _violations(weights: Sequence[Tensor]) -> float:
     """Share of the groups of four that have more than two nonzeros."""
     counts = ((weight.reshape(-1, GROUP) != 0).sum(1) > 2 for weight in weights)
     return sum(int(count.sum()) for count in counts) / sum(weight.numel() // GROUP for weight in weights)
-
-
-def _check_finite(what: str, value: Tensor, step: int, config: ProxSparseConfig) -> None:
-    if not torch.isfinite(value):
-        raise FloatingPointError(
-            f"ProxSparse: expected a finite {what}, got {value.item()} at step {step + 1} of {config.steps}. The "
-            "model's weights are as before; lower lr, or check the model and the calibration text."
-        )
