@@ -1,0 +1,221 @@
+"""Packing the linear layers of a model and back; dense and packed export."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from support.models import mask_model
+from torch import nn
+
+from patch.models.keep_masks import apply_keep_masks, keep_masks
+from patch.models.structure import maskable_linears
+from patch.packed.convert import pack_model, unpack_model
+from patch.packed.save import save_dense, save_packed
+from patch.packed.swap import cast_model, layer_sha256, packed_layers
+from patch_kernels import TiledLinear
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pack_keeps_every_weight_bit_and_unpack_returns_them(tiny_model, arch, dtype):
+    model = mask_model(
+        tiny_model(arch, dtype=dtype, hidden_size=160, head_dim=40) if arch != "opt" else tiny_model(arch, dtype=dtype)
+    )
+    masked = {name: model.get_submodule(name).weight.clone() for name in keep_masks(model)}
+    biases = {name: model.get_submodule(name).bias for name in masked}
+    sparse_tiles = 0
+    assert pack_model(model) is model
+    for name, weight in masked.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, TiledLinear)
+        assert torch.equal(layer.tiled_weight.unpack().view(torch.int16), weight.view(torch.int16))
+        sparse_tiles += int(layer.tile_is_sparse.sum())
+    assert sparse_tiles > 0
+    assert isinstance(model.lm_head, nn.Linear)
+    assert unpack_model(model) is model
+    for name, weight in masked.items():
+        layer = model.get_submodule(name)
+        assert type(layer) is nn.Linear and torch.equal(layer.weight, weight)
+        assert (layer.bias is None) == (biases[name] is None)
+        assert biases[name] is None or torch.equal(layer.bias, biases[name])
+    assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_size_follows_the_share_of_sparse_tiles(tiny_model, share):
+    model = mask_model(tiny_model(dtype=torch.bfloat16, hidden_size=128, intermediate_size=256), share)
+    pack_model(model)
+    for _, layer in packed_layers(model):
+        sparse = int(layer.tile_is_sparse.sum())
+        assert layer.payload.numel() == 18432 * sparse + 32768 * (layer.tile_is_sparse.numel() - sparse)
+        assert share not in (0.0, 1.0) or sparse == share * layer.tile_is_sparse.numel()
+
+
+def test_masks_of_any_tile_size_are_exact(tiny_model):
+    """A tile that mixes dense and 2:4 parts is stored dense, with its zeros."""
+    model = tiny_model(dtype=torch.bfloat16)
+    masks = {}
+    for name, linear in maskable_linears(model).items():
+        masks[name] = torch.ones_like(linear.weight, dtype=torch.bool)
+        masks[name][:64, 2:4] = False
+    apply_keep_masks(model, masks)
+    expected = {name: model.get_submodule(name).weight.clone() for name in masks}
+    pack_model(model)
+    for name, layer in packed_layers(model):
+        assert not layer.tile_is_sparse[0].any()
+        assert torch.equal(layer.tiled_weight.unpack(), expected[name])
+
+
+def test_pruned_infinities_do_not_survive(tiny_model):
+    model = tiny_model(dtype=torch.bfloat16)
+    keep = {
+        n: torch.tensor([True, True, False, False]).repeat(m.weight.shape[0], m.weight.shape[1] // 4)
+        for n, m in maskable_linears(model).items()
+    }
+    for name in keep:
+        model.get_submodule(name).weight.data[0, 3] = float("inf")
+    pack_model(model, keep)
+    assert model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+
+
+def test_only_given_layers_are_packed(tiny_model):
+    model = mask_model(tiny_model(dtype=torch.bfloat16))
+    name = "model.layers.1.mlp.down_proj"
+    pack_model(model, {name: keep_masks(model)[name]})
+    assert [n for n, _ in packed_layers(model)] == [name]
+    assert list(model.config.quantization_config.layers) == [name]
+
+
+def test_cast_on_request_only(tiny_model):
+    model = mask_model(tiny_model(dtype=torch.float32))
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    with pytest.raises(
+        ValueError, match=r"expected torch.float16 or torch.bfloat16, got torch.float32 .*\. Pass dtype=torch.bfloat16"
+    ):
+        pack_model(model)
+    assert not list(packed_layers(model))
+    pack_model(model, dtype=torch.float16)
+    assert model.lm_head.weight.dtype == model.config.dtype == torch.float16
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)  # not rounded
+    assert model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.dtype == torch.float16
+
+
+def test_plain_module_without_config():
+    model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8)).bfloat16()
+    masks = {"0": torch.tensor([True, False, True, False]).repeat(64, 32)}
+    x = torch.randn(3, 128).bfloat16()
+    expected = copy.deepcopy(model)
+    expected[0].weight.data.masked_fill_(~masks["0"], 0)
+    pack_model(model, masks)
+    assert isinstance(model[0], TiledLinear)
+    torch.testing.assert_close(model(x), expected(x))
+    unpack_model(model, dtype=torch.float32)
+    assert torch.equal(model[0].weight, expected[0].weight.float())
+
+
+def test_pack_refuses_before_it_changes_anything(tiny_model):
+    model = tiny_model(dtype=torch.bfloat16)
+    name, head = "model.layers.0.mlp.up_proj", "lm_head"
+    ones = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in maskable_linears(model).items()}
+    cases = [
+        ({}, None, ValueError, "without one; prune it or learn masks first"),
+        (None, None, ValueError, "without one; prune it or learn masks first"),
+        (
+            ones | {"model.layers.9.up": ones[name]},
+            None,
+            ValueError,
+            "masks: expected an nn.Linear at 'model.layers.9.up' of LlamaForCausalLM, found nothing",
+        ),
+        (
+            ones | {"model.norm": ones[name]},
+            None,
+            ValueError,
+            "at 'model.norm' of LlamaForCausalLM, found LlamaRMSNorm",
+        ),
+        (ones | {name: ones[name].float()}, None, TypeError, "expected torch.bool .*got torch.float32"),
+        (ones | {name: [True]}, None, TypeError, "got list"),
+        (
+            ones | {name: ones[name][1:]},
+            None,
+            ValueError,
+            r"up_proj'\]: expected torch.bool \(192, 128\), got torch.bool \(191, 128\)",
+        ),
+        (ones, torch.float32, ValueError, "dtype float16 or bfloat16, got torch.float32"),
+        (ones, torch.int8, ValueError, "dtype float16 or bfloat16, got torch.int8"),
+    ]
+    for masks, dtype, error, message in cases:
+        with pytest.raises(error, match=message):
+            pack_model(model, masks, dtype=dtype)
+        assert not list(packed_layers(model)) and model.lm_head.weight.dtype == torch.bfloat16
+    model.get_submodule(name).half()
+    with pytest.raises(ValueError, match="one dtype for all masked layers"):
+        pack_model(model, ones)
+    tied = tiny_model(dtype=torch.bfloat16, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="shared with another module"):
+        pack_model(tied, {head: torch.ones_like(tied.lm_head.weight, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="packed layers, got LlamaForCausalLM without one"):
+        unpack_model(model)
+
+
+def test_checksum_sees_every_part(tiny_model):
+    model = pack_model(mask_model(tiny_model(dtype=torch.bfloat16), 1.0))
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer_sha256(layer)
+    layer.payload[-1] ^= 1
+    assert layer_sha256(layer) != before
+    layer.payload[-1] ^= 1
+    assert layer_sha256(layer) == before
+    layer.tile_is_sparse[-1, -1] ^= 1
+    assert layer_sha256(layer) != before
+
+
+def test_cast_model_without_config():
+    model = nn.Linear(2, 2)
+    cast_model(model, torch.float16)
+    assert model.weight.dtype == torch.float16
+
+
+# ---- export ----
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dense_export_opens_with_plain_transformers(tmp_path, tiny_model, tokenizer, packed):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = mask_model(tiny_model(dtype=torch.bfloat16))
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if packed:
+        pack_model(model)
+    save_dense(model, tokenizer, tmp_path / "dense")
+    assert any(packed_layers(model)) == packed  # the model itself is as it was
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert not [key for key in config if "quant" in key or "spars" in key or "mask" in key or "tile" in key]
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense")("ab")["input_ids"] == tokenizer("ab")["input_ids"]
+
+
+def test_export_refuses(tmp_path, tiny_model, tokenizer):
+    model = mask_model(tiny_model(dtype=torch.bfloat16), 1.0)
+    with pytest.raises(ValueError, match=r"without a packed layer; call patch.packed.pack_model"):
+        save_packed(model, tokenizer, tmp_path / "a")
+    name = "model.layers.0.mlp.up_proj"
+    model.get_submodule(name).weight.data.fill_(1)
+    with pytest.raises(ValueError, match=f"{name}: expected zeros where the keep mask prunes, got 12288 other values"):
+        save_dense(model, tokenizer, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_replaces_an_earlier_export_only(tmp_path, tiny_model):
+    model = pack_model(mask_model(tiny_model(dtype=torch.bfloat16)))
+    save_packed(model, None, tmp_path / "a")
+    save_dense(model, None, tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="found other files"):
+        save_packed(model, None, tmp_path / "b")

@@ -1,0 +1,270 @@
+"""The quality study in a miniature: its cells, what is run again, and what table, CSV and plot say."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import statistics
+
+import pytest
+import torch
+from support.models import build_byte_tokenizer, build_tiny_model
+
+from benchmarks.studies import quality, quality_report
+from patch.artifacts.artifact import load_artifact
+from patch.data.tokens import tokenize
+from patch.demo import corpus as corpus_module
+from patch.demo.settings import DemoSettings
+from patch.evaluate.cross_entropy import perplexity
+from patch.models.keep_masks import measured_sparsity
+from patch.packed.load import load
+from patch.pruning import METHODS
+from patch.settings import load_config
+
+ONE_SHOT = ["magnitude", "wanda", "sparsegpt", "thanos", "prox_sparse"]
+HYBRID = [f"{name}-35" for name, row in METHODS.items() if "unstructured" in row.patterns]
+CELLS = ["dense", *ONE_SHOT, *HYBRID, "maskllm", "joint-35", "tile-35"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Folder with a tiny model and two texts."""
+    folder = tmp_path_factory.mktemp("quality-inputs")
+    build_tiny_model(
+        "llama",
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    ).save_pretrained(folder / "model")
+    build_byte_tokenizer().save_pretrained(folder / "model")
+    lines = [f"Line {i}: the {'quick' if i % 3 else 'slow'} fox {i * i} jumps." for i in range(400)]
+    (folder / "train.txt").write_text("\n".join(lines[:300]))
+    (folder / "held.txt").write_text("\n".join(lines[300:]))
+    return folder
+
+
+def arguments(inputs, out, *extra):
+    flags = {
+        "--model": inputs / "model",
+        "--train": inputs / "train.txt",
+        "--heldout": inputs / "held.txt",
+        "--out": out,
+        "--window": 32,
+        "--heldout-windows": 4,
+        "--nsamples": 4,
+        "--steps": 2,
+        "--batch-size": 2,
+        "--prox-steps": 2,
+        "--tile": 32,
+        "--targets": 0.35,
+        "--seeds": "0,1",
+    }
+    return [str(part) for pair in flags.items() for part in pair] + [str(part) for part in extra]
+
+
+def made_cells(capsys):
+    """(cell, seed) of the cells that the last call made."""
+    lines = [line.split("] ")[1] for line in capsys.readouterr().out.splitlines() if line.endswith(": running")]
+    return [tuple(line.removesuffix(": running").split(", seed ")) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def done(inputs, tmp_path_factory):
+    """(folder, rows) of a finished study."""
+    out = tmp_path_factory.mktemp("quality")
+    return out, quality.main(arguments(inputs, out))
+
+
+def test_every_method_has_a_cell_per_seed(done):
+    _, rows = done
+    assert [(row["cell"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in CELLS]
+    for row in rows[1 : len(CELLS)]:
+        assert row["masks_alone"] > 1 and row["compensated_least_squares"] > 1, row
+        assert (row["perplexity"] == row["masks_alone"]) == (row["cell"].split("-")[0] not in ("sparsegpt", "thanos"))
+
+
+def test_masks_have_the_pattern_and_share_of_their_name(done):
+    out, rows = done
+    for name in CELLS[1:]:
+        masks = load_artifact(out / "cells" / f"{name}-seed1").masks
+        row = next(row for row in rows if row["cell"] == name and row["seed"] == 1)
+        assert row["sparsity"] == measured_sparsity(masks)
+        kept_of_four = [keep.reshape(-1, 4).sum(1) for keep in masks.values()]
+        if name in (*ONE_SHOT, "maskllm"):
+            assert all((kept == 2).all() for kept in kept_of_four), name
+            assert row["linear_bytes"] < 0.6 * row["dense_linear_bytes"]
+        elif name in ("joint-35", "tile-35"):
+            tiles = [keep.reshape(keep.shape[0] // 32, 32, -1, 32).sum((1, 3)) for keep in masks.values()]
+            assert all(((kept == 1024) | (kept == 512)).all() for kept in tiles), name
+            # One tile of 112 holds 0.45 % of the zeros.
+            assert row["sparsity"] == pytest.approx(0.35, abs=0.0045), name
+        else:
+            assert row["sparsity"] == pytest.approx(0.35, abs=0.01), name
+            assert row["linear_bytes"] >= row["dense_linear_bytes"]
+
+
+def test_dense_and_tile_start_from_what_they_should(done, inputs):
+    out, rows = done
+    ids = torch.tensor(tokenize(build_byte_tokenizer(), [(inputs / "held.txt").read_text()])[0])
+    assert rows[0]["perplexity"] == perplexity(load(inputs / "model", dtype=torch.float32).eval(), ids[:128], 32)
+    fixed, tile = (load_artifact(out / "cells" / f"{name}-seed0") for name in ("maskllm", "tile-35"))
+    for name, keep in tile.masks.items():
+        sparse = tile.tile_is_sparse[name].repeat_interleave(32, 0).repeat_interleave(32, 1)
+        assert torch.equal(keep, fixed.masks[name] | ~sparse)
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    """A copy of the finished study, to change."""
+    return shutil.copytree(done[0], tmp_path / "copy", symlinks=True)
+
+
+def test_a_finished_cell_is_not_run_again_and_a_damaged_one_is(done, copied, inputs, capsys):
+    out, rows = copied, done[1]
+    assert quality.main(arguments(inputs, out)) == rows
+    assert made_cells(capsys) == []
+    (out / "cells" / "wanda-seed1" / "masks.safetensors").write_bytes(b"damaged")
+    again = quality.main(arguments(inputs, out, "--cells", "wanda,joint-35"))
+    # Time differs; joint-35 does not need wanda.
+    assert made_cells(capsys) == [("wanda", "1")]
+    expected = [row for row in rows if row["cell"] in ("wanda", "joint-35")]
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in expected]
+
+
+def test_a_changed_setting_runs_what_depends_on_it(copied, inputs, capsys):
+    quality.main(arguments(inputs, copied, "--seeds", "0", "--steps", "3"))
+    assert made_cells(capsys) == [(name, "0") for name in ("maskllm", "joint-35", "tile-35")]
+
+
+def test_what_is_there_so_far_can_be_written_without_running_anything(copied, inputs, tmp_path, capsys):
+    shutil.rmtree(copied / "cells" / "wanda-seed1")
+    capsys.readouterr()
+    rows = quality.main(arguments(inputs, copied, "--finished-only"))
+    assert made_cells(capsys) == []
+    assert [(row["cell"], row["seed"]) for row in rows] == [
+        (name, seed) for seed in (0, 1) for name in CELLS if (name, seed) != ("wanda", 1)
+    ]
+    with (copied / "quality.csv").open() as file:
+        assert {line["cell"]: line["seeds"] for line in csv.DictReader(file)} == dict.fromkeys(CELLS, "2") | {
+            "wanda": "1"
+        }
+    with pytest.raises(SystemExit, match=r"expected finished cells in .* found none"):
+        quality.main(arguments(inputs, tmp_path / "none", "--finished-only"))
+
+
+def test_a_cell_makes_what_it_needs_first_and_an_interrupt_loses_nothing(inputs, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    wanted = ("--seeds", "0", "--cells", "tile-35")
+    with monkeypatch.context() as patched:
+        patched.setattr(quality, "learn", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quality.main(arguments(inputs, tmp_path, *wanted))
+    assert made_cells(capsys) == [("sparsegpt", "0"), ("maskllm", "0")]
+    (row,) = quality.main(arguments(inputs, tmp_path, *wanted))
+    assert row["cell"] == "tile-35"
+    assert made_cells(capsys) == [("maskllm", "0"), ("sparsegpt-35", "0"), ("tile-35", "0")]
+
+
+def test_ablations_change_one_setting_each(inputs, tmp_path, capsys):
+    cells = quality.all_cells(quality.Settings(window=32, tile=(32, 32), targets=(0.35,)), quality.ABLATIONS)
+    base = cells["joint-35"].own["learn"]
+    changed = {
+        name: {key for key, value in cells[name].own["learn"].items() if value != base[key]}
+        for name in cells
+        if name.startswith("joint-35-")
+    }
+    assert changed == {
+        "joint-35-tile16": {"tile"},
+        "joint-35-layer": {"layer_target"},
+        "joint-35-prior-none": set(),
+        "joint-35-prior-magnitude": set(),
+        "joint-35-prior-wanda": set(),
+    }
+    assert cells["joint-35-prior-none"].needs == ()
+    assert cells["joint-35-prior-wanda"].needs == ("wanda", "wanda-35")
+    extra = ("--seeds", "0", "--ablations", "tile,prior", "--cells", "joint-35-tile16,joint-35-prior-none")
+    first, second = quality.main(arguments(inputs, tmp_path, *extra))
+    assert (first["method"], second["method"]) == ("PATCH joint 35%, tile 16x16", "PATCH joint 35%, prior none")
+
+
+def test_both_compensations_can_be_columns(inputs, tmp_path):
+    extra = ("--seeds", "0", "--cells", "sparsegpt", "--compensations", "least_squares,sparsegpt")
+    (row,) = quality.main(arguments(inputs, tmp_path, *extra))
+    # The sweep with SparseGPT's own mask is SparseGPT.
+    assert row["compensated_sparsegpt"] == pytest.approx(row["perplexity"], rel=1e-6)
+    assert "compensated (sweep)" in (tmp_path / "quality.md").read_text()
+
+
+def test_table_csv_and_plot_hold_means_and_spreads(done):
+    out, rows = done
+    with (out / "quality.csv").open() as file:
+        summary = {line["cell"]: line for line in csv.DictReader(file)}
+    with (out / "quality_cells.csv").open() as file:
+        assert [(line["cell"], line["seed"]) for line in csv.DictReader(file)] == [
+            (row["cell"], str(row["seed"])) for row in rows
+        ]
+    assert (out / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert list(summary) == CELLS
+    values = [row["compensated_least_squares"] for row in rows if row["cell"] == "wanda-35"]
+    mean, spread = statistics.fmean(values), statistics.stdev(values)
+    assert float(summary["wanda-35"]["compensated_least_squares"]) == round(mean, 4)
+    text = (out / "quality.md").read_text()
+    assert "python -m benchmarks.studies.quality --model" in text
+    assert f"{mean:.2f} +- {spread:.2f}" in next(line for line in text.splitlines() if line.startswith("| Wanda 35%"))
+
+
+def test_summary_is_mean_and_sample_deviation():
+    shared = {"cell": "a", "method": "A", "group": "A", "target": 0.5, "sparsity": 0.5, "tokens": 7}
+    shared |= {"linear_bytes": 1, "dense_linear_bytes": 2}
+    rows = [shared | {"seed": s, "seconds": s, "perplexity": p} for s, p in ((0, 10.0), (1, 11.0), (2, 15.0))]
+    rows.append(shared | {"cell": "b", "seed": 0, "seconds": 4, "perplexity": 9.0, "masks_alone": 8.0})
+    first, second = quality_report.summarize(rows)
+    assert (first["perplexity"], first["perplexity_spread"], first["seeds"]) == (12.0, round(7**0.5, 4), 3)
+    assert (first["masks_alone"], first["seconds"], first["bytes_of_dense"]) == ("", 1.0, 0.5)
+    assert (second["perplexity"], second["perplexity_spread"], second["masks_alone"]) == (9.0, "", 8.0)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--cells", "wander"), "--cells: expected names or patterns of cells, got 'wander'. Known: dense, magnitude"),
+        (("--ablations", "seed"), "expected one of tile, layer, prior, got 'seed'"),
+        (("--compensations", "adam"), "expected one of least_squares, sparsegpt, got 'adam'"),
+        (("--targets", "45"), "quality: target_sparsity: expected a share of zeros from 0 to 0.5, got 45.0"),
+        (("--heldout", "absent.txt"), "got 'absent.txt', which is no file"),
+    ],
+)
+def test_bad_flags_are_refused(inputs, tmp_path, capsys, extra, message):
+    with pytest.raises(SystemExit) as error:
+        quality.main(arguments(inputs, tmp_path, *extra))
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_a_model_without_texts_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="expected --model, --train and --heldout together"):
+        quality.main(["--model", "somewhere", "--out", str(tmp_path)])
+
+
+def test_too_little_heldout_text_is_refused(inputs, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(SystemExit, match="quality: --heldout: expected at least one window of 32 tokens"):
+        quality.main(arguments(inputs, tmp_path, "--heldout", tmp_path / "short.txt"))
+
+
+def test_without_a_model_the_dense_model_of_the_demo_is_trained_once(tmp_path, monkeypatch, capsys):
+    from support.demo import TINY, write_sources
+
+    write_sources(tmp_path / "sources")
+    corpus = corpus_module.load_corpus(tmp_path / "sources")
+    monkeypatch.setattr(corpus_module, "load_corpus", lambda: corpus)
+    monkeypatch.setattr(quality, "DemoSettings", lambda: load_config(DemoSettings, overrides=TINY))
+    flags = ["--out", str(tmp_path / "out"), "--cells", "dense,magnitude", "--seeds", "0", "--window", "32"]
+    flags += ["--nsamples", "2", "--heldout-windows", "2"]
+    first = quality.main(flags)
+    assert "step 4/4" in capsys.readouterr().out
+    assert quality.main(flags) == first
+    assert "step 4/4" not in capsys.readouterr().out
