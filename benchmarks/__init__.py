@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.bench_<op>`. Each prints a table and can save it as CSV."""
+"""Benchmarks, run from a checkout: `python -m benchmarks.ops.bench_NAME` prints a table and can save it as CSV."""

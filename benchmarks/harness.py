@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import math
 import multiprocessing
 import platform
 import statistics
@@ -18,6 +19,9 @@ from datetime import date
 from pathlib import Path
 
 import torch
+
+GRAPH_SECONDS = 0.002  # of one sample
+ROTATION_BYTES = 16 << 30  # most that the copies of one weight may take
 
 
 def cpu_name() -> str:
@@ -61,6 +65,11 @@ def copies_to_exceed_l2(nbytes: int, l2_bytes: int, memory_bytes: int) -> int:
     A launch that takes the next copy each time then finds nothing of it in L2.
     """
     return max(1, min(2 * l2_bytes // nbytes + 1, memory_bytes // nbytes))
+
+
+def launches_of_sample(copies: int, least_seconds: float) -> int:
+    """Launches of a graph that takes the copies in turn: whole sweeps, GRAPH_SECONDS if each takes least_seconds."""
+    return copies * math.ceil(min(max(GRAPH_SECONDS / least_seconds, 2), 200) / copies)
 
 
 def interleaved_event_times(
@@ -157,6 +166,37 @@ def peak_bytes(prepare: Callable[[], Callable[[], object]]) -> int:
     return grown
 
 
+def cuda_peak_mib(call: Callable[[], object]) -> float:
+    """Most memory on the GPU that a call takes above what is allocated before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def profiled(call: Callable[[], object]) -> None:
+    """One call between cudaProfilerStart and Stop, for ncu; nothing of its inputs is in L2."""
+    torch.empty(256 << 20, dtype=torch.uint8, device="cuda").fill_(1)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def run_within(cells: list, measure: Callable, budget_seconds: float, clock=time.monotonic) -> list:
+    """Measure cells in order while the longest so far still fits in the budget; returns those not run."""
+    begin = clock()
+    longest = 0.0
+    for index, cell in enumerate(cells):
+        start = clock()
+        if start - begin + longest > budget_seconds:
+            return cells[index:]
+        measure(cell)
+        longest = max(longest, clock() - start)
+    return []
+
+
 def summary(samples: list[float]) -> dict[str, float]:
     """Median, 5th and 95th percentile in milliseconds."""
     ordered = sorted(samples)
@@ -187,8 +227,18 @@ def save_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(row | facts for row in rows)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=description)
-    result.add_argument("--repeats", type=int, default=10)
+def show(rows: list[dict], path: Path | None) -> None:
+    """Print the table and save it if there is a path; nothing for no rows."""
+    if rows:
+        print_table(rows)
+        if path is not None:
+            save_csv(path, rows)
+
+
+def parser(description: str, *, repeats: bool = True) -> argparse.ArgumentParser:
+    """With the flags that the benchmarks share; without --repeats for those that repeat nothing."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if repeats:
+        result.add_argument("--repeats", type=int, default=10)
     result.add_argument("--csv", type=Path, help="save the table here")
     return result

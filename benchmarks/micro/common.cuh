@@ -1,5 +1,5 @@
 // Shared by the micro programs: error checks, JSON lines, and a thin wrapper of each PTX instruction they measure.
-// Written from the PTX ISA 9.0 and csrc/layout.h. Build: python -m benchmarks.build_gpu.
+// Written from the PTX ISA 9.0 and csrc/format/layout.h. Build: python -m benchmarks.card.build.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "layout.h"
+#include "format/layout.h"
 
 namespace micro {
 using namespace patch_kernels;  // packed format v1
@@ -75,16 +75,21 @@ inline double median_cycles(const long long* device_cycles, int ctas) {
   return median(std::vector<double>(cycles.begin(), cycles.end()));
 }
 
+inline cudaLaunchAttribute cluster_attribute(int ctas) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = ctas;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
 // Launch with dynamic shared memory and, if cluster > 1, a cluster of that many CTAs. Does not wait: download() or an
 // event does, and reports what went wrong meanwhile.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int grid, int threads, int smem_bytes, int cluster, Arguments... arguments) {
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attribute = cluster_attribute(cluster);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(threads);

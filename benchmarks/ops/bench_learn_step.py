@@ -1,7 +1,7 @@
 """A whole step of mask learning against a dense step of the same frozen model and against eager PyTorch.
 
-CPU  python -m benchmarks.bench_learn_step --csv benchmarks/results/learn_step_cpu.csv
-GPU  python -m benchmarks.bench_learn_step --csv out.csv --check
+CPU  python -m benchmarks.ops.bench_learn_step --csv benchmarks/results/learn_step_cpu.csv
+GPU  python -m benchmarks.ops.bench_learn_step --csv out.csv --check
 dense        forward and backward, every masked Linear's weight gets its gradient (made and dropped); no optimiser
 dense, no dW the same without gradients of weights
 ours         MaskTrainer's step: masks, token loss, penalty, backward, clipping, AdamW, log
@@ -27,8 +27,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import harness, shapes
-from benchmarks.bench_tile_linear import run_within
-from benchmarks.eager_masks import EagerMasks, shared_copy
+from benchmarks.rivals.eager_masks import EagerMasks, shared_copy
 from patch.learn.config import MODES, LearnConfig
 from patch.learn.masked_linear import MaskedLayers
 from patch.learn.run import Run as LearnRun
@@ -81,7 +80,7 @@ class Case:
         blocks = self.tokens // self.block
         return LearnConfig.from_preset(
             self.mode,
-            None if self.mode == "mask_llm" else 0.45,
+            None if self.mode == "maskllm" else 0.45,
             local_batch_size=blocks // self.accumulation,
             global_batch_size=blocks,
             grad_checkpoint=self.checkpoint,
@@ -247,7 +246,7 @@ def make_step(name: str, model: nn.Module, case: Case, device: str) -> Step:
 
 def frozen(model: nn.Module, case: Case):
     """The model as `learn` prepares it, for a `with`; checkpointing is set on the copies."""
-    return prepared(model, dataclasses.replace(case.config(), grad_checkpoint=False))
+    return prepared(model, grad_checkpoint=False)
 
 
 def two_steps(name: str, model: nn.Module, case: Case, device: str) -> None:
@@ -318,7 +317,7 @@ class Run:
     not_run: list[Case] = dataclasses.field(default_factory=list)
 
     def run(self, todo: list[Case], budget_seconds: float = math.inf) -> None:
-        self.not_run = run_within(todo, self.measure, budget_seconds)
+        self.not_run = harness.run_within(todo, self.measure, budget_seconds)
 
     def measure(self, case: Case) -> None:
         notes: dict[str, str] = {}  # why a rival is missing, or how it was timed
@@ -392,11 +391,8 @@ def out_of_memory(error: Exception) -> str:
 
 def cuda_peak_mib(name: str, model: nn.Module, case: Case, notes: dict[str, str]) -> float | str:
     """Peak over the loaded model; "" and an entry in notes when it does not fit."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     try:
-        two_steps(name, model, case, "cuda")
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return harness.cuda_peak_mib(functools.partial(two_steps, name, model, case, "cuda"))
     except torch.OutOfMemoryError as error:
         notes[name] = out_of_memory(error)
         return ""
@@ -429,7 +425,6 @@ def rows_of(
 
 def parser() -> argparse.ArgumentParser:
     result = harness.parser(__doc__)
-    result.formatter_class = argparse.RawDescriptionHelpFormatter
     result.add_argument("--models", nargs="+", choices=list(SIZES), help="default: those of this device")
     result.add_argument("--tokens", nargs="+", type=int, default=[256, 512, 1024, 2048], help="of a step, on a CPU")
     result.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
@@ -465,10 +460,7 @@ def main(arguments: list[str] | None = None) -> None:
         names = options.models or [name for name in SIZES if name.startswith("cpu")]
         dtypes = [torch.float32, torch.bfloat16]
         run.run(cases(names, dtypes, options.tokens, 256, options.accumulation), options.budget_seconds)
-    if run.rows:
-        harness.print_table(run.rows)
-        if options.csv:
-            harness.save_csv(options.csv, run.rows)
+    harness.show(run.rows, options.csv)
     for case in run.not_run:
         print(f"not run for lack of time: {case}")
 

@@ -1,7 +1,7 @@
-// E8: what clusters and dependent launches offer to decode kernels.
+// What clusters and dependent launches offer to decode kernels.
 //   active clusters   how many clusters of 2, 4, 8 CTAs run at once
-//   reduce            cycles of adding the 64x64 fp32 partials of all CTAs of a cluster through distributed shared
-//   memory launch            time of a kernel in a graph of a chain, with and without programmatic dependent launch
+//   reduce            cycles of adding the 64x64 fp32 partials of a cluster's CTAs through distributed shared memory
+//   launch            time of a kernel in a graph of a chain, with and without programmatic dependent launch
 #include "common.cuh"
 
 namespace {
@@ -80,14 +80,14 @@ void time_reduce(const char* name, int sms) {
   long long* cycles = device_array<long long>(ctas);
   launch(reduce<kCluster, kPush>, ctas, kReduceThreads, kAlignSlack + 2 * kPartialBytes + 8, kCluster, y, cycles);
   const std::string head = std::string("reduce ") + name + " cluster " + std::to_string(kCluster);
-  emit("e8_cluster", head, median_cycles(cycles, ctas), "cycles");
+  emit("cluster", head, median_cycles(cycles, ctas), "cycles");
   int wrong = 0;
   const std::vector<float> sums = download(y, static_cast<size_t>(ctas) * kFloats);
   for (size_t i = 0; i < sums.size(); ++i) {
     const int want = kCluster * (kReduces - 1 + static_cast<int>(i % 4)) + kCluster * (kCluster - 1) / 2;
     wrong += sums[i] != static_cast<float>(want);
   }
-  emit("e8_cluster", head + " check", wrong, "mismatches");
+  emit("cluster", head + " check", wrong, "mismatches");
   CUDA_CHECK(cudaFree(y));
   CUDA_CHECK(cudaFree(cycles));
 }
@@ -101,11 +101,7 @@ void active_clusters(int sms) {
   for (const int kilobytes : {100, 200}) {
     CUDA_CHECK(cudaFuncSetAttribute(occupant, cudaFuncAttributeMaxDynamicSharedMemorySize, kilobytes << 10));
     for (const int size : {2, 4, 8}) {
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = size;
-      attribute.val.clusterDim.y = 1;
-      attribute.val.clusterDim.z = 1;
+      cudaLaunchAttribute attribute = cluster_attribute(size);
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(sms / size * size);
       config.blockDim = dim3(384);
@@ -114,8 +110,8 @@ void active_clusters(int sms) {
       config.numAttrs = 1;
       int clusters = 0;
       CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, occupant, &config));
-      emit("e8_cluster", "active clusters of " + std::to_string(size) + ", " + std::to_string(kilobytes) + " KB",
-           clusters, "clusters");
+      emit("cluster", "active clusters of " + std::to_string(size) + ", " + std::to_string(kilobytes) + " KB", clusters,
+           "clusters");
     }
   }
 }
@@ -187,7 +183,7 @@ int main() {
   time_reduce<8, false>("pull", sms);
   for (const bool dependent : {false, true}) {
     const std::string how = dependent ? " dependent launch" : " plain launch";
-    emit("e8_cluster", "launch of an empty kernel," + how, chain_us(sms, dependent, 0, 0), "us");
-    emit("e8_cluster", "launch of 3000 + 3000 cycles," + how, chain_us(sms, dependent, 3000, 3000), "us");
+    emit("cluster", "launch of an empty kernel," + how, chain_us(sms, dependent, 0, 0), "us");
+    emit("cluster", "launch of 3000 + 3000 cycles," + how, chain_us(sms, dependent, 3000, 3000), "us");
   }
 }

@@ -1,4 +1,4 @@
-// E4: do bulk copies into shared memory slow wgmma down? Two warpgroups run whole tiles (TileRow) on resident data
+// Do bulk copies into shared memory slow wgmma down? Two warpgroups run whole tiles (TileRow) on resident data
 // while one thread streams from L2 into slots nobody reads, at a paced rate. It gives rho, the cost of a sparse tile
 // over that of a dense one, with the writes that the real kernel makes: its weights and its share of x, for each token
 // width BN.
@@ -124,9 +124,9 @@ struct Bench {
     }
     const std::string head =
         "BN " + std::to_string(kN) + " " + name + " own writes cluster " + std::to_string(kCluster);
-    emit("e4_contention", head, result.tile_cycles, "cycles/tile");
+    emit("contention", head, result.tile_cycles, "cycles/tile");
     // Below 1 the L2 link, not shared memory, bounds the writes, and the cycles above are too good.
-    emit("e4_contention", head + " supplied", result.rate * result.tile_cycles / bytes, "share");
+    emit("contention", head + " supplied", result.rate * result.tile_cycles / bytes, "share");
     return result.tile_cycles;
   }
 
@@ -135,14 +135,14 @@ struct Bench {
     const std::string head = "BN " + std::to_string(kN) + " " + name;
     run<kN, kSparse, 1>(0, 1);
     const double alone = run<kN, kSparse, 1>(0, 1).tile_cycles;
-    emit("e4_contention", head + " no writes", alone, "cycles/tile");
+    emit("contention", head + " no writes", alone, "cycles/tile");
     double at = alone;
     for (const int rate : {8, 16, 24, 32, 48, 64, 96}) {
       const Result result = run<kN, kSparse, 2>(rate, at);
       at = result.tile_cycles;
       char reached[32];
       std::snprintf(reached, sizeof(reached), "%.1f", result.rate);
-      emit("e4_contention", head + " writes asked " + std::to_string(rate) + " got " + reached + " B/cycle", at,
+      emit("contention", head + " writes asked " + std::to_string(rate) + " got " + reached + " B/cycle", at,
            "cycles/tile");
     }
     return alone;
@@ -152,10 +152,10 @@ struct Bench {
   void all() const {
     const std::string head = "BN " + std::to_string(kN) + " rho ";
     const double dense = sweep<kN, false>("dense"), sparse = sweep<kN, true>("sparse");
-    emit("e4_contention", head + "no writes", sparse / dense, "ratio");
-    emit("e4_contention", head + "own writes cluster 1",
+    emit("contention", head + "no writes", sparse / dense, "ratio");
+    emit("contention", head + "own writes cluster 1",
          natural<kN, true, 1>("sparse", sparse) / natural<kN, false, 1>("dense", dense), "ratio");
-    emit("e4_contention", head + "own writes cluster 2",
+    emit("contention", head + "own writes cluster 2",
          natural<kN, true, 2>("sparse", sparse) / natural<kN, false, 2>("dense", dense), "ratio");
   }
 };

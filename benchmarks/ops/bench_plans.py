@@ -1,22 +1,19 @@
 """Every plan that tile_linear could take for a call, timed beside the one it takes: where the planner's model is wrong.
 
-python -m benchmarks.bench_plans --csv plans.csv --budget-seconds 300     needs a GPU
+python -m benchmarks.ops.bench_plans --csv plans.csv --budget-seconds 300     needs a GPU
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import time
-from pathlib import Path
 
 import torch
 
 from benchmarks import harness, shapes
-from benchmarks.bench_tile_linear import packed_weight, run_within
-from benchmarks.gpu_checks import fallback_reason
-from patch_kernels.ops import LIBRARY_PATH
+from benchmarks.ops.bench_tile_linear import fallback_reason, packed_weight
+from patch_kernels import ops
 
 CHOICE = ("bn", "token_ctas", "row_ctas", "splits", "depth")
 CAPACITY = 256
@@ -27,7 +24,7 @@ class Plans:
     """The library's hooks for choosing a plan by hand."""
 
     def __init__(self):
-        self._library = ctypes.CDLL(str(LIBRARY_PATH))
+        self._library = ctypes.CDLL(str(ops.LIBRARY_PATH))
         self._library.patch_kernels_plan_choices.argtypes = [
             ctypes.c_int,
             *[ctypes.c_int64] * 4,
@@ -78,13 +75,12 @@ def measure(cell: shapes.Cell, sparsity: float, plans: Plans, samples: int) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, repeats=False)
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3-8b"], choices=list(shapes.MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(shapes.TOKENS))
     parser.add_argument("--sparsity", type=float, default=0.45)
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--budget-seconds", type=float, default=500)
-    parser.add_argument("--csv", type=Path, help="save every plan here")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "bench_plans: needs an NVIDIA GPU that torch can use, found none.\n")
@@ -100,7 +96,7 @@ def main() -> None:
         if options.csv:
             harness.save_csv(options.csv, rows)
 
-    left = run_within(shapes.cells(options.models, options.tokens), run, options.budget_seconds)
+    left = harness.run_within(shapes.cells(options.models, options.tokens), run, options.budget_seconds)
     chosen = [row for row in rows if row["chosen"]]
     best = [row for row in rows if row["over_best"] == 1]
     print("the plans that tile_linear takes, and their time over the best plan's")

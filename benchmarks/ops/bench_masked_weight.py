@@ -1,7 +1,7 @@
 """masked_weight against the same mathematics in eager PyTorch and compiled by torch.compile, and the bandwidth limit.
 
-CPU  python -m benchmarks.bench_masked_weight --csv benchmarks/results/masked_weight_cpu.csv
-GPU  python -m benchmarks.bench_masked_weight --csv out.csv --check
+CPU  python -m benchmarks.ops.bench_masked_weight --csv benchmarks/results/masked_weight_cpu.csv
+GPU  python -m benchmarks.ops.bench_masked_weight --csv out.csv --check
 Both passes with time and peak memory, wins and losses. --check compares ours with patch_kernels.reference before it is
 timed; --dry goes through everything on the CPU with tiny sizes.
 """
@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, shapes
-from benchmarks.bench_tile_linear import GRAPH_SECONDS, ROTATION_BYTES, run_within
-from benchmarks.eager_masks import sample_mask
+from benchmarks.rivals.eager_masks import sample_mask
 from patch.learn.config import MODES
 from patch_kernels import PATTERNS, mask_sampling, masked_weight, pack_keep, reference, tile_grid
 
@@ -30,7 +29,7 @@ CPU_SHAPES = [(1024, 1024), (4096, 4096)]
 GPU_SHAPES = [(4096, 4096), (8192, 8192), (14336, 4096), (11008, 4096), (28672, 8192)]
 DRY_SHAPES = [(256, 384)]
 CHECKED_ROWS = 256  # compared with the reference: a group's noise and result do not depend on what comes after it
-# Equal to those of tests/test_gpu.py::test_masked_weight_equals_cpu, which has its own: change both.
+# Equal to those of tests/kernels/test_gpu.py::test_masked_weight_equals_cpu, which has its own: change both.
 RELATIVE, RELATIVE_FP64 = 1e-5, 1e-12  # the accuracy of a card's log2 and exp2
 FLIPS = 1e-4  # share of values where a hard choice between two equally likely patterns may be the other one
 SLOW_ELEMS, SLOW_SAMPLES = 1 << 22, 5  # from this size on, a round of eager takes seconds on a CPU
@@ -111,22 +110,36 @@ class Inputs:
         )
 
 
-def inputs(case: Case, device: str = "cpu") -> Inputs:
+def random_inputs(
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    mode: str,
+    dtype: torch.dtype,
+    logits: torch.dtype,
+    scale: float,
+    device: str,
+) -> Inputs:
+    """Normal weights of `dtype`; logits of deviation `scale`, those of patterns and a fixed mask of dtype `logits`."""
     generator = torch.Generator(device).manual_seed(0)
-    shape, groups = (case.rows, case.cols), case.rows * case.cols // 4
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    groups = shape[0] * shape[1] // 4
 
     def random(*size):
-        return torch.randn(size, generator=generator, device=device)
+        return torch.randn(size, generator=generator, device=device, dtype=real)
 
     pattern = tiles = keep = None
-    if case.mode == "tile":
+    if mode == "tile":
         chosen = torch.randint(0, 6, (groups,), generator=generator, device=device)
-        keep = PATTERNS.to(device)[chosen].reshape(shape).to(case.logits)
+        keep = PATTERNS.to(device)[chosen].reshape(shape).to(logits)
     else:
-        pattern = (0.014 * random(groups, 6)).to(case.logits).requires_grad_()
-    if case.mode != "mask_llm":
-        tiles = (0.014 * random(*tile_grid(shape))).requires_grad_()
-    return Inputs(random(*shape).to(case.dtype), pattern, tiles, keep, random(*shape).to(case.dtype))
+        pattern = (scale * random(groups, 6)).to(logits).requires_grad_()
+    if mode != "maskllm":
+        tiles = (scale * random(*tile_grid(shape, tile))).requires_grad_()
+    return Inputs(random(*shape).to(dtype), pattern, tiles, keep, random(*shape).to(dtype))
+
+
+def inputs(case: Case, device: str = "cpu") -> Inputs:
+    return random_inputs((case.rows, case.cols), TILE, case.mode, case.dtype, case.logits, 0.014, device)
 
 
 def settings(case: Case) -> dict:
@@ -297,7 +310,7 @@ class Run:
     not_run: list[Case] = dataclasses.field(default_factory=list)
 
     def run(self, todo: list[Case], budget_seconds: float = math.inf) -> None:
-        self.not_run = run_within(todo, self.measure, budget_seconds)
+        self.not_run = harness.run_within(todo, self.measure, budget_seconds)
 
     def measure(self, case: Case) -> None:
         data = inputs(case, self.device)
@@ -331,7 +344,7 @@ class Run:
 
     def _on_gpu(self, case: Case, data: Inputs, rivals: dict[str, Callable], missing: dict[str, str]):
         # The copies in turn, each with a result of its own, together exceed L2 twice: nothing is found there.
-        count = harness.copies_to_exceed_l2(int(case.bytes("forward")), self.l2_bytes, ROTATION_BYTES)
+        count = harness.copies_to_exceed_l2(int(case.bytes("forward")), self.l2_bytes, harness.ROTATION_BYTES)
         copies = [data, *(inputs(case, self.device) for _ in range(count - 1))]
         graphs, peaks = {}, {}
         for name, function in rivals.items():
@@ -341,7 +354,7 @@ class Run:
                 for phase, step in (("forward", forward), ("forward+backward", forward_backward)):
                     calls = [functools.partial(step, function, copy, settings(case), []) for copy in copies]
                     floor = case.bytes(phase) / (1e12 * self.tbps)
-                    launches = count * math.ceil(min(max(GRAPH_SECONDS / floor, 2), 200) / count)
+                    launches = harness.launches_of_sample(count, floor)
                     made[name, phase] = (harness.capture(calls, launches), launches)
             except Exception as error:  # the same; out of memory too
                 missing[name] = reason_of(error)
@@ -362,15 +375,11 @@ def by_phase(times: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, l
 def cuda_peak_mib(call: Callable[[list], None]) -> float:
     """Most memory that a second call takes, what it leaves behind included."""
     call([])
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call([])
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return harness.cuda_peak_mib(functools.partial(call, []))
 
 
 def parser() -> argparse.ArgumentParser:
     result = harness.parser(__doc__)
-    result.formatter_class = argparse.RawDescriptionHelpFormatter
     result.add_argument("--budget-seconds", type=float, default=math.inf)
     result.add_argument("--bandwidth", type=float, help="rated TB/s; default by the GPU's name, on a CPU measured")
     result.add_argument("--check", action="store_true", help="compare ours with the reference before timing")
@@ -405,10 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
         run = Run("cpu", options.repeats, tbps, options.check, compiled=compiled_on_cpu, csv=options.csv)
         pairs = [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)]
         run.run(cases(CPU_SHAPES, pairs), options.budget_seconds)
-    if run.rows:
-        harness.print_table(run.rows)
-    if options.csv and run.rows:
-        harness.save_csv(options.csv, run.rows)
+    harness.show(run.rows, options.csv)
     for case in run.not_run:
         print(f"not run for lack of time: {place(case)}")
     if run.wrong:

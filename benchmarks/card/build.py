@@ -1,6 +1,6 @@
 """Compile the micro programs, and with --peer the CUTLASS rival, for sm_90a on a machine without a GPU.
 
-python -m benchmarks.build_gpu --out build/gpu --peer --cutlass /path/of/cutlass
+python -m benchmarks.card.build --out build/gpu --peer --cutlass /path/of/cutlass
 
 The binaries hold the CUDA runtime and need only a driver. A warning of ptxas about wgmma (C75xx: instructions
 serialized) or a register spill fails the build: such a binary would measure something else.
@@ -17,7 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TARGET = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-cudart", "static", "-Xptxas", "-v"]
 
 
@@ -42,7 +42,7 @@ def cutlass_includes(folder: Path) -> list[str]:
         if (base / "include/cutlass/cutlass.h").is_file():
             return [f"-I{base / 'include'}", f"-I{base / 'tools/util/include'}"]
     sys.exit(
-        f"build_gpu: expected include/cutlass/cutlass.h in --cutlass {folder}, found none. Unpack the wheel "
+        f"build: expected include/cutlass/cutlass.h in --cutlass {folder}, found none. Unpack the wheel "
         "nvidia-cutlass 4.2 (python -m zipfile -e WHEEL FOLDER) and name its folder."
     )
 
@@ -53,7 +53,7 @@ def compile_command(nvcc: str, source: Path, target: Path) -> list[str]:
 
 def peer_command(nvcc: str, cutlass: Path, target: Path) -> list[str]:
     flags = ["--expt-relaxed-constexpr", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", *cutlass_includes(cutlass)]
-    return [nvcc, *TARGET, *flags, "-o", str(target), str(ROOT / "benchmarks/peer/cutlass_sparse_gemm.cu")]
+    return [nvcc, *TARGET, *flags, "-o", str(target), str(ROOT / "benchmarks/rivals/cutlass_sparse_gemm.cu")]
 
 
 def build(command: list[str]) -> str | None:
@@ -75,9 +75,9 @@ def main() -> None:
     options = parser.parse_args()
     nvcc = nvcc_path()
     if nvcc is None:
-        sys.exit("build_gpu: needs nvcc 12.8 or newer, but none was found. Set CUDA_HOME.")
+        sys.exit("build: needs nvcc 12.8 or newer, but none was found. Set CUDA_HOME.")
     if options.peer and options.cutlass is None:
-        sys.exit("build_gpu: --peer needs --cutlass FOLDER, the headers of CUTLASS 4.2 (wheel nvidia-cutlass).")
+        sys.exit("build: --peer needs --cutlass FOLDER, the headers of CUTLASS 4.2 (wheel nvidia-cutlass).")
     options.out.mkdir(parents=True, exist_ok=True)
     jobs = {
         source.stem: compile_command(nvcc, source, options.out / source.stem)

@@ -1,5 +1,5 @@
 // Benchmark peer: the 2:4 GEMM that CUTLASS builds for sm_90 out of the box (bf16, fp32 accumulation, 128x128x128 tile,
-// automatic schedules), behind a C ABI that benchmarks/peer_cutlass.py loads. Not part of the product.
+// automatic schedules), behind a C ABI that benchmarks/rivals/peer_cutlass.py loads. Not part of the product.
 //
 // The sparse operand must be A, so it computes y^T = W x^T: W is (rows x cols) row-major, x^T is (cols x tokens)
 // column-major, and y^T column-major is y (tokens x rows) row-major. CUTLASS prunes by value: a kept weight must not

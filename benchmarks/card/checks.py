@@ -1,7 +1,7 @@
-"""Checks of tile_linear for benchmarks.gpu: exact integers, repeated launches, graph replay.
+"""Checks of tile_linear for benchmarks.card.run: exact integers, repeated launches, graph replay.
 
-python -m benchmarks.gpu_checks --sanitizer     the small cases that compute-sanitizer watches
-python -m benchmarks.gpu_checks --profile NAME  one call between cudaProfilerStart and Stop, for ncu
+python -m benchmarks.card.checks --sanitizer     the small cases that compute-sanitizer watches
+python -m benchmarks.card.checks --profile NAME  one call between cudaProfilerStart and Stop, for ncu
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import gpu_mask_checks
-from benchmarks.bench_tile_linear import packed_weight
+from benchmarks import harness
+from benchmarks.card import mask_checks
+from benchmarks.ops.bench_tile_linear import packed_weight
 from patch_kernels import PATTERNS, TiledLinear, TiledWeight, reference, tile_grid
-from patch_kernels._library import gemm_status
-from patch_kernels.ops import LIBRARY_PATH
 
 # N, K: one tile, tails on both sides, an odd number of tile rows, several splits of K, more rows than SMs.
 EXACT_SHAPES = [(128, 128), (129, 130), (100, 72), (384, 1024), (640, 2056), (256, 11008), (4096, 4096), (20480, 512)]
@@ -65,14 +64,6 @@ def on_device(tiled: TiledWeight, device: str) -> TiledWeight:
     return dataclasses.replace(
         tiled, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     )
-
-
-def fallback_reason() -> str | None:
-    """Why the calls so far did not run the sparse kernels of this GPU, or None: a fall-back is right, and slow."""
-    status = gemm_status(LIBRARY_PATH, torch.cuda.current_device())
-    if status["state"] == "works" and not status["reason"]:
-        return None
-    return f"{status['family']} kernels {status['state']}: {status['reason'] or 'no reason given'}"
 
 
 def exact_y(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -176,12 +167,7 @@ def profile(name: str) -> None:
     tiled = packed_weight(torch.randn(rows, cols, device="cuda").bfloat16(), sparsity)
     x = torch.randn(tokens, cols, device="cuda").bfloat16()
     tiled.matmul(x)
-    torch.empty(256 << 20, dtype=torch.uint8, device="cuda").fill_(1)  # nothing of the weight stays in L2
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    tiled.matmul(x)
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+    harness.profiled(lambda: tiled.matmul(x))
 
 
 def main() -> None:
@@ -194,7 +180,7 @@ def main() -> None:
         if options.sanitizer:
             sanitizer_cases("cuda")
             with torch.enable_grad():
-                gpu_mask_checks.sanitizer_cases("cuda")
+                mask_checks.sanitizer_cases("cuda")
         else:
             profile(options.profile)
 

@@ -1,5 +1,5 @@
-// E2: SM cycles of one wgmma, dense (m64nNk16) and sparse (m64nNk32), A in shared memory (ss) or registers (rs).
-// The arithmetic alone takes N/2 cycles in both; what is above it is shared-memory bandwidth (kernels.md section 5).
+// SM cycles of one wgmma, dense (m64nNk16) and sparse (m64nNk32), A in shared memory (ss) or registers (rs).
+// The arithmetic alone takes N/2 cycles in both; what is above it is shared-memory bandwidth (docs/inside/gemm.md).
 #include "common.cuh"
 
 namespace {
@@ -75,8 +75,8 @@ struct Run {
       }
       // Two warpgroups share the tensor cores: cycles of the SM per instruction of either.
       const double each = median_cycles(cycles, sms) / (static_cast<double>(kRounds) * kWgmmas * warpgroups);
-      emit("e2_issue_rate", std::string(name) + " n" + std::to_string(kN) + " " + std::to_string(warpgroups) + "wg",
-           each, "cycles");
+      emit("issue_rate", std::string(name) + " n" + std::to_string(kN) + " " + std::to_string(warpgroups) + "wg", each,
+           "cycles");
     }
   }
   template <int kN>

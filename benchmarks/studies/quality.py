@@ -1,7 +1,7 @@
 """The quality study: what every method does to a model's perplexity, in one table, CSV and plot.
 
-    python -m benchmarks.quality --out build/quality                                  the demo's model and text
-    python -m benchmarks.quality --model DIR_OR_HUB_ID --train TEXT --heldout TEXT --out DIR
+    python -m benchmarks.studies.quality --out build/quality                                  the demo's model and text
+    python -m benchmarks.studies.quality --model DIR_OR_HUB_ID --train TEXT --heldout TEXT --out DIR
 
 Dense; five one-shot 2:4 methods; MaskLLM; PATCH joint and tile at 45, 35 and 25 %; one-shot unstructured pruning at the
 same shares; each with its own weights, with the dense weights under its mask, and with the kept weights compensated.
@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness, quality_report
+from benchmarks import harness
+from benchmarks.studies import quality_report
 from patch import __version__
 from patch.artifacts.artifact import load_artifact, save_artifact
 from patch.data.tokens import calibration_windows, evaluation_text, text_sha256, tokenize, training_blocks
@@ -53,14 +54,6 @@ from patch.runs.stages import STAGE_FILE, digest, finished
 from patch_kernels import payload_bytes, tiles_that_are_two_of_four
 
 DEFAULT_WINDOW = 2048
-# As reported in the papers; a label is also the file-system name of a cell in lower case.
-ONE_SHOT = {
-    "magnitude": "magnitude",
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "thanos": "Thanos",
-    "prox_sparse": "ProxSparse",
-}
 PRIOR = "sparsegpt"
 ABLATIONS = ("tile", "layer", "prior")
 ABLATION_TILES = (64, 32, 16)
@@ -257,11 +250,13 @@ class Study:
 def all_cells(settings: Settings, ablations: Sequence[str] = ()) -> dict[str, Cell]:
     """Every cell of the study by name, what a cell needs before it."""
     cells = [Cell("dense", "dense", "dense", 0.0, _dense)]
-    for method, label in ONE_SHOT.items():
-        cells.append(_one_shot(settings, method, label, "2:4", 0.5))
-    for method in METHODS:
-        cells += [_one_shot(settings, method, ONE_SHOT[method], "unstructured", t) for t in settings.targets]
-    cells.append(_learned(settings, "maskllm", "MaskLLM 2:4", "MaskLLM 2:4", "mask_llm", 0.5))
+    for method, row in METHODS.items():
+        if "2:4" in row.patterns:
+            cells.append(_one_shot(settings, method, row.label, "2:4", 0.5))
+    for method, row in METHODS.items():
+        if "unstructured" in row.patterns:
+            cells += [_one_shot(settings, method, row.label, "unstructured", t) for t in settings.targets]
+    cells.append(_learned(settings, "maskllm", "MaskLLM 2:4", "MaskLLM 2:4", "maskllm", 0.5))
     for target in settings.targets:
         cells.append(
             _learned(settings, f"joint-{_percent(target)}", f"PATCH joint {target:.0%}", "PATCH joint", "joint", target)
@@ -280,8 +275,8 @@ def _dense(study: Study, seed: int, needed: dict[str, dict[str, Tensor]]) -> Mad
 
 
 def _one_shot(settings: Settings, method: str, label: str, pattern: str, target: float) -> Cell:
-    is_learned = get_method(method).is_learned
-    nsamples = settings.prox_samples if is_learned else settings.nsamples
+    learns = get_method(method).learns
+    nsamples = settings.prox_samples if learns else settings.nsamples
 
     def make(study: Study, seed: int, needed: dict[str, dict[str, Tensor]]) -> Made:
         model = study.dense()
@@ -291,15 +286,15 @@ def _one_shot(settings: Settings, method: str, label: str, pattern: str, target:
             pattern=pattern,
             sparsity=target,
             calibration=study.calibration(seed, nsamples) if get_method(method).needs_calibration else None,
-            prox=dataclasses.replace(settings.prox, seed=seed) if is_learned else None,
+            prox=dataclasses.replace(settings.prox, seed=seed) if learns else None,
             progress=False,
         )
-        samples = settings.prox.steps * settings.prox.batch_size if is_learned else nsamples
+        samples = settings.prox.steps * settings.prox.batch_size if learns else nsamples
         tokens = samples * settings.window if get_method(method).needs_calibration else 0
         return Made(model, masks, tokens, get_method(method).updates_weights)
 
     if pattern == "2:4":
-        own = {"prox": dataclasses.asdict(settings.prox), "samples": nsamples} if is_learned else {}
+        own = {"prox": dataclasses.asdict(settings.prox), "samples": nsamples} if learns else {}
         return Cell(method, f"{label} 2:4", f"{label} 2:4", target, make, own)
     return Cell(f"{method}-{_percent(target)}", f"{label} {target:.0%}", f"{label} unstructured", target, make)
 
@@ -326,12 +321,12 @@ def _learned(
             "local_batch_size": settings.batch_size,
             "global_batch_size": settings.batch_size,
             # Every result has the zeros that its name says.
-            "exact_budget": mode != "mask_llm",
+            "exact_budget": mode != "maskllm",
         }
         | fields,
     )
     start = patterns or prior
-    reference = None if mode == "mask_llm" or prior is None else f"{prior}-{_percent(target)}"
+    reference = None if mode == "maskllm" or prior is None else f"{prior}-{_percent(target)}"
 
     def make(study: Study, seed: int, needed: dict[str, dict[str, Tensor]]) -> Made:
         model = study.dense()
@@ -466,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if not rows:
         raise SystemExit(f"quality: expected finished cells in {out}, found none. Run it without --finished-only.")
     about = {
-        "command": "python -m benchmarks.quality " + shlex.join(sys.argv[1:] if argv is None else argv),
+        "command": "python -m benchmarks.studies.quality " + shlex.join(sys.argv[1:] if argv is None else argv),
         "model": inputs[0],
         "training text": inputs[1],
         "held-out text": f"{inputs[2]}, {len(study.heldout)} windows of {settings.window} tokens",

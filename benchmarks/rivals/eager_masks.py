@@ -91,7 +91,7 @@ class EagerLinear(nn.Module):
             None if masks.noise is None else masks.noise(self.index),
         )
         masked = mask * self.weight
-        kept = mask.sum(dtype=masks.sum_dtype) if config.mode != "mask_llm" else None
+        kept = mask.sum(dtype=masks.sum_dtype) if config.mode != "maskllm" else None
         norm = torch.linalg.vector_norm(masked, dtype=masks.sum_dtype) if config.weight_reg > 0 else None
         if self.sums is None:
             self.sums = kept, norm
@@ -133,7 +133,7 @@ class EagerMasks:
         config = self.config
         kept, norms = zip(*(layer.sums for layer in self.layers.values()), strict=True)
         total = torch.zeros((), dtype=self.sum_dtype, device=self.dense_norms[0].device)
-        if config.mode != "mask_llm":
+        if config.mode != "maskllm":
             total = total + config.sparse_reg * (sum(kept) / self.elems - (1 - config.target_sparsity)).abs()
         if config.weight_reg > 0:
             share = sum(self._power(norm) for norm in norms)

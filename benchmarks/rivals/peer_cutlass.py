@@ -1,4 +1,4 @@
-"""The CUTLASS 2:4 GEMM of benchmarks/peer as a function of tensors. Optional: python -m benchmarks.build_gpu --peer."""
+"""The GEMM of cutlass_sparse_gemm.cu as a function of tensors. Optional: python -m benchmarks.card.build --peer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-// E1: does wgmma.sp read the metadata as packed format v1 stores it, selector 1 included?
+// Does wgmma.sp read the metadata as packed format v1 stores it, selector 1 included?
 //   m64n8k32, m64n64k32  every (64-row block, k32 step) of one packed tile, bitwise against the host
-//   overwritten          E1b: the metadata register changes while the wgmmas that read it are in flight
+//   overwritten          the metadata register changes while the wgmmas that read it are in flight
 // Values are small integers, so every summation order gives the same fp32.
 #include <cstring>
 
@@ -9,7 +9,7 @@
 namespace {
 using namespace micro;
 
-constexpr int kRepeats = 64;      // wgmmas of E1b
+constexpr int kRepeats = 64;      // wgmmas of "overwritten"
 constexpr int kOverwriteN = 128;  // long enough that the next metadata is written long before a wgmma has ended
 
 struct Case {
@@ -150,7 +150,8 @@ __global__ void overwritten(const uint8_t* tile, const uint8_t* x, uint32_t flip
   store<kOverwriteN>(y, d);
 }
 
-// No single XOR maps all six legal nibbles to legal ones, so E1b uses two of them alone: columns 0,1 and columns 2,3.
+// No single XOR maps all six legal nibbles to legal ones, so this case uses two of them alone: columns 0,1 and columns
+// 2,3.
 constexpr uint32_t kNibble = 0x4, kOtherNibble = 0xE;
 constexpr uint32_t kFlip = (kNibble ^ kOtherNibble) * 0x11111111u;
 
@@ -191,8 +192,8 @@ void check_selector(const std::string& shape) {
     CUDA_CHECK(cudaFree(device.x));
   }
   const std::string name = shape + " selector " + std::to_string(kSelector);
-  emit("e1_selector", name, wrong, "mismatches");
-  emit("e1_selector", name + " against the other lane pair", other_pair, "mismatches");
+  emit("selector", name, wrong, "mismatches");
+  emit("selector", name + " against the other lane pair", other_pair, "mismatches");
   CUDA_CHECK(cudaFree(y));
 }
 
@@ -206,7 +207,7 @@ void check_overwrite() {
   const std::vector<float> even = expected(data, 0, 0, 0), odd = expected(data, 0, 0, 0, kFlip);
   std::vector<float> want(even.size());
   for (size_t i = 0; i < want.size(); ++i) want[i] = kRepeats / 2 * (even[i] + odd[i]);
-  emit("e1_selector", "overwritten in flight", mismatches(download(y, want.size()), want), "mismatches");
+  emit("selector", "overwritten in flight", mismatches(download(y, want.size()), want), "mismatches");
 }
 }  // namespace
 

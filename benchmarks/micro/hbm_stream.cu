@@ -1,4 +1,4 @@
-// E6: rate of streaming packed weights from HBM by bulk copies of one slot (16384 B dense half, 18432 B sparse tile),
+// Rate of streaming packed weights from HBM by bulk copies of one slot (16384 B dense half, 18432 B sparse tile),
 // for 2..10 slots in flight on each SM, in one CTA or two, with and without the evict-first hint.
 #include "common.cuh"
 
@@ -54,7 +54,7 @@ int main() {
           const double ms = best_ms(5, [&] {
             launch(stream, ctas_per_sm * sms, 32, smem, 1, source, slots, slot_bytes, depth, evict_first);
           });
-          emit("e6_hbm_stream",
+          emit("hbm_stream",
                std::to_string(slot_bytes) + " B, " + std::to_string(in_flight) + " in flight, " +
                    std::to_string(ctas_per_sm) + " CTA/SM" + (evict_first ? ", evict first" : ""),
                static_cast<double>(slots) * slot_bytes / ms * 1e-9, "TB/s");

@@ -1,15 +1,12 @@
 """Which models fit which GPU memory while their masks are learned: the estimates of `patch-llm learn --dry-run`.
 
-python -m benchmarks.memory_table --csv benchmarks/results/learn_memory.csv
+python -m benchmarks.studies.memory_table --csv benchmarks/results/learn_memory.csv
 
 One block of 4096 tokens per forward pass, bf16 weights, gradient checkpointing on; the other settings are the presets'.
 Nothing is loaded or downloaded.
 """
 
 from __future__ import annotations
-
-import argparse
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
@@ -34,8 +31,8 @@ RUNS = (
     ("joint", {"logits_dtype": "bfloat16", "moments": "bfloat16"}),
     ("joint", {"logits_dtype": "bfloat16", "moments": "int8"}),
     ("tile", {}),
-    ("mask_llm", {}),
-    ("mask_llm", {"logits_dtype": "bfloat16", "moments": "int8"}),
+    ("maskllm", {}),
+    ("maskllm", {"logits_dtype": "bfloat16", "moments": "int8"}),
 )
 
 
@@ -47,7 +44,7 @@ def model_config(name: str) -> PretrainedConfig:
 
 def row(name: str, mode: str, settings: dict[str, str]) -> dict[str, str]:
     """A line of the table, sizes in GB (10^9 bytes)."""
-    sparsity = None if mode == "mask_llm" else 0.45
+    sparsity = None if mode == "maskllm" else 0.45
     config = LearnConfig.from_preset(mode, sparsity, grad_checkpoint=True, **settings)
     found = learning_memory(model_config(name), config, seqlen=SEQLEN, dtype=torch.bfloat16)
     result = {"model": name, "mode": mode, "settings": " ".join(f"{k}={v}" for k, v in settings.items())}
@@ -57,14 +54,11 @@ def row(name: str, mode: str, settings: dict[str, str]) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, help="save the table here")
+    parser = harness.parser(__doc__, repeats=False)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     options = parser.parse_args(arguments)
     rows = [row(name, mode, settings) for mode, settings in RUNS for name in options.models]
-    harness.print_table(rows)
-    if options.csv:
-        harness.save_csv(options.csv, rows)
+    harness.show(rows, options.csv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """One optimizer step: adamw_step against torch's AdamW, fused and foreach.
 
-CPU  python -m benchmarks.bench_adamw --csv benchmarks/results/adamw_cpu.csv
-GPU  python -m benchmarks.bench_adamw --csv out.csv
+CPU  python -m benchmarks.ops.bench_adamw --csv benchmarks/results/adamw_cpu.csv
+GPU  python -m benchmarks.ops.bench_adamw --csv out.csv
 --dry goes through everything on the CPU with few values.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 
@@ -52,7 +51,6 @@ def not_timed(name: str, error: Exception) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--dry", action="store_true", help="few values on the CPU")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() and not options.dry else "cpu"
@@ -67,9 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         {"method": name, "elems": elems, "param": logits, "bytes_per_value": held} | harness.summary(times[name])
         for name, (logits, _, held) in rivals.items()
     ]
-    harness.print_table(rows)
-    if options.csv:
-        harness.save_csv(options.csv, rows)
+    harness.show(rows, options.csv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Checks of masked_weight and of learning with it, for benchmarks.gpu: against the CPU op, and against themselves.
+"""Checks of masked_weight and of learning with it, for benchmarks.card.run: against the CPU op, and against themselves.
 
-python -m benchmarks.gpu_mask_checks --profile NAME  one pass between cudaProfilerStart and Stop, for ncu
+python -m benchmarks.card.mask_checks --profile NAME  one pass between cudaProfilerStart and Stop, for ncu
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.bench_masked_weight import (
+from benchmarks import harness
+from benchmarks.ops.bench_masked_weight import (
     SETTINGS,
     Case,
     Inputs,
@@ -23,6 +24,7 @@ from benchmarks.bench_masked_weight import (
     forward_backward,
     inputs,
     ours,
+    random_inputs,
     settings,
 )
 from patch.learn.config import MODES, LearnConfig
@@ -42,29 +44,15 @@ CASES = [
 DRY_CASES = CASES[1:4]
 LARGE = (65536, 11264)  # its fp32 logits take 4.4e9 bytes: offsets beyond 2^31 and 2^32
 LARGE_BYTES = 40 << 30
-GENTLE = dict(pattern_scale=2.0, tile_scale=3.0)  # as tests/test_gpu.py
+GENTLE = dict(pattern_scale=2.0, tile_scale=3.0)  # as tests/kernels/test_gpu.py
 PROFILES = ("mask_forward", "mask_backward")
 PROFILED = Case(8192, 8192, "joint", torch.bfloat16, torch.float32)
 
 
 def make(shape: tuple[int, int], tile: tuple[int, int], mode: str, dtype: torch.dtype, device: str) -> Inputs:
     """Real-valued inputs with logits around 1."""
-    generator = torch.Generator(device).manual_seed(0)
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def random(*size):
-        return torch.randn(size, generator=generator, device=device, dtype=real)
-
-    groups, grid = shape[0] * shape[1] // 4, [-(-n // t) for n, t in zip(shape, tile, strict=True)]
-    pattern = keep = tiles = None
-    if mode == "tile":
-        chosen = torch.randint(0, 6, (groups,), generator=generator, device=device)
-        keep = reference.PATTERNS.to(device)[chosen].reshape(shape)
-    else:
-        pattern = random(groups, 6).requires_grad_()
-    if mode != "mask_llm":
-        tiles = random(*grid).requires_grad_()
-    return Inputs(random(*shape).to(dtype), pattern, tiles, keep, random(*shape).to(dtype))
+    logits = torch.float64 if dtype == torch.float64 else torch.float32
+    return random_inputs(shape, tile, mode, dtype, logits, 1.0, device)
 
 
 def moved(data: Inputs, device: str) -> Inputs:
@@ -146,14 +134,14 @@ def same_mask_cases(device: str, draws: int) -> Iterator[tuple[str, int]]:
 
 def learn_case(device: str, mode: str) -> Iterator[tuple[str, int]]:
     """(case, differences) of a short learn() from a repetition: masks and logged values, bit for bit."""
-    from benchmarks import bench_learn_step  # with transformers; the tools that watch the op need neither
+    from benchmarks.ops import bench_learn_step  # with transformers; the tools that watch the op need neither
     from patch.learn.run import learn
 
     base = bench_learn_step.build_model("dry", torch.float32, device)
     # Attention by plain matrix products: the backward pass of the fused one adds in no fixed order.
     base.set_attn_implementation("eager")
     blocks = torch.randint(0, 97, (8, 16), generator=torch.Generator().manual_seed(0))
-    sparsity = None if mode == "mask_llm" else 0.4
+    sparsity = None if mode == "maskllm" else 0.4
     config = LearnConfig.from_preset(mode, sparsity, global_batch_size=4, local_batch_size=2, tile=(16, 16), lr=0.05)
     results = []
     for _ in range(2):
@@ -182,15 +170,14 @@ def profile(name: str) -> None:
     data, options = inputs(PROFILED, "cuda"), settings(PROFILED)
     forward_backward(ours, data, options, [])
     masked, sums = ours(data, options)
-    torch.empty(256 << 20, dtype=torch.uint8, device="cuda").fill_(1)  # nothing of the inputs stays in L2
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    if name == "mask_forward":
+
+    def forward() -> None:
         ours(data, options)
-    else:
+
+    def backward() -> None:
         torch.autograd.grad([masked, sums], data.leaves(), [data.grad, torch.ones_like(sums)])
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+
+    harness.profiled(forward if name == "mask_forward" else backward)
 
 
 def main() -> None:

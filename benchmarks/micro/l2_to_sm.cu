@@ -1,4 +1,4 @@
-// E5: how fast bulk copies bring L2-resident data into shared memory of all SMs at once, without multicast and with
+// How fast bulk copies bring L2-resident data into shared memory of all SMs at once, without multicast and with
 // multicast to clusters of 2 and 4 CTAs, which halves and quarters what crosses the link from L2.
 #include "common.cuh"
 
@@ -42,9 +42,9 @@ void all(int sms, const uint8_t* source, long long* cycles) {
     const std::string name = "multicast " + std::to_string(kCluster) + ", " + std::to_string(depth) + " slots ";
     const double received = static_cast<double>(kSlots) * kSlot;
     const double rate = received / median_cycles(cycles, ctas);
-    emit("e5_l2_to_sm", name + "received", rate, "B/cycle/SM");
-    emit("e5_l2_to_sm", name + "from L2", rate / kCluster, "B/cycle/SM");
-    emit("e5_l2_to_sm", name + "from L2, all SMs", received / kCluster * ctas / ms * 1e-9, "TB/s");
+    emit("l2_to_sm", name + "received", rate, "B/cycle/SM");
+    emit("l2_to_sm", name + "from L2", rate / kCluster, "B/cycle/SM");
+    emit("l2_to_sm", name + "from L2, all SMs", received / kCluster * ctas / ms * 1e-9, "TB/s");
   }
 }
 }  // namespace

@@ -1,7 +1,7 @@
 """tile_linear against its rivals: every shape, wins and losses.
 
-CPU  python -m benchmarks.bench_tile_linear --csv benchmarks/results/tile_linear_cpu.csv
-GPU  python -m benchmarks.bench_tile_linear --csv out.csv --plot out.png --peer build/gpu/libcutlass_sparse_gemm.so
+CPU  python -m benchmarks.ops.bench_tile_linear --csv benchmarks/results/tile_linear_cpu.csv
+GPU  python -m benchmarks.ops.bench_tile_linear --csv out.csv --plot out.png --peer build/gpu/libcutlass_sparse_gemm.so
      layers of Llama-2-7B, Llama-3-8B and 70B; rivals F.linear (cuBLAS), cuSPARSELt and CUTLASS where all tiles are 2:4
 """
 
@@ -12,22 +12,21 @@ import csv
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import harness, peer_cutlass, shapes
-from patch_kernels import PATTERNS, TiledWeight, reference
+from benchmarks import harness, shapes
+from benchmarks.rivals import peer_cutlass
+from patch_kernels import PATTERNS, TiledWeight, ops, reference
+from patch_kernels._library import gemm_status
 
 CPU_SHAPES = [(4096, 4096), (11008, 4096)]
 CPU_TOKENS = [1, 16, 64, 512]
 BASELINE = "F.linear"
 CHECKED_TOKENS = 64  # rows of y compared with fp64: the first and the last 32
-GRAPH_SECONDS = 0.002  # of one sample
-ROTATION_BYTES = 16 << 30
 
 
 def packed_weight(weight: torch.Tensor, sparsity: float) -> TiledWeight:
@@ -41,6 +40,14 @@ def packed_weight(weight: torch.Tensor, sparsity: float) -> TiledWeight:
     pattern = PATTERNS.to(weight.device)[chosen].reshape(rows, cols)
     keep = pattern | ~reference.expand_tiles(tiles, (128, 128), (rows, cols))
     return TiledWeight.pack(weight, keep, tiles)
+
+
+def fallback_reason() -> str | None:
+    """Why the calls so far did not run the sparse kernels of this GPU, or None: a fall-back is right, and slow."""
+    status = gemm_status(ops.LIBRARY_PATH, torch.cuda.current_device())
+    if status["state"] == "works" and not status["reason"]:
+        return None
+    return f"{status['family']} kernels {status['state']}: {status['reason'] or 'no reason given'}"
 
 
 def cpu_rows(repeats: int, cpu_shapes=CPU_SHAPES, tokens_list=CPU_TOKENS, sparsities=shapes.SPARSITIES) -> list[dict]:
@@ -158,9 +165,9 @@ def gpu_cell(
     wrong, graphs, copies_kept = [], {}, []
     for name, rival in rivals.items():
         place = f"{cell.model} {cell.layer} M={cell.tokens}: {name}"
-        count = harness.copies_to_exceed_l2(rival.nbytes, l2_bytes, ROTATION_BYTES)
+        count = harness.copies_to_exceed_l2(rival.nbytes, l2_bytes, harness.ROTATION_BYTES)
         floor = shapes.roofline_seconds(cell, rival.sparsity, tbps)
-        launches = count * math.ceil(min(max(GRAPH_SECONDS / floor, 2), 200) / count)
+        launches = harness.launches_of_sample(count, floor)
         try:
             y = rival.call(rival.weight, x)
             if not within_two_times(y, x, rival.reference_weight()):
@@ -228,20 +235,7 @@ class GpuRun:
                 harness.save_csv(self.csv, self.rows)
 
         cells = shapes.cells(self.models, self.tokens)
-        self.not_run = run_within(cells, measure, self.budget_seconds)
-
-
-def run_within(cells: list, measure: Callable, budget_seconds: float, clock=time.monotonic) -> list:
-    """Measure cells in order while the longest so far still fits in the budget; returns those not run."""
-    begin = clock()
-    longest = 0.0
-    for index, cell in enumerate(cells):
-        start = clock()
-        if start - begin + longest > budget_seconds:
-            return cells[index:]
-        measure(cell)
-        longest = max(longest, clock() - start)
-    return []
+        self.not_run = harness.run_within(cells, measure, self.budget_seconds)
 
 
 def layer_sums(rows: list[dict]) -> list[dict]:
@@ -290,13 +284,12 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     result = harness.parser(__doc__)
-    result.formatter_class = argparse.RawDescriptionHelpFormatter
     result.add_argument("--models", nargs="+", default=list(shapes.MODELS), choices=list(shapes.MODELS))
     result.add_argument("--tokens", nargs="+", type=int, default=list(shapes.TOKENS))
     result.add_argument("--sparsity", nargs="+", type=float, default=list(shapes.SPARSITIES))
     result.add_argument("--budget-seconds", type=float, default=math.inf)
     result.add_argument("--bandwidth", type=float, help="rated TB/s of the card; default by its name")
-    result.add_argument("--peer", type=Path, help="libcutlass_sparse_gemm.so of benchmarks.build_gpu --peer")
+    result.add_argument("--peer", type=Path, help="libcutlass_sparse_gemm.so of benchmarks.card.build --peer")
     result.add_argument("--plot", type=Path, help="draw the speed-ups here (needs matplotlib)")
     result.add_argument("--from-csv", type=Path, help="no run: tables and plot of an earlier CSV")
     return result
@@ -305,10 +298,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = parser().parse_args()
     if options.from_csv is None and not torch.cuda.is_available():
-        rows = cpu_rows(options.repeats)
-        harness.print_table(rows)
-        if options.csv:
-            harness.save_csv(options.csv, rows)
+        harness.show(cpu_rows(options.repeats), options.csv)
         return
     wrong: list[str] = []
     if options.from_csv is not None:

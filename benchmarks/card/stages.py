@@ -1,16 +1,11 @@
-"""Everything that has to be run on a GPU, in one command and within its time.
+"""What each stage of benchmarks.card.run does: a function of the runner's options that returns the stage's data.
 
-    python -m benchmarks.build_gpu --out build/gpu          before, on a machine with nvcc; a GPU is not needed
-    python -m benchmarks.gpu --minutes 10 --out DIR --bin build/gpu
-
-Stages run in the order of STAGES, each in its own process, so that a fault in one does not stop the others. Each leaves
-DIR/<stage>.json; a stage that ended is not run again unless --stages names it, so a second call goes on where the first
-ran out of time. --dry-run goes through the same on a CPU with tiny sizes.
+data["summary"] is the line that the runner prints, data["failed"] whether the stage failed; Skip says why there is
+nothing to run. A stage imports what it needs itself, so that what cannot be imported costs that stage alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -19,50 +14,42 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-# Stage: most seconds it may take. Timing also leaves RESERVE_SECONDS for what comes after it.
-STAGES = {
-    "facts": 60,
-    "micro": 130,
-    "exact": 120,
-    "determinism": 60,
-    "masks": 120,
-    "sanitizer": 100,
-    "timing": 600,
-    "mask_timing": 240,
-    "learn_step": 300,
-    "ncu": 150,
-}
-# Not begun with less than half of their time: the first cells alone would count as finished.
-WHOLE_OR_LATER = ("mask_timing", "learn_step")
-RESERVE_SECONDS = 90
 LEAST_SECONDS = 5  # with less time left a stage is not begun
-CHILD_SECONDS = 10  # for a stage's process to import torch and to write its file
 MICRO_SECONDS = 25  # of one program
-FINISHED = ("ok", "skipped")
-NO_GPU = (
-    "benchmarks.gpu: needs an NVIDIA GPU that torch can use, found none. Use --dry-run to try the commands on a CPU."
-)
 
 
 class Skip(Exception):
     """A stage has nothing to run here; the text says why."""
 
 
-def write_json(path: Path, content: dict) -> None:
-    """All of it or nothing: a killed run leaves no half file."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_status(path: Path) -> str | None:
-    """Status of an earlier run of a stage, if its file is whole."""
+def run_tool(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> dict:
+    """Exit code (None: stopped at its time) and output of a program."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds, env=environment
+        )
+    except subprocess.TimeoutExpired as stopped:
+        output = stopped.stdout or b""
+        text = output.decode(errors="replace") if isinstance(output, bytes) else output
+        return {"rc": None, "output": f"{text}\nstopped after {seconds:.0f} s"}
+    return {"rc": done.returncode, "output": done.stdout}
+
+
+def run_in_turn(
+    commands: dict[str, list[str]], seconds: float, most_chars: int, environment: dict[str, str] | None = None
+) -> dict:
+    """Result of run_tool by name for programs that share `seconds`, with the last most_chars of what each printed."""
+    deadline = time.monotonic() + seconds
+    data: dict = {}
+    for name, command in commands.items():
+        left = deadline - time.monotonic()
+        if left < LEAST_SECONDS:
+            data[name] = {"rc": None, "output": "not run: no time left"}
+            continue
+        done = run_tool(command, left, environment)
+        data[name] = done | {"output": done["output"][-most_chars:]}
+    return data
 
 
 def facts(options) -> dict:
@@ -115,12 +102,12 @@ def cuda_median_seconds(call: Callable[[], object], samples: int) -> float:
 
 
 def micro(options) -> dict:
-    from benchmarks.build_gpu import micro_sources
+    from benchmarks.card.build import micro_sources
 
     if options.dry_run:
         raise Skip("micro programs run on a GPU only")
     if options.bin is None:
-        raise Skip("no --bin: build them by python -m benchmarks.build_gpu --out build/gpu")
+        raise Skip("no --bin: build them by python -m benchmarks.card.build --out build/gpu")
     results, problems = [], []
     for source in micro_sources():
         program = options.bin / source.stem
@@ -168,7 +155,7 @@ def tally(cases: Iterable[tuple[str, int]]) -> dict:
 def exact(options) -> dict:
     import torch
 
-    from benchmarks import gpu_checks as checks
+    from benchmarks.card import checks
 
     with torch.no_grad():
         if options.dry_run:
@@ -179,9 +166,9 @@ def exact(options) -> dict:
 
 def require_kernels(data: dict) -> dict:
     """Fails a stage that ran the fall-back (unpack and cuBLAS) instead of the kernels it is about."""
-    from benchmarks import gpu_checks as checks
+    from benchmarks.ops.bench_tile_linear import fallback_reason
 
-    reason = checks.fallback_reason()
+    reason = fallback_reason()
     if reason is not None:
         data["failed"] = True
         data["summary"] += f"; NOT the kernels of this GPU: {reason}"
@@ -191,7 +178,7 @@ def require_kernels(data: dict) -> dict:
 def determinism(options) -> dict:
     import torch
 
-    from benchmarks import gpu_checks as checks
+    from benchmarks.card import checks
 
     sizes = [(4096, 4096, tokens) for tokens in (1, 16, 64, 200, 1024)] + [(640, 2048, 33)]
     with torch.no_grad():
@@ -209,7 +196,7 @@ def determinism(options) -> dict:
 def masks(options) -> dict:
     import torch
 
-    from benchmarks import gpu_mask_checks as checks
+    from benchmarks.card import mask_checks as checks
     from patch.learn.config import MODES
 
     if options.dry_run:
@@ -239,18 +226,12 @@ def sanitizer(options) -> dict:
         raise Skip("compute-sanitizer needs a GPU")
     if shutil.which("compute-sanitizer") is None:
         raise Skip("compute-sanitizer is not installed")
-    command = [sys.executable, "-m", "benchmarks.gpu_checks", "--sanitizer"]
+    command = [sys.executable, "-m", "benchmarks.card.checks", "--sanitizer"]
     # The caching allocator would hide an access behind the end of a tensor.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    deadline = time.monotonic() + options.stage_seconds
-    data: dict = {}
-    for tool in ("memcheck", "synccheck", "initcheck", "racecheck"):
-        left = deadline - time.monotonic()
-        if left < LEAST_SECONDS:
-            data[tool] = {"rc": None, "output": "not run: no time left"}
-            continue
-        done = run_tool(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command], left, environment)
-        data[tool] = done | {"output": done["output"][-3000:]}
+    tools = ("memcheck", "synccheck", "initcheck", "racecheck")
+    commands = {tool: ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command] for tool in tools}
+    data = run_in_turn(commands, options.stage_seconds, 3000, environment)
     # racecheck does not follow the async proxy: what it says is advice.
     failed = [tool for tool in ("memcheck", "synccheck", "initcheck") if data[tool]["rc"] != 0]
     codes = ", ".join(f"{tool} {data[tool]['rc']}" for tool in data)
@@ -260,8 +241,9 @@ def sanitizer(options) -> dict:
 def timing(options) -> dict:
     import torch
 
-    from benchmarks import bench_tile_linear as bench
-    from benchmarks import peer_cutlass, shapes
+    from benchmarks import shapes
+    from benchmarks.ops import bench_tile_linear as bench
+    from benchmarks.rivals import peer_cutlass
 
     if options.dry_run:
         rows = bench.cpu_rows(1, [(256, 256)], [1, 9], (0.0, 0.5))
@@ -296,8 +278,8 @@ def timing(options) -> dict:
 def mask_timing(options) -> dict:
     import torch
 
-    from benchmarks import bench_masked_weight as bench
     from benchmarks import shapes
+    from benchmarks.ops import bench_masked_weight as bench
 
     if options.dry_run:
         run = bench.dry_run()
@@ -327,7 +309,7 @@ def mask_rows(run, place: Callable[[object], str]) -> dict:
 
 
 def learn_step(options) -> dict:
-    from benchmarks import bench_learn_step as bench
+    from benchmarks.ops import bench_learn_step as bench
     from patch.learn.config import MODES
 
     wrong = [text for mode in MODES for text in bench.check(mode, device="cpu" if options.dry_run else "cuda")]
@@ -352,25 +334,20 @@ def ncu(options) -> dict:
         raise Skip("ncu needs a GPU")
     if shutil.which("ncu") is None:
         raise Skip("ncu is not installed")
-    from benchmarks import gpu_checks, gpu_mask_checks
+    from benchmarks.card import checks, mask_checks
 
-    profiles = [(module.__name__, name) for module in (gpu_checks, gpu_mask_checks) for name in module.PROFILES]
     sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "WarpStateStats", "Occupancy")
     flags = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
     for section in sections:
         flags += ["--section", section]
-    deadline = time.monotonic() + options.stage_seconds
-    data: dict = {}
-    for module, name in profiles:
-        left = deadline - time.monotonic()
-        if left < LEAST_SECONDS:
-            data[name] = {"rc": None, "output": "not run: no time left"}
-            continue
-        child = [sys.executable, "-m", module, "--profile", name]
-        done = run_tool(["ncu", *flags, *child], left)
-        data[name] = done | {"output": done["output"][-60000:]}
+    commands = {
+        name: ["ncu", *flags, sys.executable, "-m", module.__name__, "--profile", name]
+        for module in (checks, mask_checks)
+        for name in module.PROFILES
+    }
+    data = run_in_turn(commands, options.stage_seconds, 60000)
     failed = [name for name in data if data[name]["rc"] != 0]
-    return data | {"failed": bool(failed), "summary": f"{len(data) - len(failed)} of {len(profiles)} kernels profiled"}
+    return data | {"failed": bool(failed), "summary": f"{len(data) - len(failed)} of {len(data)} kernels profiled"}
 
 
 FUNCTIONS = {
@@ -385,124 +362,3 @@ FUNCTIONS = {
     "learn_step": learn_step,
     "ncu": ncu,
 }
-
-
-def run_tool(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> dict:
-    """Exit code (None: stopped at its time) and output of a program."""
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds, env=environment
-        )
-    except subprocess.TimeoutExpired as stopped:
-        output = stopped.stdout or b""
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        return {"rc": None, "output": f"{text}\nstopped after {seconds:.0f} s"}
-    return {"rc": done.returncode, "output": done.stdout}
-
-
-def run_child(stage: str, options) -> None:
-    """The stage itself, in its own process."""
-    begin = time.monotonic()
-    result = {"stage": stage, "dry_run": options.dry_run}
-    try:
-        data = FUNCTIONS[stage](options)
-        result |= {"status": "failed" if data.get("failed") else "ok", "reason": data.pop("summary", ""), "data": data}
-    except Skip as reason:
-        result |= {"status": "skipped", "reason": str(reason)}
-    except Exception as error:
-        # Whatever broke belongs into the stage's file; the other stages go on.
-        result |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:2000]}
-    write_json(options.out / f"{stage}.json", result | {"seconds": round(time.monotonic() - begin, 1)})
-
-
-def start_child(stage: str, seconds: float, options) -> str:
-    """Run a stage for at most `seconds`; the end of its output, if it left no file."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--child", stage, "--out", str(options.out)]
-    command += ["--stage-seconds", f"{max(seconds - CHILD_SECONDS, LEAST_SECONDS):.0f}"]
-    command += ["--dry-run"] if options.dry_run else []
-    command += ["--bin", str(options.bin)] if options.bin else []
-    # Tiny sizes: two threads would mostly wait for each other.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} if options.dry_run else None
-    done = run_tool(command, seconds, environment)
-    return f"exit code {done['rc']}: {done['output'].strip()[-1500:]}"
-
-
-def run_stages(stages: list[str], options, child: Callable[[str, float, object], str] = start_child) -> list[dict]:
-    """Run stages in order within options.minutes; the content of every stage's file."""
-    deadline = time.monotonic() + 60 * options.minutes
-    named = options.stages is not None
-    results = []
-    for index, stage in enumerate(stages):
-        path = options.out / f"{stage}.json"
-        if named or read_status(path) not in FINISHED:
-            path.unlink(missing_ok=True)
-            left = deadline - time.monotonic()
-            if index + 1 < len(stages) and stage == "timing":
-                left -= RESERVE_SECONDS
-            seconds = min(left, STAGES[stage])
-            if seconds < (STAGES[stage] / 2 if stage in WHOLE_OR_LATER else LEAST_SECONDS):
-                write_json(path, {"stage": stage, "status": "not run", "reason": "no time left", "seconds": 0})
-            else:
-                print(f"{stage} ...", flush=True)
-                begin = time.monotonic()
-                end_of_output = child(stage, seconds, options)
-                if read_status(path) is None:
-                    spent = round(time.monotonic() - begin, 1)
-                    failure = {"stage": stage, "status": "failed", "reason": end_of_output, "seconds": spent}
-                    write_json(path, failure)
-        results.append(json.loads(path.read_text(encoding="utf-8")))
-    return results
-
-
-def print_results(results: list[dict]) -> None:
-    """One line a stage, and the sums of the timing stage."""
-    for result in results:
-        if result["stage"] == "timing" and result.get("data", {}).get("sums"):
-            from benchmarks import harness
-
-            harness.print_table(result["data"]["sums"])
-    print(f"{'stage':12} {'status':8} {'seconds':>7}  result")
-    for result in results:
-        reason = result.get("reason", "").strip().splitlines() or [""]
-        print(f"{result['stage']:12} {result['status']:8} {result['seconds']:7.1f}  {reason[-1][:140]}")
-
-
-def stage_names(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in STAGES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"expected stages of {','.join(STAGES)}, got {','.join(unknown)}")
-    return [name for name in STAGES if name in names]
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results, a file a stage and CSV")
-    parser.add_argument("--stages", type=stage_names, help="run these again, e.g. exact,timing; default all unfinished")
-    parser.add_argument("--bin", type=Path, help="folder of benchmarks.build_gpu")
-    parser.add_argument("--dry-run", action="store_true", help="the whole flow on the CPU with tiny sizes")
-    parser.add_argument("--child", choices=list(STAGES), help=argparse.SUPPRESS)
-    parser.add_argument("--stage-seconds", type=float, default=60, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.child:
-        run_child(options.child, options)
-        return 0
-    if not options.dry_run:
-        import torch
-
-        if not torch.cuda.is_available():
-            print(NO_GPU, file=sys.stderr)
-            return 2
-    results = run_stages(options.stages or list(STAGES), options)
-    print_results(results)
-    return 0 if all(result["status"] in FINISHED for result in results) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-// E7: what a change between dense and sparse tiles costs. Two warpgroups run 64 tiles whose types are bits of a word,
+// What a change between dense and sparse tiles costs. Two warpgroups run 64 tiles whose types are bits of a word,
 // with and without the drain (wgmma.wait_group 0) that the ordering rules ask for between wgmmas of different shapes.
 #include "common.cuh"
 
@@ -71,13 +71,13 @@ struct Bench {
     const std::string head = "BN " + std::to_string(kN) + " " + how + " ";
     const double dense = run<kN, kDrain>(0), sparse = run<kN, kDrain>(~0ull);
     const double alternating = run<kN, kDrain>(0xAAAAAAAAAAAAAAAA), runs = run<kN, kDrain>(0xFF00FF00FF00FF00);
-    emit("e7_type_switch", head + "dense", dense, "cycles/tile");
-    emit("e7_type_switch", head + "sparse", sparse, "cycles/tile");
-    emit("e7_type_switch", head + "runs of 8", runs, "cycles/tile");
-    emit("e7_type_switch", head + "alternating", alternating, "cycles/tile");
+    emit("type_switch", head + "dense", dense, "cycles/tile");
+    emit("type_switch", head + "sparse", sparse, "cycles/tile");
+    emit("type_switch", head + "runs of 8", runs, "cycles/tile");
+    emit("type_switch", head + "alternating", alternating, "cycles/tile");
     const double apart = (dense + sparse) / 2;
-    emit("e7_type_switch", head + "cost of a switch, runs of 8", 8 * (runs - apart), "cycles");
-    emit("e7_type_switch", head + "cost of a switch, alternating", alternating - apart, "cycles");
+    emit("type_switch", head + "cost of a switch, runs of 8", 8 * (runs - apart), "cycles");
+    emit("type_switch", head + "cost of a switch, alternating", alternating - apart, "cycles");
   }
 };
 }  // namespace

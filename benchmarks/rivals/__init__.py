@@ -1,0 +1,1 @@
+"""What a user would pick instead: eager PyTorch, and CUTLASS's own sparse GEMM."""

@@ -1,0 +1,1 @@
+"""Studies over whole models: quality of every method, memory of learning."""
