@@ -22,6 +22,7 @@ test-slow: $(VENV)/.installed
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files $(CXX_FILES))
 
 format: $(VENV)/.lint
