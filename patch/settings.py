@@ -18,11 +18,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from patch.files.atomic import write_text_atomic
+from patch.files.paths import require_file
 from patch.files.schema import Says, fields_of, is_record, nearest, parse, plain, record, refused
 
 __all__ = [
     "RESOLVED_NAME",
     "AtLeastOne",
+    "DistinctNames",
     "Names",
     "NewPath",
     "NotNegative",
@@ -90,11 +92,15 @@ def _tile(value: Any, info: ValidationInfo) -> Any:
 
 def _groups_inside(tile: tuple[int, int]) -> tuple[int, int]:
     if min(tile) < 1 or tile[1] % 4:
-        raise ValueError(
-            f"expected positive rows,columns with columns a multiple of 4, got {tile}. A group of four must not "
-            "cross tiles; use 128,128."
-        )
+        advice = "A group of four must not cross tiles; use 128,128."
+        raise ValueError(f"expected positive rows,columns with columns a multiple of 4, got {tile}. {advice}")
     return tile
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected every name once, got {', '.join(names)}. Leave the repeated one out.")
+    return names
 
 
 def _expanded(value: Any) -> Any:
@@ -107,6 +113,7 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=0.5), Says("a share of zeros from 0 to 0.5", "45 percent is 0.45.")]
 Names = Annotated[tuple[str, ...], BeforeValidator(parts), Says("a list", "Write for example a,b.")]
+DistinctNames = Annotated[Names, AfterValidator(_distinct)]
 Tile = Annotated[
     tuple[int, int],
     BeforeValidator(_tile),
@@ -154,11 +161,15 @@ def build(cls: type[T], values: Mapping[str, Any], *, prefix: str = "") -> T:
     raises  ValueError for an unknown key, a missing required one, or a value that a field does not take.
     """
     check_keys(cls, values, "configuration", prefix=prefix)
-    required = [name for name, info in fields_of(cls).items() if info.is_required() and name not in values]
-    if required:
-        needed = ", ".join(f"--{prefix}{name.replace('_', '-')}" for name in required)
-        raise ValueError(f"expected {needed}, got nothing. Give it as a flag, in --config, or by --set KEY=VALUE.")
+    required = (name for name, info in fields_of(cls).items() if info.is_required() and name not in values)
+    require_given(f"{prefix}{name}" for name in required)
     return parse(cls, _meant(cls, values, prefix), prefix, text=True)
+
+
+def require_given(missing: Iterable[str]) -> None:
+    """raises ValueError for settings that were needed and are missing."""
+    if needed := ", ".join(f"--{name.replace('_', '-')}" for name in missing):
+        raise ValueError(f"expected {needed}, got nothing. Give it as a flag, in --config, or by --set KEY=VALUE.")
 
 
 def check_keys(
@@ -177,10 +188,8 @@ def check_keys(
         if not is_record(kind):
             continue
         if not isinstance(value, Mapping):
-            raise ValueError(
-                f"{source}: expected '{prefix}{key}' to hold settings by name, got {value!r}. "
-                f"Write {prefix}{key}.{next(iter(fields_of(kind)))} = ..."
-            )
+            advice = f"Write {prefix}{key}.{next(iter(fields_of(kind)))} = ..."
+            raise ValueError(f"{source}: expected '{prefix}{key}' to hold settings by name, got {value!r}. {advice}")
         check_keys(kind, value, source, prefix=f"{prefix}{key}.")
 
 
@@ -199,8 +208,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if path.suffix not in _FILE_SUFFIXES:
         raise ValueError(f"{path}: expected a file ending in {', '.join(_FILE_SUFFIXES)}. Rename the file.")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a configuration file, found none. Check the path.")
+    require_file(str(path), path, "a configuration file")
     is_json = path.suffix == ".json"
     try:
         text = path.read_text(encoding="utf-8")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from patch.files.paths import require_folder
 from patch.files.schema import record
 from patch.pruning.options import DEFAULT_NSAMPLES, DEFAULT_SEQLEN
 from patch.settings import AtLeastOne, Seed, setting
@@ -52,17 +53,11 @@ class CalibrationSettings:
 
 def check_text_source(source: str | None, flag: str = "--data") -> str:
     """A named set or an existing local file; raises before any model is loaded."""
-    from patch.data.sources import LOCAL_SUFFIXES, NAMED_SETS
+    from patch.data.sources import require_source
 
     if source is None:
         raise ValueError(f"{flag}: expected a text, got none. Give {DATA_HELP.removeprefix('text: ')}.")
-    path = Path(source)
-    if source not in NAMED_SETS and not path.is_file():
-        raise FileNotFoundError(
-            f"{flag}: expected a file ({', '.join(LOCAL_SUFFIXES)}) or one of {', '.join(NAMED_SETS)}, got {source!r}, "
-            "which is no file. Check the path."
-        )
-    return source
+    return require_source(flag, source)
 
 
 def dtype_of(name: DtypeName) -> torch.dtype | str:
@@ -83,11 +78,10 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}. Use --device cpu.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device: expected a GPU that is there, got {name!r} with {torch.cuda.device_count()} GPUs visible to "
-            "torch. Use --device cpu, or see `patch-llm info`."
-        )
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        got = f"got {name!r} with {count} GPUs visible to torch"
+        raise ValueError(f"--device: expected a GPU that is there, {got}. Use --device cpu, or see `patch-llm info`.")
     return device
 
 
@@ -113,10 +107,8 @@ def load_model_config(path: str, *, packed: bool = False) -> Any:
     with _model_errors(path):
         config = AutoConfig.from_pretrained(path)
     if not packed and getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"--model: expected a dense model, {path!r} has a quantization_config in its config.json. Give the model "
-            "that it was made from."
-        )
+        got = f"{path!r} has a quantization_config in its config.json"
+        raise ValueError(f"--model: expected a dense model, {got}. Give the model that it was made from.")
     return config
 
 
@@ -139,10 +131,8 @@ def _model_errors(path: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"--model: expected a model folder or a Hugging Face id, got {path!r} which cannot be loaded ({reason}). "
-            "Check the name, and the network or the cache."
-        ) from error
+        got = f"got {path!r} which cannot be loaded ({reason}). Check the name, and the network or the cache."
+        raise FileNotFoundError(f"--model: expected a model folder or a Hugging Face id, {got}") from error
 
 
 def hide_bars_without_terminal() -> None:
@@ -162,10 +152,8 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(
-            f"--model: expected a tokenizer in {path!r}, got none that loads ({reason}). Save the tokenizer into the "
-            "model's folder."
-        ) from error
+        got = f"got none that loads ({reason}). Save the tokenizer into the model's folder."
+        raise FileNotFoundError(f"--model: expected a tokenizer in {path!r}, {got}") from error
 
 
 def load_masks(path: str | os.PathLike, model: nn.Module, flag: str = "--masks") -> Artifact:
@@ -176,27 +164,27 @@ def load_masks(path: str | os.PathLike, model: nn.Module, flag: str = "--masks")
     artifact = load_artifact(artifact_folder(path, flag), model=model)
     made_for = artifact.meta.get("config_fingerprint")
     if made_for is not None and made_for != config_fingerprint(model.config):
-        raise ValueError(
-            f"{flag}: expected masks of this model, {path} was made from {artifact.meta.get('model')!r} whose "
-            "configuration differs. Give that model, or make the masks again."
-        )
+        got = f"{path} was made from {artifact.meta.get('model')!r} whose configuration differs"
+        raise ValueError(f"{flag}: expected masks of this model, {got}. Give that model, or make the masks again.")
     return artifact
+
+
+def refuse_further_steps(meta: Mapping[str, Any], path: str | os.PathLike, steps: Mapping[str, str]) -> None:
+    """Refuse masks whose weights are the result of another command, {key of its meta: command}."""
+    for key, command in steps.items():
+        if meta.get(key) is not None:
+            got = f"{path} is a result of {command}, whose weights would be lost"
+            raise ValueError(f"--masks: expected masks alone, {got}. Give what it was made from, and {command} later.")
 
 
 def artifact_folder(path: str | os.PathLike, flag: str = "--masks") -> Path:
     """The artifact at `path`: the folder itself, or `result` in the folder of a learning run."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{flag}: expected a folder made by prune or learn, found none at {folder}. Check the path."
-        )
+    folder = require_folder(flag, path, "a folder made by prune or learn")
     if (folder / "result").is_dir():
         return folder / "result"
     if any(folder.glob("checkpoint-*")):
-        raise ValueError(
-            f"{flag}: expected a finished learning run, {folder} has checkpoints but no result. Finish it with "
-            "`patch-llm learn ... --resume`."
-        )
+        got = f"{folder} has checkpoints but no result"
+        raise ValueError(f"{flag}: expected a finished learning run, {got}. Finish it with `patch-llm ... --resume`.")
     return folder
 
 
@@ -223,10 +211,8 @@ def check_model_path(path: str) -> None:
     """Refuse a path that cannot hold a model, before anything is loaded."""
     folder = Path(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not folder.is_dir():
-        raise FileNotFoundError(f"--model: expected a model folder, found none at {path!r}. Check the path.")
+    if looks_local:
+        require_folder("--model", folder, "a model folder")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"--model: expected a transformers model, {path!r} has no config.json. Give the folder of the dense model; "
-            "folders made by prune or learn hold masks and belong to --masks."
-        )
+        advice = "Give the folder of the dense model; folders made by prune or learn belong to --masks."
+        raise FileNotFoundError(f"--model: expected a transformers model, {path!r} has no config.json. {advice}")

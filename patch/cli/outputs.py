@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from patch.files.paths import require_place_for_folder
+
 
 def check_new_folder(path: str | os.PathLike, *, overwrite: bool, what: str) -> Path:
     """An output folder that may be written, as a path; nothing is changed.
@@ -16,23 +18,14 @@ def check_new_folder(path: str | os.PathLike, *, overwrite: bool, what: str) -> 
     """
     from patch.files.folder import MANIFEST
 
-    folder = Path(path)
-    if not os.path.lexists(folder):
+    folder = require_place_for_folder("--out", path)
+    if not folder.is_dir() or not any(folder.iterdir()):
         return folder
-    if not folder.is_dir():
-        raise ValueError(f"--out: expected a folder, {folder} is a file. Choose another --out.")
-    if not any(folder.iterdir()):
-        return folder
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(
-            f"--out: expected a new folder, {folder} holds other files. Choose another --out; files that this "
-            "program did not write are never replaced."
-        )
-    if not overwrite:
-        raise ValueError(
-            f"--out: expected a new folder, {folder} exists already (a complete {what}). Choose another --out, or "
-            "replace it with --overwrite."
-        )
+    is_ours = (folder / MANIFEST).is_file()
+    if not is_ours or not overwrite:
+        advice = "or replace it with --overwrite" if is_ours else "what this program did not write is never replaced"
+        got = f"exists already (a complete {what})" if is_ours else "holds other files"
+        raise ValueError(f"--out: expected a new folder, {folder} {got}. Choose another --out, {advice}.")
     return folder
 
 
@@ -41,27 +34,33 @@ def check_new_file(path: Path | None, flag: str) -> None:
     if path is None or str(path) == "-":
         return
     if os.path.lexists(path):
-        raise ValueError(
-            f"{flag}: expected a new file, {path} exists already. Choose another name; nothing is replaced."
-        )
+        raise ValueError(f"{flag}: expected a new file, {path} exists already. Choose another name.")
     parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{flag}: expected a folder to write to, {parent} is none. Choose another place.")
 
 
-def refuse_resume_and_overwrite(options: Any) -> None:
-    """Refuse options that ask to go on with a run and to replace it."""
-    if options.resume and options.overwrite:
-        raise ValueError("--resume and --overwrite: expected one of them, got both. Keep the run or replace it.")
+def refuse_both(options: Any, one: str, other: str, advice: str) -> None:
+    """Refuse two settings that exclude each other."""
+    if getattr(options, one) and getattr(options, other):
+        raise ValueError(f"--{one} and --{other}: expected one of them, got both. {advice}")
+
+
+def check_run_folder(options: Any) -> None:
+    """Refuse an --out that is a file, or that holds an earlier run without --resume or --overwrite."""
+    out = require_place_for_folder("--out", options.out)
+    earlier = [name for name in ("result", "metrics.jsonl") if (out / name).exists()]
+    earlier += sorted(path.name for path in out.glob("checkpoint-*"))
+    if earlier and not (options.resume or options.overwrite):
+        advice = "Use --resume, replace it with --overwrite, or choose another --out."
+        raise ValueError(f"--out: expected no earlier run, {out} has {', '.join(earlier[:4])}. {advice}")
 
 
 def check_input_stays(path: Path, out: Path, flag: str = "--masks") -> None:
     """Refuse an --out that --overwrite would empty of what the command reads."""
     if path.resolve().is_relative_to(out.resolve()):
-        raise ValueError(
-            f"--out: expected another folder than that of {flag}, {path} is in {out}, which --overwrite replaces. "
-            "Choose another --out."
-        )
+        got = f"{path} is in {out}, which --overwrite replaces"
+        raise ValueError(f"--out: expected another folder than that of {flag}, {got}. Choose another --out.")
 
 
 def clear_learning_run(folder: Path) -> None:

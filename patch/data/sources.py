@@ -18,6 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from patch.files.lazy import needed
+from patch.files.schema import require_choice, require_integer
+
 
 @dataclass(frozen=True)
 class NamedSet:
@@ -120,6 +123,15 @@ NAMED_SETS = {
 
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 LOCAL_JOIN = "\n\n"
+CONNECT = "connect to the Hugging Face hub once (and unset HF_HUB_OFFLINE)"  # advice of messages
+
+
+def require_source(what: str, name: str) -> str:
+    """A named set, or a local file that is there; `what` begins the message."""
+    if name not in NAMED_SETS and not Path(name).is_file():
+        expected = f"expected a file ({', '.join(LOCAL_SUFFIXES)}) or one of {', '.join(NAMED_SETS)}"
+        raise FileNotFoundError(f"{what}: {expected}, got {name!r}, which is no file. Check the path.")
+    return name
 
 
 def load_documents(
@@ -181,8 +193,8 @@ def named_rows(name: str, split: str) -> Any:
 
 
 def _check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise ValueError(f"expected limit >= 1, got {limit}; leave it out to read everything")
+    if limit is not None:
+        require_integer("limit", limit, advice="Leave it out to read everything.")
 
 
 def _no_text(name: str) -> ValueError:
@@ -204,12 +216,7 @@ def _read_local(name: str, split: str | None, text_field: str | None) -> Iterato
     path = Path(name)
     if split is not None:
         raise ValueError(f"expected no split for the local file {name}, got {split!r}; give the file of that split")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"expected a text file ({', '.join(LOCAL_SUFFIXES)}) or one of {sorted(NAMED_SETS)}, got "
-            f"{str(path)!r}, "
-            "which is no file; check the path"
-        )
+    require_source("source", name)
     if path.suffix not in LOCAL_SUFFIXES:
         raise ValueError(f"{path}: expected a file ending in {', '.join(LOCAL_SUFFIXES)}; rename or convert it")
     return _READERS[path.suffix](path, text_field or "text")
@@ -226,20 +233,13 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: line {number} is not valid JSON ({error}); fix or remove it") from None
-            if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-                fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(
-                    f"{path}: line {number}: expected text in the field {text_field!r}, got {str(fields)[:200]}; "
-                    "set text_field"
-                )
-            try:
-                row[text_field].encode()
-            except UnicodeEncodeError as error:  # half of a UTF-16 pair, which JSON can write: no tokenizer takes it
-                raise ValueError(f"{path}: line {number}: expected text, got {error}; fix or remove it") from None
-            yield row[text_field]
+                text = json.loads(line)[text_field]
+                text.encode()  # fails for half of a UTF-16 pair, which JSON can write and no tokenizer takes
+            except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+                expected = f"expected JSON with text in the field {text_field!r}"
+                got = f"got {line.strip()[:80]!r} ({type(error).__name__}: {error})"
+                raise ValueError(f"{path}: line {number}: {expected}, {got}; correct it or set text_field") from None
+            yield text
 
 
 @contextlib.contextmanager
@@ -249,25 +249,18 @@ def _utf8_file(path: Path) -> Iterator[TextIO]:
         with open(path, encoding="utf-8", newline="") as file:
             yield file
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: expected UTF-8 text ({error.reason} at byte {error.start}); convert the file"
-        ) from None
+        raise ValueError(f"{path}: expected UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    why = f"{path}: reading parquet needs pyarrow"
+    pyarrow, parquet = needed("pyarrow", why, "pyarrow"), needed("pyarrow.parquet", why, "pyarrow")
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(f"{path}: reading parquet needs pyarrow; run: pip install pyarrow") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow
             if text_field not in columns.names or not _is_text(columns.field(text_field).type):
-                raise ValueError(
-                    f"{path}: expected text in the column {text_field!r}, got the columns {columns.names[:20]}; "
-                    "set text_field"
-                )
+                got = f"got the columns {columns.names[:20]}"
+                raise ValueError(f"{path}: expected text in the column {text_field!r}, {got}; set text_field")
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except pyarrow.ArrowException as error:
@@ -305,12 +298,8 @@ def _read_named(name: str, split: str) -> Iterator[str]:
 
 def _load_dataset(name: str, split: str, arguments: dict[str, dict[str, Any]]) -> Any:
     named = NAMED_SETS[name]
-    if split not in arguments:
-        raise ValueError(f"{name}: expected one of the splits {sorted(arguments)}, got {split!r}")
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(f"the named set {name!r} needs the datasets package; run: pip install datasets") from None
+    require_choice(f"{name}, split", split, arguments)
+    datasets = needed("datasets", f"the named set {name!r} needs the datasets package", "datasets")
     try:
         return datasets.load_dataset(named.hub_id, named.config, **arguments[split])
     except Exception as error:
@@ -321,6 +310,5 @@ def _load_dataset(name: str, split: str, arguments: dict[str, dict[str, Any]]) -
 def _unreachable(name: str, error: Exception) -> ConnectionError:
     return ConnectionError(
         f"expected to load {NAMED_SETS[name].hub_id!r} for the named set {name!r}, got {type(error).__name__}: "
-        f"{error}; connect to the Hugging Face hub once (and unset HF_HUB_OFFLINE), or pass a local "
-        f"{', '.join(LOCAL_SUFFIXES)} file"
+        f"{error}; {CONNECT}, or pass a local {', '.join(LOCAL_SUFFIXES)} file"
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from patch.data.sources import LOCAL_JOIN, NAMED_SETS, iter_documents, load_documents, named_rows
+from patch.files.schema import require_integer
 
 TOKENIZE_BATCH = 1000
 
@@ -42,8 +43,8 @@ def pack_blocks(documents: Iterable[Sequence[Any]], block_size: int, *, max_bloc
     returns  (blocks, block_size) int64, at most max_blocks
     raises   ValueError when there are fewer tokens than one block.
     """
-    if block_size < 1 or (max_blocks is not None and max_blocks < 1):
-        raise ValueError(f"expected block_size and max_blocks >= 1, got {block_size} and {max_blocks}")
+    require_integer("block_size", block_size)
+    require_integer("max_blocks", 1 if max_blocks is None else max_blocks, advice="Leave it out to take everything.")
     wanted = None if max_blocks is None else max_blocks * block_size
     flat = array("q")  # grows in place: one copy of the tokens, not the two that joining parts would need
     for document in documents:
@@ -58,9 +59,8 @@ def pack_blocks(documents: Iterable[Sequence[Any]], block_size: int, *, max_bloc
     total = len(flat)
     blocks = min(total if wanted is None else wanted, total) // block_size
     if blocks == 0:
-        raise ValueError(
-            f"expected at least one block of {block_size} tokens, got {total} tokens; give more text or a smaller block"
-        )
+        expected = f"expected at least one block of {block_size} tokens"
+        raise ValueError(f"{expected}, got {total} tokens; give more text or a smaller block")
     return torch.frombuffer(flat, dtype=torch.int64, count=blocks * block_size).reshape(blocks, block_size)
 
 
@@ -85,11 +85,8 @@ def sample_windows(
     windows: list[Tensor] = []
     while len(windows) < nsamples:
         if len(too_short) == len(token_ids_per_doc):
-            raise ValueError(
-                f"expected at least one document of more than {seqlen} tokens, got {len(token_ids_per_doc)} "
-                "shorter "
-                "ones; use a smaller sequence length or a text with longer documents"
-            )
+            expected = f"expected at least one document of more than {seqlen} tokens"
+            raise ValueError(f"{expected}, got {len(token_ids_per_doc)} shorter ones; use a smaller sequence length")
         index = draw.randint(0, len(token_ids_per_doc) - 1)
         if index in too_short:
             continue
@@ -106,11 +103,8 @@ def sample_joined(token_ids: Sequence[int], nsamples: int, seqlen: int, seed: in
     """Random windows of one long text, (nsamples, seqlen) int64: the rule of the published pruners for WikiText-2."""
     _check_sampling(nsamples, seqlen, seed)
     if len(token_ids) <= seqlen:
-        raise ValueError(
-            f"expected a text of more than {seqlen} tokens, got {len(token_ids)}; give more text or a "
-            "smaller "
-            "sequence length"
-        )
+        expected = f"expected a text of more than {seqlen} tokens"
+        raise ValueError(f"{expected}, got {len(token_ids)}; give more text or a smaller sequence length")
     draw = random.Random(seed)
     ids = torch.as_tensor(token_ids, dtype=torch.long)
     starts = [draw.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]
@@ -223,5 +217,6 @@ def _naming(source: str, use: str) -> Iterator[None]:
 
 
 def _check_sampling(nsamples: int, seqlen: int, seed: int) -> None:
-    if nsamples < 1 or seqlen < 1 or seed < 0:
-        raise ValueError(f"expected nsamples >= 1, seqlen >= 1, seed >= 0, got {nsamples}, {seqlen}, {seed}")
+    require_integer("nsamples", nsamples)
+    require_integer("seqlen", seqlen)
+    require_integer("seed", seed, 0)

@@ -57,10 +57,8 @@ def stdlib_files(root: Path | None = None) -> list[Path]:
         if not skipped and 200 <= path.stat().st_size <= _LARGEST_FILE_BYTES:
             found.append(path)
     if not found:
-        raise FileNotFoundError(
-            f"expected Python sources (*.py) of the standard library under {root}, found none. "
-            f"Pass a folder with text as --text FOLDER."
-        )
+        expected = f"expected Python sources (*.py) of the standard library under {root}"
+        raise FileNotFoundError(f"{expected}, found none. Pass a folder with text as --text FOLDER.")
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -80,8 +78,6 @@ def load_corpus(root: Path | None = None, *, max_characters: int | None = None) 
         parts[part].append(text)
     empty = [part for part, documents in parts.items() if not documents]
     if empty:
-        raise ValueError(
-            f"expected at least one file in each of the parts {', '.join(PARTS)}, got none for {', '.join(empty)} "
-            f"under {root}. Pass a folder with more text."
-        )
+        got = f"got none for {', '.join(empty)} under {root}. Pass a folder with more text."
+        raise ValueError(f"expected at least one file in each of the parts {', '.join(PARTS)}, {got}")
     return Corpus(**parts, sha256=digest.hexdigest())

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from patch_kernels.checks import require_at_least
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -97,10 +99,8 @@ def train_dense(
         batch = blocks[next(batches)]
         loss = model(input_ids=batch, labels=batch).loss
         if not torch.isfinite(loss):
-            raise ValueError(
-                f"expected a finite loss, got {loss.item()} in step {step}. Lower matrix_lr {matrix_lr} and vector_lr "
-                f"{vector_lr}."
-            )
+            advice = f"Lower matrix_lr {matrix_lr} and vector_lr {vector_lr}."
+            raise ValueError(f"expected a finite loss, got {loss.item()} in step {step}. {advice}")
         model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -116,8 +116,7 @@ def train_dense(
 
 def shuffled_batches(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
     """Endless batches of indices below count: every index once per pass, a new order in each pass."""
-    if count < batch_size:
-        raise ValueError(f"expected at least batch_size = {batch_size} blocks of text, got {count}. Give more text.")
+    require_at_least("blocks of text", count, batch_size, "Give more text.", named="batch_size = ")
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)

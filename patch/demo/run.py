@@ -39,6 +39,7 @@ from patch.pruning import compensate, get_method, prune_model
 from patch.pruning.tile_scores import reference_tile_scores
 from patch.runs.stages import STAGE_FILE, digest, finished
 from patch_kernels import payload_bytes, tiles_that_are_two_of_four
+from patch_kernels.checks import require_at_least
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,11 +157,8 @@ class _Demo:
         self.heldout = heldout[: settings.heldout_tokens]
         blocks = pack_blocks(tokenize(self.tokenizer, self.corpus.learn), settings.model.block_size)
         needed = max(settings.calibration_blocks, settings.learn.steps * settings.learn.batch_size)
-        if len(blocks) < settings.calibration_blocks:
-            raise ValueError(
-                f"calibration_blocks: expected at most the {len(blocks)} blocks of the part 'learn', got "
-                f"{settings.calibration_blocks}. Use fewer or give more text."
-            )
+        wanted, advice = settings.calibration_blocks, "Use fewer or give more text."
+        require_at_least("blocks of the part 'learn'", len(blocks), wanted, advice, named="calibration_blocks = ")
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(settings.model.seed))
         passes = -(-needed // len(blocks))
         self.learn_blocks = blocks[order].repeat(passes, 1)[:needed]
@@ -319,10 +317,8 @@ class _Demo:
         with torch.inference_mode():
             expected, got = model(input_ids=window).logits, loaded(input_ids=window).logits
         if not torch.equal(expected, got):
-            raise RuntimeError(
-                f"expected the reloaded model's logits to be those of the saved one, they differ by up to "
-                f"{(expected - got).abs().max().item()}. Please report this with `patch-llm info --json`."
-            )
+            differ = f"they differ by up to {(expected - got).abs().max().item()}. Please report this"
+            raise RuntimeError(f"expected the logits of the saved model, {differ} with `patch-llm info --json`.")
         held = sum(layer.payload.numel() for _, layer in packed_layers(loaded))
         self.say(f"packed the {target:.0%} model ({held:,} bytes of weights), saved, reloaded: logits equal")
         ids = self.tokenizer(PROMPT, return_tensors="pt")["input_ids"]

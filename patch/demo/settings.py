@@ -75,8 +75,6 @@ class DemoSettings:
     @model_validator(mode="after")
     def _has_a_window(self) -> DemoSettings:
         if self.heldout_tokens < self.model.block_size:
-            raise ValueError(
-                f"heldout_tokens: expected at least one window of {self.model.block_size}, got {self.heldout_tokens}. "
-                "Use 65536."
-            )
+            expected = f"expected at least one window of {self.model.block_size}"
+            raise ValueError(f"heldout_tokens: {expected}, got {self.heldout_tokens}. Use 65536.")
         return self

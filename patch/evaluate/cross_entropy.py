@@ -7,12 +7,14 @@ protocol of the pruning literature."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patch.files.schema import require_integer
 from patch.models.facts import context_length
 from patch.models.modes import evaluating
 from patch.models.structure import input_embeddings
@@ -51,14 +53,21 @@ def mean_cross_entropy(
             for row, (row_logits, ids) in enumerate(zip(logits, batch, strict=True)):
                 loss = _mean_loss(row_logits, ids)
                 if not math.isfinite(loss):
-                    raise ValueError(
-                        f"expected finite logits, window {start + row} has a cross-entropy of {loss}; use "
-                        "bf16 or "
-                        "fp32 instead of fp16, or check the weights"
-                    )
+                    got = f"window {start + row} has a cross-entropy of {loss}"
+                    raise ValueError(f"expected finite logits, {got}; use bf16 instead of fp16, or check the weights")
                 losses.append(loss)
             bar.update(len(batch))
     return math.fsum(losses) / len(losses)
+
+
+def require_windows(window: int, limit: int | None, tokens: Mapping[str, int], of: str = "the model") -> None:
+    """Refuse a window longer than the context `limit` of the models (None: endless) or than a text, {name: tokens}."""
+    if limit is not None and window > limit:
+        raise ValueError(f"window: expected at most {limit} (the context of {of}), got {window}; use {limit}")
+    for what, count in tokens.items():
+        if count < window:
+            got = f"got {count} tokens; give more text or a smaller window"
+            raise ValueError(f"{what}: expected at least one window of {window} tokens, {got}")
 
 
 def _windows(model: nn.Module, token_ids: Any, window: int, batch_size: int) -> Tensor:
@@ -70,27 +79,15 @@ def _windows(model: nn.Module, token_ids: Any, window: int, batch_size: int) -> 
         ids = ids[0]
     if ids.dim() != 1:
         raise ValueError(f"expected token ids of shape (tokens,) or (1, tokens), got {tuple(ids.shape)}; join them")
-    if isinstance(window, bool) or not isinstance(window, int) or window < 2:
-        raise ValueError(f"expected a window of at least 2 tokens, got {window!r}; the paper uses {DEFAULT_WINDOW}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size!r}; use 1 when memory is short")
-    limit = context_length(model)
-    if limit is not None and window > limit:
-        raise ValueError(f"expected a window of at most {limit} (the model's context), got {window}; use {limit}")
-    if len(ids) < window:
-        raise ValueError(
-            f"expected at least one window of {window} tokens, got {len(ids)} tokens; give more text or a "
-            "smaller window"
-        )
+    require_integer("window", window, 2, f"The paper uses {DEFAULT_WINDOW}.")
+    require_integer("batch_size", batch_size, advice="Use 1 when memory is short.")
+    require_windows(window, context_length(model), {"token_ids": len(ids)})
     embeddings = input_embeddings(model) if hasattr(model, "get_input_embeddings") else None
     vocabulary = getattr(embeddings, "num_embeddings", None)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise ValueError(
-            f"expected token ids of 0 to {vocabulary if vocabulary is None else vocabulary - 1}, got {low} "
-            f"to {high}; "
-            "use the tokenizer of this model"
-        )
+        expected = f"expected token ids of 0 below the vocabulary size {vocabulary}"
+        raise ValueError(f"{expected}, got {low} to {high}; use the tokenizer of this model")
     count = len(ids) // window
     return ids[: count * window].long().reshape(count, window)
 

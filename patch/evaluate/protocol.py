@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from patch.data.sources import NAMED_SETS
 from patch.data.tokens import evaluation_text, text_sha256, tokenize
 from patch.evaluate.cross_entropy import DEFAULT_WINDOW, _exp, mean_cross_entropy
+from patch.evaluate.results import SAME_TEXT, require_same
+from patch.files.schema import require_integer
 from patch.models.facts import context_length, versions
 
 
@@ -71,8 +73,8 @@ def perplexity_report(
     limit = context_length(model)
     if window is None:
         window = min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"expected max_windows >= 1, got {max_windows}; leave it out to use the whole text")
+    if max_windows is not None:
+        require_integer("max_windows", max_windows, advice="Leave it out to use the whole text.")
     if isinstance(source, EvaluationSet):
         text = source
     else:
@@ -103,18 +105,11 @@ def format_reports(reports: Mapping[str, Mapping[str, Any]], *, dense: str = "de
     raises   ValueError when the dense model is missing or the reports do not share text, window and tokens.
     """
     if dense not in reports:
-        raise ValueError(
-            f"expected the dense model's report under {dense!r}, got {sorted(reports)}; evaluate the dense model too"
-        )
+        got = f"got {sorted(reports)}; evaluate the dense model too"
+        raise ValueError(f"expected the dense model's report under {dense!r}, {got}")
     base = reports[dense]
     for label, report in reports.items():
-        for key in ("text_sha256", "window", "windows", "tokens"):
-            if report[key] != base[key]:
-                raise ValueError(
-                    f"{label}: {key} is {report[key]}, for {dense} it is {base[key]}: the perplexities "
-                    "cannot be "
-                    "compared; evaluate both on the same text, tokenizer and window"
-                )
+        require_same(label, report, dense, base, SAME_TEXT)
     width = max(map(len, reports))
     lines = [f"{'model':<{width}}  perplexity  dtype"]
     for label in sorted(reports, key=lambda name: name != dense):  # stable: the others keep their order

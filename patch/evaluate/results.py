@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from patch.evaluate.tables import format_table
+from patch.files.paths import require_file
 from patch.files.schema import Count, Says, parse, record
 from patch.files.strict_json import read_json
 
@@ -31,7 +32,7 @@ FORMAT: Literal["patch-llm-results"] = "patch-llm-results"
 VERSION = 1
 _SAID_ELSEWHERE = ("model", "model_fingerprint", "dtype", "device", "versions")
 # What two numbers must share to be comparable.
-_SAME_TEXT = ("text_sha256", "tokens", "window", "windows")
+SAME_TEXT = ("text_sha256", "tokens", "window", "windows")
 _SAME_QUESTIONS = ("version", "num_fewshot", "questions", "config_sha256")
 
 
@@ -124,11 +125,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
 
     raises  FileNotFoundError; ValueError naming the file for another format or version and for missing values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a result file of `patch-llm eval --json`, found none; check the path"
-        )
+    path = require_file(str(path), path, "a result file of `patch-llm eval --json`")
     results = read_json(path)
     parse(ResultFile, results, f"{path}: ", "Evaluate again with `patch-llm eval --json`.")
     return results
@@ -153,7 +150,7 @@ def merge_models(files: Mapping[str, Mapping[str, Any]], labels: Sequence[str] =
                 twin["sparsity"] = model["sparsity"]
     if labels:
         if len(labels) != len(merged):
-            listed = ", ".join(f"{model['label']} ({model['file']})" for model in merged)
+            listed = ", ".join(map(_named, merged))
             raise ValueError(f"expected {len(merged)} labels, got {len(labels)}; the models in order are {listed}")
         for model, label in zip(merged, labels, strict=True):
             model["label"] = label
@@ -176,19 +173,17 @@ def check_comparable(models: Sequence[Mapping[str, Any]]) -> None:
     for model in models:
         for name, report in model["perplexity"].items():
             first = sets.setdefault(name, model)
-            _check_same(name, model, first, report, first["perplexity"][name], _SAME_TEXT)
+            require_same(_named(model), report, _named(first), first["perplexity"][name], SAME_TEXT, name)
         zero_shot = model["zero_shot"]
         for name, task in (zero_shot or {"tasks": {}})["tasks"].items():
             first = tasks.setdefault(name, model)
-            _check_same(name, model, first, task, first["zero_shot"]["tasks"][name], _SAME_QUESTIONS)
-            _check_same(name, model, first, zero_shot, first["zero_shot"], ("metric", "limit"))
-        scored = next(m for m in models if m["zero_shot"]) if zero_shot else None
-        if scored is not None and set(scored["zero_shot"]["tasks"]) != set(zero_shot["tasks"]):
-            raise ValueError(
-                f"{_named(model)}: zero-shot tasks are {sorted(zero_shot['tasks'])}, for {_named(scored)} they are "
-                f"{sorted(scored['zero_shot']['tasks'])}: their means cannot be compared; evaluate both on the "
-                "same tasks"
-            )
+            known = first["zero_shot"]
+            require_same(_named(model), task, _named(first), known["tasks"][name], _SAME_QUESTIONS, name)
+            require_same(_named(model), zero_shot, _named(first), known, ("metric", "limit"), name)
+    scored = [model for model in models if model["zero_shot"]]
+    names = [{"set of zero-shot tasks": sorted(model["zero_shot"]["tasks"])} for model in scored]
+    for model, given in zip(scored, names, strict=True):
+        require_same(_named(model), given, _named(scored[0]), names[0], given)
 
 
 def summary_rows(models: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -285,20 +280,14 @@ def _entry(model: Mapping[str, Any]) -> dict[str, Any]:
     return {**model, "perplexity": sets}
 
 
-def _check_same(
-    name: str,
-    model: Mapping[str, Any],
-    first: Mapping[str, Any],
-    values: Mapping[str, Any],
-    expected: Mapping[str, Any],
-    keys: Sequence[str],
+def require_same(
+    label: str, values: Mapping[str, Any], other: str, expected: Mapping[str, Any], keys: Iterable[str], of: str = ""
 ) -> None:
+    """Refuse to compare two models' results that differ in what was measured; of: the set or task they are of."""
     for key in keys:
         if values[key] != expected[key]:
-            raise ValueError(
-                f"{_named(model)}: {key} of {name} is {values[key]}, for {_named(first)} it is {expected[key]}: they "
-                "cannot be compared; evaluate both in the same way"
-            )
+            differs = f"{key}{of and f' of {of}'} is {values[key]}, for {other} it is {expected[key]}"
+            raise ValueError(f"{label}: {differs}: they cannot be compared; evaluate both in the same way")
 
 
 def _named(model: Mapping[str, Any]) -> str:

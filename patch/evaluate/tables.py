@@ -44,11 +44,9 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         raise ValueError("rows: expected at least one result, got none. Evaluate a model first.")
     header = list(rows[0])
-    for number, row in enumerate(rows):
-        if list(row) != header:
-            raise ValueError(
-                f"rows: expected the columns {header}, row {number} has {list(row)}. Give all rows the same."
-            )
+    other = next((row for row in rows if list(row) != header), None)
+    if other is not None:
+        raise ValueError(f"rows: expected the columns {header} in all, got {list(other)}. Give all rows the same.")
     return header
 
 

@@ -19,8 +19,11 @@ from typing import Any
 
 from torch import nn
 
+from patch.data.sources import CONNECT
 from patch.evaluate.cross_entropy import DEFAULT_WINDOW
 from patch.evaluate.task_sets import TASK_SETS
+from patch.files.lazy import needed
+from patch.files.paths import require_folder
 from patch.models.facts import context_length
 from patch.models.modes import evaluating
 
@@ -141,12 +144,10 @@ def make_task_manager(folder: str | os.PathLike | None = None) -> Any:
 
     raises  ImportError with the pip command; FileNotFoundError for a folder that is not there.
     """
-    _require_lm_eval()
-    if folder is not None and not os.path.isdir(folder):
-        raise FileNotFoundError(f"expected a folder with lm-eval task files, found none at {folder}; check the path")
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=None if folder is None else os.fspath(folder))
+    tasks = _lm_eval("tasks")
+    if folder is not None:
+        require_folder("task_path", folder, "a folder with lm-eval task files")
+    return tasks.TaskManager(include_path=None if folder is None else os.fspath(folder))
 
 
 def check_tasks(tasks: Sequence[str], task_manager: Any, *, metric: str = METRIC) -> None:
@@ -168,19 +169,16 @@ def check_tasks(tasks: Sequence[str], task_manager: Any, *, metric: str = METRIC
     except (OSError, ValueError) as error:
         if str(error).startswith("Duplicate task"):
             raise ValueError(f"expected every task once: {error}; leave one of them out") from None
-        raise ConnectionError(
-            f"expected to load the data of {', '.join(tasks)}, got {type(error).__name__}: {error}; connect to the "
-            "Hugging Face hub once (and unset HF_HUB_OFFLINE), or use --task-path with tasks on local files"
-        ) from error
+        got = f"got {type(error).__name__}: {error}; {CONNECT}, or use --task-path with tasks on local files"
+        raise ConnectionError(f"expected to load the data of {', '.join(tasks)}, {got}") from error
     wanted = metric.split(",")[0]
     for name, task in loaded["tasks"].items():
         if wanted not in task.aggregation():
             raise ValueError(f"task {name}: expected the metric {wanted!r}, it has {sorted(task.aggregation())}")
     for name in tasks:
         if name in loaded["groups"] and not loaded["groups"][name].has_aggregation:
-            raise ValueError(
-                f"group {name}: expected an aggregate_metric_list with {wanted!r}, it has none; name its tasks"
-            )
+            expected = f"expected an aggregate_metric_list with {wanted!r}"
+            raise ValueError(f"group {name}: {expected}, it has none; name its tasks")
 
 
 def lm_eval_model(model: nn.Module, tokenizer: Any, *, batch_size: int = 1, bos: bool = True) -> Any:
@@ -188,12 +186,10 @@ def lm_eval_model(model: nn.Module, tokenizer: Any, *, batch_size: int = 1, bos:
 
     bos  False: prompts without the BOS token that the tokenizer adds by itself
     """
-    _require_lm_eval()
-    from lm_eval.models.huggingface import HFLM
-
+    models = _lm_eval("models.huggingface")
     device = str(next(model.parameters()).device)
     length = context_length(model) or DEFAULT_WINDOW
-    return HFLM(
+    return models.HFLM(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # one without a padding token gets one, perhaps a new one
         batch_size=batch_size,
@@ -210,12 +206,8 @@ def lm_eval_version() -> str:
     return version("lm_eval")
 
 
-def _require_lm_eval() -> None:
-    try:
-        import lm_eval.models.huggingface
-        import lm_eval.tasks  # noqa: F401
-    except ImportError:
-        raise ImportError("zero-shot evaluation needs lm-eval; run: pip install 'patch-llm[eval]'") from None
+def _lm_eval(module: str) -> Any:
+    return needed(f"lm_eval.{module}", "zero-shot evaluation needs lm-eval", "'patch-llm[eval]'")
 
 
 def _starts_with_bos(wrapped: Any) -> bool:
@@ -228,9 +220,8 @@ def _task_result(output: Mapping[str, Any], name: str, metric: str) -> dict[str,
     """What a result file keeps of one task or group."""
     values = output["results"].get(name, {})
     if metric not in values:
-        raise ValueError(
-            f"task {name}: expected the metric {metric!r}, lm-eval gave {sorted(values)}; leave the task out"
-        )
+        got = f"lm-eval gave {sorted(values)}; leave the task out"
+        raise ValueError(f"task {name}: expected the metric {metric!r}, {got}")
     subtasks = sorted(_leaves(output["group_subtasks"], name))
     stderr = values.get(metric.replace(",", "_stderr,", 1))
     return {

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import numbers
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -216,6 +217,12 @@ def require_choice(what: str, value: Any, choices: Iterable[str], advice: str = 
     if value not in names:
         found = advice or nearest(str(value), names, "Choices")
         raise ValueError(f"{what}: expected one of {', '.join(names)}, got {value!r}. {found}")
+
+
+def require_integer(what: str, value: Any, least: int = 1, advice: str = "") -> None:
+    """raises ValueError for what is no integer of at least `least`; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
+        raise ValueError(f"{what}: expected an integer >= {least}, got {value!r}. {advice}".rstrip())
 
 
 def _located(cls: type, location: tuple[int | str, ...]) -> tuple[list[int | str], str, FieldInfo | None]:

@@ -41,7 +41,7 @@ class PruneOptions:
     @model_validator(mode="after")
     def _fits_the_pattern(self) -> PruneOptions:
         if self.pattern == "2:4" and self.sparsity != 0.5:
-            advice = "Use pattern='unstructured' for another share."
+            advice = "Use pattern='unstructured', or `patch-llm learn` for 2:4 tiles at less sparsity."
             raise ValueError(f"sparsity: expected 0.5 for pattern 2:4, got {self.sparsity!r}. {advice}")
         if self.pattern == "2:4":
             from patch_kernels.checks import require_multiple  # brings torch, which help must not wait for

@@ -45,16 +45,13 @@ def learn_from(
     known = (*config_fields(), *_DATA_OPTIONS, *_LEARN_OPTIONS)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(
-            f"learn_mask: expected known options, got {', '.join(unknown)}; valid: {', '.join(sorted(known))}"
-        )
+        valid = ", ".join(sorted(known))
+        raise TypeError(f"learn_mask: expected known options, got {', '.join(unknown)}; valid: {valid}")
     config = config_from_mask_args(mask_args, **config_options)
     sequence_length = read_mask_args(mask_args)[0].fine_tuning_sequence_length
     masks, scores = _read_compressed(compressed_model, config)
     if wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            "wandb: expected the package to be installed, it is not; pip install wandb or pass wandb=False"
-        )
+        raise ValueError("wandb: expected the package to be installed, it is not; pip install wandb or pass False")
     blocks = _blocks(tokenizer, train_data, sequence_length, {k: v for k, v in options.items() if k in _DATA_OPTIONS})
     config.total_steps(blocks.shape[0])
 
@@ -80,39 +77,30 @@ def learn_from(
 
 def _read_compressed(compressed_model: nn.Module, config: LearnConfig) -> tuple[dict[str, Tensor], dict | None]:
     """Explicit keep masks and tile scores of the one-shot model; never read off the zeros of its weights."""
+    advice = "pass what patch.utils.prepare_pruned_model returned"
     if not isinstance(compressed_model, nn.Module):
-        raise TypeError(
-            f"compressed_model: expected a model, got {type(compressed_model).__name__}; pass what "
-            "patch.utils.prepare_pruned_model returned"
-        )
+        raise TypeError(f"compressed_model: expected a model, got {type(compressed_model).__name__}; {advice}")
     masks = keep_masks(compressed_model)
     if not masks:
-        raise ValueError(
-            "compressed_model: expected keep masks on its layers, found none; pass what "
-            "patch.utils.prepare_pruned_model returned"
-        )
+        raise ValueError(f"compressed_model: expected keep masks on its layers, found none; {advice}")
     modules = {name: compressed_model.get_submodule(name) for name in masks}
     scores = {
         name: module.distribution_scores
         for name, module in modules.items()
         if isinstance(getattr(module, "distribution_scores", None), Tensor)
     }
-    if config.mode != "maskllm" and scores and len(scores) != len(masks):
-        missing = [name for name in masks if name not in scores]
-        raise ValueError(
-            f"compressed_model: expected distribution_scores on every pruned layer, {missing[0]} has none; "
-            "prepare the model again"
-        )
+    missing = next((name for name in masks if name not in scores), None)
+    if config.mode != "maskllm" and scores and missing is not None:
+        expected = "expected distribution_scores on every pruned layer"
+        raise ValueError(f"compressed_model: {expected}, {missing} has none; prepare the model again")
     return masks, {name: score.float() for name, score in scores.items()} or None
 
 
 def _blocks(tokenizer: Any, train_data: Any, sequence_length: int, options: dict[str, Any]) -> Tensor:
     if isinstance(train_data, Tensor):
         if options:
-            raise ValueError(
-                f"{', '.join(options)}: expected only with text, got packed blocks as train_data; cut the "
-                "blocks yourself"
-            )
+            got = "got packed blocks as train_data; cut the blocks yourself"
+            raise ValueError(f"{', '.join(options)}: expected only with text, {got}")
         return train_data
     limit = getattr(tokenizer, "model_max_length", None)
     if isinstance(limit, int) and limit < sequence_length:

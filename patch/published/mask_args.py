@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from patch.files.schema import Says, fields_of, record
 from patch.learn.config import LearnConfig
-from patch.settings import Share, check_keys
+from patch.published.arguments import record_of, values_of
+from patch.settings import Share
 
 # mask_args key -> LearnConfig field. What a caller leaves out comes from the preset of the chosen variant.
 _CONFIG_KEYS = {
@@ -55,21 +56,9 @@ class MaskArgs:
 
 def read_mask_args(mask_args: Mapping[str, Any] | Any) -> tuple[MaskArgs, dict[str, Any]]:
     """(mask_args that are no setting of LearnConfig, the others by the names of LearnConfig)."""
-    if isinstance(mask_args, Mapping):
-        given = dict(mask_args)
-    elif hasattr(mask_args, "__dict__") and not isinstance(mask_args, type) and not callable(mask_args):
-        given = dict(vars(mask_args))
-    else:
-        raise TypeError(
-            f"mask_args: expected a dict or a namespace, got {type(mask_args).__name__}. For example "
-            "{'joint_optim': True, 'target_sparsity_ratio': 0.45}."
-        )
+    given = values_of(mask_args, "mask_args")
     own = {key: value for key, value in given.items() if key not in _CONFIG_KEYS}
-    check_keys(MaskArgs, own, "mask_args", also=_CONFIG_KEYS)
-    try:
-        args = MaskArgs(**own)
-    except ValueError as error:
-        raise ValueError(f"mask_args: {error}") from None
+    args = record_of(MaskArgs, own, "mask_args", _CONFIG_KEYS)
     return args, {field: given[key] for key, field in _CONFIG_KEYS.items() if key in given}
 
 

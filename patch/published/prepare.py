@@ -18,6 +18,7 @@ from patch.artifacts.foreign import locate, read_masks
 from patch.data.sources import NAMED_SETS
 from patch.data.tokens import calibration_windows, training_blocks
 from patch.files.folder import resolve_folder
+from patch.files.paths import require_place_for_folder
 from patch.files.regular import file_sha256
 from patch.models.checks import require_trained_dtype
 from patch.models.facts import config_fingerprint, model_fingerprint, model_name, versions, within_context
@@ -50,17 +51,14 @@ def prepare(
     compress = args.compression()
     _check_further_steps(model, args, compress)
     folder = resolve_folder(checkpoint_name, must_exist=False)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder or a new path, found a file; choose another checkpoint_name")
+    require_place_for_folder("checkpoint_name", folder, "Choose another.")
     if folder.is_dir() and os.listdir(folder):
         logger.info("loading the pruned model from %s", folder)
         artifact = load_artifact(folder, expect=meta, model=model)
         for key in ("compression", "fine_tune"):
             if key in artifact.meta and key not in meta:
-                raise ValueError(
-                    f"{folder}: expected a result without {key}, the artifact was made with {key} = "
-                    f"{artifact.meta[key]!r}; use the same prune_args or another checkpoint_name"
-                )
+                got = f"the artifact was made with {key} = {artifact.meta[key]!r}"
+                raise ValueError(f"{folder}: expected a result without {key}, {got}; use another checkpoint_name")
         return load_prepared(model, artifact)
 
     stored = _stored_masks(model, args) if args.is_stored else None
@@ -156,10 +154,8 @@ def _meta(model: nn.Module, args: PruneArgs, target: Target, seed: int) -> dict[
 def _stored_masks(model: nn.Module, args: PruneArgs) -> dict[str, Tensor]:
     found = read_masks(args.maskllm_checkpoint or "", model, allow_pt=True)
     if found.pattern != "2:4":
-        raise ValueError(
-            f"prune_args: expected 2:4 masks as maskllm_checkpoint, {args.maskllm_checkpoint} holds the pattern "
-            f"{found.pattern!r}; take it with `patch-llm import-masks`"
-        )
+        got = f"{args.maskllm_checkpoint} holds {found.pattern!r}; take it with `patch-llm import-masks`"
+        raise ValueError(f"prune_args: maskllm_checkpoint: expected 2:4 masks, {got}")
     return found.masks
 
 

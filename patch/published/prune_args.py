@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_validator
 
 from patch import settings
-from patch.data.sources import LOCAL_SUFFIXES, NAMED_SETS
+from patch.data.sources import require_source
 from patch.files.schema import Says, fields_of, record
 from patch.pruning.options import Damping, Pattern, Precision, PruneOptions
 from patch.pruning.proxsparse.config import ProxSparseConfig
 from patch.pruning.registry import Method, get_method, make_options
+from patch.published.arguments import record_of, values_of
 from patch.settings import AtLeastOne, Share, Tile
 from patch.slim.options import CompressOptions
 
@@ -28,12 +28,7 @@ def _path_text(value: Any) -> Any:
 
 
 def _source_is_there(name: str, info: ValidationInfo) -> str:
-    if name not in NAMED_SETS and not Path(name).is_file():
-        raise FileNotFoundError(
-            f"prune_args: {info.field_name}: expected one of {', '.join(sorted(NAMED_SETS))} or a local file "
-            f"({', '.join(LOCAL_SUFFIXES)}), got {name!r}. Check the path."
-        )
-    return name
+    return require_source(f"prune_args: {info.field_name}", name)
 
 
 def _prox_config(value: Any) -> Any:
@@ -73,32 +68,20 @@ class PruneArgs(CompressOptions):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruneArgs:
-        try:
-            self.pruning()
-        except ValueError as error:
-            # Names as the caller wrote them: "pattern: expected ..." and "Use pattern='...'".
-            names = rf"\b({'|'.join(_PUBLISHED_NAMES)})(?=[:=])"
-            raise ValueError(re.sub(names, lambda found: _PUBLISHED_NAMES[found[0]], str(error))) from None
+        self.pruning()
+        got = f"got {self.prune_method!r}"
         if self.prox_sparse is not None and self.prune_method != "prox_sparse":
-            raise ValueError(
-                f"prox_sparse: expected only with prune_method 'prox_sparse', got it with {self.prune_method!r}. Leave "
-                "it out."
-            )
+            raise ValueError(f"prox_sparse: expected only with prune_method 'prox_sparse', {got}. Leave it out.")
         fixed_adapters = self.lora_rank == 0 or self.quantize_lora or self.prune_lora
         if self.fine_tune and self.quantize_weight and fixed_adapters:
-            raise ValueError(
-                "expected fine_tune with weights or adapters that are not quantised, got quantised ones only. Set "
-                "lora_rank without quantize_lora and prune_lora, or leave fine_tune out."
-            )
+            advice = "Set lora_rank without quantize_lora and prune_lora, or leave fine_tune out."
+            raise ValueError(f"fine_tune: expected weights or adapters to train, got quantised ones only. {advice}")
         if self.is_stored != (self.maskllm_checkpoint is not None):
-            raise ValueError(
-                f"expected prune_method 'maskllm' and maskllm_checkpoint together, got {self.prune_method!r} and "
-                f"{self.maskllm_checkpoint!r}. Give both or neither."
-            )
+            expected = "expected prune_method 'maskllm' and maskllm_checkpoint together"
+            raise ValueError(f"{expected}, {got} and {self.maskllm_checkpoint!r}. Give both or neither.")
         if self.is_stored and self.sparsity_type != "2:4":
-            raise ValueError(
-                f"expected sparsity_type '2:4' with prune_method 'maskllm', got {self.sparsity_type!r}. Leave it out."
-            )
+            expected = "expected '2:4' with prune_method 'maskllm'"
+            raise ValueError(f"sparsity_type: {expected}, got {self.sparsity_type!r}. Leave it out.")
         return self
 
     @property
@@ -134,15 +117,20 @@ class PruneArgs(CompressOptions):
 
     def pruning(self) -> PruneOptions:
         """Checked options of the pruning itself, with the method's block size where none is given."""
-        return make_options(
-            self.method,
-            self.sparsity_type,
-            self.sparsity_ratio,
-            self.block_size,
-            self.damping,
-            self.shift_zero_metrics,
-            self.precision,
-        )
+        try:
+            return make_options(
+                self.method,
+                self.sparsity_type,
+                self.sparsity_ratio,
+                self.block_size,
+                self.damping,
+                self.shift_zero_metrics,
+                self.precision,
+            )
+        except ValueError as error:
+            # Names as the caller wrote them: "pattern: expected ..." and "Use pattern='...'".
+            names = rf"\b({'|'.join(_PUBLISHED_NAMES)})(?=[:=])"
+            raise ValueError(re.sub(names, lambda found: _PUBLISHED_NAMES[found[0]], str(error))) from None
 
     def compression(self) -> CompressOptions:
         """What is done on top of the masks."""
@@ -151,14 +139,7 @@ class PruneArgs(CompressOptions):
 
 def read_prune_args(given: Mapping[str, Any] | Any) -> PruneArgs:
     """Checked prune_args of a dict or a namespace. raises ValueError, TypeError or FileNotFoundError."""
-    values = dict(given) if isinstance(given, Mapping) else dict(vars(given)) if hasattr(given, "__dict__") else None
-    if values is None:
-        raise TypeError(f"prune_args: expected a dict or a namespace, got {type(given).__name__}. Pass a dict.")
-    settings.check_keys(PruneArgs, values, "prune_args")
-    try:
-        return PruneArgs(**values)
-    except ValueError as error:
-        raise ValueError(f"prune_args: {error}") from None
+    return record_of(PruneArgs, values_of(given, "prune_args"), "prune_args")
 
 
 @record

@@ -42,19 +42,12 @@ def newest_checkpoint(output_dir: Path, *, may_rename: bool = True) -> Path | No
 def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a file, after checking names and shapes against `expected` before any is allocated."""
     with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        if names != set(expected):
-            differing = sorted(names ^ set(expected))[:3]
-            raise ValueError(
-                f"{path}: expected the tensors of this model's masked layers, got others (for example "
-                f"{differing}); resume with the same model, mode and exclude"
-            )
-        for name, tensor in expected.items():
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != tuple(tensor.shape):
-                raise ValueError(
-                    f"{path}: expected shape {tuple(tensor.shape)} for {name}, got {shape}; resume with the same tile"
-                )
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                differs = f"expected shape {wanted.get(name)} for {name}, got {found.get(name)}"
+                raise ValueError(f"{path}: {differs}; resume with the same model, mode, exclude and tile")
         return {name: file.get_tensor(name) for name in expected}
 
 

@@ -550,5 +550,5 @@ def test_prepare_pruned_model_takes_a_maskllm_checkpoint(tmp_path, npz, masks, t
     prepare_pruned_model(fresh, tokenizer, tmp_path / "d", other, (64, 32), 0.35)
     assert torch.equal(keep_masks(fresh)[FIRST], masks[FIRST].roll(4, 1))
     hybrid = npz(patch_arrays(masks, {"pattern": "Dense/2:4 tiles"}), "hybrid.npz")
-    with pytest.raises(ValueError, match=r"expected 2:4 masks as maskllm_checkpoint, .* pattern 'patch'"):
+    with pytest.raises(ValueError, match=r"maskllm_checkpoint: expected 2:4 masks, .* holds 'patch'"):
         prepare_pruned_model(fresh, tokenizer, tmp_path / "e", args | {"maskllm_checkpoint": hybrid}, (64, 32), 0.35)

@@ -152,7 +152,7 @@ def test_learn_goes_on_after_an_interrupt(work, tmp_path, capsys, monkeypatch):
     assert f"interrupted: {tmp_path / 'run' / 'checkpoint-2'} is kept; go on with the same command and --resume" in err
     status, _, err = run(capsys, *arguments)
     assert status == 2
-    assert "expected no earlier learning run" in err
+    assert "expected no earlier run" in err
     assert "--resume" in err
     assert run(capsys, *arguments, "--resume")[0] == 0
     whole, resumed = (load_artifact(path / "result").masks for path in (work / "learned", tmp_path / "run"))

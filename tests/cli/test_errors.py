@@ -30,7 +30,7 @@ REFUSED = [
     ([*PRUNE, "--pattern", "4:8"], "pattern: expected one of 2:4, unstructured, got '4:8'"),
     (
         [*PRUNE, "--sparsity", "0.45"],
-        "sparsity: expected 0.5 with pattern 2:4, got 0.45. Use --pattern unstructured",
+        "sparsity: expected 0.5 for pattern 2:4, got 0.45. Use pattern='unstructured'",
     ),
     (
         [*PRUNE, "--sparsity", "45", "--pattern", "unstructured"],

@@ -200,11 +200,11 @@ TASKS = [*EVAL, "--task-path", "{w}/tasks"]
 REFUSED = [
     (EVAL, "--data, --tasks: expected at least one of them, got none"),
     ([*DATA, "--task-path", "{w}/tasks"], "--task-path: expected --tasks with it, got none"),
-    ([*DATA, "--data", "{w}/held.txt"], "--data: expected every name once"),
-    ([*DATA, "--masks", "{w}/masks,{w}/masks"], "--masks: expected every name once"),
-    ([*DATA, "--compare", "{w}/packed,{w}/packed"], "--compare: expected every name once"),
+    ([*DATA, "--data", "{w}/held.txt"], "data: expected every name once"),
+    ([*DATA, "--masks", "{w}/masks,{w}/masks"], "masks: expected every name once"),
+    ([*DATA, "--compare", "{w}/packed,{w}/packed"], "compare: expected every name once"),
     ([*DATA, "--json", "{w}/held.txt/r.json"], "--json: expected a folder to write to, {w}/held.txt is none"),
-    ([*DATA, "--compare", "{w}/brief", "--window", "65"], "--window: expected at most 64 (the context of every model)"),
+    ([*DATA, "--compare", "{w}/brief", "--window", "65"], "window: expected at most 64 (the context of every model)"),
     ([*DATA, "--masks", "{w}/other_masks"], "other_masks"),
     (["eval", "--model", "{w}/packed", "--data", "{w}/held.txt", "--masks", "{w}/masks"], "expected a dense model"),
     ([*DATA, "--data", "{w}/none.txt"], "--data: expected a file"),
@@ -215,7 +215,7 @@ REFUSED = [
         [*DATA, "--window", "65", "--data", "{w}/short.txt"],
         "short.txt: expected at least one window of 65 tokens, got 5",
     ),
-    ([*DATA, "--window", "129"], "--window: expected at most 128 (the context of every model), got 129"),
+    ([*DATA, "--window", "129"], "window: expected at most 128 (the context of every model), got 129"),
 ]
 REFUSED_TASKS = [
     ([*EVAL, "--tasks", "local_plain", "--task-path", "{w}/absent"], "folder with lm-eval task files, found none"),

@@ -92,18 +92,18 @@ IDS = list(range(64))
     ("ids", "window", "kwargs", "error", "message"),
     [
         (IDS, 65, {}, ValueError, "one window of 65 tokens, got 64 tokens"),
-        (IDS * 4, 129, {}, ValueError, "at most 128 .the model's context., got 129"),
-        (IDS, 1, {}, ValueError, "at least 2 tokens, got 1"),
-        (IDS, 0, {}, ValueError, "at least 2 tokens, got 0"),
-        (IDS, -5, {}, ValueError, "at least 2 tokens, got -5"),
-        (IDS, 2.5, {}, ValueError, "at least 2 tokens, got 2.5"),
-        (IDS, True, {}, ValueError, "at least 2 tokens, got True"),
-        (IDS, 8, {"batch_size": 0}, ValueError, "batch_size >= 1, got 0"),
+        (IDS * 4, 129, {}, ValueError, "at most 128 .the context of the model., got 129"),
+        (IDS, 1, {}, ValueError, "window: expected an integer >= 2, got 1"),
+        (IDS, 0, {}, ValueError, "window: expected an integer >= 2, got 0"),
+        (IDS, -5, {}, ValueError, "window: expected an integer >= 2, got -5"),
+        (IDS, 2.5, {}, ValueError, "window: expected an integer >= 2, got 2.5"),
+        (IDS, True, {}, ValueError, "window: expected an integer >= 2, got True"),
+        (IDS, 8, {"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
         ([], 8, {}, (ValueError, TypeError), "token ids|tokens"),
         ([0.5] * 64, 8, {}, TypeError, "integer token ids, got torch.float32"),
         ([[1] * 8] * 8, 8, {}, ValueError, r"shape \(tokens,\) or \(1, tokens\), got \(8, 8\)"),
-        ([260] * 64, 8, {}, ValueError, "token ids of 0 to 259, got 260 to 260"),
-        ([-1] * 64, 8, {}, ValueError, "token ids of 0 to 259, got -1 to -1"),
+        ([260] * 64, 8, {}, ValueError, "token ids of 0 below the vocabulary size 260, got 260 to 260"),
+        ([-1] * 64, 8, {}, ValueError, "token ids of 0 below the vocabulary size 260, got -1 to -1"),
     ],
 )
 def test_perplexity_refuses(tiny_model, ids, window, kwargs, error, message):
@@ -134,9 +134,9 @@ def test_report_holds_the_protocol(tiny_model, tokenizer, text_file):
     assert report["dtype"] == "float32" and report["versions"]["torch"] == torch.__version__
     assert len(report["text_sha256"]) == len(report["model_fingerprint"]) == 64
     assert protocol.perplexity_report(model, tokenizer, text_file)["window"] == 128  # the model's limit
-    with pytest.raises(ValueError, match="a window of at least 2 tokens, got 0"):
+    with pytest.raises(ValueError, match="window: expected an integer >= 2, got 0"):
         protocol.perplexity_report(model, tokenizer, text_file, window=0)
-    with pytest.raises(ValueError, match="max_windows >= 1, got 0"):
+    with pytest.raises(ValueError, match="max_windows: expected an integer >= 1, got 0"):
         protocol.perplexity_report(model, tokenizer, text_file, max_windows=0)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     assert protocol.perplexity_report(model, tokenizer, text_file)["model_fingerprint"] != report["model_fingerprint"]

@@ -66,7 +66,7 @@ def test_batches_visit_every_block_once_per_pass():
     passes = [torch.cat([next(batches) for _ in range(3)]) for _ in range(2)]
     assert all(sorted(order.tolist()) == list(range(6)) for order in passes)
     assert passes[0].tolist() != passes[1].tolist()
-    with pytest.raises(ValueError, match="expected at least batch_size = 8 blocks of text, got 6"):
+    with pytest.raises(ValueError, match="blocks of text: expected at least batch_size = 8, got 6"):
         next(demo_model.shuffled_batches(6, 8, seed=0))
 
 
@@ -188,5 +188,5 @@ def test_too_many_calibration_blocks_are_refused(sources, tmp_path):
     import dataclasses
 
     settings = dataclasses.replace(SETTINGS, calibration_blocks=10**6)
-    with pytest.raises(ValueError, match="calibration_blocks: expected at most the"):
+    with pytest.raises(ValueError, match="'learn': expected at least calibration_blocks = 1000000, got"):
         demo_run.run_demo(tmp_path, settings, text=sources, echo=lambda line: None)

@@ -566,7 +566,7 @@ def test_prepare_pruned_model(tmp_path, tokenizer, text_file):
         ({"prox_sparse": 0.1}, ValueError, "prox_sparse: expected a dict of settings, or ProxSparseConfig, got 0.1"),
         ({"prox_sparse": {"lamb": 1}}, ValueError, "got 'prox_sparse.lamb'. Did you mean 'prox_sparse.lam'"),
         ({"prox_sparse": {"lam": -1.0}}, ValueError, "prox_sparse.lam: expected a number >= 0, got -1.0"),
-        ({"prune_method": "wanda", "prox_sparse": PROX}, ValueError, "only with prune_method 'prox_sparse', got it"),
+        ({"prune_method": "wanda", "prox_sparse": PROX}, ValueError, "only with prune_method 'prox_sparse', got"),
     ],
 )
 def test_prune_args_are_checked(tmp_path, tokenizer, text_file, args, error, message):

@@ -152,7 +152,7 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
     with pytest.raises(ValueError, match=r"masks\.safetensors: expected .* bytes"):
         load_compressed_model(tiny_model(), TILE, tmp_path / "c")
     (tmp_path / "old.pt").write_bytes(b"x")
-    with pytest.raises(ValueError, match="found a file; choose another checkpoint_name"):
+    with pytest.raises(ValueError, match=r"checkpoint_name: expected a folder, .*old\.pt is a file\. Choose another"):
         prepare_pruned_model(model, tokenizer, tmp_path / "old.pt", arguments, TILE, 0.35)
     with pytest.raises(FileNotFoundError, match="found nothing; check the path"):
         load_compressed_model(tiny_model(), TILE, tmp_path / "missing")
@@ -176,7 +176,7 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
         (
             {"prune_method": "maskllm", "maskllm_checkpoint": "x.npz", "sparsity_type": "unstructured"},
             ValueError,
-            "sparsity_type '2:4' with prune_method 'maskllm', got 'unstructured'",
+            "sparsity_type: expected '2:4' with prune_method 'maskllm', got 'unstructured'",
         ),
         ({"sparsity_type": "4:8"}, ValueError, "sparsity_type: expected one of 2:4, unstructured, got '4:8'"),
         ({"sparsity_ratio": 0.0}, ValueError, "prune_args: sparsity_ratio: expected 0.5 for .*2:4.*, got 0.0"),
@@ -191,10 +191,10 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
         (
             {"calibration_dataset": "openwebtext"},
             FileNotFoundError,
-            "calibration_dataset: expected one of .* or a local file .*, got 'openwebtext'",
+            "calibration_dataset: expected a file .* or one of .*, got 'openwebtext'",
         ),
         ({"calibration_dataset": None}, ValueError, "calibration_dataset: expected a name or path, got None"),
-        ({"eval_dataset": "nope"}, FileNotFoundError, "eval_dataset: expected one of .*, got 'nope'"),
+        ({"eval_dataset": "nope"}, FileNotFoundError, "eval_dataset: expected a file .* or one of .*, got 'nope'"),
         ({"slim_quants": True}, ValueError, "expected a known setting, got 'slim_quants'. Did you mean 'slim_quant'"),
     ],
 )

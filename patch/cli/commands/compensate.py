@@ -12,8 +12,6 @@ from patch.pruning.options import CompensationMethod, Damping, Precision
 from patch.settings import RESOLVED_NAME, AtLeastOne, NewPath, dump_yaml, setting
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
 NAME = "compensate"
@@ -60,7 +58,8 @@ def run(options: Options) -> None:
 
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     source = inputs.load_masks(options.masks, model)
-    _check_masks_only(options, source.meta)
+    # The update starts from dense weights and would undo what these did to them.
+    inputs.refuse_further_steps(source.meta, options.masks, {"compression": "compress", "fine_tune": "fine-tune"})
     tokenizer = inputs.load_tokenizer(options.model)
     calibration, text_sha256 = inputs.load_calibration(options, model, tokenizer)
     seqlen = calibration.shape[1]
@@ -119,33 +118,19 @@ def on_interrupt(options: Options) -> str:
     return f"nothing was written to {options.out}; run the same command again"
 
 
-def _check_masks_only(options: Options, meta: Mapping[str, Any]) -> None:
-    """Refuse masks whose weights were compressed or trained: the update starts from dense ones and would undo it."""
-    for key, command in (("compression", "compress"), ("fine_tune", "fine-tune")):
-        if meta.get(key) is not None:
-            raise ValueError(
-                f"--masks: expected masks alone, {options.masks} is a result of {command}, whose weights would be "
-                f"lost. Give what it was made from, and run {command} on the result."
-            )
-
-
 def _heldout_source(options: Options) -> str:
     """Where the held-out text comes from; never the text the weights are fitted to."""
     from patch.data.sources import NAMED_SETS
 
     if options.heldout is None:
         if options.data not in NAMED_SETS:
-            raise ValueError(
-                "heldout: expected a text that is not in --data, got none. Give --heldout TEXT: perplexity before and "
-                "after is measured on it."
-            )
+            advice = "Give --heldout TEXT: perplexity before and after is measured on it."
+            raise ValueError(f"heldout: expected a text that is not in --data, got none. {advice}")
         return options.data
     inputs.check_text_source(options.heldout, "--heldout")
     if options.data not in NAMED_SETS and Path(options.heldout).resolve() == Path(options.data).resolve():
-        raise ValueError(
-            f"heldout: expected another text than --data, got {options.heldout!r} for both. The weights are fitted to "
-            "--data, so perplexity on it says nothing."
-        )
+        why = "The weights are fitted to --data, so perplexity on it says nothing."
+        raise ValueError(f"heldout: expected another text than --data, got {options.heldout!r} for both. {why}")
     return options.heldout
 
 

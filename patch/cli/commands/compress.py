@@ -48,11 +48,7 @@ def run(options: Options) -> None:
 
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     artifact = inputs.load_masks(options.masks, model)
-    if artifact.meta.get("compression") is not None:
-        raise ValueError(
-            f"--masks: expected masks that are not compressed yet, {options.masks} is a result of compress. Give what "
-            "it was made from."
-        )
+    inputs.refuse_further_steps(artifact.meta, options.masks, {"compression": "compress"})
     calibration, text_sha256 = inputs.load_calibration(options, model) if settings.needs_calibration else (None, None)
     errors = compress_model(
         model,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from patch.cli.inputs import hide_bars_without_terminal
 from patch.demo.settings import DemoSettings
+from patch.files.paths import require_folder, require_place_for_folder
 from patch.files.schema import record
 from patch.settings import NewPath, save_resolved, setting
 
@@ -32,12 +33,9 @@ class Options:
 
 def run(options: Options) -> None:
     """Run all stages that are not finished."""
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out: expected a folder, {options.out} is a file. Choose another --out.")
-    if options.text is not None and not options.text.is_dir():
-        raise FileNotFoundError(
-            f"--text: expected a folder of .py files, found none at {options.text}. Check the path."
-        )
+    require_place_for_folder("--out", options.out)
+    if options.text is not None:
+        require_folder("--text", options.text, "a folder of .py files")
     from patch.demo.run import run_demo
 
     hide_bars_without_terminal()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from patch.cli import inputs, outputs
 from patch.evaluate.task_sets import expanded, task_set_names
 from patch.files.schema import record
-from patch.settings import AtLeastOne, Names, NewPath, setting, to_dict
+from patch.settings import AtLeastOne, DistinctNames, NewPath, setting, to_dict
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,9 +37,9 @@ class Options(inputs.PlacementSettings):
     """Settings of `eval`."""
 
     model: str = setting(help=inputs.MODEL_HELP + "; listed first", metavar="MODEL")
-    data: Names = setting((), inputs.DATA_HELP + "; several give one perplexity each", metavar="A,B")
-    masks: Names = setting((), "folders made by prune or learn, put on the model one by one", metavar="A,B")
-    compare: Names = setting((), "further models (dense or packed folders)", metavar="A,B")
+    data: DistinctNames = setting((), inputs.DATA_HELP + "; several give one perplexity each", metavar="A,B")
+    masks: DistinctNames = setting((), "folders made by prune or learn, put on the model one by one", metavar="A,B")
+    compare: DistinctNames = setting((), "further models (dense or packed folders)", metavar="A,B")
     split: str | None = setting(None, "split of a named set (default by its convention)", metavar="NAME")
     text_field: str | None = setting(None, inputs.FIELD_HELP, metavar="NAME")
     window: inputs.TokensToPredict = setting(
@@ -47,7 +47,9 @@ class Options(inputs.PlacementSettings):
     )
     max_windows: AtLeastOne | None = setting(None, "use only the first windows (default all)")
     batch_size: AtLeastOne = setting(1, "windows per forward pass")
-    tasks: Names = setting((), "zero-shot tasks of lm-eval, or sets of them", metavar="A,B", choices=task_set_names)
+    tasks: DistinctNames = setting(
+        (), "zero-shot tasks of lm-eval, or sets of them", metavar="A,B", choices=task_set_names
+    )
     task_path: NewPath | None = setting(None, "folder with further lm-eval task files (*.yaml)", metavar="FOLDER")
     bos: bool = setting(True, "begin questions of tasks with BOS where the tokenizer does so by itself (default)")
     limit: AtLeastOne | None = setting(None, "questions per task, for a quick look (default all)")
@@ -138,19 +140,11 @@ def _finish(options: Options, models: Sequence[Mapping[str, Any]], sets: Sequenc
 def _check(options: Options) -> None:
     """Refuse what can be refused without reading a model or a text."""
     if not options.data and not options.tasks:
-        raise ValueError(
-            "--data, --tasks: expected at least one of them, got none. Give --data wikitext2, for example."
-        )
+        raise ValueError("--data, --tasks: expected at least one of them, got none. Give for example --data ptb.")
     if options.task_path is not None and not options.tasks:
         raise ValueError("--task-path: expected --tasks with it, got none. Name the tasks to run with --tasks.")
     for source in options.data:
         inputs.check_text_source(source)
-    for name in ("data", "masks", "compare", "tasks"):
-        values = getattr(options, name)
-        if len(set(values)) < len(values):
-            raise ValueError(
-                f"--{name}: expected every name once, got {', '.join(values)}. Leave the repeated one out."
-            )
     inputs.device_of(options.device)
     outputs.check_new_file(options.json, "--json")
     outputs.check_new_file(options.markdown, "--markdown")
@@ -181,29 +175,20 @@ def _tokenizer(options: Options) -> Any:
         except FileNotFoundError:
             continue  # a folder without one is read with that of --model
         if other(_PROBE)["input_ids"] != tokenizer(_PROBE)["input_ids"]:
-            raise ValueError(
-                f"--compare: expected models with the tokenizer of {options.model}, {path} has another one: their "
-                "perplexities cannot be compared. Evaluate it in a run of its own."
-            )
+            got = f"{path} has another one: perplexities cannot be compared. Evaluate it in a run of its own."
+            raise ValueError(f"--compare: expected models with the tokenizer of {options.model}, {got}")
     return tokenizer
 
 
 def _window(options: Options, sets: Mapping[str, EvaluationSet]) -> int:
     """Tokens per window for all sets and models; raises ValueError for a set that is shorter than that."""
-    from patch.evaluate.cross_entropy import DEFAULT_WINDOW
+    from patch.evaluate.cross_entropy import DEFAULT_WINDOW, require_windows
     from patch.models.facts import context_length
 
     configs = [inputs.load_model_config(path, packed=True) for path in (options.model, *options.compare)]
     limit = min((length for length in map(context_length, configs) if length is not None), default=None)
     window = options.window or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
-    if limit is not None and window > limit:
-        raise ValueError(f"--window: expected at most {limit} (the context of every model), got {window}. Use {limit}.")
-    for name, text in sets.items():
-        if len(text.token_ids) < window:
-            raise ValueError(
-                f"{name}: expected at least one window of {window} tokens, got {len(text.token_ids)} tokens. Give more "
-                "text or a smaller --window."
-            )
+    require_windows(window, limit, {name: len(text.token_ids) for name, text in sets.items()}, "every model")
     return window
 
 

@@ -36,10 +36,8 @@ class Options:
     @model_validator(mode="after")
     def _packed_is_16_bit(self) -> Options:
         if self.format == "packed" and self.dtype not in ("bfloat16", "bf16", "float16", "fp16"):
-            raise ValueError(
-                f"--dtype: expected bf16 or fp16 with --format packed, got {self.dtype!r}. The packed format holds "
-                "16-bit weights."
-            )
+            why = "The packed format holds 16-bit weights."
+            raise ValueError(f"--dtype: expected bf16 or fp16 with --format packed, got {self.dtype!r}. {why}")
         return self
 
 

@@ -46,14 +46,17 @@ class Options(FineTuneOptions, inputs.PlacementSettings):
 
     @model_validator(mode="after")
     def _resumes_or_replaces(self) -> Options:
-        outputs.refuse_resume_and_overwrite(self)
+        outputs.refuse_both(self, "resume", "overwrite", "Keep the run or replace it.")
         return self
 
 
 def run(options: Options) -> None:
     """Train, and save the artifact in OUT/result; see the module's docstring."""
     settings = _settings(options)
-    _check_out(options)
+    complete = options.out / RESULT
+    if options.resume and complete.exists():
+        raise ValueError(f"--resume: expected an unfinished run, {complete} is complete. Use it as --masks.")
+    outputs.check_run_folder(options)
     inputs.check_text_source(options.data)
     masks = inputs.artifact_folder(options.masks)
     if options.overwrite:
@@ -105,22 +108,6 @@ def on_interrupt(options: Options) -> str:
 
 def _settings(options: Options) -> FineTuneOptions:
     return FineTuneOptions(**{name: getattr(options, name) for name in fields_of(FineTuneOptions)})
-
-
-def _check_out(options: Options) -> None:
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out: expected a folder, {options.out} is a file. Choose another --out.")
-    if (options.out / RESULT).exists() and options.resume:
-        raise ValueError(
-            f"--resume: expected an unfinished run, {options.out / RESULT} is complete. Use it as --masks."
-        )
-    earlier = [RESULT] if (options.out / RESULT).exists() else []
-    earlier += sorted(path.name for path in options.out.glob("checkpoint-*"))
-    if earlier and not (options.resume or options.overwrite):
-        raise ValueError(
-            f"--out: expected no earlier run, {options.out} has {', '.join(earlier[:4])}. Use --resume, replace it "
-            "with --overwrite, or choose another --out."
-        )
 
 
 def _blocks(options: Options, model: nn.Module) -> tuple[Tensor, str]:

@@ -57,10 +57,8 @@ def continuation(model: Any, tokenizer: Any, prompt: str, options: Options) -> s
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
     limit = context_length(model)
     if limit is not None and ids.shape[1] + options.max_new_tokens > limit:
-        raise ValueError(
-            f"expected prompt and new tokens within the model's {limit} positions, got {ids.shape[1]} + "
-            f"{options.max_new_tokens}. Shorten the prompt or --max-new-tokens."
-        )
+        got = f"got {ids.shape[1]} + {options.max_new_tokens}. Shorten the prompt or --max-new-tokens."
+        raise ValueError(f"expected prompt and new tokens within the model's {limit} positions, {got}")
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}

@@ -43,10 +43,8 @@ def run(options: Options) -> None:
     found = read_masks(options.source, model, exclude=options.exclude, allow_pt=options.allow_pt)
     measured = measured_sparsity(found.masks)
     if found.pattern != "2:4" and measured > 0.5:
-        raise ValueError(
-            f"{options.source}: expected masks that prune at most half of the weights, got sparsity {measured:.4f}. "
-            "Tiles are dense or 2:4."
-        )
+        got = f"got sparsity {measured:.4f}. Tiles are dense or 2:4."
+        raise ValueError(f"{options.source}: expected masks that prune at most half of the weights, {got}")
     # The PATCH authors' format holds MaskLLM's masks too, and those of any method that export-masks was given.
     told = (found.provenance["meta"] or {}).get("method")
     meta = outputs.provenance(

@@ -77,14 +77,9 @@ class Options(inputs.PlacementSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Options:
-        if self.steps is not None and self.blocks is not None:
-            raise ValueError("--steps and --blocks: expected one of them, got both. One follows from the other.")
-        outputs.refuse_resume_and_overwrite(self)
-        needed = [f"--{name}" for name in ("data", "out") if getattr(self, name) is None and not self.dry_run]
-        if needed:
-            raise ValueError(
-                f"expected {', '.join(needed)}, got nothing. Give it as a flag, in --config, or by --set KEY=VALUE."
-            )
+        outputs.refuse_both(self, "steps", "blocks", "One follows from the other.")
+        outputs.refuse_both(self, "resume", "overwrite", "Keep the run or replace it.")
+        settings.require_given(name for name in ("data", "out") if getattr(self, name) is None and not self.dry_run)
         return self
 
 
@@ -94,7 +89,7 @@ def run(options: Options) -> None:
     if options.dry_run:
         print_memory(options, config)
         return
-    _check_out(options)
+    outputs.check_run_folder(options)
     inputs.check_text_source(options.data)
     if options.prior is not None:
         prior = inputs.artifact_folder(options.prior, "--prior")
@@ -134,10 +129,8 @@ def print_memory(options: Options, config: LearnConfig) -> None:
     wanted, model_config = inputs.dtype_of(options.dtype), inputs.load_model_config(options.model)
     dtype: torch.dtype | None = model_config.dtype if isinstance(wanted, str) else wanted
     if dtype is None:
-        raise ValueError(
-            f"--dtype: expected a dtype in the config.json of {options.model}, got none. Give it, for example --dtype "
-            "bf16."
-        )
+        expected = f"expected a dtype in the config.json of {options.model}"
+        raise ValueError(f"--dtype: {expected}, got none. Give it, for example --dtype bf16.")
     from patch.learn.memory import learning_memory
 
     seqlen = _seqlen(options, model_config)
@@ -174,16 +167,12 @@ def learning_config(options: Options) -> LearnConfig:
     """LearnConfig of the preset with the settings of the section `learn` on top."""
     settings.check_keys(LearnConfig, options.learn, "learn", prefix="learn.")
     if options.learn.get("mode", options.preset) != options.preset:
-        raise ValueError(
-            f"learn.mode: expected the mode of preset {options.preset}, got {options.learn['mode']!r}. Choose it with "
-            "--preset."
-        )
+        got = f"got {options.learn['mode']!r}. Choose it with --preset."
+        raise ValueError(f"learn.mode: expected the mode of preset {options.preset}, {got}")
     sparsity = options.learn.get("target_sparsity")
     if sparsity is None and options.preset != "maskllm":
-        raise ValueError(
-            f"--sparsity: expected a target with preset {options.preset}, got none. Give a share of zeros, for example "
-            "--sparsity 0.45."
-        )
+        advice = "Give a share of zeros, for example --sparsity 0.45."
+        raise ValueError(f"--sparsity: expected a target with preset {options.preset}, got none. {advice}")
     # Without a target the preset is maskllm, whose target is always 0.5.
     given = settings.build(
         LearnConfig, {"mode": options.preset, "target_sparsity": 0.5} | options.learn, prefix="learn."
@@ -192,45 +181,27 @@ def learning_config(options: Options) -> LearnConfig:
     return dataclasses.replace(preset, **{name: getattr(given, name) for name in options.learn})
 
 
-def _check_out(options: Options) -> None:
-    out = options.folder
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, {out} is a file. Choose another --out.")
-    earlier = [name for name in ("result", "metrics.jsonl") if (out / name).exists()]
-    earlier += sorted(path.name for path in out.glob("checkpoint-*"))
-    if earlier and not (options.resume or options.overwrite):
-        raise ValueError(
-            f"--out: expected no earlier learning run, {out} has {', '.join(earlier[:4])}. Use --resume, "
-            "replace it with --overwrite, or choose another --out."
-        )
-
-
 def _prior(
     options: Options, config: LearnConfig, model: nn.Module
 ) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
     """(2:4 masks, tile scores) of --prior, or None for what there is not."""
     if options.prior is None:
         if config.mode == "tile":
-            raise ValueError(
-                "--prior: expected a folder with 2:4 masks for preset tile, got none. Make one with `patch-llm prune`."
-            )
+            expected = "expected a folder with 2:4 masks for preset tile"
+            raise ValueError(f"--prior: {expected}, got none. Make one with `patch-llm prune`.")
         return None, None
     artifact = inputs.load_masks(options.prior, model, "--prior")
     if artifact.meta.get("pattern") == "unstructured":
-        raise ValueError(
-            f"--prior: expected 2:4 masks, {options.prior} was pruned unstructured. Make it with `patch-llm prune "
-            "--pattern 2:4`."
-        )
-    scores = artifact.tile_scores or None
+        got = f"{options.prior} was pruned unstructured"
+        raise ValueError(f"--prior: expected 2:4 masks, {got}. Make it with `patch-llm prune --pattern 2:4`.")
+    scores, tile = artifact.tile_scores or None, tuple(artifact.meta.get("tile") or ())
     if config.mode == "maskllm":
         return artifact.masks, None
     if scores is None:
         logger.warning("%s has no tile scores: the tile logits start without a prior", options.prior)
-    elif tuple(artifact.meta.get("tile") or ()) != config.tile:
-        raise ValueError(
-            f"--tile: expected the tile of the prior's scores, {tuple(artifact.meta.get('tile') or ())}, got "
-            f"{config.tile}. Use that tile, or prune again with --tile {config.tile[0]},{config.tile[1]}."
-        )
+    elif tile != config.tile:
+        advice = f"Use that tile, or prune again with --tile {config.tile[0]},{config.tile[1]}."
+        raise ValueError(f"--tile: expected the tile of the prior's scores, {tile}, got {config.tile}. {advice}")
     elif artifact.meta.get("target_sparsity") != config.target_sparsity:
         logger.warning(
             "the prior's tile scores are for sparsity %s, the target is %s",
@@ -250,22 +221,19 @@ def _seqlen(options: Options, model: Any) -> int:
 def _blocks(options: Options, config: LearnConfig, model: nn.Module) -> Tensor:
     """Packed training blocks, as many as --steps or --blocks ask for."""
     from patch.data.tokens import training_blocks
+    from patch_kernels.checks import require_multiple
 
     seqlen = _seqlen(options, model)
     wanted = options.blocks
     if options.steps is not None:
-        if options.steps % config.epochs:
-            raise ValueError(
-                f"--steps: expected a multiple of learn.epochs = {config.epochs}, got {options.steps}. Change one."
-            )
+        require_multiple("--steps", options.steps, config.epochs, "Change one.", named="learn.epochs = ")
         wanted = options.steps // config.epochs * config.global_batch_size
     tokenizer = inputs.load_tokenizer(options.model)
     blocks, _ = training_blocks(
         tokenizer, cast(str, options.data), seqlen, max_blocks=wanted or DEFAULT_BLOCKS, text_field=options.text_field
     )
     if wanted is not None and len(blocks) < wanted:
-        raise ValueError(
-            f"--data: expected text for {wanted} blocks of {seqlen} tokens, got {len(blocks)}. Give more text, fewer "
-            "--steps or --blocks, a smaller --seqlen, or several passes with --set learn.epochs=N."
-        )
+        expected = f"expected text for {wanted} blocks of {seqlen} tokens, got {len(blocks)}"
+        advice = "fewer --steps or --blocks, a smaller --seqlen, or several passes with --set learn.epochs=N"
+        raise ValueError(f"--data: {expected}. Give more text, {advice}.")
     return blocks

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from pydantic import model_validator
-
 from patch import settings
 from patch.cli import inputs, outputs
 from patch.files.schema import record
@@ -60,15 +58,6 @@ class Options(inputs.CalibrationSettings, inputs.PlacementSettings):
     exclude: Names = setting((), inputs.EXCLUDE_HELP, metavar="A,B")
     overwrite: bool = setting(False, "replace an earlier result in --out")
     prox: dict[str, Any] = setting(factory=dict)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Options:
-        if self.pattern == "2:4" and self.sparsity != 0.5:
-            raise ValueError(
-                f"sparsity: expected 0.5 with pattern 2:4, got {self.sparsity}. Use --pattern unstructured, or "
-                "`patch-llm learn` for 2:4 tiles at less sparsity."
-            )
-        return self
 
 
 def run(options: Options) -> None:
@@ -149,13 +138,10 @@ def on_interrupt(options: Options) -> str:
 
 def _own_settings(options: Options, method: Method) -> Any:
     """The section of the method's own settings, checked; None for a method without. Others' sections are refused."""
-    for other in METHODS.values():
+    for name, other in METHODS.items():
         if other.section and other.section != method.section and getattr(options, other.section):
-            given = ", ".join(getattr(options, other.section))
-            raise ValueError(
-                f"{other.section}: expected no settings with method {options.method}, got {given}. Leave them out, or "
-                f"use --method {next(name for name, row in METHODS.items() if row is other)}."
-            )
+            got = f"got {', '.join(getattr(options, other.section))}. Leave them out, or use --method {name}."
+            raise ValueError(f"{other.section}: expected no settings with method {options.method}, {got}")
     if method.settings_type is None:
         return None
     return settings.build(method.settings_type, getattr(options, method.section), prefix=f"{method.section}.")

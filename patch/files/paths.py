@@ -1,0 +1,27 @@
+"""What must be at a path before anything is read or written; `what` begins the message, such as "--text"."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def require_file(what: str, path: str | os.PathLike[str], wanted: str, advice: str = "Check the path.") -> Path:
+    """The path of a file that is there; raises FileNotFoundError for none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{what}: expected {wanted}, found none at {path}. {advice}")
+    return Path(path)
+
+
+def require_folder(what: str, path: str | os.PathLike[str], wanted: str, advice: str = "Check the path.") -> Path:
+    """The path of a folder that is there; raises FileNotFoundError for none."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"{what}: expected {wanted}, found none at {path}. {advice}")
+    return Path(path)
+
+
+def require_place_for_folder(what: str, path: str | os.PathLike[str], advice: str = "Choose another --out.") -> Path:
+    """The path of a folder, or of nothing where one can be made; raises ValueError for a file or a broken link."""
+    if os.path.lexists(path) and not Path(path).is_dir():
+        raise ValueError(f"{what}: expected a folder, {path} is a file. {advice}")
+    return Path(path)
