@@ -23,6 +23,8 @@ def server(folder: str, port: int) -> HTTPServer:
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 prompt = tokenizer(asked["prompt"], return_tensors="pt").to(model.device)
                 most = int(asked.get("max_new_tokens", 64))
+                if prompt["input_ids"].numel() == 0 or most < 1:
+                    raise ValueError("nothing to read, or nothing to write")
             except (KeyError, TypeError, ValueError) as error:
                 self.send_error(400, f'expected {{"prompt": TEXT}}, got {type(error).__name__}: {error}')
                 return

@@ -96,8 +96,9 @@ def test_serve(packed):
         body = json.dumps({"prompt": "Line 1", "max_new_tokens": 3}).encode()
         with urllib.request.urlopen(address, data=body, timeout=60) as answer:
             assert isinstance(json.load(answer)["text"], str)
-        with pytest.raises(urllib.error.HTTPError, match=r'expected \{"prompt": TEXT\}'):
-            urllib.request.urlopen(address, data=b'{"text": "no prompt"}', timeout=60)
+        for wrong in (b'{"text": "no prompt"}', b'{"prompt": ""}', b'{"prompt": "a", "max_new_tokens": 0}', b"[]"):
+            with pytest.raises(urllib.error.HTTPError, match=r'expected \{"prompt": TEXT\}'):
+                urllib.request.urlopen(address, data=wrong, timeout=60)
     finally:
         serve.shutdown()
         serve.server_close()
