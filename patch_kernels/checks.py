@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_INFINITY = float("inf")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -58,9 +59,14 @@ def require_number(
 ) -> None:
     """Refuse a number outside its bounds (as in pydantic), infinite or not a number."""
     # Not math.isfinite: torch.compile cannot trace it for a number that changed between two calls.
-    is_finite = -float("inf") < value < float("inf")
-    inside = (ge is None or value >= ge) and (gt is None or value > gt) and (le is None or value <= le)
-    if not (is_finite and inside and (lt is None or value < lt)):
+    if not (
+        -_INFINITY < value < _INFINITY
+        and (ge is None or value >= ge)
+        and (gt is None or value > gt)
+        and (le is None or value <= le)
+        and (lt is None or value < lt)
+    ):
+        is_finite = -_INFINITY < value < _INFINITY
         bounds = ((">=", ge), (">", gt), ("<=", le), ("<", lt))
         words = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
         wanted = f"expected a {'' if is_finite else 'finite '}number {words}".rstrip()
@@ -97,9 +103,9 @@ def require_finite(what: str, values: Tensor, advice: str = "", *, error: type[E
 def _fits(tensor: Tensor, shape: Sequence[Any] | None, device: torch.device | None, contiguous: bool) -> bool:
     if (device is not None and tensor.device != device) or (contiguous and not tensor.is_contiguous()):
         return False
-    if shape is None:
-        return True
     sizes = tensor.shape
+    if shape is None or sizes == shape:
+        return True
     if len(shape) > 0 and shape[0] is ...:
         shape = shape[1:]
         sizes = sizes[-len(shape) :]
