@@ -47,7 +47,6 @@ T = TypeVar("T")
 
 RESOLVED_NAME = "config.resolved.yaml"
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
-_REQUIRED = object()
 
 
 def setting(

@@ -29,6 +29,7 @@ from patch.files.safetensors_header import TensorInfo, TensorRule, read_header, 
 from patch.files.schema import Count, Says, Size, parse, record
 from patch.files.strict_json import dump_json, parse_json, read_json
 from patch.models.checks import require_layer, require_mask
+from patch.runs.identity import plain
 from patch.settings import Share
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def save_artifact(
         (directory / DESCRIPTION).write_bytes(text)
         for file, tensors in parts.items():
             if tensors:
-                save_file({name: _plain(tensor) for name, tensor in tensors.items()}, directory / file)
+                save_file({name: plain(tensor) for name, tensor in tensors.items()}, directory / file)
         for name, content in (extra or {}).items():
             (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -232,12 +233,8 @@ def load_artifact(
     return artifact
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
 def _pack_bits(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(_plain(mask).numpy().reshape(-1)))
+    return torch.from_numpy(np.packbits(plain(mask).numpy().reshape(-1)))
 
 
 def _unpack_bits(path: Path, name: str, bits: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -63,6 +63,14 @@ def check_input_stays(path: Path, out: Path, flag: str = "--masks") -> None:
         raise ValueError(f"--out: expected another folder than that of {flag}, {got}. Choose another --out.")
 
 
+def kept_checkpoint(folder: Path) -> str | None:
+    """What to say of the newest checkpoint after an interrupt, None where there is none."""
+    steps = [int(step) for path in folder.glob("checkpoint-*") if (step := path.name.rpartition("-")[2]).isdigit()]
+    if not steps:
+        return None
+    return f"{folder / f'checkpoint-{max(steps)}'} is kept; go on with the same command and --resume"
+
+
 def clear_learning_run(folder: Path) -> None:
     """Remove what an earlier learning run wrote into `folder`, and nothing else."""
     for name in ("metrics.jsonl", "config.resolved.yaml"):

@@ -15,7 +15,7 @@ from patch.data.tokens import evaluation_text, text_sha256, tokenize
 from patch.evaluate.cross_entropy import DEFAULT_WINDOW, _exp, mean_cross_entropy
 from patch.evaluate.results import SAME_TEXT, require_same
 from patch.files.schema import require_integer
-from patch.models.facts import context_length, versions
+from patch.models.facts import model_fingerprint, model_name, versions, within_context
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,8 @@ def perplexity_report(
     returns      dict of JSON values: perplexity, loss (nats), the facts of the set, windows, window, batch_size,
                  dtype, device, model, model_fingerprint, versions.
     """
-    from patch.models.facts import model_fingerprint
-
-    limit = context_length(model)
     if window is None:
-        window = min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+        window = within_context(model, DEFAULT_WINDOW)
     if max_windows is not None:
         require_integer("max_windows", max_windows, advice="Leave it out to use the whole text.")
     if isinstance(source, EvaluationSet):
@@ -92,7 +89,7 @@ def perplexity_report(
         "batch_size": batch_size,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(parameter.device),
-        "model": str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
+        "model": model_name(model),
         "model_fingerprint": model_fingerprint(model),
         "versions": versions(),
     }

@@ -308,6 +308,11 @@ def _suggestion(info: FieldInfo, given: Any) -> str:
     return "Leave it out for the default." if default is None else f"The default is {default!r}."
 
 
+def part_of(cls: type[T], whole: Any) -> T:
+    """The record `cls` of the values that a record with more fields has for it."""
+    return cls(**{name: getattr(whole, name) for name in fields_of(cls)})
+
+
 def plain(value: Any) -> Any:
     """Nested values as YAML and JSON can hold them: lists for tuples, text for paths, dicts for records."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -53,8 +53,3 @@ def dump_json(value: Any) -> bytes:
     """JSON text of `value`; raises ValueError for NaN and TypeError for what JSON cannot hold."""
     # No line end after it: then a file cut by one byte is no longer valid JSON.
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode("utf-8")
-
-
-def is_count(value: Any) -> bool:
-    """Whether value is an integer in 0..2**63-1 (True and False are not integers here)."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from patch.files.schema import Says, record, require_choice
+from patch.runs.batches import accumulation_steps, total_steps
 from patch.settings import AtLeastOne, NotNegative, Positive, Seed, Share, Tile, check_keys, parts, setting
 
 Mode = Literal["joint", "tile", "maskllm"]
@@ -113,20 +114,11 @@ class LearnConfig:
 
     def accumulation_steps(self, world_size: int = 1) -> int:
         """Micro-batches per optimiser step. raises ValueError when the global batch cannot be split."""
-        from patch_kernels.checks import require_multiple  # brings torch, which help must not wait for
-
-        per_pass = self.local_batch_size * world_size
-        named = f"local_batch_size * processes = {self.local_batch_size} * {world_size} = "
-        require_multiple("global_batch_size", self.global_batch_size, per_pass, "Change one of them.", named=named)
-        return self.global_batch_size // per_pass
+        return accumulation_steps("global_batch_size", self.global_batch_size, self.local_batch_size, world_size)
 
     def total_steps(self, blocks: int) -> int:
         """Optimiser steps for a number of blocks. raises ValueError when they do not fill one batch."""
-        from patch_kernels.checks import require_at_least
-
-        advice = "Give more text, shorter blocks or a smaller global_batch_size."
-        require_at_least("training blocks", blocks, self.global_batch_size, advice, named="global_batch_size = ")
-        return blocks // self.global_batch_size * self.epochs
+        return total_steps("training blocks", blocks, "global_batch_size", self.global_batch_size, self.epochs)
 
 
 # PATCH: appendix of Hourri, Mozaffari, Mehri Dehnavi 2025. MaskLLM: its released training code (Fang et al. 2024).

@@ -27,7 +27,7 @@ from patch.models.modes import prepared
 from patch.models.structure import maskable_linears
 from patch.runs import checkpoints as run_checkpoints
 from patch.runs import metrics as run_metrics
-from patch.runs.arguments import trainer_arguments, world_size
+from patch.runs.arguments import rank, trainer_arguments, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ def learn(
     if resume and output_dir is None:
         raise ValueError("resume: expected an output_dir to resume from, got none; pass the folder of the earlier run")
     check_inputs(model, train_blocks, config, linears, prior_masks, tile_scores)
-    world_size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    config.accumulation_steps(world_size)
+    config.accumulation_steps(world_size())
     if prior_masks is None and config.pattern_prior_strength > 0:
         logger.info("no prior_masks given: the 2:4 logits start from the random draw alone")
     if tile_scores is None and config.mode != "maskllm" and config.tile_prior_strength > 0:
@@ -99,19 +98,19 @@ def learn(
         "prior_masks": _ordered(prior_masks, linears),
         "tile_scores": _ordered(tile_scores, linears),
     }
-    identity = state_files.run_identity(model, train_blocks, config, tensors, world_size)
+    identity = state_files.run_identity(model, train_blocks, config, tensors, world_size())
     with contextlib.ExitStack() as stack:
         if output_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patch-learn-")))
         else:
             folder = Path(output_dir).resolve()
-            if not resume and rank == 0:
+            if not resume and rank() == 0:
                 state_files.refuse_used_folder(folder)
             folder.mkdir(parents=True, exist_ok=True)
         result_dir = resolve_folder(folder / run_checkpoints.RESULT, must_exist=False)
         if resume and result_dir.exists():
             return _finished_result(model, folder, identity, exclude)
-        checkpoint = run_checkpoints.newest_checkpoint(folder, may_rename=rank == 0) if resume else None
+        checkpoint = run_checkpoints.newest_checkpoint(folder, may_rename=rank() == 0) if resume else None
         if checkpoint is not None:
             state_files.check_identity(checkpoint, state_files.read_identity(checkpoint), identity)
             logger.info("resuming from %s", checkpoint)
@@ -120,7 +119,7 @@ def learn(
             identity,
             checkpoint,
             output_dir is not None,
-            rank,
+            rank(),
             progress,
             tuple(callbacks),
             tuple(report_to),
@@ -130,7 +129,7 @@ def learn(
         grids = {name: grid.to(linears[name].weight.device) for name, grid in grids.items()}
         apply_keep_masks(model, masks, exclude=exclude)
         result = _result(masks, grids, log, soft, config)
-        if output_dir is not None and rank == 0:
+        if output_dir is not None and rank() == 0:
             _save_result(folder, result, config, identity)
         return result
 

@@ -24,15 +24,13 @@ from patch.learn.config import LearnConfig
 from patch.learn.optimizer import moment_state
 from patch.models.facts import model_fingerprint
 from patch.runs.checkpoints import RESULT, TRAINER_STATE, checkpoints, load_tensors, remove_checkpoint
-from patch.runs.identity import data_fingerprint, plain, tensors_fingerprint
+from patch.runs.identity import FREE_SETTINGS, data_fingerprint, plain, tensors_fingerprint
 from patch.runs.metrics import METRICS
 
 IDENTITY = "run.json"
 LOGITS = "logits.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
-# Settings that may change between two parts of one run, because the trajectory does not depend on them.
-_FREE_SETTINGS = ("save_steps", "save_total_limit", "log_steps", "grad_checkpoint")
 # What must agree beside the settings, in the words of messages.
 _MUST_AGREE = {
     "model": "the model's weights",
@@ -129,7 +127,7 @@ def read_identity(folder: Path) -> Any:
 
 def _settings(config: LearnConfig) -> dict[str, Any]:
     """The settings that the trajectory depends on, as JSON gives them back."""
-    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in _FREE_SETTINGS}))
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in FREE_SETTINGS}))
 
 
 def _short(value: Any) -> str:

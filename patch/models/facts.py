@@ -82,4 +82,5 @@ def versions() -> dict[str, str]:
 
 
 def model_name(model: nn.Module) -> str:
-    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    """Name or path that a model was loaded by; its class where there is none."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationInfo, model_vali
 
 from patch import settings
 from patch.data.sources import require_source
-from patch.files.schema import Says, fields_of, record
+from patch.files.schema import Says, part_of, record
 from patch.pruning.options import Damping, Pattern, Precision, PruneOptions
 from patch.pruning.proxsparse.config import ProxSparseConfig
 from patch.pruning.registry import Method, get_method, make_options
@@ -134,7 +134,7 @@ class PruneArgs(CompressOptions):
 
     def compression(self) -> CompressOptions:
         """What is done on top of the masks."""
-        return CompressOptions(**{name: getattr(self, name) for name in fields_of(CompressOptions)})
+        return part_of(CompressOptions, self)
 
 
 def read_prune_args(given: Mapping[str, Any] | Any) -> PruneArgs:

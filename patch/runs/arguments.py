@@ -17,6 +17,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Number of this process among them; the first one, 0, writes what they share."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def trainer_arguments(
     folder: Path, steps: int, *, saves: bool, progress: bool, report_to: Sequence[str], **settings: Any
 ) -> TrainingArguments:

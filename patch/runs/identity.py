@@ -1,4 +1,4 @@
-"""Fingerprints of what a training run depends on."""
+"""What a training run depends on, and fingerprints of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 _SAMPLED_TOKENS = 1 << 24
+# Settings that may change between two parts of one run, because the trajectory does not depend on them.
+FREE_SETTINGS = ("save_steps", "save_total_limit", "log_steps", "grad_checkpoint")
 
 
 def plain(tensor: Tensor) -> Tensor:
+    """The values as safetensors and hashes take them."""
     return tensor.detach().cpu().contiguous()
 
 

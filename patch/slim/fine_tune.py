@@ -31,17 +31,15 @@ from patch.models.facts import model_fingerprint
 from patch.models.keep_masks import check_masks_hold, keep_mask_of, keep_masks
 from patch.models.modes import prepared
 from patch.models.structure import linear_at
-from patch.runs.arguments import trainer_arguments, world_size
+from patch.runs.arguments import rank, trainer_arguments, world_size
 from patch.runs.checkpoints import TRAINER_STATE, checkpoints
-from patch.runs.identity import data_fingerprint, tensors_fingerprint
+from patch.runs.identity import FREE_SETTINGS, data_fingerprint, tensors_fingerprint
 from patch.slim.options import FineTuneOptions
 from patch_kernels.checks import require_finite
 
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
-# Settings that may change between two parts of one run, because the trajectory does not depend on them.
-_FREE_SETTINGS = ("save_steps", "save_total_limit", "log_steps", "grad_checkpoint")
 _UNHARMED = "The weights of the step before are unharmed; lower lr, or check the data and weights."
 
 
@@ -98,7 +96,7 @@ def fine_tune(
                 raise ValueError(f"output_dir: expected no earlier run, {folder} has checkpoints. {advice}")
             folder.mkdir(parents=True, exist_ok=True)
         checkpoint = checkpoint_to_resume(model, blocks, options, folder) if resume else None
-        if checkpoint is None and int(os.environ.get("RANK", "0")) == 0:
+        if checkpoint is None and rank() == 0:
             (folder / RUN).write_bytes(dump_json(_identity(model, blocks, options)))
         stack.enter_context(prepared(model, grad_checkpoint=options.grad_checkpoint))
         mixed = stack.enter_context(_trainable(model, trained))
@@ -144,7 +142,7 @@ def checkpoint_to_resume(
 
 def _identity(model: nn.Module, blocks: Tensor, options: FineTuneOptions) -> dict[str, Any]:
     """JSON values that must agree before a run may go on."""
-    settings = {name: value for name, value in asdict(options).items() if name not in _FREE_SETTINGS}
+    settings = {name: value for name, value in asdict(options).items() if name not in FREE_SETTINGS}
     return settings | {
         "model": model_fingerprint(model),
         "masks": tensors_fingerprint({"keep": keep_masks(model)}),

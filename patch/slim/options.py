@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from patch.files.schema import Says, record
+from patch.runs.batches import accumulation_steps, total_steps
 from patch.settings import AtLeastOne, NotNegative, Positive, Seed, setting
 
 Bits = Annotated[int, Field(ge=2, le=8), Says("2 to 8 bits", "The usual number is 4.")]
@@ -143,17 +144,8 @@ class FineTuneOptions:
 
     def accumulation_steps(self, processes: int = 1) -> int:
         """Forward passes per optimiser step. raises ValueError when the batch cannot be split."""
-        from patch_kernels.checks import require_multiple  # brings torch, which help must not wait for
-
-        per_pass = self.local_batch_size * processes
-        named = f"local_batch_size * processes = {self.local_batch_size} * {processes} = "
-        require_multiple("batch_size", self.batch_size, per_pass, "Change one of them.", named=named)
-        return self.batch_size // per_pass
+        return accumulation_steps("batch_size", self.batch_size, self.local_batch_size, processes)
 
     def total_steps(self, blocks: int) -> int:
         """Optimiser steps for a number of blocks; what does not fill a batch is left out."""
-        from patch_kernels.checks import require_at_least
-
-        advice = "Give more text, shorter blocks or a smaller batch_size."
-        require_at_least("blocks", blocks, self.batch_size, advice, named="batch_size = ")
-        return blocks // self.batch_size * self.epochs
+        return total_steps("blocks", blocks, "batch_size", self.batch_size, self.epochs)

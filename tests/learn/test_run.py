@@ -42,15 +42,6 @@ from patch.pruning import prune_weight
 from patch_kernels import reference
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Layers this small are faster on one thread, and much faster on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def priors(model):
     """2:4 magnitude masks and tile scores of unstructured magnitude masks."""
     masks, scores = {}, {}

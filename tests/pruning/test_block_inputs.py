@@ -20,15 +20,6 @@ ARCHITECTURES = ["llama", "qwen2", "gemma3", "opt"]
 SEQLEN = 40  # longer than Gemma-3's window of 16, so that its two masks differ
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The tensors are tiny: on a busy machine threads that wait for each other make this ten times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def token_ids(samples=3, seqlen=SEQLEN, seed=0):
     return torch.randint(0, 256, (samples, seqlen), generator=torch.Generator().manual_seed(seed))
 

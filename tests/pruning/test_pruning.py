@@ -25,15 +25,6 @@ from patch.pruning.selection import keep_above_threshold, keep_in_rows, keep_two
 SHAPES = [(6, 16), (5, 24), (9, 40)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The tensors are tiny: on a busy machine threads that wait for each other make this ten times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_case(n, k, *, seed=0, samples=3, dtype=torch.float32):
     """A weight (n, k) and calibration inputs of different lengths and channel scales."""
     generator = torch.Generator().manual_seed(seed)

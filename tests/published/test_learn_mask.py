@@ -28,15 +28,6 @@ EXAMPLE = {  # the example of the original's README, sizes reduced
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Layers this small are faster on one thread, and much faster on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def local_model(tiny_model, tmp_path):
     path = tmp_path / "dense"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from patch.cli import inputs, outputs
-from patch.files.schema import fields_of, record
+from patch.files.schema import part_of, record
 from patch.settings import RESOLVED_NAME, NewPath, dump_yaml, setting
 from patch.slim.options import CompressOptions
 
@@ -85,7 +85,7 @@ def on_interrupt(options: Options) -> str:
 
 
 def _settings(options: Options) -> CompressOptions:
-    settings = CompressOptions(**{name: getattr(options, name) for name in fields_of(CompressOptions)})
+    settings = part_of(CompressOptions, options)
     if not settings.is_active:
         raise ValueError("expected --quantize-weight or --lora-rank, got neither. Give at least one of them.")
     return settings

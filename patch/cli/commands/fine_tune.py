@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
 from patch.cli import inputs, outputs
-from patch.files.schema import fields_of, record
+from patch.files.schema import part_of, record
 from patch.settings import AtLeastOne, NewPath, save_resolved, setting
 from patch.slim.options import DEFAULT_BLOCK_SIZE, FineTuneOptions
 
@@ -52,7 +51,7 @@ class Options(FineTuneOptions, inputs.PlacementSettings):
 
 def run(options: Options) -> None:
     """Train, and save the artifact in OUT/result; see the module's docstring."""
-    settings = _settings(options)
+    settings = part_of(FineTuneOptions, options)
     complete = options.out / RESULT
     if options.resume and complete.exists():
         raise ValueError(f"--resume: expected an unfinished run, {complete} is complete. Use it as --masks.")
@@ -99,15 +98,9 @@ def run(options: Options) -> None:
 
 def on_interrupt(options: Options) -> str:
     """Trainer keeps its checkpoints."""
-    found = [p for p in Path(options.out).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    if not found:
-        return f"no checkpoint was written yet in {options.out}; run again with --overwrite (or --save-steps lower)"
-    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
-    return f"{newest} is kept; go on with the same command and --resume"
-
-
-def _settings(options: Options) -> FineTuneOptions:
-    return FineTuneOptions(**{name: getattr(options, name) for name in fields_of(FineTuneOptions)})
+    return outputs.kept_checkpoint(options.out) or (
+        f"no checkpoint was written yet in {options.out}; run again with --overwrite (or --save-steps lower)"
+    )
 
 
 def _blocks(options: Options, model: nn.Module) -> tuple[Tensor, str]:

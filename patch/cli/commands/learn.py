@@ -154,13 +154,9 @@ def on_interrupt(options: Options) -> str:
     """Learning keeps its checkpoints."""
     if options.dry_run:
         return "nothing was started"
-    found = [p for p in options.folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    if not found:
-        return (
-            f"no checkpoint was complete yet in {options.out}; run again with --overwrite (or learn.save_steps lower)"
-        )
-    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
-    return f"{newest} is kept; go on with the same command and --resume"
+    return outputs.kept_checkpoint(options.folder) or (
+        f"no checkpoint was complete yet in {options.out}; run again with --overwrite (or learn.save_steps lower)"
+    )
 
 
 def learning_config(options: Options) -> LearnConfig:
