@@ -6,6 +6,7 @@ texts are made where something is refused and nowhere else.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 _INFINITY = float("inf")
+_SIZES = (int, torch.SymInt, numbers.Integral)  # symbolic under torch.compile; the first is the usual one
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -75,8 +77,7 @@ def require_number(
 
 def require_sizes(what: str, sizes: Sequence[Any], advice: str = "") -> None:
     """Refuse what is not two integers >= 1."""
-    # Not isinstance int: sizes may be symbolic under torch.compile.
-    if len(sizes) != 2 or any(isinstance(n, (bool, float)) or n < 1 for n in sizes):
+    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, _SIZES) or n < 1 for n in sizes):
         raise ValueError(f"{what}: expected two integers >= 1, got {tuple(sizes)}. {advice}".rstrip())
 
 

@@ -79,8 +79,8 @@ def _windows(model: nn.Module, token_ids: Any, window: int, batch_size: int) -> 
         ids = ids[0]
     if ids.dim() != 1:
         raise ValueError(f"expected token ids of shape (tokens,) or (1, tokens), got {tuple(ids.shape)}; join them")
-    require_integer("window", window, 2, f"The paper uses {DEFAULT_WINDOW}.")
-    require_integer("batch_size", batch_size, advice="Use 1 when memory is short.")
+    require_integer("window", window, 2, f"The paper uses {DEFAULT_WINDOW}.", kind=int)
+    require_integer("batch_size", batch_size, advice="Use 1 when memory is short.", kind=int)
     require_windows(window, context_length(model), {"token_ids": len(ids)})
     embeddings = input_embeddings(model) if hasattr(model, "get_input_embeddings") else None
     vocabulary = getattr(embeddings, "num_embeddings", None)

@@ -219,9 +219,9 @@ def require_choice(what: str, value: Any, choices: Iterable[str], advice: str = 
         raise ValueError(f"{what}: expected one of {', '.join(names)}, got {value!r}. {found}")
 
 
-def require_integer(what: str, value: Any, least: int = 1, advice: str = "") -> None:
-    """raises ValueError for what is no integer of at least `least`; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
+def require_integer(what: str, value: Any, least: int = 1, advice: str = "", *, kind: Any = numbers.Integral) -> None:
+    """raises ValueError for what is no integer of at least `least`; True and False are none, int refuses NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, kind) or int(value) < least:
         raise ValueError(f"{what}: expected an integer >= {least}, got {value!r}. {advice}".rstrip())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -98,6 +99,8 @@ IDS = list(range(64))
         (IDS, -5, {}, ValueError, "window: expected an integer >= 2, got -5"),
         (IDS, 2.5, {}, ValueError, "window: expected an integer >= 2, got 2.5"),
         (IDS, True, {}, ValueError, "window: expected an integer >= 2, got True"),
+        (IDS, np.int64(8), {}, ValueError, "window: expected an integer >= 2, got"),
+        (IDS, 8, {"batch_size": np.int64(1)}, ValueError, "batch_size: expected an integer >= 1, got"),
         (IDS, 8, {"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
         ([], 8, {}, (ValueError, TypeError), "token ids|tokens"),
         ([0.5] * 64, 8, {}, TypeError, "integer token ids, got torch.float32"),

@@ -258,6 +258,10 @@ KEEP = torch.ones(SHAPE, dtype=torch.bool)
             lambda: sample_tile_mask(TILES, (4.0, 8), SHAPE, temperature=1, scale=1),
             r"tile \(rows, columns\): expected two integers >= 1, got \(4\.0, 8\)",
         ),
+        (
+            lambda: sample_tile_mask(TILES, ("4", 8), SHAPE, temperature=1, scale=1),
+            r"tile \(rows, columns\): expected two integers >= 1, got \('4', 8\)",
+        ),
         (lambda: sample_tile_mask(TILES, (4, 8), SHAPE, temperature=-1, scale=1), "temperature: expected"),
         (
             lambda: sample_tile_mask(TILES, (4, 8), SHAPE, temperature=1, scale=1, noise=TILES[:1]),
