@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from patch_kernels import TiledLinear
+
 _USE = "Use a causal language model built like Llama, Qwen2, Gemma-3 or OPT."
 
 
@@ -54,6 +56,32 @@ def maskable_linears(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
         got = f"exclude={list(patterns)} which removes all {len(found)} nn.Linear layers"
         raise ValueError(f"expected at least one layer left to mask, got {got}. Use narrower patterns.")
     return kept
+
+
+def block_weights(model: nn.Module) -> dict[str, int]:
+    """Every matrix inside the decoder's blocks: {parameter path from the model's root: number of elements}.
+
+    What sparsity over the whole decoder counts: layers, experts kept as one tensor, routers, convolutions. Norms and
+    biases (1-D), embeddings, the output head and adapters beside a layer are left out, a shared weight counts once. A
+    packed layer counts as the dense weight it stands for, under its name + ".weight".
+    """
+    prefix, decoder = _decoder(model)
+    prefix, blocks = _find_blocks(prefix, decoder) or (prefix, decoder)
+    seen = {id(weight) for weight in _embedding_weights(model)}
+    weights: dict[str, int] = {}
+    for path, module in blocks.named_modules():
+        name = _join(prefix, path)
+        if isinstance(module, TiledLinear):
+            weights[f"{name}.weight"] = module.in_features * module.out_features
+            continue
+        own = (
+            {"weight": module.weight} if isinstance(module, nn.Linear) else dict(module.named_parameters(recurse=False))
+        )
+        for key, tensor in own.items():
+            if tensor.dim() >= 2 and id(tensor) not in seen:
+                seen.add(id(tensor))
+                weights[_join(name, key)] = tensor.numel()
+    return weights
 
 
 def linear_at(model: nn.Module, name: str) -> nn.Linear:
@@ -137,7 +165,7 @@ def _why_no_linear(model: nn.Module) -> str:
 
 
 def _linear_elems(module: nn.Module) -> int:
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, (nn.Linear, TiledLinear)))
 
 
 def _join(prefix: str, name: str) -> str:

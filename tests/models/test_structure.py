@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from patch.models.adapted_linear import AdaptedLinear
 from patch.models.keep_masks import apply_keep_masks, keep_masks, measured_sparsity, set_keep_mask
-from patch.models.structure import decoder_blocks, decoder_of, maskable_linears
+from patch.models.structure import block_weights, decoder_blocks, decoder_of, maskable_linears
+from patch_kernels import TiledLinear
 
 GATED = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"] + [
     f"mlp.{kind}_proj" for kind in ("gate", "up", "down")
@@ -341,3 +343,35 @@ def test_packed_model_is_told_to_unpack():
 
     with pytest.raises(ValueError, match=r"packed already; call patch.packed.unpack_model first"):
         maskable_linears(nn.Sequential(TiledLinear()))
+
+
+def test_block_weights_count_every_matrix_of_the_blocks_once():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.zeros(3, 8, 4))
+            self.scale = nn.Parameter(torch.zeros(8))
+
+    model = Sandwich()
+    model.blocks[0]["fused"] = Experts()
+    model.blocks[1]["shared"] = nn.Linear(8, 8)
+    model.blocks[1]["shared"].weight = model.blocks[0]["experts"][0].weight
+    model.blocks[1]["packed"] = TiledLinear(12, 4)
+    adapted = AdaptedLinear.from_linear(nn.Linear(8, 2), 4)
+    model.blocks[1]["adapted"] = adapted
+    assert block_weights(model) == {
+        "blocks.0.experts.0.weight": 64,
+        "blocks.0.fused.up": 96,
+        "blocks.1.experts.0.weight": 64,
+        "blocks.1.packed.weight": 48,
+        "blocks.1.adapted.weight": 16,
+    }
+
+
+def test_block_weights_of_a_packed_model_are_those_of_the_dense_one(tiny_model):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    dense = block_weights(model)
+    assert dense == {f"{name}.weight": layer.weight.numel() for name, layer in maskable_linears(model).items()}
+    for name, layer in maskable_linears(model).items():
+        model.set_submodule(name, TiledLinear(layer.in_features, layer.out_features, False))
+    assert block_weights(model) == dense
