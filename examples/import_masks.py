@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from patch.artifacts.artifact import save_artifact
 from patch.artifacts.foreign import read_masks
+from patch.models.facts import fingerprints
 from patch.models.keep_masks import measured_sparsity
 
 
@@ -18,7 +19,8 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(options.model)
     found = read_masks(options.masks, model)
-    save_artifact(options.out, found.masks, meta={"model": options.model, "pattern": found.pattern})
+    meta = {"model": options.model, "pattern": found.pattern} | fingerprints(model)
+    save_artifact(options.out, found.masks, meta=meta)
     print(
         f"{len(found.masks)} layers ({found.pattern}), sparsity {measured_sparsity(found.masks):.3f}, in {options.out}"
     )

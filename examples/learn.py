@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patch.artifacts.artifact import save_artifact
 from patch.data import load_documents, pack_blocks, tokenize
 from patch.learn import LearnConfig, learn
+from patch.models.facts import fingerprints
 from patch.models.keep_masks import measured_sparsity
 from patch.pruning import prune_model
 
@@ -27,6 +28,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     blocks = pack_blocks(tokenize(tokenizer, load_documents(options.text)), options.tokens)
 
+    made_from = fingerprints(model)
     # A one-shot mask is where learning starts from; it is made on a copy, since pruning works in place.
     prior = prune_model(copy.deepcopy(model), "wanda", pattern="2:4", sparsity=0.5, calibration=blocks[:128])
     config = LearnConfig.from_preset(
@@ -41,7 +43,7 @@ def main() -> None:
         options.out,
         result.masks,
         tile_is_sparse=result.tile_is_sparse,
-        meta={"model": options.model, "method": "patch", "sparsity": options.sparsity},
+        meta={"model": options.model, "method": "patch", "sparsity": options.sparsity} | made_from,
     )
     print(f"sparsity {measured_sparsity(result.masks):.3f}, in {options.out}")
 

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patch.artifacts.artifact import save_artifact
 from patch.data import load_documents, pack_blocks, tokenize
+from patch.models.facts import fingerprints
 from patch.models.keep_masks import measured_sparsity
 from patch.pruning import METHODS, prune_model
 
@@ -24,10 +25,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     blocks = pack_blocks(tokenize(tokenizer, load_documents(options.text)), options.tokens)
 
+    made_from = fingerprints(model)
     masks = prune_model(model, options.method, pattern="2:4", sparsity=0.5, calibration=blocks[: options.samples])
     updated = METHODS[options.method].updates_weights
     weights = {name: model.get_submodule(name).weight.detach() for name in masks} if updated else None
-    save_artifact(options.out, masks, weights=weights, meta={"model": options.model, "method": options.method})
+    meta = {"model": options.model, "method": options.method} | made_from
+    save_artifact(options.out, masks, weights=weights, meta=meta)
     print(f"{len(masks)} layers, sparsity {measured_sparsity(masks):.3f}, in {options.out}")
 
 

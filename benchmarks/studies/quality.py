@@ -44,7 +44,7 @@ from patch.files.folder import write_folder
 from patch.files.strict_json import dump_json
 from patch.learn.config import LearnConfig
 from patch.learn.run import learn
-from patch.models.facts import context_length, model_fingerprint
+from patch.models.facts import context_length, fingerprints, model_fingerprint
 from patch.models.keep_masks import measured_sparsity
 from patch.models.structure import maskable_linears
 from patch.packed.load import load
@@ -129,8 +129,10 @@ class Study:
                 "more text or a smaller --window."
             )
         self.heldout = ids[: windows * settings.window].reshape(windows, settings.window)
+        dense = self.dense()
+        self.made_from = fingerprints(dense)
         self.identity = {
-            "model": model_fingerprint(self.dense()),
+            "model": model_fingerprint(dense),
             "dtype": str(self.dtype),
             "heldout": [text_sha256([text]), windows],
             "train": self._sampled(0, settings.nsamples)[1],
@@ -207,6 +209,7 @@ class Study:
         stage = dump_json({"key": key, "result": result})
         if made.masks:
             meta = {"method": cell.label, "sparsity": cell.target, "seed": seed, "model": self.model}
+            meta |= self.made_from
             save_artifact(folder, made.masks, meta=meta, tile_is_sparse=made.tile_is_sparse, extra={STAGE_FILE: stage})
         else:
             write_folder(folder, lambda directory: (directory / STAGE_FILE).write_bytes(stage))

@@ -13,6 +13,7 @@ before a tensor is allocated. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +27,17 @@ from torch import Tensor, nn
 
 from patch.files.folder import MANIFEST, resolve_folder, verify_folder, write_folder
 from patch.files.safetensors_header import TensorInfo, TensorRule, read_header, require_tensors
-from patch.files.schema import Count, Says, Size, parse, record
+from patch.files.schema import Count, Says, Sha256, Size, parse, record
 from patch.files.strict_json import dump_json, parse_json, read_json
 from patch.models.checks import require_layer, require_mask
+from patch.models.facts import config_fingerprint, fingerprints, model_name, versions
 from patch.runs.identity import plain
 from patch.settings import Share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
 
 FORMAT: Literal["patch-artifact"] = "patch-artifact"
 VERSION = 1
@@ -52,6 +56,7 @@ _DTYPES = {
     torch.uint8: "U8",
 }
 _SIDES = ("left", "right")
+FINGERPRINTS = ("config_fingerprint", "weights_fingerprint")
 _ADVICE = "Save the artifact again."
 
 
@@ -96,6 +101,8 @@ class KnownMeta:
     sparsity: Share | None = None
     tile: Annotated[tuple[Size, Size], Says("two positive integers")] | None = None
     seed: Count | None = None
+    config_fingerprint: Sha256 | None = None
+    weights_fingerprint: Sha256 | None = None
 
 
 @dataclass
@@ -107,6 +114,7 @@ class Artifact:
     tile_is_sparse  bool (rows, cols)
     weights         (N, K) weights that the pruning method updated
     adapters        low-rank adapters left (K, rank) and right (rank, N), see patch.slim.lora
+    folder          where it was read, for messages
     """
 
     masks: dict[str, Tensor]
@@ -115,6 +123,7 @@ class Artifact:
     meta: dict[str, Any] = field(default_factory=dict)
     tile_is_sparse: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    folder: str = "artifact"
 
 
 def save_artifact(
@@ -131,7 +140,8 @@ def save_artifact(
     """Write an artifact folder, replacing an earlier one without ever leaving none.
 
     masks           bool (N, K) per layer name
-    meta            JSON values; model, method, pattern, sparsity (0..0.5), tile, seed are checked if present
+    meta            JSON values, with patch.models.facts.fingerprints of the dense model, taken before it was pruned;
+                    model, method, pattern, sparsity (0..0.5), tile, seed are checked if present
     tile_scores, tile_is_sparse, weights, adapters   optional, for any of the layers in masks
     extra           further small files of the folder, e.g. {"config.yaml": text}
     raises          ValueError or TypeError before anything is written.
@@ -160,6 +170,9 @@ def save_artifact(
         "layers": {n: {"shape": list(m.shape), "kept": int(m.sum())} for n, m in masks.items()},
         "meta": _as_read_back(meta),
     }
+    if missing := [key for key in FINGERPRINTS if not meta.get(key)]:
+        advice = "Add patch.models.facts.fingerprints(model), taken before the model is pruned."
+        raise ValueError(f"meta: expected {' and '.join(missing)} of the dense model, got none. {advice}")
     text = dump_json(description)
     reserved = {DESCRIPTION, MASKS, WEIGHTS, ADAPTERS, MANIFEST}
     for name in extra or {}:
@@ -179,12 +192,18 @@ def save_artifact(
 
 
 def load_artifact(
-    path: str | os.PathLike, *, expect: Mapping[str, Any] | None = None, model: nn.Module | None = None
+    path: str | os.PathLike,
+    *,
+    expect: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
+    another_model: bool = False,
 ) -> Artifact:
     """Read an artifact folder after verifying all of it.
 
     expect   values that meta must have, e.g. {"model": ..., "method": ..., "sparsity": 0.5, "tile": (64, 64)}
-    model    layer names and weight shapes are checked against its modules
+    model    the dense model it was made from: layers and shapes, configuration and weights are checked (of a model on
+             the meta device all but the weights)
+    another_model  also take masks, without weights, that were made from another model; recorded in meta
     raises   FileNotFoundError, or ValueError naming the file and rule, before any tensor is allocated; the
              contents of the masks (padding bits, counts) are checked right after reading them.
     """
@@ -197,10 +216,12 @@ def load_artifact(
     layers, meta = description.layers, description.meta
     if expect:
         _check_expectations(folder, meta, expect)
+    has_weights = bool({WEIGHTS, ADAPTERS} & manifest.files.keys())
     shapes = {name: layer.shape for name, layer in layers.items()}
     if model is not None:
         for name, shape in shapes.items():
             require_layer(model, name, str(folder), "Load it with the model it was made from.", shape, kind=nn.Module)
+        meta = require_made_from(model, meta, str(folder), has_weights=has_weights, another_model=another_model)
     has_adapters = ADAPTERS in manifest.files
     if has_adapters != (description.version == ADAPTER_VERSION):
         got = f"version {description.version} {'with' if has_adapters else 'without'} it"
@@ -211,7 +232,7 @@ def load_artifact(
             require_tensors(folder / file, header, _rules(file, shapes, header), _ADVICE)
 
     tensors = load_file(folder / MASKS)
-    artifact = Artifact(masks={}, meta=meta)
+    artifact = Artifact(masks={}, meta=meta, folder=str(folder))
     for name, layer in layers.items():
         keep = _unpack_bits(folder / MASKS, name, tensors[f"{name}.keep"], shapes[name])
         if (kept := int(keep.sum())) != layer.kept:
@@ -231,6 +252,49 @@ def load_artifact(
         names = sorted({name.rpartition(".")[0] for name in parts}, key=list(layers).index)
         artifact.adapters = {name: (parts[f"{name}.left"], parts[f"{name}.right"]) for name in names}
     return artifact
+
+
+def require_made_from(
+    model: nn.Module, meta: dict[str, Any], what: str, *, has_weights: bool, another_model: bool = False
+) -> dict[str, Any]:
+    """Refuse an artifact that was made from another dense model, by the fingerprints in its meta; returns the meta.
+
+    what           place of the artifact in messages
+    has_weights    whether it holds weights or adapters, which fit no other model
+    another_model  take masks of another model; what is returned says so, and has the fingerprints of `model`
+    """
+    if meta.get("weights_fingerprint") is None:
+        logger.warning("%s does not say which weights it was made from: whether they are these was not checked", what)
+        return meta
+    if any(parameter.is_meta for parameter in model.parameters()):
+        found = {"config_fingerprint": config_fingerprint(getattr(model, "config", {}))}
+    else:
+        found = fingerprints(model)
+    differs = [key for key in found if meta.get(key) != found[key]]
+    if differs == ["config_fingerprint"] and _made_by_another_version(meta):
+        # Versions of transformers name and complete the values of a config differently.
+        logger.warning("%s was made with another version of transformers: the configuration was not compared", what)
+        return meta
+    if not differs:
+        return meta
+    source = meta.get("model", "another model")
+    if has_weights or not another_model:
+        changed = "settings in config.json" if differs[0] == "config_fingerprint" else "weights"
+        if has_weights:
+            advice = "It holds weights, which fit no other model: give the model it was made from, or make it again."
+        else:
+            advice = "Give that model, or accept them with --masks-of-another-model (another_model=True)."
+        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+            advice += " A float32 model must be loaded in the dtype that it was pruned in."
+        expected = f"expected an artifact made from {model_name(model)}"
+        raise ValueError(f"{what}: {expected}, got one made from {source} whose {changed} differ. {advice}")
+    logger.warning("%s was made from %s; its masks are put on %s as asked", what, source, model_name(model))
+    return meta | found | {"masks_of_another_model": {"model": source} | {key: meta.get(key) for key in FINGERPRINTS}}
+
+
+def _made_by_another_version(meta: Mapping[str, Any]) -> bool:
+    made_with = meta.get("versions")
+    return isinstance(made_with, dict) and made_with.get("transformers") != versions()["transformers"]
 
 
 def _pack_bits(mask: Tensor) -> Tensor:

@@ -42,6 +42,15 @@ class PlacementSettings:
 
 
 @record(kw_only=True)
+class MaskSettings:
+    """Which masks a command accepts for its model."""
+
+    masks_of_another_model: bool = setting(
+        False, "accept masks (not weights) that were made from another model with layers of the same shapes"
+    )
+
+
+@record(kw_only=True)
 class CalibrationSettings:
     """Which calibration samples a command draws from its text."""
 
@@ -156,16 +165,24 @@ def load_tokenizer(path: str) -> Any:
         raise FileNotFoundError(f"--model: expected a tokenizer in {path!r}, {got}") from error
 
 
-def load_masks(path: str | os.PathLike, model: nn.Module, flag: str = "--masks") -> Artifact:
-    """Artifact of prune, or of learn (its folder or the result inside), checked against the model."""
-    from patch.artifacts.artifact import load_artifact
-    from patch.models.facts import config_fingerprint
+def load_masks(options: Any, path: str | os.PathLike, model: nn.Module, flag: str = "--masks") -> Artifact:
+    """Artifact of prune, or of learn (its folder or the result inside), checked against the dense model.
 
-    artifact = load_artifact(artifact_folder(path, flag), model=model)
-    made_for = artifact.meta.get("config_fingerprint")
-    if made_for is not None and made_for != config_fingerprint(model.config):
-        got = f"{path} was made from {artifact.meta.get('model')!r} whose configuration differs"
-        raise ValueError(f"{flag}: expected masks of this model, {got}. Give that model, or make the masks again.")
+    options  with masks_of_another_model
+    """
+    from patch.artifacts.artifact import load_artifact
+
+    folder = artifact_folder(path, flag)
+    return load_artifact(folder, model=model, another_model=options.masks_of_another_model)
+
+
+def put_masks(options: Any, path: str | os.PathLike, model: nn.Module) -> Artifact:
+    """The artifact of `load_masks`, put on the dense model."""
+    from patch.artifacts.apply import apply_artifact
+    from patch.artifacts.artifact import load_artifact
+
+    artifact = load_artifact(artifact_folder(path))
+    apply_artifact(model, artifact, another_model=options.masks_of_another_model)
     return artifact
 
 

@@ -6,9 +6,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patch.files.paths import require_place_for_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def check_new_folder(path: str | os.PathLike, *, overwrite: bool, what: str) -> Path:
@@ -85,6 +88,15 @@ def provenance(source: str | None, text_sha256: str | None, **values: Any) -> Ma
     from patch.models.facts import versions
 
     return {"data": source, "text_sha256": text_sha256, "versions": versions(), **values}
+
+
+def print_sparsity(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Say what masks prune, of their layers and of the whole decoder; the same as values for an artifact's meta."""
+    from patch.models.coverage import coverage
+
+    covered = coverage(model, masks)
+    print(covered.text())
+    return {"coverage": covered.as_dict()}
 
 
 def print_written(path: Path, what: str, next_step: str) -> None:

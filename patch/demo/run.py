@@ -29,6 +29,7 @@ from patch.files.folder import write_folder
 from patch.files.strict_json import dump_json, read_json
 from patch.learn.config import LearnConfig
 from patch.learn.run import learn
+from patch.models.facts import fingerprints
 from patch.models.keep_masks import apply_keep_masks, measured_sparsity
 from patch.models.structure import maskable_linears
 from patch.packed.convert import pack_model
@@ -175,6 +176,7 @@ class _Demo:
 
     def _make_one_shot(self, method: str) -> Outcome:
         model = self._dense_model()
+        made_from = fingerprints(model)
         masks = prune_model(model, method, calibration=self.calibration, progress=False)
         result = self._measure(model, masks)
         weights = {name: linear.weight for name, linear in maskable_linears(model).items()}
@@ -183,7 +185,7 @@ class _Demo:
             save_artifact(
                 folder,
                 masks,
-                meta={"model": "dense", "method": method, "pattern": "2:4", "sparsity": 0.5},
+                meta={"model": "dense", "method": method, "pattern": "2:4", "sparsity": 0.5} | made_from,
                 weights=weights if get_method(method).updates_weights else None,
                 extra={STAGE_FILE: stage},
             )
@@ -197,6 +199,7 @@ class _Demo:
 
     def _make_learned(self, config: LearnConfig) -> Outcome:
         model = self._dense_model()
+        made_from = fingerprints(model)
         prior = load_artifact(self.out / "sparsegpt").masks
         outcome = learn(
             model,
@@ -213,7 +216,7 @@ class _Demo:
             "sparsity": config.target_sparsity,
             "tile": config.tile,
             "seed": config.seed,
-        }
+        } | made_from
         metrics = "".join(json.dumps(record) + "\n" for record in outcome.metrics)
 
         def save(folder: Path, stage: bytes) -> None:

@@ -22,6 +22,8 @@ from patch.learn.checks import check_inputs
 from patch.learn.config import LearnConfig
 from patch.learn.masked_linear import MaskedLayers
 from patch.learn.trainer import MaskTrainer, ShuffledBlocks
+from patch.models.coverage import coverage, warn_of_dense_rest
+from patch.models.facts import fingerprints, model_name, versions
 from patch.models.keep_masks import apply_keep_masks, measured_sparsity
 from patch.models.modes import prepared
 from patch.models.structure import maskable_linears
@@ -89,6 +91,9 @@ def learn(
         raise ValueError("resume: expected an output_dir to resume from, got none; pass the folder of the earlier run")
     check_inputs(model, train_blocks, config, linears, prior_masks, tile_scores)
     config.accumulation_steps(world_size())
+    if rank() == 0:
+        warn_of_dense_rest(model, linears)
+    made_from = {} if output_dir is None else {"model": model_name(model), "versions": versions()} | fingerprints(model)
     if prior_masks is None and config.pattern_prior_strength > 0:
         logger.info("no prior_masks given: the 2:4 logits start from the random draw alone")
     if tile_scores is None and config.mode != "maskllm" and config.tile_prior_strength > 0:
@@ -130,7 +135,8 @@ def learn(
         apply_keep_masks(model, masks, exclude=exclude)
         result = _result(masks, grids, log, soft, config)
         if output_dir is not None and rank() == 0:
-            _save_result(folder, result, config, identity)
+            covered = coverage(model, result.masks).as_dict()
+            _save_result(folder, result, config, made_from | {"coverage": covered, "run": identity})
         return result
 
 
@@ -243,7 +249,7 @@ def _result(
     return LearnResult(masks, grids, metrics, hard, soft)
 
 
-def _save_result(folder: Path, result: LearnResult, config: LearnConfig, identity: dict[str, Any]) -> None:
+def _save_result(folder: Path, result: LearnResult, config: LearnConfig, facts: dict[str, Any]) -> None:
     meta = {
         "method": config.mode,
         "pattern": "patch",
@@ -252,8 +258,7 @@ def _save_result(folder: Path, result: LearnResult, config: LearnConfig, identit
         "seed": config.seed,
         "hard_density": result.hard_density,
         "soft_density": result.soft_density,
-        "run": identity,
-    }
+    } | facts
     save_artifact(folder / run_checkpoints.RESULT, result.masks, meta=meta, tile_is_sparse=result.tile_is_sparse)
 
 

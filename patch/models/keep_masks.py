@@ -75,9 +75,13 @@ def measured_sparsity(masks: Mapping[str, torch.Tensor]) -> float:
     for name, keep in masks.items():
         require_mask(keep, ("N", "K"), f"layer '{name}'")
     total = sum(keep.numel() for keep in masks.values())
+    return sum(pruned_weights(keep) for keep in masks.values()) / total
+
+
+def pruned_weights(keep: torch.Tensor) -> int:
+    """How many weights a mask (N, K) bool prunes."""
     # By parts: torch turns what it counts into int64 first, which for a whole mask is 8 times the mask.
-    kept = sum(int(torch.count_nonzero(rows)) for keep in masks.values() for rows in keep.split(1024))
-    return 1 - kept / total
+    return keep.numel() - sum(int(torch.count_nonzero(rows)) for rows in keep.split(1024))
 
 
 def check_masks_hold(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from patch.evaluate.cross_entropy import perplexity
 from patch.files.schema import require_choice
 from patch.models.checks import check_device, require_tokens
+from patch.models.coverage import warn_of_dense_rest
 from patch.models.keep_masks import check_keep_masks, set_keep_mask
 from patch.models.structure import decoder_blocks
 from patch.pruning.hessian import Statistics, damped_until, eliminate, full_precision, inverse_factor, inverse_of
@@ -104,6 +105,7 @@ def compensate(
     if pruned and all(not linear.weight[~masks[name]].any() for name, linear in pruned.items()):
         got = "a model in which everything the masks prune is 0 already"
         raise ValueError(f"model: expected its dense weights, got {got}. Load the dense model and pass the masks.")
+    warn_of_dense_rest(model, linears)
     before = None
     if heldout is not None:
         with _masked(linears, masks):

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from patch.models.checks import check_device, require_tokens
+from patch.models.coverage import warn_of_dense_rest
 from patch.models.keep_masks import apply_keep_masks, keep_mask_of, set_keep_mask
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, maskable_linears
@@ -58,12 +59,14 @@ def prune_model(
         advice = "Pass windows of (samples, seqlen) token ids, or use method='magnitude'."
         raise ValueError(f"calibration: expected token ids for method '{method}', got none. {advice}")
     if chosen.learns:
+        warn_of_dense_rest(model, maskable_linears(model, exclude))
         masks = chosen.code.learn_masks(model, calibration, prox, exclude=exclude, device=device, progress=progress)
         apply_keep_masks(model, masks, exclude=exclude)
         return {name: keep_mask_of(model.get_submodule(name)) for name in masks}
     if prox is not None:
         raise ValueError(f"prox: expected None for method '{method}', got settings of prox_sparse. Leave it out.")
     linears = check_prunable(model, chosen, options, calibration, exclude=exclude, device=device)
+    warn_of_dense_rest(model, linears)
 
     if options.sparsity == 0:
         for linear in linears.values():

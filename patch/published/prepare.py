@@ -21,7 +21,8 @@ from patch.files.folder import resolve_folder
 from patch.files.paths import require_place_for_folder
 from patch.files.regular import file_sha256
 from patch.models.checks import require_trained_dtype
-from patch.models.facts import config_fingerprint, model_fingerprint, model_name, versions, within_context
+from patch.models.coverage import coverage
+from patch.models.facts import fingerprints, model_name, versions, within_context
 from patch.models.keep_masks import apply_keep_masks
 from patch.models.structure import linear_at, maskable_linears
 from patch.pruning.model import check_prunable, prune_model
@@ -106,10 +107,14 @@ def prepare(
     if blocks is not None:
         fine_tune(model, blocks, FineTuneOptions(seed=seed))
     weights = {name: linear_at(model, name).weight.detach() for name in masks}
+    covered = coverage(model, masks)
+    logger.info("%s", covered.text())
     save_artifact(
         folder,
         masks,
-        meta=meta | {"model": model_name(model), "calibration_text_sha256": text_hash, "versions": versions()},
+        meta=meta
+        | {"model": model_name(model), "calibration_text_sha256": text_hash, "versions": versions()}
+        | {"coverage": covered.as_dict()},
         tile_scores=scores,
         weights=weights,
         adapters=adapters(model),
@@ -121,8 +126,7 @@ def prepare(
 def _meta(model: nn.Module, args: PruneArgs, target: Target, seed: int) -> dict[str, Any]:
     """What a checkpoint must have been made with to be reused."""
     meta = {
-        "config_fingerprint": config_fingerprint(model.config),
-        "model_fingerprint": model_fingerprint(model),
+        **fingerprints(model),
         "method": args.prune_method,
         "pattern": args.sparsity_type,
         "sparsity": args.sparsity_ratio,

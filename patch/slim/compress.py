@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from patch.models.adapted_linear import AdaptedLinear, adapted_layers, attach_adapter
 from patch.models.checks import check_device, require_tokens
+from patch.models.coverage import warn_of_dense_rest
 from patch.models.keep_masks import check_keep_masks
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, maskable_linears
@@ -126,6 +127,7 @@ def compress_model(
     weights = dict(weights or {})
     linears = _check_model(model, masks, options, weights, calibration)
     check_device(device)
+    warn_of_dense_rest(model, linears)
     if options.lora_rank > 0:
         linears = {
             name: attach_adapter(model, name, options.rank(layer.weight.shape)) for name, layer in linears.items()

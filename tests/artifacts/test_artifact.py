@@ -457,6 +457,8 @@ def masks():
 
 
 META = {"model": "tiny", "method": "wanda", "pattern": "2:4", "sparsity": 0.5, "tile": (4, 8), "seed": 3}
+MADE_FROM = {"config_fingerprint": "0" * 64, "weights_fingerprint": "1" * 64}
+META |= MADE_FROM
 
 
 def save(path, masks, **changes):
@@ -487,7 +489,7 @@ def test_artifact_round_trip(tmp_path, masks):
 def test_masks_are_stored_as_big_endian_bits(tmp_path):
     from safetensors.torch import load_file
 
-    save_artifact(tmp_path / "a", {"x": torch.tensor([[1, 0, 0, 0, 0, 0, 0, 1, 1]]).bool()}, meta={})
+    save_artifact(tmp_path / "a", {"x": torch.tensor([[1, 0, 0, 0, 0, 0, 0, 1, 1]]).bool()}, meta=META)
     assert load_file(tmp_path / "a" / "masks.safetensors")["x.keep"].tolist() == [0b10000001, 0b10000000]
 
 
@@ -512,7 +514,7 @@ def test_artifact_of_something_else_is_refused(tmp_path, masks, key, value, mess
 def test_artifact_is_checked_against_the_model(tmp_path, tiny_model):
     model = tiny_model()
     name = "model.layers.0.mlp.up_proj"
-    save_artifact(tmp_path / "a", {name: torch.ones(192, 128).bool()}, meta={})
+    save_artifact(tmp_path / "a", {name: torch.ones(192, 128).bool()}, meta=META | facts.fingerprints(model))
     assert load_artifact(tmp_path / "a", model=model).masks[name].all()
     with pytest.raises(ValueError, match=r"layer \(192, 128\) at '.*up_proj' of Llama.*, found Linear \(200, 128\)"):
         load_artifact(tmp_path / "a", model=tiny_model(intermediate_size=200))

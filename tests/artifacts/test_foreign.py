@@ -15,6 +15,7 @@ from patch import cli
 from patch.artifacts import foreign
 from patch.artifacts.artifact import load_artifact
 from patch.artifacts.foreign import locate, patch_meta, read_masks, write_masks
+from patch.models.facts import fingerprints
 from patch.models.keep_masks import keep_masks
 from patch.models.structure import maskable_linears
 from patch.utils import prepare_pruned_model
@@ -438,7 +439,7 @@ def run(capsys, *arguments):
 def test_commands_round_trip(folder, tmp_path, capsys, npz, model, masks):
     source = npz(maskllm_arrays(masks), "mask_compressed.npz")
     status, out, _ = run(capsys, "import-masks", source, "--model", folder / "model", "--out", tmp_path / "a")
-    assert status == 0 and "imported 14 layers (2:4): sparsity 0.5000" in out
+    assert status == 0 and "imported 14 layers (2:4)\nsparsity 0.5000" in out
     artifact = load_artifact(tmp_path / "a", model=model)
     assert artifact.masks.keys() == masks.keys()
     assert all(torch.equal(artifact.masks[name], masks[name]) for name in masks)
@@ -474,7 +475,7 @@ def test_imported_masks_serve_the_other_commands(folder, tmp_path, capsys, npz, 
     status, out, _ = run(
         capsys, "export", "--model", folder / "model", "--masks", tmp_path / "a", "--out", tmp_path / "packed"
     )
-    assert status == 0 and "sparsity of the 12 pruned layers: 0.5000" in out
+    assert status == 0 and "sparsity 0.5000 in the masked layers, 0.4667 over the whole decoder" in out
 
 
 def test_commands_refuse(folder, tmp_path, capsys, npz, masks):
@@ -503,7 +504,12 @@ def test_export_says_that_updated_weights_stay_behind(tmp_path, capsys):
     from patch.artifacts.artifact import save_artifact
 
     keep = torch.ones(4, 4, dtype=torch.bool)
-    save_artifact(tmp_path / "a", {"x": keep}, meta={"model": "m"}, weights={"x": torch.ones(4, 4)})
+    save_artifact(
+        tmp_path / "a",
+        {"x": keep},
+        meta={"model": "m"} | fingerprints(torch.nn.Linear(4, 4)),
+        weights={"x": torch.ones(4, 4)},
+    )
     status, out, _ = run(capsys, "export-masks", tmp_path / "a", "--out", tmp_path / "m.npz")
     assert status == 0 and "note: mask.npz holds masks only" in out
 

@@ -16,13 +16,13 @@ from support.models import build_tiny_model
 
 from patch import cli
 from patch.artifacts.apply import apply_artifact
+from patch.artifacts.artifact import load_artifact
 from patch.cli import inputs, parser
 from patch.cli.commands import generate as generate_command
 from patch.cli.commands import learn as learn_command
 
 
 def test_prune_writes_masks_scores_and_configuration(work):
-    from patch.artifacts.artifact import load_artifact
 
     artifact = load_artifact(work / "prior", model=build_tiny_model("llama"))
     assert all(torch.equal(k.view(-1, 4).sum(1), torch.full((k.numel() // 4,), 2)) for k in artifact.masks.values())
@@ -37,7 +37,6 @@ def test_prune_writes_masks_scores_and_configuration(work):
 
 
 def test_prune_from_its_resolved_configuration_gives_the_same_masks(work, tmp_path, capsys):
-    from patch.artifacts.artifact import load_artifact
 
     status, _, _ = run(
         capsys, "prune", "--config", work / "prior" / "config.resolved.yaml", "--out", tmp_path / "again"
@@ -63,7 +62,7 @@ def test_prune_keeps_updated_weights(work, tmp_path, method):
     assert cli.main(["prune", *flags, "--method", method, "--out", str(out)]) == 0
     model = inputs.load_model(str(work / "model"))
     dense = {name: weight.clone() for name, weight in model.state_dict().items()}
-    artifact = inputs.load_masks(out, model)
+    artifact = load_artifact(out)
     apply_artifact(model, artifact)
     name, keep = next(iter(artifact.masks.items()))
     weight = model.get_submodule(name).weight
@@ -72,7 +71,6 @@ def test_prune_keeps_updated_weights(work, tmp_path, method):
 
 
 def test_pruning_flags_reach_the_method(work, tmp_path):
-    from patch.artifacts.artifact import load_artifact
     from patch.data.tokens import calibration_windows
     from patch.priors import tile_scores
     from patch.pruning import prune_model
@@ -99,7 +97,6 @@ def test_pruning_flags_reach_the_method(work, tmp_path):
 
 
 def test_the_default_block_size_of_the_method_is_recorded(work, tmp_path):
-    from patch.artifacts.artifact import load_artifact
 
     assert load_artifact(work / "prior").meta["block_size"] == 128
     flags = f"--model {work}/model --data {work}/train.txt --nsamples 1 --seqlen 32 --method thanos --out {tmp_path}/o"
@@ -108,7 +105,6 @@ def test_the_default_block_size_of_the_method_is_recorded(work, tmp_path):
 
 
 def test_learn_meets_the_exact_budget_and_saves_its_configuration(work):
-    from patch.artifacts.artifact import load_artifact
     from patch.models.keep_masks import measured_sparsity
 
     artifact = load_artifact(work / "learned" / "result")
@@ -133,7 +129,6 @@ def test_finished_learning_is_applied_again_with_resume(work, capsys):
 
 
 def test_learn_goes_on_after_an_interrupt(work, tmp_path, capsys, monkeypatch):
-    from patch.artifacts.artifact import load_artifact
     from patch.learn.trainer import MaskTrainer
 
     arguments = ["learn", "--config", work / "learned" / "config.resolved.yaml", "--out", tmp_path / "run"]
@@ -196,7 +191,7 @@ def test_export_eval_and_generate(work, tmp_path, capsys):
         )
         assert status == 0
         exported[kind] = out
-    assert "sparsity of the 14 pruned layers: 0.35" in exported["packed"]
+    assert "sparsity 0.3500 in the masked layers" in exported["packed"]
     assert "dense -> " in exported["packed"]
     assert "(1.000x)" in exported["dense"]
     status, out, _ = run(

@@ -16,6 +16,7 @@ from support.models import build_byte_tokenizer, build_tiny_model
 
 from patch import cli
 from patch.artifacts.apply import apply_artifact
+from patch.artifacts.artifact import load_artifact
 from patch.cli import inputs
 from patch.evaluate.task_sets import TASK_SETS, expanded
 
@@ -158,7 +159,7 @@ def test_tasks_of_dense_masked_and_packed_models(work, tmp_path, capsys):
     model, tokenizer = inputs.load_model(str(work / "model")), build_byte_tokenizer()
     expected = sum(right_answers(model, tokenizer, "local_plain")) / 24
     assert dense["zero_shot"]["tasks"]["local_plain"]["value"] == pytest.approx(expected, rel=1e-12)
-    apply_artifact(model, inputs.load_masks(work / "masks", model))
+    apply_artifact(model, load_artifact(work / "masks"))
     values = [sum(right_answers(model, tokenizer, task)) / size for task, size in lm_eval_tasks.SIZES.items()]
     assert masked["zero_shot"]["tasks"]["local_plain"]["value"] == pytest.approx(values[0], rel=1e-12)
     group = (9 * values[1] + 21 * values[2]) / 30

@@ -14,6 +14,7 @@ from patch.artifacts.apply import apply_artifact
 from patch.artifacts.artifact import load_artifact, save_artifact
 from patch.cli import inputs
 from patch.evaluate.cross_entropy import perplexity
+from patch.models.facts import fingerprints
 from patch.models.keep_masks import keep_masks
 from patch.models.structure import maskable_linears
 from patch.pruning import COMPENSATIONS, PruneOptions, compensate, prune_model
@@ -265,7 +266,9 @@ def work(tmp_path_factory):
     (folder / "train.txt").write_text("\n".join(lines[:400]))
     (folder / "held.txt").write_text("\n".join(lines[400:]))
     masks = random_masks(build())
-    save_artifact(folder / "masks", masks, meta={"model": "dense", "method": "joint", "sparsity": 0.4})
+    save_artifact(
+        folder / "masks", masks, meta={"model": "dense", "method": "joint", "sparsity": 0.4} | fingerprints(build())
+    )
     return folder
 
 
@@ -298,7 +301,9 @@ def test_the_command_saves_weights_and_both_perplexities(work, tmp_path, capsys)
 def test_the_command_refuses_weights_that_it_would_lose(work, tmp_path, capsys):
     masks = load_artifact(work / "masks").masks
     for key, name in (("compression", "compress"), ("fine_tune", "fine-tune")):
-        save_artifact(tmp_path / name, masks, meta={"model": "dense", "method": "joint", key: {"seed": 0}})
+        save_artifact(
+            tmp_path / name, masks, meta={"model": "dense", "method": "joint", key: {"seed": 0}} | fingerprints(build())
+        )
         status = command(work, tmp_path / "out", "--heldout", work / "held.txt", "--masks", tmp_path / name)
         assert status == 2
         message = capsys.readouterr().err

@@ -604,7 +604,7 @@ def test_command(folder, capsys):
     flags = ["--method", "prox_sparse", "--prox-lambda", 1.0, "--prox-lr", 2e-3, "--prox-steps", 3]
     flags += ["--set", "prox.batch_size=2", "--target-sparsity", 0.35, "--tile", "16,16"]
     assert command(folder, *flags, "--out", folder / "a") == 0
-    assert "pruned 14 layers with prox_sparse: sparsity 0.5000" in capsys.readouterr().out
+    assert "pruned 14 layers with prox_sparse\nsparsity 0.5000" in capsys.readouterr().out
     artifact = load_artifact(folder / "a", model=build_tiny_model(**SMALL))
     assert artifact.meta["nsamples"] == 400 and not artifact.weights and len(artifact.tile_scores) == 14
     assert artifact.meta["prox"] == {**ProxSparseConfig(**PROX, batch_size=2).__dict__}

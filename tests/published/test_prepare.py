@@ -128,7 +128,7 @@ def test_checkpoint_of_another_run_is_refused(
 def test_checkpoint_of_another_model_or_text_is_refused(tmp_path, model, tiny_model, tokenizer, arguments, text_file):
     prepare_pruned_model(model, tokenizer, tmp_path / "c", arguments, TILE, 0.35)
     for other, message in (
-        (tiny_model(seed=1), "expected model_fingerprint"),
+        (tiny_model(seed=1), "expected weights_fingerprint"),
         (tiny_model(intermediate_size=200), "expected config_fingerprint"),
     ):
         other.seqlen = 32

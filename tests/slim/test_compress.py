@@ -20,6 +20,7 @@ from patch.files.folder import MANIFEST
 from patch.files.regular import file_sha256
 from patch.files.strict_json import dump_json
 from patch.models.adapted_linear import AdaptedLinear
+from patch.models.facts import fingerprints
 from patch.models.keep_masks import keep_masks
 from patch.models.structure import maskable_linears
 from patch.packed.convert import pack_model
@@ -60,7 +61,7 @@ def compress(folder: Path, *flags: object, masks: str = "wanda", out: str = "sli
 
 def restored(folder: Path, artifact: str):
     model = inputs.load_model(str(folder / "model"))
-    apply_artifact(model, inputs.load_masks(folder / artifact, model))
+    apply_artifact(model, load_artifact(inputs.artifact_folder(folder / artifact)))
     return model
 
 
@@ -238,7 +239,7 @@ def test_wrong_adapters_are_not_saved(tmp_path, change, message):
     parts = adapters(model)
     change(parts, next(iter(masks)))
     with pytest.raises(ValueError, match=message):
-        save_artifact(tmp_path / "a", masks, meta={}, adapters=parts)
+        save_artifact(tmp_path / "a", masks, meta=fingerprints(model), adapters=parts)
     assert not (tmp_path / "a").exists()
 
 
@@ -283,7 +284,7 @@ def damaged(folder: Path, case: str) -> None:
 )
 def test_damaged_adapters_are_refused(tmp_path, case, message):
     model, masks = adapted_model()
-    save_artifact(tmp_path / "a", masks, meta={}, adapters=adapters(model))
+    save_artifact(tmp_path / "a", masks, meta=fingerprints(model), adapters=adapters(model))
     load_artifact(tmp_path / "a", model=model)
     damaged(tmp_path / "a", case)
     with pytest.raises(ValueError, match=message):
@@ -293,7 +294,9 @@ def test_damaged_adapters_are_refused(tmp_path, case, message):
 def test_settings_of_another_version_are_refused(tmp_path):
     model, masks = adapted_model()
     dense = build_tiny_model("llama", dtype=torch.bfloat16)
-    save_artifact(tmp_path / "a", masks, meta={"compression": {"other": 1}}, adapters=adapters(model))
+    save_artifact(
+        tmp_path / "a", masks, meta={"compression": {"other": 1}} | fingerprints(dense), adapters=adapters(model)
+    )
     with pytest.raises(ValueError, match="compression: expected the settings of CompressOptions, got others"):
         apply_artifact(dense, load_artifact(tmp_path / "a"))
     assert same_states(dense, build_tiny_model("llama", dtype=torch.bfloat16)) and not keep_masks(dense)
@@ -305,10 +308,10 @@ def test_adapters_come_back_in_the_dtype_they_were_saved_in(tmp_path):
     for layer in model.modules():
         if isinstance(layer, AdaptedLinear):
             layer.lora_left.data.mul_(1.001)  # no longer a bf16 number
-    meta = {"compression": CompressOptions(lora_rank=0.1, slim_lora=False).as_dict()}
+    again = build_tiny_model("llama").bfloat16().float()
+    meta = {"compression": CompressOptions(lora_rank=0.1, slim_lora=False).as_dict()} | fingerprints(again)
     weights = {name: model.get_submodule(name).weight for name in masks}
     save_artifact(tmp_path / "a", masks, meta=meta, weights=weights, adapters=adapters(model))
-    again = build_tiny_model("llama").bfloat16().float()
     apply_artifact(again, load_artifact(tmp_path / "a", model=again))
     assert same_states(model, again)
 

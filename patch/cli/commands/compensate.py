@@ -25,7 +25,7 @@ examples:
 
 
 @record(kw_only=True)
-class Options(inputs.CalibrationSettings, inputs.PlacementSettings):
+class Options(inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementSettings):
     """Settings of `compensate`."""
 
     model: str = setting(help="the DENSE model the masks were made for: folder or Hugging Face id", metavar="MODEL")
@@ -52,12 +52,11 @@ def run(options: Options) -> None:
     if options.overwrite:
         outputs.check_input_stays(masks, out)
     from patch.artifacts.artifact import save_artifact
-    from patch.models.keep_masks import measured_sparsity
     from patch.models.structure import maskable_linears
     from patch.pruning import compensate
 
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
-    source = inputs.load_masks(options.masks, model)
+    source = inputs.load_masks(options, options.masks, model)
     # The update starts from dense weights and would undo what these did to them.
     inputs.refuse_further_steps(source.meta, options.masks, {"compression": "compress", "fine_tune": "fine-tune"})
     tokenizer = inputs.load_tokenizer(options.model)
@@ -91,17 +90,17 @@ def run(options: Options) -> None:
         perplexity_before=result.perplexity_before,
         perplexity_after=result.perplexity_after,
     )
+    _print_errors(result.layer_errors)
+    covered = outputs.print_sparsity(model, source.masks)
     save_artifact(
         out,
         source.masks,
-        meta=source.meta | {"compensation": dict(compensation)},
+        meta=source.meta | covered | {"compensation": dict(compensation)},
         tile_scores=source.tile_scores,
         tile_is_sparse=source.tile_is_sparse,
         weights={name: linears[name].weight for name in source.masks},
         extra={RESOLVED_NAME: dump_yaml(resolved, header="patch-llm compensate --config THIS_FILE")},
     )
-    _print_errors(result.layer_errors)
-    print(f"sparsity {measured_sparsity(source.masks):.4f}, as before")
     print(
         f"held-out perplexity ({len(heldout)} windows of {seqlen} tokens): "
         f"{result.perplexity_before:.4f} with the masks alone, {result.perplexity_after:.4f} after"

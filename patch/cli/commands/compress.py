@@ -22,7 +22,7 @@ The masks may come from prune (any method) or learn; they do not change.
 
 
 @record(kw_only=True)
-class Options(CompressOptions, inputs.CalibrationSettings, inputs.PlacementSettings):
+class Options(CompressOptions, inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementSettings):
     """Settings of `compress`: those of patch.slim.CompressOptions, and what they are put on."""
 
     model: str = setting(help=inputs.MODEL_HELP + " (the dense model the masks were made from)", metavar="MODEL")
@@ -47,7 +47,7 @@ def run(options: Options) -> None:
     from patch.slim.compress import adapters, compress_model
 
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
-    artifact = inputs.load_masks(options.masks, model)
+    artifact = inputs.load_masks(options, options.masks, model)
     inputs.refuse_further_steps(artifact.meta, options.masks, {"compression": "compress"})
     calibration, text_sha256 = inputs.load_calibration(options, model) if settings.needs_calibration else (None, None)
     errors = compress_model(
@@ -58,6 +58,7 @@ def run(options: Options) -> None:
         calibration=calibration,
         shift_zero_metrics=options.shift_zero_metrics,
     )
+    covered = outputs.print_sparsity(model, artifact.masks)
     source = {"compression": settings.as_dict(), "compressed_from": str(options.masks)}
     if calibration is not None:
         source["compression_data"] = {"data": options.data, "text_sha256": text_sha256, "seqlen": calibration.shape[1]}
@@ -65,7 +66,7 @@ def run(options: Options) -> None:
     save_artifact(
         out,
         artifact.masks,
-        meta=artifact.meta | source,
+        meta=artifact.meta | covered | source,
         tile_scores=artifact.tile_scores,
         tile_is_sparse=artifact.tile_is_sparse,
         weights={name: linear_at(model, name).weight for name in artifact.masks},

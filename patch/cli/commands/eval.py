@@ -33,7 +33,7 @@ _PROBE = "The 17th  probe:\n\tna\u00efve caf\u00e9s paid 3.14 (or 2,718) -- don'
 
 
 @record(kw_only=True)
-class Options(inputs.PlacementSettings):
+class Options(inputs.MaskSettings, inputs.PlacementSettings):
     """Settings of `eval`."""
 
     model: str = setting(help=inputs.MODEL_HELP + "; listed first", metavar="MODEL")
@@ -197,7 +197,7 @@ def _check_masks(options: Options) -> None:
     if options.masks:
         shapes = inputs.load_model_shapes(options.model)
         for path in options.masks:
-            inputs.load_masks(path, shapes)
+            inputs.load_masks(options, path, shapes)
 
 
 def _models(options: Options) -> Iterator[tuple[dict[str, Any], nn.Module]]:
@@ -209,16 +209,13 @@ def _models(options: Options) -> Iterator[tuple[dict[str, Any], nn.Module]]:
     taken: set[str] = set()
     first = "dense" if options.masks or options.compare else _label(options.model, taken)
     taken.add(first)
-    from patch.artifacts.apply import apply_artifact
-
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     # Masks are put on dense models only. Without any, nothing says whether the model is dense or was pruned.
     yield _description(first, options.model, model, sparsity=0.0 if options.masks else None), model
     del model  # or it would stay while the next one is loaded
     for path in options.masks:
         model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
-        folder, artifact = inputs.artifact_folder(path), inputs.load_masks(path, model)
-        apply_artifact(model, artifact)
+        folder, artifact = inputs.artifact_folder(path), inputs.put_masks(options, path, model)
         masks = {"path": path, "manifest_sha256": file_sha256(folder / MANIFEST), "meta": artifact.meta}
         sparsity = measured_sparsity(keep_masks(model))
         yield _description(_label(path, taken), options.model, model, masks=masks, sparsity=sparsity), model

@@ -23,7 +23,7 @@ zeros where weights were pruned and needs no PATCH at all.
 
 
 @record(kw_only=True)
-class Options:
+class Options(inputs.MaskSettings):
     """Settings of `export`."""
 
     model: str = setting(help=inputs.MODEL_HELP + " (the dense model the masks were made from)", metavar="MODEL")
@@ -45,8 +45,7 @@ def run(options: Options) -> None:
     """Load the dense model, apply the masks, write; see the module's docstring."""
     out = outputs.check_new_folder(options.out, overwrite=options.overwrite, what="export")
     inputs.artifact_folder(options.masks)
-    from patch.artifacts.apply import apply_artifact
-    from patch.models.keep_masks import keep_masks, measured_sparsity
+    from patch.models.keep_masks import keep_masks
     from patch.models.structure import linear_at
     from patch.packed.convert import pack_model
     from patch.packed.save import save_dense, save_packed
@@ -54,9 +53,9 @@ def run(options: Options) -> None:
 
     model = inputs.load_model(options.model, dtype=options.dtype, device="cpu")
     tokenizer = inputs.load_tokenizer(options.model)
-    apply_artifact(model, inputs.load_masks(options.masks, model))
+    inputs.put_masks(options, options.masks, model)
     masks = keep_masks(model)
-    sparsity = measured_sparsity(masks)
+    outputs.print_sparsity(model, masks)
     before = sum(w.numel() * w.element_size() for w in (linear_at(model, name).weight for name in masks))
     if options.format == "packed":
         pack_model(model)
@@ -65,8 +64,8 @@ def run(options: Options) -> None:
     else:
         after = before
         save_dense(model, tokenizer, out)
-    print(f"sparsity of the {len(masks)} pruned layers: {sparsity:.4f}")
-    print(f"bytes of these layers: {before:,} dense -> {after:,} {options.format} ({after / before:.3f}x)")
+    share = after / before
+    print(f"bytes of the {len(masks)} masked layers: {before:,} dense -> {after:,} {options.format} ({share:.3f}x)")
     outputs.print_written(out, f"the {options.format} model", f"patch-llm generate --model {out} --prompt 'Once'")
 
 

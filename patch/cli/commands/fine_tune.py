@@ -28,7 +28,7 @@ RESULT = "result"
 
 
 @record(kw_only=True)
-class Options(FineTuneOptions, inputs.PlacementSettings):
+class Options(FineTuneOptions, inputs.MaskSettings, inputs.PlacementSettings):
     """Settings of `fine-tune`: those of patch.slim.FineTuneOptions, and what is trained on what."""
 
     model: str = setting(help=inputs.MODEL_HELP + " (the dense model the masks were made from)", metavar="MODEL")
@@ -60,15 +60,14 @@ def run(options: Options) -> None:
     masks = inputs.artifact_folder(options.masks)
     if options.overwrite:
         outputs.check_input_stays(masks, options.out)
-    from patch.artifacts.apply import apply_artifact
     from patch.artifacts.artifact import save_artifact
     from patch.models.structure import linear_at
     from patch.slim.compress import adapters
     from patch.slim.fine_tune import checkpoint_to_resume, fine_tune, trained_parameters
 
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
-    artifact = inputs.load_masks(options.masks, model)
-    apply_artifact(model, artifact)
+    artifact = inputs.put_masks(options, options.masks, model)
+    covered = outputs.print_sparsity(model, artifact.masks)
     trained_parameters(model)  # refuses a model without anything to train before the text is read
     blocks, text_sha256 = _blocks(options, model)
     if options.resume:
@@ -84,7 +83,7 @@ def run(options: Options) -> None:
     save_artifact(
         options.out / RESULT,
         artifact.masks,
-        meta=artifact.meta | {"fine_tune": source},
+        meta=artifact.meta | covered | {"fine_tune": source},
         tile_scores=artifact.tile_scores,
         tile_is_sparse=artifact.tile_is_sparse,
         weights={name: linear_at(model, name).weight for name in artifact.masks},

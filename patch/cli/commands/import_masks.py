@@ -32,14 +32,14 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Read, check against the model's shapes, write; the model's weights are not loaded."""
+    """Read, check against the model's layers, write. The weights are read for their fingerprint alone."""
     out = outputs.check_new_folder(options.out, overwrite=options.overwrite, what="result")
     from patch.artifacts.artifact import save_artifact
     from patch.artifacts.foreign import read_masks
-    from patch.models.facts import config_fingerprint
+    from patch.models.facts import fingerprints
     from patch.models.keep_masks import measured_sparsity
 
-    model = inputs.load_model_shapes(options.model)
+    model = inputs.load_model(options.model, device="cpu")
     found = read_masks(options.source, model, exclude=options.exclude, allow_pt=options.allow_pt)
     measured = measured_sparsity(found.masks)
     if found.pattern != "2:4" and measured > 0.5:
@@ -51,7 +51,7 @@ def run(options: Options) -> None:
         None,
         None,
         model=options.model,
-        config_fingerprint=config_fingerprint(model.config),
+        **fingerprints(model),
         method=told.lower() if isinstance(told, str) else "maskllm" if found.pattern == "2:4" else "patch",
         pattern=found.pattern,
         # A file made from the zeros of weights may prune a few more than half.
@@ -60,9 +60,10 @@ def run(options: Options) -> None:
         exclude=options.exclude,
         imported_from=found.provenance,
     )
+    print(f"imported {len(found.masks)} layers ({found.pattern})")
+    covered = outputs.print_sparsity(model, found.masks)
     resolved = dump_yaml(options, header="patch-llm import-masks --config THIS_FILE")
-    save_artifact(out, found.masks, meta=meta, extra={RESOLVED_NAME: resolved})
-    print(f"imported {len(found.masks)} layers ({found.pattern}): sparsity {measured:.4f}")
+    save_artifact(out, found.masks, meta=dict(meta) | covered, extra={RESOLVED_NAME: resolved})
     outputs.print_written(out, "masks", f"patch-llm eval --model {options.model} --masks {out} --data TEXT")
 
 

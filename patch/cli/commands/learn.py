@@ -50,7 +50,7 @@ DEFAULT_SEQLEN = 4096
 
 
 @record(kw_only=True)
-class Options(inputs.PlacementSettings):
+class Options(inputs.MaskSettings, inputs.PlacementSettings):
     """Settings of `learn`; the hyper-parameters are in the section `learn` (patch.learn.LearnConfig)."""
 
     model: str = setting(help=inputs.MODEL_HELP, metavar="MODEL")
@@ -96,7 +96,6 @@ def run(options: Options) -> None:
         if options.overwrite:
             outputs.check_input_stays(prior, options.folder, "--prior")
     from patch.learn.run import learn
-    from patch.models.keep_masks import measured_sparsity
 
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     masks, scores = _prior(options, config, model)
@@ -116,10 +115,10 @@ def run(options: Options) -> None:
         exclude=options.exclude,
     )
     print(
-        f"learned {len(result.masks)} layers in {config.total_steps(len(blocks))} steps: sparsity "
-        f"{measured_sparsity(result.masks):.4f} (target {config.target_sparsity}, sampled masks "
-        f"{1 - result.soft_density:.4f})"
+        f"learned {len(result.masks)} layers in {config.total_steps(len(blocks))} steps: target sparsity "
+        f"{config.target_sparsity}, sampled masks {1 - result.soft_density:.4f}"
     )
+    outputs.print_sparsity(model, result.masks)
     next_step = f"patch-llm export --model {options.model} --masks {options.out} --format packed --out packed"
     outputs.print_written(options.folder, "masks, metrics.jsonl and config.resolved.yaml", next_step)
 
@@ -186,7 +185,7 @@ def _prior(
             expected = "expected a folder with 2:4 masks for preset tile"
             raise ValueError(f"--prior: {expected}, got none. Make one with `patch-llm prune`.")
         return None, None
-    artifact = inputs.load_masks(options.prior, model, "--prior")
+    artifact = inputs.load_masks(options, options.prior, model, "--prior")
     if artifact.meta.get("pattern") == "unstructured":
         got = f"{options.prior} was pruned unstructured"
         raise ValueError(f"--prior: expected 2:4 masks, {got}. Make it with `patch-llm prune --pattern 2:4`.")

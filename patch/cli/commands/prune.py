@@ -64,8 +64,7 @@ def run(options: Options) -> None:
     """Prune and save; see the module's docstring."""
     out = outputs.check_new_folder(options.out, overwrite=options.overwrite, what="result")
     from patch.artifacts.artifact import save_artifact
-    from patch.models.facts import config_fingerprint
-    from patch.models.keep_masks import measured_sparsity
+    from patch.models.facts import fingerprints
     from patch.models.structure import maskable_linears
     from patch.pruning.model import check_prunable, prune_model
     from patch.pruning.tile_scores import reference_tile_scores
@@ -86,6 +85,7 @@ def run(options: Options) -> None:
     if method.needs_calibration:
         inputs.check_text_source(options.data)
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
+    made_from = fingerprints(model)
     calibration, text_sha256 = inputs.load_calibration(options, model) if method.needs_calibration else (None, None)
     # The reference is made from the dense model, so before that is pruned.
     scores = None
@@ -102,13 +102,14 @@ def run(options: Options) -> None:
         prox=own,
         **_shared(options, calibration),
     )
+    print(f"pruned {len(masks)} layers with {options.method}")
+    covered = outputs.print_sparsity(model, masks)
     linears = maskable_linears(model, options.exclude)
     weights = {name: linear.weight for name, linear in linears.items()} if method.updates_weights else None
     meta = outputs.provenance(
         options.data if calibration is not None else None,
         text_sha256,
         model=options.model,
-        config_fingerprint=config_fingerprint(model.config),
         method=options.method,
         pattern=options.pattern,
         sparsity=options.sparsity,
@@ -123,11 +124,12 @@ def run(options: Options) -> None:
         block_size=pruning.block_size,
         exclude=options.exclude,
         **section,
+        **made_from,
+        **covered,
     )
     # Repeating a run must not replace its result.
     resolved = dump_yaml(dataclasses.replace(options, overwrite=False), header="patch-llm prune --config THIS_FILE")
     save_artifact(out, masks, meta=meta, tile_scores=scores, weights=weights, extra={RESOLVED_NAME: resolved})
-    print(f"pruned {len(masks)} layers with {options.method}: sparsity {measured_sparsity(masks):.4f}")
     outputs.print_written(out, "masks", f"patch-llm eval --model {options.model} --masks {out} --data TEXT")
 
 
