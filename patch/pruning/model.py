@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from patch.models.checks import check_device, require_tokens
+from patch.models.checks import check_device, require_finite_model, require_tokens
 from patch.models.keep_masks import apply_keep_masks, keep_mask_of, set_keep_mask
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, maskable_linears
@@ -105,6 +105,7 @@ def check_prunable(
     check_device(device)
     for name, linear in linears.items():
         check_weight(linear.weight, options, f"layer '{name}'")
+    require_finite_model(model)
     return linears
 
 
