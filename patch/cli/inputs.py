@@ -94,27 +94,39 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def load_model(path: str, *, dtype: DtypeName = "auto", device: str | None = None) -> PreTrainedModel:
-    """Causal language model (dense or packed) in evaluation mode."""
+def load_model(
+    path: str, *, dtype: DtypeName = "auto", device: str | None = None, flag: str = "--model"
+) -> PreTrainedModel:
+    """Causal language model (dense or packed) in evaluation mode, all of its weights finite."""
     import patch
+    from patch.models.checks import require_finite_model
 
     hide_bars_without_terminal()
 
-    check_model_path(path)
+    check_model_path(path, flag)
     where = device_of(device)
     wanted = dtype_of(dtype)
-    with _model_errors(path):
+    load_model_config(path, packed=True, flag=flag)
+    with _model_errors(path, flag):
         model: PreTrainedModel = patch.load(path, dtype=wanted)
+    require_finite_model(model, flag)
     return model.to(where).eval()  # type: ignore[arg-type]
 
 
-def load_model_config(path: str, *, packed: bool = False) -> Any:
+def load_model_config(path: str, *, packed: bool = False, flag: str = "--model") -> Any:
     """transformers configuration of a dense (or packed, if allowed) model; nothing else of the model is read."""
     from transformers import AutoConfig
 
-    check_model_path(path)
-    with _model_errors(path):
+    from patch.models.checks import require_known_special_tokens
+
+    check_model_path(path, flag)
+    with _model_errors(path, flag):
         config = AutoConfig.from_pretrained(path)
+    # What the embedding takes as its padding index: it fails on a wrong one without naming the key.
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    require_known_special_tokens(
+        config.get_text_config(), f"{path}/config.json", vocabulary, ("pad_token_id",), least=-1
+    )
     if not packed and getattr(config, "quantization_config", None) is not None:
         got = f"{path!r} has a quantization_config in its config.json"
         raise ValueError(f"--model: expected a dense model, {got}. Give the model that it was made from.")
@@ -132,7 +144,7 @@ def load_model_shapes(path: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _model_errors(path: str) -> Iterator[None]:
+def _model_errors(path: str, flag: str = "--model") -> Iterator[None]:
     """transformers' errors about a model that is not there, as one sentence that says what to do."""
     try:
         yield
@@ -141,7 +153,7 @@ def _model_errors(path: str) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         got = f"got {path!r} which cannot be loaded ({reason}). Check the name, and the network or the cache."
-        raise FileNotFoundError(f"--model: expected a model folder or a Hugging Face id, {got}") from error
+        raise FileNotFoundError(f"{flag}: expected a model folder or a Hugging Face id, {got}") from error
 
 
 def hide_bars_without_terminal() -> None:
@@ -224,12 +236,12 @@ def load_calibration(options: Any, model: nn.Module, tokenizer: Any = None) -> t
     )
 
 
-def check_model_path(path: str) -> None:
+def check_model_path(path: str, flag: str = "--model") -> None:
     """Refuse a path that cannot hold a model, before anything is loaded."""
     folder = Path(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local:
-        require_folder("--model", folder, "a model folder")
+        require_folder(flag, folder, "a model folder")
     if folder.is_dir() and not (folder / "config.json").is_file():
         advice = "Give the folder of the dense model; folders made by prune or learn belong to --masks."
-        raise FileNotFoundError(f"--model: expected a transformers model, {path!r} has no config.json. {advice}")
+        raise FileNotFoundError(f"{flag}: expected a transformers model, {path!r} has no config.json. {advice}")

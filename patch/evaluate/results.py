@@ -1,13 +1,14 @@
 """Result files of evaluation: what is in them, how they are written and read, and which may be compared.
 
-A file is JSON: format, version, date (UTC), command, settings, versions (of packages) and models, a list of
+A file is JSON: format, version, date (UTC), command, settings, versions (of packages), warnings and models, a list of
 {label, model, commit, masks, method, sparsity, dtype, device, model_fingerprint, perplexity, zero_shot}:
     commit      of the Hugging Face repository, null for a folder
     masks       null, or {path, manifest_sha256, meta} of the artifact put on the model
     method      of the artifact, null without one
-    sparsity    share of zeros in the pruned layers, 0 for the dense model, null where it is not known (packed)
+    sparsity    share of zeros in the pruned or packed layers, 0 for the dense model, null where it is not known
     perplexity  {set: perplexity_report}, of patch.evaluate; perplexity is null where exp(loss) overflows
     zero_shot   null, or zero_shot_report of patch.evaluate.zero_shot
+Files of earlier versions lack bytes, bits_per_byte, bos, vocabulary and warning of sets and truncated of tasks.
 """
 
 from __future__ import annotations
@@ -30,41 +31,51 @@ from patch.files.strict_json import read_json
 
 FORMAT: Literal["patch-llm-results"] = "patch-llm-results"
 VERSION = 1
+EVERY_WINDOW = "every window"  # what perplexity_report says in "bos" where each window begins with one
 _SAID_ELSEWHERE = ("model", "model_fingerprint", "dtype", "device", "versions")
 # What two numbers must share to be comparable.
 SAME_TEXT = ("text_sha256", "tokens", "window", "windows")
 _SAME_QUESTIONS = ("version", "num_fewshot", "questions", "config_sha256")
+# A pruned model is some percent worse than the dense one, a bad one several times.
+_SUSPICIOUS = 10
+_NotNegative = Annotated[float, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @record(others=True)
 class SetResult:
     """What is needed of a perplexity_report."""
 
-    perplexity: float | None
-    loss: float
+    perplexity: Annotated[float, Field(gt=0)] | None
+    loss: _NotNegative
     text_sha256: str
     tokens: Count
     window: Count
     windows: Count
+    bytes: Count | None = None
+    bits_per_byte: _NotNegative | None = None
+    bos: str | None = None
+    vocabulary: Count | None = None
 
 
 @record(others=True)
 class TaskResult:
     """What is needed of a task."""
 
-    value: float
-    stderr: float | None
+    value: _Share
+    stderr: _NotNegative | None
     questions: Count
     num_fewshot: Count
     version: str
     config_sha256: str
+    truncated: Count = 0
 
 
 @record(others=True)
 class ZeroShotResult:
     """What is needed of a zero_shot_report."""
 
-    average: float
+    average: _Share
     metric: str
     limit: Count | None
     tasks: dict[str, TaskResult]
@@ -76,7 +87,7 @@ class ModelResult:
 
     label: str
     model: str
-    sparsity: float | None
+    sparsity: _Share | None
     method: str | None
     model_fingerprint: str
     perplexity: dict[str, SetResult]
@@ -111,6 +122,7 @@ def make_results(
         "command": list(command),
         "settings": dict(settings),
         "versions": dict(versions),
+        "warnings": model_warnings(models),
         "models": [_entry(model) for model in models],
     }
 
@@ -173,7 +185,7 @@ def check_comparable(models: Sequence[Mapping[str, Any]]) -> None:
     for model in models:
         for name, report in model["perplexity"].items():
             first = sets.setdefault(name, model)
-            require_same(_named(model), report, _named(first), first["perplexity"][name], SAME_TEXT, name)
+            require_comparable(_named(model), report, _named(first), first["perplexity"][name], name)
         zero_shot = model["zero_shot"]
         for name, task in (zero_shot or {"tasks": {}})["tasks"].items():
             first = tasks.setdefault(name, model)
@@ -186,9 +198,74 @@ def check_comparable(models: Sequence[Mapping[str, Any]]) -> None:
         require_same(_named(model), given, _named(scored[0]), names[0], given)
 
 
+def require_comparable(
+    label: str, report: Mapping[str, Any], other: str, expected: Mapping[str, Any], of: str = ""
+) -> None:
+    """Refuse to compare two perplexity reports of different texts, windows, or rules for BOS."""
+    require_same(label, report, other, expected, SAME_TEXT, of)
+    # Files of earlier versions do not say it: they never put one into every window.
+    rules = [{"bos in every window": r.get("bos") == EVERY_WINDOW} for r in (report, expected)]
+    require_same(label, rules[0], other, rules[1], rules[0], of)
+
+
+def broken_perplexity(perplexity: float, vocabulary: int | None) -> str | None:
+    """What to say of a perplexity above the number of tokens to guess from; None where it is not."""
+    if vocabulary is None or perplexity <= vocabulary:
+        return None
+    return f"worse than a uniform guess over {vocabulary:,} tokens: the model or its masks are broken"
+
+
+def perplexity_warnings(reports: Mapping[str, Mapping[str, Any]], reference: str) -> list[tuple[str, str]]:
+    """(label, what is wrong) of perplexities that a working model does not have.
+
+    reports    {label: perplexity_report} on the same text
+    reference  label of the model that the others were made from
+    """
+    said = []
+    values = {label: _perplexity_value(report) for label, report in reports.items()}
+    for label, value in values.items():
+        if broken := broken_perplexity(value, reports[label].get("vocabulary")):
+            said.append((label, f"perplexity {value:,.0f} is {broken}"))
+        elif value > _SUSPICIOUS * values.get(reference, math.inf):
+            times = value / values[reference]
+            said.append((label, f"perplexity {value:,.2f} is {times:,.0f} times that of {reference}: check the masks"))
+    return said
+
+
+def model_warnings(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences on models that cannot be right, the first model being the reference, and on questions that were cut."""
+    lines = []
+    for name in _union(model["perplexity"] for model in models):
+        reports = {model["label"]: model["perplexity"][name] for model in models if name in model["perplexity"]}
+        lines += [f"{label}, {name}: {said}" for label, said in perplexity_warnings(reports, models[0]["label"])]
+    return lines + [f"{model['label']}, {said}" for model in models for said in truncation_warnings(model["zero_shot"])]
+
+
+def truncation_warnings(report: Mapping[str, Any] | None) -> list[str]:
+    """Sentences on tasks of a zero_shot_report with questions that did not fit the context."""
+    tasks = {} if report is None else report["tasks"]
+    return [
+        f"{name}: {task['truncated']:,} of {task['questions']:,} questions are longer than the context of "
+        f"{report['max_length']} tokens and lost their beginning"
+        for name, task in tasks.items()
+        if report is not None and task.get("truncated")
+    ]
+
+
+def bos_line(report: Mapping[str, Any]) -> str:
+    """Which windows of a perplexity_report begin with a BOS token, and what to do where most lack the usual one."""
+    rules = {
+        None: "BOS as the tokenizer puts it",
+        "none": "no BOS",
+        "first window": "BOS in the first window only, as the tokenizer puts it (--window-bos every: in all of them)",
+    }
+    return rules.get(report.get("bos"), f"BOS in {report.get('bos')}")
+
+
 def summary_rows(models: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """One row a model for report.format_table: sparsity, perplexity of every set, mean accuracy in percent."""
     sets = _union(model["perplexity"] for model in models)
+    with_bits = {name for m in models for name, r in m["perplexity"].items() if r.get("bits_per_byte") is not None}
     with_tasks = any(model["zero_shot"] for model in models)
     rows = []
     for model in models:
@@ -196,7 +273,11 @@ def summary_rows(models: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         if model["sparsity"] is not None:
             row["sparsity"] = f"{model['sparsity']:.1%}"
         for name in sets:
-            row[f"{name} perplexity"] = _perplexity_text(model["perplexity"].get(name))
+            report = model["perplexity"].get(name)
+            row[f"{name} perplexity"] = _perplexity_text(report)
+            if name in with_bits:
+                bits = report and report.get("bits_per_byte")
+                row[f"{name} bits/byte"] = "-" if bits is None else f"{bits:.4f}"
         if with_tasks:
             row["mean accuracy %"] = f"{100 * model['zero_shot']['average']:.2f}" if model["zero_shot"] else "-"
         rows.append(row)
@@ -227,11 +308,12 @@ def csv_rows(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row = {key: model[key] for key in ("label", "file", "model", "method", "sparsity", "model_fingerprint")}
         for name in sets:
             report = model["perplexity"].get(name, {})
-            row |= {f"{name} {key}": report.get(key) for key in ("perplexity", "loss")}
+            row |= {f"{name} {key}": report.get(key) for key in ("perplexity", "loss", "bits_per_byte", "bytes")}
         scores = model["zero_shot"] or {"tasks": {}}
         for name in tasks:
             task = scores["tasks"].get(name, {})
             row |= {f"{name} accuracy": task.get("value"), f"{name} stderr": task.get("stderr")}
+            row |= {f"{name} truncated": task.get("truncated")}
         if tasks:
             row["mean accuracy"] = scores.get("average")
         rows.append({key: "" if value is None else value for key, value in row.items()})
@@ -244,6 +326,8 @@ def markdown_tables(models: Sequence[Mapping[str, Any]]) -> str:
     if rows := task_rows(models):
         parts.append(format_table(rows, markdown=True))
     parts.append("\n".join(f"* {line}" for line in protocol_lines(models)))
+    if warnings := model_warnings(models):
+        parts.append("\n".join(f"* **WARNING**: {line}" for line in warnings))
     return "\n\n".join(parts)
 
 
@@ -255,7 +339,7 @@ def protocol_lines(models: Sequence[Mapping[str, Any]]) -> list[str]:
         split = f" ({report['split']})" if report.get("split") else ""
         lines.append(
             f"{name}{split}: {report['windows']} non-overlapping windows of {report['window']} tokens out of "
-            f"{report['tokens']}, exp of the mean cross-entropy; text SHA-256 {report['text_sha256']}"
+            f"{report['tokens']}, exp of the mean cross-entropy; {bos_line(report)}; text SHA-256 {report['text_sha256']}"
         )
     scored = [model["zero_shot"] for model in models if model["zero_shot"]]
     return lines + [zero_shot_line(report) for report in scored[:1]]
@@ -292,6 +376,10 @@ def require_same(
 
 def _named(model: Mapping[str, Any]) -> str:
     return f"{model['label']} ({model['file']})" if "file" in model else model["label"]
+
+
+def _perplexity_value(report: Mapping[str, Any]) -> float:
+    return math.inf if report["perplexity"] is None else report["perplexity"]
 
 
 def _perplexity_text(report: Mapping[str, Any] | None) -> str:

@@ -13,19 +13,24 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import nn
 
 from patch.data.sources import CONNECT
 from patch.evaluate.cross_entropy import DEFAULT_WINDOW
+from patch.evaluate.results import truncation_warnings
 from patch.evaluate.task_sets import TASK_SETS
 from patch.files.lazy import needed
 from patch.files.paths import require_folder
+from patch.models.checks import require_known_tokens
 from patch.models.facts import context_length
 from patch.models.modes import evaluating
+from patch.models.structure import vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +107,11 @@ def zero_shot_report(
     bos           False: prompts without the BOS token that the tokenizer adds by itself
     wrapped       the model as lm-eval's HFLM when the caller has it already, with its batch_size and bos
     returns       dict of JSON values: average (0..1), metric, limit, batch_size, max_length, add_bos, seeds, lm_eval
-                  and tasks: {name: {value (0..1), stderr, questions, num_fewshot, version, subtasks, config_sha256}}
+                  and tasks: {name: {value (0..1), stderr, questions, truncated, num_fewshot, version, subtasks,
+                  config_sha256}}; truncated: questions longer than the context, whose beginning lm-eval cuts off
     raises        ImportError with the pip command when lm-eval is not installed; ValueError when a task has no such
-                  metric, so that the mean is never over fewer tasks than asked for.
+                  metric, so that the mean is never over fewer tasks than asked for, and for a question with a token
+                  that the model has no row for, or an answer that is empty or longer than the context.
     lm-eval seeds the global generators of random, numpy and torch.
     """
     if not tasks:
@@ -114,18 +121,21 @@ def zero_shot_report(
             wrapped = lm_eval_model(model, tokenizer, batch_size=batch_size, bos=bos)
         import lm_eval
 
-        output = lm_eval.simple_evaluate(
-            wrapped,
-            tasks=list(tasks),
-            num_fewshot=0,
-            limit=limit,
-            task_manager=task_manager,
-            bootstrap_iters=_BOOTSTRAP_ITERS,
-            log_samples=False,
-            **_SEEDS,
-        )
+        with _watched(wrapped, vocabulary_size(model)) as truncated:
+            output = lm_eval.simple_evaluate(
+                wrapped,
+                tasks=list(tasks),
+                num_fewshot=0,
+                limit=limit,
+                task_manager=task_manager,
+                bootstrap_iters=_BOOTSTRAP_ITERS,
+                log_samples=False,
+                **_SEEDS,
+            )
     names = [task if isinstance(task, str) else task["task"] for task in tasks]
-    found = {name: _task_result(output, name, metric) for name in names}
+    found = {name: _task_result(output, name, metric, truncated) for name in names}
+    for said in truncation_warnings({"tasks": found, "max_length": wrapped.max_length}):
+        logger.info("%s", said)
     return {
         "average": math.fsum(task["value"] for task in found.values()) / len(found),
         "metric": metric,
@@ -216,7 +226,61 @@ def _starts_with_bos(wrapped: Any) -> bool:
     return bos is not None and wrapped.tok_encode("a")[:1] == [bos]
 
 
-def _task_result(output: Mapping[str, Any], name: str, metric: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _watched(wrapped: Any, vocabulary: int | None) -> Iterator[dict[str, set[int]]]:
+    """Check what lm-eval asks the model during the body; gives {task: numbers of the questions that it cuts}.
+
+    lm-eval cuts on the left, without a count: of many requests with a warning each, of some with none.
+    """
+    truncated: dict[str, set[int]] = defaultdict(set)
+    asked: list[Any] = []
+    bos = wrapped.tokenizer.bos_token_id
+    scores, generates, tokens = wrapped.loglikelihood, wrapped.generate_until, wrapped._loglikelihood_tokens
+
+    def loglikelihood(requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        asked[:] = requests
+        return scores(requests, *args, **kwargs)
+
+    def score_tokens(requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        # Rolling log-likelihoods come here too, in windows that fit and without having been asked for above.
+        for request, (_, context, answer) in zip(asked, requests, strict=False):
+            task = f"task {request.task_name}, question {request.doc_id}"
+            if not 0 < len(answer) <= wrapped.max_length:
+                got = f"got {len(answer)} tokens"
+                advice = "Correct the task, or leave it out."
+                raise ValueError(f"{task}: expected an answer of 1 to {wrapped.max_length} tokens, {got}. {advice}")
+            require_known_tokens(torch.tensor(context + answer), vocabulary, task, wrapped.tokenizer)
+            if bos is not None and context[:2] == [bos, bos]:
+                advice = "Leave it out of the task's text, or use --no-bos."
+                raise ValueError(f"{task}: expected one BOS token at its start, got two. {advice}")
+            # The last token is only predicted.
+            if len(context) + len(answer) > wrapped.max_length + 1:
+                truncated[request.task_name].add(request.doc_id)
+        asked.clear()
+        return tokens(requests, *args, **kwargs)
+
+    def generate_until(requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        for request in requests:
+            prompt, settings = request.args
+            new = settings.get("max_gen_toks") or settings.get("max_new_tokens") or wrapped.max_gen_toks
+            ids = wrapped.tok_encode(prompt)
+            require_known_tokens(torch.tensor(ids), vocabulary, f"task {request.task_name}", wrapped.tokenizer)
+            if len(ids) > wrapped.max_length - new:
+                truncated[request.task_name].add(request.doc_id)
+        return generates(requests, *args, **kwargs)
+
+    hooks = {"loglikelihood": loglikelihood, "generate_until": generate_until, "_loglikelihood_tokens": score_tokens}
+    vars(wrapped).update(hooks)  # before the methods of its class
+    try:
+        yield truncated
+    finally:
+        for name in hooks:
+            del vars(wrapped)[name]
+
+
+def _task_result(
+    output: Mapping[str, Any], name: str, metric: str, truncated: Mapping[str, Collection[int]]
+) -> dict[str, Any]:
     """What a result file keeps of one task or group."""
     values = output["results"].get(name, {})
     if metric not in values:
@@ -229,6 +293,7 @@ def _task_result(output: Mapping[str, Any], name: str, metric: str) -> dict[str,
         # lm-eval has no standard error for a single question, and says so with a text.
         "stderr": float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
         "questions": sum(output["n-samples"][task]["effective"] for task in subtasks),
+        "truncated": sum(len(truncated.get(task, ())) for task in subtasks),
         "num_fewshot": max(output["n-shot"][task] for task in subtasks),
         "version": str(output["versions"].get(name)),
         "subtasks": [] if subtasks == [name] else subtasks,

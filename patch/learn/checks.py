@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from patch.learn.config import LearnConfig
-from patch.models.checks import require_layers, require_mask, require_tokens, require_trained_dtype
+from patch.models.checks import (
+    require_finite_model,
+    require_layers,
+    require_mask,
+    require_tokens,
+    require_trained_dtype,
+)
 from patch.pruning.options import PruneOptions
 from patch.pruning.selection import check_weight
 from patch_kernels import tile_grid
@@ -28,6 +34,7 @@ def check_inputs(
     if not isinstance(config, LearnConfig):
         raise TypeError(f"config: expected a LearnConfig, got {type(config).__name__}. Use LearnConfig.from_preset.")
     check_model(linears)
+    require_finite_model(model)
     check_precision(config, linears)
     check_blocks(model, blocks, config)
     if config.mode == "tile" and prior_masks is None:

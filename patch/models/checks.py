@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ from patch.files.schema import listed
 from patch.models.structure import decoder_of
 from patch_kernels.checks import require_tensor
 
+_DAMAGED = "Get an undamaged copy of the model; if it was cast to fp16, load it in bf16."
 _DEVICE = "Pass None to work where the model is."
 _LAYERS = "Use the masks of this model, and name layers that stay dense in exclude."
+_OFFLOADED = "Load the model without offloading (no device_map, or one that fits)."
+_RESIZE = "Use the tokenizer of this model, or model.resize_token_embeddings(len(tokenizer)) before training it."
 _WINDOWS = "Pass token windows, for example patch.data.pack_blocks(...)."
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 TRAINED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -101,3 +106,61 @@ def check_device(device: torch.device | str | None) -> None:
         raise ValueError(f"device: expected a torch device such as 'cuda' or 'cpu', {got}. {_DEVICE}") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected a device of this machine, {got} but torch sees no GPU. {_DEVICE}")
+
+
+def require_finite_model(model: nn.Module, what: str = "model") -> None:
+    """Refuse a model with NaN or infinity in any weight, or with weights on the meta device; `what` begins the message.
+
+    Saved buffers count too, but for -inf, which causal masks hold. Packed weights are not read: they were dense once.
+    Costs one pass over memory without a copy: 0.13 s for 1 GB of bf16 (2 threads, November 2026).
+    """
+    tensors = dict(_saved_tensors(model))
+    elsewhere = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if elsewhere:
+        got = f"{listed(elsewhere)} of {len(tensors)} tensors are on the meta device (offloaded)"
+        raise ValueError(f"{what}: expected all weights in memory, {got}. {_OFFLOADED}")
+    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if bad:
+        got = f"{listed(bad)} of {len(tensors)} tensors have NaN or infinity"
+        raise ValueError(f"{what}: expected finite weights, {got}. {_DAMAGED}")
+
+
+def require_known_tokens(ids: Tensor, vocabulary: int | None, what: str, tokenizer: Any) -> None:
+    """Refuse token ids that the embedding has no row for, naming the first; `what` begins the message."""
+    bad = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[ids < 0]
+    if len(bad):
+        token = int(bad[0])
+        got = f"got {tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
+        raise ValueError(
+            f"{what}: expected tokens of the model's {vocabulary} (rows of its embedding), {got}. {_RESIZE}"
+        )
+
+
+def require_known_special_tokens(
+    config: Any, file: str, vocabulary: int | None, keys: Sequence[str] = SPECIAL_TOKENS, least: int = 0
+) -> None:
+    """Refuse a configuration whose padding, BOS or EOS token is none of the vocabulary; `file` begins the message.
+
+    least  smallest id that passes: -1 stands for "none" in old configurations, which only generation minds
+    """
+    for key in keys:
+        given = getattr(config, key, None)
+        for token in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(token, int) and not least <= token < (vocabulary or math.inf):
+                expected = "expected a token of the vocabulary" + (f" (0 to {vocabulary - 1})" if vocabulary else "")
+                raise ValueError(f"{file}: {key}: {expected}, got {token}. Correct the file, or set it to null.")
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers, each once; what is not saved (rotary tables, masks) is made by code."""
+    yield from model.named_parameters()
+    saved = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # aminmax passes NaN on, and reads at the speed of memory; isfinite writes a tensor and takes 70 times as long.
+    low, high = (tensor if tensor.itemsize > 1 else tensor.half()).detach().aminmax()
+    return math.isfinite(high) and (math.isfinite(low) or (low == -math.inf and not isinstance(tensor, nn.Parameter)))

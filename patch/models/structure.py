@@ -94,6 +94,12 @@ def input_embeddings(model: nn.Module) -> Any:
     return cast(Any, model).get_input_embeddings()
 
 
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Rows of the token embedding, None for a model that does not say which it is."""
+    embeddings = input_embeddings(model) if hasattr(model, "get_input_embeddings") else None
+    return getattr(embeddings, "num_embeddings", None)
+
+
 def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
     """(module path, module) of the part that turns tokens into final hidden states."""
     if not isinstance(model, nn.Module):

@@ -17,6 +17,22 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, TiledLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, TiledLinear))
 
 
+@torch.no_grad()
+def packed_zeros(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """{name: (zeros, weights)} of every packed layer, counted in its unpacked weight, one layer at a time."""
+    counts = {}
+    for name, layer in packed_layers(model):
+        weight = layer.tiled_weight.unpack()
+        counts[name] = weight.numel() - int(weight.count_nonzero()), weight.numel()
+    return counts
+
+
+def packed_sparsity(model: nn.Module) -> float | None:
+    """Share of zeros in the packed layers of a model, None when it has none."""
+    counts = packed_zeros(model).values()
+    return sum(zeros for zeros, _ in counts) / sum(weights for _, weights in counts) if counts else None
+
+
 def unpack_layers(model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
     """Replace every packed layer by nn.Linear with zeros where pruned, in place; see convert.unpack_model."""
     names = [name for name, _ in packed_layers(model)]

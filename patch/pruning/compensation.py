@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from patch.evaluate.cross_entropy import perplexity
 from patch.files.schema import require_choice
-from patch.models.checks import check_device, require_tokens
+from patch.models.checks import check_device, require_finite_model, require_tokens
 from patch.models.coverage import warn_of_dense_rest
 from patch.models.keep_masks import check_keep_masks, set_keep_mask
 from patch.models.structure import decoder_blocks
@@ -100,6 +100,7 @@ def compensate(
     check_device(device)
     for name, linear in linears.items():
         check_weight(linear.weight, options, f"layer '{name}'")
+    require_finite_model(model)
     masks = {name: keep_masks[name].to(linear.weight.device) for name, linear in linears.items()}
     pruned = {name: linear for name, linear in linears.items() if not masks[name].all()}
     if pruned and all(not linear.weight[~masks[name]].any() for name, linear in pruned.items()):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from patch.models.checks import check_device, require_tokens
+from patch.models.checks import check_device, require_finite_model, require_tokens
 from patch.models.coverage import warn_of_dense_rest
 from patch.models.keep_masks import apply_keep_masks, keep_mask_of, set_keep_mask
 from patch.models.modes import placed
@@ -108,6 +108,7 @@ def check_prunable(
     check_device(device)
     for name, linear in linears.items():
         check_weight(linear.weight, options, f"layer '{name}'")
+    require_finite_model(model)
     return linears
 
 

@@ -30,22 +30,9 @@ def twin(work):
 
 def readers(work, masks="prior"):
     """{command: arguments but --model and --out} of every command that reads masks."""
-    data = ["--data", work / "train.txt"]
+    data, short = ["--data", work / "train.txt"], ["--seqlen", "32", "--global-batch-size", "2"]
     return {
-        "learn": [
-            *data,
-            "--prior",
-            work / masks,
-            "--sparsity",
-            "0.35",
-            "--tile",
-            "64",
-            "--seqlen",
-            "32",
-            "--steps",
-            "2",
-        ]
-        + ["--global-batch-size", "2"],
+        "learn": [*data, "--prior", work / masks, "--sparsity", "0.35", "--tile", "64", *short, "--steps", "2"],
         "compensate": [*data, "--masks", work / masks, "--heldout", work / "held.txt", *SMALL],
         "compress": ["--masks", work / masks, "--quantize-weight", "--lora-rank", "0", "--device", "cpu"],
         "fine-tune": [*data, "--masks", work / masks, "--seqlen", "32", "--blocks", "4", "--batch-size", "2"],
@@ -88,10 +75,10 @@ def test_masks_alone_are_put_on_another_model_when_asked(work, twin, tmp_path, c
 def test_python_refuses_them_too(work, twin):
     model = inputs.load_model(str(twin))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="whose weights differ.*another_model=True"):
+    with pytest.raises(ValueError, match=r"whose weights differ.*another_model=True"):
         load_artifact(work / "prior", model=model)
     artifact = load_artifact(work / "prior")
-    with pytest.raises(ValueError, match="prior: expected an artifact made from .*twin, got one made from .*model"):
+    with pytest.raises(ValueError, match=r"prior: expected an artifact made from .*twin, got one made from .*model"):
         apply_artifact(model, artifact)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     apply_artifact(model, artifact, another_model=True)
@@ -128,7 +115,7 @@ def test_configurations_are_compared_within_one_version_of_transformers(work, tm
     shutil.copytree(work / "prior", tmp_path / "a")
     model = build_tiny_model("llama")
     model.config.rms_norm_eps *= 2
-    with pytest.raises(ValueError, match="whose settings in config.json differ"):
+    with pytest.raises(ValueError, match=r"whose settings in config\.json differ"):
         load_artifact(tmp_path / "a", model=model)
     _edit_meta(tmp_path / "a", lambda meta: meta["versions"].update(transformers="5.17.0"))
     load_artifact(tmp_path / "a", model=model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from support.models import build_byte_tokenizer
 from torch import nn
 
 from patch.evaluate import cross_entropy, protocol
@@ -143,6 +145,116 @@ def test_report_holds_the_protocol(tiny_model, tokenizer, text_file):
         protocol.perplexity_report(model, tokenizer, text_file, max_windows=0)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     assert protocol.perplexity_report(model, tokenizer, text_file)["model_fingerprint"] != report["model_fingerprint"]
+
+
+def test_bits_per_byte_count_the_text_of_the_predictions(tiny_model, tokenizer, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("caf\u00e9 \u4f60\u597d \U0001f600 plain words\n" * 12, encoding="utf-8")
+    model, raw = tiny_model(), path.read_bytes()
+    report = protocol.perplexity_report(model, tokenizer, path, window=32)
+    assert report["tokens"] == len(raw)  # one token a byte, so the predicted bytes can be told from the tokens
+    starts = [0, *[i for i in range(1, len(raw) + 1) if i == len(raw) or raw[i] & 0xC0 != 0x80]]
+    # The tokens of a character end where it ends.
+    end_of = [next(s for s in starts if s > token) for token in range(len(raw))]
+    windows = len(raw) // 32
+    expected = sum(end_of[32 * w + 31] - end_of[32 * w] for w in range(windows))
+    assert report["bytes"] == expected
+    nats = report["loss"] * windows * 31
+    assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / expected, rel=1e-12)
+
+
+def bos_tokenizer():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = build_byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    return tokenizer
+
+
+def test_bos_in_every_window(tiny_model, tokenizer, text_file):
+    text_file.write_text("The fox. " * 20)
+    model, text = tiny_model(), list(b"The fox. " * 20)
+    own = torch.tensor(tokenizer(text_file.read_text())["input_ids"])
+    first = protocol.perplexity_report(model, bos_tokenizer(), text_file, window=32)
+    assert (first["bos"], first["tokens"], first["windows"]) == ("first window", 182, 5)
+    assert first["loss"] == cross_entropy.mean_cross_entropy(model, torch.cat([torch.tensor([256]), own]), 32)
+    assert first["bytes"] == 31 + 4 * 31  # BOS is no text, and the first token of the other windows is not predicted
+    every = protocol.perplexity_report(model, bos_tokenizer(), text_file, window=32, window_bos="every")
+    assert (every["bos"], every["windows"], every["bytes"]) == ("every window", 5, 5 * 31)
+    rows = [[256, *own[31 * i : 31 * i + 31].tolist()] for i in range(5)]
+    losses = [cross_entropy.mean_cross_entropy(model, row, 32) for row in rows]
+    assert every["loss"] == pytest.approx(math.fsum(losses) / 5, rel=1e-12)
+    # Nothing else decides which tokens are predicted: a tokenizer that puts none gives the same.
+    same = protocol.perplexity_report(model, tokenizer, text_file, window=32, window_bos="every")
+    assert (same["loss"], same["bytes"], same["tokens"]) == (every["loss"], every["bytes"], len(text))
+    assert protocol.perplexity_report(model, tokenizer, text_file, window=32)["bos"] == "none"
+    assert protocol.perplexity_report(model, tokenizer, text_file, window=32, max_windows=2)["windows"] == 2
+    lines = [protocol.format_reports({"dense": report}).splitlines()[3] for report in (first, every, same)]
+    assert "BOS in the first window only, as the tokenizer puts it (--window-bos every: in all of them)" in lines[0]
+    assert lines[1].endswith("; BOS in every window") and lines[2] == lines[1].replace("182", "180")
+    with pytest.raises(ValueError, match="dense: bos in every window is False, for every it is True"):
+        protocol.format_reports({"every": every, "dense": every | {"bos": "none"}}, dense="every")
+
+
+def test_bos_that_is_not_there_is_refused(tiny_model, tokenizer, text_file):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="window_bos: expected a tokenizer with a BOS token, got one without"):
+        protocol.perplexity_report(tiny_model(), tokenizer, text_file, window=32, window_bos="every")
+    with pytest.raises(ValueError, match="window_bos: expected one of tokenizer, every, got 'first'"):
+        protocol.perplexity_report(tiny_model(), tokenizer, text_file, window=32, window_bos="first")
+    with pytest.raises(ValueError, match="below the vocabulary size 260, got 0 to 300"):
+        cross_entropy.perplexity(tiny_model(), [0] * 64, 32, bos=300)
+
+
+def test_a_tokenizer_without_offsets_gives_no_bytes(tiny_model, tokenizer, text_file):
+    slow = SimpleNamespace(is_fast=False, bos_token_id=256)
+    slow.__class__ = type("Slow", (SimpleNamespace,), {"__call__": lambda self, *a, **k: tokenizer(*a, **k)})
+    report = protocol.perplexity_report(tiny_model(), slow, text_file, window=64, max_windows=2)
+    assert (report["bytes"], report["bits_per_byte"]) == (None, None)
+    fast = protocol.perplexity_report(tiny_model(), tokenizer, text_file, window=64, max_windows=2)
+    assert report["loss"] == fast["loss"] and fast["bits_per_byte"] > 0
+    assert protocol.format_reports({"dense": report}).splitlines()[1].split() == [
+        "dense", f"{report['perplexity']:.4f}", "-", "float32"
+    ]  # fmt: skip
+
+
+def test_worse_than_a_uniform_guess_is_said(tiny_model, tokenizer, text_file):
+    model = tiny_model()
+    usual = protocol.perplexity_report(model, tokenizer, text_file, window=64, max_windows=2)
+    assert usual["vocabulary"] == 260
+    model.lm_head.weight.data.mul_(-100)
+    broken = protocol.perplexity_report(model, tokenizer, text_file, window=64, max_windows=2)
+    said = "worse than a uniform guess over 260 tokens: the model or its masks are broken"
+    assert broken["perplexity"] > 260 and broken["warning"] == said
+    assert (
+        protocol.format_reports({"dense": usual | {"perplexity": 9.0}, "m": broken})
+        .splitlines()[-1]
+        .startswith(f"WARNING: m: perplexity {broken['perplexity']:,.0f} is {said}")
+    )
+    assert protocol.broken_perplexity(260.0, 260) is None and protocol.broken_perplexity(1e9, None) is None
+
+
+def test_a_token_that_the_model_lacks_is_refused_where_it_occurs(tiny_model, text_file):
+    larger = build_byte_tokenizer()
+    larger.add_tokens(["quick"])
+    model, plain = tiny_model(), text_file.with_name("plain.txt")
+    assert len(larger) == 261
+    plain.write_text("The slow fox. " * 20)
+    protocol.perplexity_report(model, larger, plain, window=64)
+    with pytest.raises(ValueError, match=r"corpus.txt: expected tokens of the model's 260 .*, got 'quick' \(id 260\)"):
+        protocol.perplexity_report(model, larger, text_file, window=64)
+
+
+def test_the_first_layer_with_nan_is_named(tiny_model):
+    model, ids = tiny_model(), torch.zeros(64, dtype=torch.long)
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
+    message = r"window 0 has a cross-entropy of nan \(the first .* is model.layers.1.mlp.down_proj\); use bf16 instead"
+    with pytest.raises(ValueError, match=message):
+        cross_entropy.perplexity(model, ids, 32)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_reports_print_the_dense_model_first(tiny_model, tokenizer, text_file):

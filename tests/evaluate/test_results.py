@@ -100,27 +100,44 @@ def change(*keys, value=None, remove=False):
         (change("models", value={}), "models: expected a list of models, got {}"),
         (change("models", 0, value=5), r"models\[0\]: expected values by name, got 5"),
         (change("models", 0, "label", remove=True), r"expected models\[0\].label, got nothing"),
-        (change("models", 0, "sparsity", value="half"), r"models\[0\].sparsity: expected a number, got 'half'"),
+        (
+            change("models", 0, "sparsity", value="half"),
+            r"models\[0\].sparsity: expected a number from 0 to 1, got 'half'",
+        ),
+        (change("models", 0, "sparsity", value=7), r"models\[0\].sparsity: expected a number from 0 to 1, got 7"),
         (change("models", 0, "perplexity", value=[]), r"models\[0\].perplexity: expected an object, got \[\]"),
         (
             change("models", 0, "perplexity", "ptb", "window", remove=True),
             r"expected models\[0\].perplexity.ptb.window, got nothing",
         ),
-        (change("models", 0, "perplexity", "ptb", "loss", value=None), "ptb.loss: expected a number, got None"),
+        (change("models", 0, "perplexity", "ptb", "loss", value=None), "ptb.loss: expected a number >= 0, got None"),
+        (change("models", 0, "perplexity", "ptb", "loss", value=-0.5), "ptb.loss: expected a number >= 0, got -0.5"),
+        (
+            change("models", 0, "perplexity", "ptb", "perplexity", value=-5),
+            r"models\[0\].perplexity.ptb.perplexity: expected a number > 0, got -5",
+        ),
+        (
+            change("models", 0, "perplexity", "ptb", "bits_per_byte", value=-5),
+            "ptb.bits_per_byte: expected a number >= 0, got -5",
+        ),
         (change("models", 0, "perplexity", "ptb", "perplexity", value=True), "ptb.perplexity: expected a number"),
         (change("models", 0, "zero_shot", "limit", remove=True), r"expected models\[0\].zero_shot.limit, got nothing"),
-        (change("models", 0, "zero_shot", "average", value=None), "zero_shot.average: expected a number, got None"),
+        (
+            change("models", 0, "zero_shot", "average", value=None),
+            "zero_shot.average: expected a number from 0 to 1, got None",
+        ),
+        (change("models", 0, "zero_shot", "average", value=54.6), "zero_shot.average: expected .* 0 to 1, got 54.6"),
         (
             change("models", 0, "zero_shot", "tasks", "race", "version", remove=True),
             r"expected models\[0\].zero_shot.tasks.race.version, got nothing",
         ),
         (
             change("models", 0, "zero_shot", "tasks", "race", "value", value="x"),
-            "race.value: expected a number, got 'x'",
+            "race.value: expected a number from 0 to 1, got 'x'",
         ),
         (
             change("models", 0, "zero_shot", "tasks", "race", "stderr", value="x"),
-            "race.stderr: expected a number, got 'x'",
+            "race.stderr: expected a number >= 0, got 'x'",
         ),
     ],
 )
@@ -142,6 +159,10 @@ def test_what_is_no_result_file_is_refused(tmp_path):
         ("{}", "expected format, version, models, got nothing. Evaluate again with `patch-llm eval --json`"),
         ("{", "not valid JSON"),
         ('{"a": NaN}', "not valid JSON"),
+        (
+            results.results_text(file_of(model("m"))).replace("7.38905609893065", "1e999"),
+            ".*perplexity: expected a fin",
+        ),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"r\.json: {message}"):
@@ -201,6 +222,65 @@ def compared() -> list[dict]:
     second = model("PATCH", math.log(14.5), sparsity=0.45, accuracy=0.6, method="joint")
     third = model("packed", math.log(14.5), perplexity={"c4": perplexity_entry(2.5)})
     return results.merge_models({"a.json": file_of(first, second, third)})
+
+
+def broken() -> list[dict]:
+    """A dense model, one that is worse than guessing, one that is only bad, one that overflows, one that is usual."""
+    entries = {"dense": 3.0, "inverted": 14.3, "bad": 5.5, "endless": 800.0, "pruned": 3.5}
+    return [
+        model(
+            label, perplexity={"ptb": perplexity_entry(2.0) | {"perplexity": value, "loss": loss, "vocabulary": 32000}}
+        )
+        for label, loss in entries.items()
+        for value in [math.exp(loss) if loss < 700 else None]
+    ]
+
+
+def test_perplexities_that_no_working_model_has_are_said():
+    said = results.model_warnings(broken())
+    uniform = "worse than a uniform guess over 32,000 tokens: the model or its masks are broken"
+    assert said == [
+        f"inverted, ptb: perplexity 1,623,346 is {uniform}",
+        "bad, ptb: perplexity 244.69 is 12 times that of dense: check the masks",
+        f"endless, ptb: perplexity inf is {uniform}",
+    ]
+    made = [m | {"perplexity": {"ptb": m["perplexity"]["ptb"] | {"perplexity": 1.0}}} for m in broken()]
+    assert results.model_warnings(made) == []
+    # A file keeps them, a report finds them again among what it compares.
+    content = results.make_results(
+        [m | {"perplexity": {"ptb": r | {"perplexity": r["perplexity"] or math.inf}}} for m in broken()
+         for r in [m["perplexity"]["ptb"]]],
+        command=[], settings={}, versions={},
+    )  # fmt: skip
+    assert content["warnings"] == said
+    table = results.markdown_tables(results.merge_models({"a.json": file_of(*broken()[:1]), "b": file_of(broken()[2])}))
+    assert table.endswith("* **WARNING**: bad, ptb: perplexity 244.69 is 12 times that of dense: check the masks")
+
+
+def test_questions_that_were_cut_are_said():
+    entry = model("m", accuracy=0.6)
+    entry["zero_shot"] |= {"max_length": 2048}
+    entry["zero_shot"]["tasks"]["race"] |= {"truncated": 1200, "questions": 1234}
+    said = "race: 1,200 of 1,234 questions are longer than the context of 2048 tokens and lost their beginning"
+    assert results.model_warnings([entry]) == [f"m, {said}"]
+    assert results.truncation_warnings(entry["zero_shot"]) == [said]
+    rows = results.csv_rows(results.merge_models({"a.json": file_of(entry)}))
+    assert (rows[0]["race truncated"], rows[0]["piqa truncated"]) == (1200, "")
+
+
+def test_bits_per_byte_are_beside_perplexity_where_they_are_known():
+    new = model(
+        "new", perplexity={"ptb": perplexity_entry(2.0) | {"bits_per_byte": 1.25, "bytes": 4000, "bos": "none"}}
+    )
+    old = model("old", 3.0)  # of an earlier version
+    merged = results.merge_models({"a.json": file_of(new), "b.json": file_of(old)})
+    assert [row["ptb bits/byte"] for row in results.summary_rows(merged)] == ["1.2500", "-"]
+    rows = results.csv_rows(merged)
+    assert [(row["ptb bits_per_byte"], row["ptb bytes"]) for row in rows] == [(1.25, 4000), ("", "")]
+    assert "no BOS; text SHA-256" in results.protocol_lines(merged)[0]
+    every = model("every", perplexity={"ptb": perplexity_entry(2.0) | {"bos": "every window"}})
+    with pytest.raises(ValueError, match=r"every \(b\): bos in every window of ptb is True, for old \(a\) it is False"):
+        results.merge_models({"a": file_of(old), "b": file_of(every)})
 
 
 def test_tables():

@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from patch.cli import inputs, outputs
 from patch.evaluate.task_sets import expanded, task_set_names
@@ -46,6 +46,9 @@ class Options(inputs.MaskSettings, inputs.PlacementSettings):
         None, "tokens per window (default 4096, or what the model allows)", metavar="N"
     )
     max_windows: AtLeastOne | None = setting(None, "use only the first windows (default all)")
+    window_bos: Literal["tokenizer", "every"] = setting(
+        "tokenizer", "BOS as the tokenizer puts it (at the start of the text), or before every window"
+    )
     batch_size: AtLeastOne = setting(1, "windows per forward pass")
     tasks: DistinctNames = setting(
         (), "zero-shot tasks of lm-eval, or sets of them", metavar="A,B", choices=task_set_names
@@ -108,6 +111,7 @@ def _measure(
             window=window,
             max_windows=options.max_windows,
             batch_size=options.batch_size,
+            window_bos=options.window_bos,
             progress=True,
         )
         for name, text in sets.items()
@@ -141,8 +145,15 @@ def _check(options: Options) -> None:
     """Refuse what can be refused without reading a model or a text."""
     if not options.data and not options.tasks:
         raise ValueError("--data, --tasks: expected at least one of them, got none. Give for example --data ptb.")
-    if options.task_path is not None and not options.tasks:
-        raise ValueError("--task-path: expected --tasks with it, got none. Name the tasks to run with --tasks.")
+    for flag, given in (("--task-path", options.task_path), ("--limit", options.limit), ("--no-bos", not options.bos)):
+        if given and not options.tasks:
+            raise ValueError(f"{flag}: expected --tasks with it, got none. Name the tasks to run with --tasks.")
+    for name in ("split", "text_field", "window", "max_windows"):
+        if getattr(options, name) is not None and not options.data:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag}: expected --data with it, got none. It is about texts; for tasks there is --limit."
+            )
     for source in options.data:
         inputs.check_text_source(source)
     inputs.device_of(options.device)
@@ -150,8 +161,13 @@ def _check(options: Options) -> None:
     outputs.check_new_file(options.markdown, "--markdown")
     for folder in options.masks:
         inputs.artifact_folder(folder)
-    for path in (options.model, *options.compare):
-        inputs.check_model_path(path)
+    for flag, path in _model_paths(options):
+        inputs.check_model_path(path, flag)
+
+
+def _model_paths(options: Options) -> list[tuple[str, str]]:
+    """(flag, path) of all models."""
+    return [("--model", options.model), *(("--compare", path) for path in options.compare)]
 
 
 def _tasks(options: Options) -> tuple[list[str], Any]:
@@ -168,7 +184,11 @@ def _tasks(options: Options) -> tuple[list[str], Any]:
 
 def _tokenizer(options: Options) -> Any:
     """Tokenizer of the first model; raises ValueError when another model has a different one."""
+    from patch.evaluate.protocol import require_bos
+
     tokenizer = inputs.load_tokenizer(options.model)
+    if options.window_bos == "every":
+        require_bos(tokenizer, "--window-bos")
     for path in options.compare:
         try:
             other = inputs.load_tokenizer(path)
@@ -185,7 +205,7 @@ def _window(options: Options, sets: Mapping[str, EvaluationSet]) -> int:
     from patch.evaluate.cross_entropy import DEFAULT_WINDOW, require_windows
     from patch.models.facts import context_length
 
-    configs = [inputs.load_model_config(path, packed=True) for path in (options.model, *options.compare)]
+    configs = [inputs.load_model_config(path, packed=True, flag=flag) for flag, path in _model_paths(options)]
     limit = min((length for length in map(context_length, configs) if length is not None), default=None)
     window = options.window or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
     require_windows(window, limit, {name: len(text.token_ids) for name, text in sets.items()}, "every model")
@@ -205,13 +225,14 @@ def _models(options: Options) -> Iterator[tuple[dict[str, Any], nn.Module]]:
     from patch.files.folder import MANIFEST
     from patch.files.regular import file_sha256
     from patch.models.keep_masks import keep_masks, measured_sparsity
+    from patch.packed.swap import packed_sparsity
 
     taken: set[str] = set()
     first = "dense" if options.masks or options.compare else _label(options.model, taken)
     taken.add(first)
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     # Masks are put on dense models only. Without any, nothing says whether the model is dense or was pruned.
-    yield _description(first, options.model, model, sparsity=0.0 if options.masks else None), model
+    yield _description(first, options.model, model, sparsity=0.0 if options.masks else packed_sparsity(model)), model
     del model  # or it would stay while the next one is loaded
     for path in options.masks:
         model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
@@ -221,25 +242,28 @@ def _models(options: Options) -> Iterator[tuple[dict[str, Any], nn.Module]]:
         yield _description(_label(path, taken), options.model, model, masks=masks, sparsity=sparsity), model
         del model
     for path in options.compare:
-        model = inputs.load_model(path, dtype=options.dtype, device=options.device)
-        yield _description(_label(path, taken), path, model), model
+        model = inputs.load_model(path, dtype=options.dtype, device=options.device, flag="--compare")
+        yield _description(_label(path, taken), path, model, sparsity=packed_sparsity(model)), model
         del model
 
 
 def _print(models: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> None:
     """Perplexities by set with their protocol, sparsities, accuracies."""
     from patch.evaluate.protocol import format_reports
-    from patch.evaluate.results import task_rows, zero_shot_line
+    from patch.evaluate.results import task_rows, truncation_warnings, zero_shot_line
     from patch.evaluate.tables import format_table
 
     for name in sets:
         print(format_reports({m["label"]: m["perplexity"][name] for m in models}, dense=models[0]["label"]))
     for model in models:
-        if model["masks"]:
+        if model["sparsity"]:
             print(f"sparsity of {model['label']}: {model['sparsity']:.4f}")
     if models[0]["zero_shot"]:
         print(format_table(task_rows(models)))
         print(zero_shot_line(models[0]["zero_shot"]))
+    for model in models:
+        for said in truncation_warnings(model["zero_shot"]):
+            print(f"WARNING: {model['label']}, {said}")
 
 
 def _description(

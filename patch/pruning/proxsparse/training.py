@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from patch.models.checks import check_device, require_tokens, require_trained_dtype
+from patch.models.checks import check_device, require_finite_model, require_tokens, require_trained_dtype
 from patch.models.modes import placed
 from patch.models.structure import input_embeddings, maskable_linears
 from patch.pruning.options import GROUP, PruneOptions
@@ -90,6 +90,7 @@ def check_learnable(
     for name, linear in linears.items():
         check_weight(linear.weight, PruneOptions(), f"layer '{name}'")
         require_trained_dtype(linear.weight, f"layer '{name}'")
+    require_finite_model(model)
     return linears
 
 
