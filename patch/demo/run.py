@@ -29,6 +29,7 @@ from patch.files.folder import write_folder
 from patch.files.strict_json import dump_json, read_json
 from patch.learn.config import LearnConfig
 from patch.learn.run import learn
+from patch.models.coverage import coverage
 from patch.models.facts import fingerprints
 from patch.models.keep_masks import apply_keep_masks, measured_sparsity
 from patch.models.structure import maskable_linears
@@ -178,6 +179,7 @@ class _Demo:
         model = self._dense_model()
         made_from = fingerprints(model)
         masks = prune_model(model, method, calibration=self.calibration, progress=False)
+        covered = {"coverage": coverage(model, masks).as_dict()}
         result = self._measure(model, masks)
         weights = {name: linear.weight for name, linear in maskable_linears(model).items()}
 
@@ -185,7 +187,7 @@ class _Demo:
             save_artifact(
                 folder,
                 masks,
-                meta={"model": "dense", "method": method, "pattern": "2:4", "sparsity": 0.5} | made_from,
+                meta={"model": "dense", "method": method, "pattern": "2:4", "sparsity": 0.5} | made_from | covered,
                 weights=weights if get_method(method).updates_weights else None,
                 extra={STAGE_FILE: stage},
             )
@@ -216,7 +218,8 @@ class _Demo:
             "sparsity": config.target_sparsity,
             "tile": config.tile,
             "seed": config.seed,
-        } | made_from
+        }
+        meta |= made_from | {"coverage": coverage(model, outcome.masks).as_dict()}
         metrics = "".join(json.dumps(record) + "\n" for record in outcome.metrics)
 
         def save(folder: Path, stage: bytes) -> None:

@@ -8,7 +8,8 @@ A file is JSON: format, version, date (UTC), command, settings, versions (of pac
     sparsity    share of zeros in the pruned or packed layers, 0 for the dense model, null where it is not known
     perplexity  {set: perplexity_report}, of patch.evaluate; perplexity is null where exp(loss) overflows
     zero_shot   null, or zero_shot_report of patch.evaluate.zero_shot
-Files of earlier versions lack bytes, bits_per_byte, bos, vocabulary and warning of sets and truncated of tasks.
+    coverage    null, or of patch.models.coverage: how much of the decoder is in masked layers, and its sparsity
+Files of earlier versions lack coverage, bytes, bits_per_byte, bos, vocabulary and warning of sets and truncated of tasks.
 """
 
 from __future__ import annotations
@@ -82,6 +83,14 @@ class ZeroShotResult:
 
 
 @record(others=True)
+class CoverageResult:
+    """What is needed of patch.models.coverage."""
+
+    share: _Share
+    decoder_sparsity: _Share
+
+
+@record(others=True)
 class ModelResult:
     """What is needed of a model."""
 
@@ -92,6 +101,7 @@ class ModelResult:
     model_fingerprint: str
     perplexity: dict[str, SetResult]
     zero_shot: ZeroShotResult | None
+    coverage: CoverageResult | None = None
 
 
 @record(others=True)
@@ -267,11 +277,14 @@ def summary_rows(models: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     sets = _union(model["perplexity"] for model in models)
     with_bits = {name for m in models for name, r in m["perplexity"].items() if r.get("bits_per_byte") is not None}
     with_tasks = any(model["zero_shot"] for model in models)
+    with_coverage = any(model.get("coverage") for model in models)
     rows = []
     for model in models:
-        row = {"model": model["label"], "sparsity": "-"}
-        if model["sparsity"] is not None:
-            row["sparsity"] = f"{model['sparsity']:.1%}"
+        row = {"model": model["label"], "sparsity": _share_text(model["sparsity"])}
+        if with_coverage:
+            covered = model.get("coverage") or {}
+            row["of the decoder"] = _share_text(covered.get("decoder_sparsity"))
+            row["in masked layers"] = _share_text(covered.get("share"))
         for name in sets:
             report = model["perplexity"].get(name)
             row[f"{name} perplexity"] = _perplexity_text(report)
@@ -306,6 +319,8 @@ def csv_rows(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for model in models:
         row = {key: model[key] for key in ("label", "file", "model", "method", "sparsity", "model_fingerprint")}
+        covered = model.get("coverage") or {}
+        row |= {"decoder_sparsity": covered.get("decoder_sparsity"), "coverage": covered.get("share")}
         for name in sets:
             report = model["perplexity"].get(name, {})
             row |= {f"{name} {key}": report.get(key) for key in ("perplexity", "loss", "bits_per_byte", "bytes")}
@@ -376,6 +391,10 @@ def require_same(
 
 def _named(model: Mapping[str, Any]) -> str:
     return f"{model['label']} ({model['file']})" if "file" in model else model["label"]
+
+
+def _share_text(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _perplexity_value(report: Mapping[str, Any]) -> float:

@@ -56,10 +56,7 @@ class Coverage:
 
     def text(self) -> str:
         """One line for people."""
-        return (
-            f"sparsity {self.sparsity:.4f} in the masked layers, {self.decoder_sparsity:.4f} over the whole decoder "
-            f"({self.share:.1%} of the decoder's weights are in masked layers)"
-        )
+        return sparsity_text(self.sparsity, self.decoder_sparsity, self.share)
 
     def warning(self) -> str | None:
         """What is left dense, where that is more than a tenth of the decoder."""
@@ -69,6 +66,14 @@ class Coverage:
         more = f" and {len(self.left_dense) - _NAMED} more" if len(self.left_dense) > _NAMED else ""
         share = f"only {self.share:.1%} of the decoder's weights are in masked layers"
         return f"{share}, left dense: {', '.join(named)}{more}"
+
+
+def sparsity_text(sparsity: float, decoder_sparsity: float, share: float, **_: Any) -> str:
+    """The line of `Coverage.text` from the values of `Coverage.as_dict`."""
+    return (
+        f"sparsity {sparsity:.4f} in the masked layers, {decoder_sparsity:.4f} over the whole decoder "
+        f"({share:.1%} of the decoder's weights are in masked layers)"
+    )
 
 
 def coverage(model: nn.Module, masks: Mapping[str, Tensor]) -> Coverage:

@@ -95,7 +95,7 @@ def test_a_model_has_one_fingerprint_in_every_dtype(work):
     half = inputs.load_model(str(work / "model"), dtype="fp16")
     with pytest.raises(ValueError, match="A float32 model must be loaded in the dtype that it was pruned in"):
         load_artifact(work / "prior", model=half)
-    with pytest.raises(ValueError, match=r"model.embed_tokens.weight: expected a weight with values, got none \(meta"):
+    with pytest.raises(ValueError, match=r"weight: expected a weight with values, got none \(meta"):
         fingerprints(inputs.load_model_shapes(str(work / "model")))
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from patch.evaluate.protocol import EvaluationSet
+    from patch.models.coverage import Coverage
 
 NAME = "eval"
 SUMMARY = "measure perplexity and zero-shot accuracy, the dense model first"
@@ -224,27 +225,38 @@ def _models(options: Options) -> Iterator[tuple[dict[str, Any], nn.Module]]:
     """(entry of the result file so far, model); one model in memory at a time."""
     from patch.files.folder import MANIFEST
     from patch.files.regular import file_sha256
-    from patch.models.keep_masks import keep_masks, measured_sparsity
-    from patch.packed.swap import packed_sparsity
+    from patch.models.coverage import coverage
 
     taken: set[str] = set()
     first = "dense" if options.masks or options.compare else _label(options.model, taken)
     taken.add(first)
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     # Masks are put on dense models only. Without any, nothing says whether the model is dense or was pruned.
-    yield _description(first, options.model, model, sparsity=0.0 if options.masks else packed_sparsity(model)), model
+    described = _description(first, options.model, model, covered=_packed_coverage(model))
+    yield described | ({"sparsity": 0.0} if options.masks else {}), model
     del model  # or it would stay while the next one is loaded
     for path in options.masks:
         model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
         folder, artifact = inputs.artifact_folder(path), inputs.put_masks(options, path, model)
         masks = {"path": path, "manifest_sha256": file_sha256(folder / MANIFEST), "meta": artifact.meta}
-        sparsity = measured_sparsity(keep_masks(model))
-        yield _description(_label(path, taken), options.model, model, masks=masks, sparsity=sparsity), model
+        covered = coverage(model, artifact.masks)
+        yield _description(_label(path, taken), options.model, model, masks=masks, covered=covered), model
         del model
     for path in options.compare:
         model = inputs.load_model(path, dtype=options.dtype, device=options.device, flag="--compare")
-        yield _description(_label(path, taken), path, model, sparsity=packed_sparsity(model)), model
+        yield _description(_label(path, taken), path, model, covered=_packed_coverage(model)), model
         del model
+
+
+def _packed_coverage(model: nn.Module) -> Coverage | None:
+    from patch.models.coverage import coverage_of
+    from patch.packed.swap import packed_zeros
+
+    counts = packed_zeros(model)
+    if not counts:
+        return None
+    zeros = sum(zeros for zeros, _ in counts.values())
+    return coverage_of(model, {name: weights for name, (_, weights) in counts.items()}, zeros)
 
 
 def _print(models: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> None:
@@ -252,12 +264,13 @@ def _print(models: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> None:
     from patch.evaluate.protocol import format_reports
     from patch.evaluate.results import task_rows, truncation_warnings, zero_shot_line
     from patch.evaluate.tables import format_table
+    from patch.models.coverage import sparsity_text
 
     for name in sets:
         print(format_reports({m["label"]: m["perplexity"][name] for m in models}, dense=models[0]["label"]))
     for model in models:
-        if model["sparsity"]:
-            print(f"sparsity of {model['label']}: {model['sparsity']:.4f}")
+        if covered := model["coverage"]:
+            print(f"{model['label']}: {sparsity_text(**covered)}")
     if models[0]["zero_shot"]:
         print(format_table(task_rows(models)))
         print(zero_shot_line(models[0]["zero_shot"]))
@@ -272,8 +285,9 @@ def _description(
     model: nn.Module,
     *,
     masks: Mapping[str, Any] | None = None,
-    sparsity: float | None = None,
+    covered: Coverage | None = None,
 ) -> dict[str, Any]:
+    """Entry of a model; covered is None for one that has neither masks nor packed layers."""
     from patch.models.facts import model_fingerprint
 
     parameter = next(model.parameters())
@@ -283,7 +297,8 @@ def _description(
         "commit": getattr(model.config, "_commit_hash", None),
         "masks": masks,
         "method": masks["meta"].get("method") if masks else None,
-        "sparsity": sparsity,
+        "sparsity": covered.sparsity if covered else None,
+        "coverage": covered.as_dict() if covered else None,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(parameter.device),
         "model_fingerprint": model_fingerprint(model),
