@@ -87,7 +87,8 @@ def provenance(source: str | None, text_sha256: str | None, **values: Any) -> Ma
     return {"data": source, "text_sha256": text_sha256, "versions": versions(), **values}
 
 
-def print_written(path: Path, what: str, next_step: str) -> None:
-    """Last lines of a command: what was written and what one usually does with it."""
+def print_written(path: Path, what: str, next_step: str | None) -> None:
+    """Last lines of a command: what was written and what one usually does with it; None after a warning."""
     print(f"wrote {what} to {path}")
-    print(f"next: {next_step}")
+    if next_step is not None:
+        print(f"next: {next_step}")

@@ -193,4 +193,3 @@ def _predicted_bytes(byte_ends: Tensor | None, start: int, own: int, windows: in
     ends = torch.cat([byte_ends.new_zeros(1), byte_ends])
     firsts = torch.arange(windows) * own + start
     return int((ends[firsts + own] - ends[firsts if after_bos else firsts + 1]).sum())
-

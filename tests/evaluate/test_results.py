@@ -100,7 +100,10 @@ def change(*keys, value=None, remove=False):
         (change("models", value={}), "models: expected a list of models, got {}"),
         (change("models", 0, value=5), r"models\[0\]: expected values by name, got 5"),
         (change("models", 0, "label", remove=True), r"expected models\[0\].label, got nothing"),
-        (change("models", 0, "sparsity", value="half"), r"models\[0\].sparsity: expected a number from 0 to 1, got 'half'"),
+        (
+            change("models", 0, "sparsity", value="half"),
+            r"models\[0\].sparsity: expected a number from 0 to 1, got 'half'",
+        ),
         (change("models", 0, "sparsity", value=7), r"models\[0\].sparsity: expected a number from 0 to 1, got 7"),
         (change("models", 0, "perplexity", value=[]), r"models\[0\].perplexity: expected an object, got \[\]"),
         (
@@ -119,7 +122,10 @@ def change(*keys, value=None, remove=False):
         ),
         (change("models", 0, "perplexity", "ptb", "perplexity", value=True), "ptb.perplexity: expected a number"),
         (change("models", 0, "zero_shot", "limit", remove=True), r"expected models\[0\].zero_shot.limit, got nothing"),
-        (change("models", 0, "zero_shot", "average", value=None), "zero_shot.average: expected a number from 0 to 1, got None"),
+        (
+            change("models", 0, "zero_shot", "average", value=None),
+            "zero_shot.average: expected a number from 0 to 1, got None",
+        ),
         (change("models", 0, "zero_shot", "average", value=54.6), "zero_shot.average: expected .* 0 to 1, got 54.6"),
         (
             change("models", 0, "zero_shot", "tasks", "race", "version", remove=True),
@@ -153,7 +159,7 @@ def test_what_is_no_result_file_is_refused(tmp_path):
         ("{}", "expected format, version, models, got nothing. Evaluate again with `patch-llm eval --json`"),
         ("{", "not valid JSON"),
         ('{"a": NaN}', "not valid JSON"),
-        (results.results_text(file_of(model("m"))).replace("7.38905609893065", "1e999"), ".*perplexity: expected a fin"),
+        (results.results_text(file_of(model("m"))).replace("7.38905609893065", "1e999"), "not valid JSON"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"r\.json: {message}"):
@@ -219,7 +225,9 @@ def broken() -> list[dict]:
     """A dense model, one that is worse than guessing, one that is only bad, one that overflows, one that is usual."""
     entries = {"dense": 3.0, "inverted": 14.3, "bad": 5.5, "endless": 800.0, "pruned": 3.5}
     return [
-        model(label, perplexity={"ptb": perplexity_entry(2.0) | {"perplexity": value, "loss": loss, "vocabulary": 32000}})
+        model(
+            label, perplexity={"ptb": perplexity_entry(2.0) | {"perplexity": value, "loss": loss, "vocabulary": 32000}}
+        )
         for label, loss in entries.items()
         for value in [math.exp(loss) if loss < 700 else None]
     ]
@@ -236,12 +244,9 @@ def test_perplexities_that_no_working_model_has_are_said():
     made = [m | {"perplexity": {"ptb": m["perplexity"]["ptb"] | {"perplexity": 1.0}}} for m in broken()]
     assert results.model_warnings(made) == []
     # A file keeps them, a report finds them again among what it compares.
-    content = results.make_results(
-        [m | {"perplexity": {"ptb": r | {"perplexity": r["perplexity"] or math.inf}}} for m in broken()
-         for r in [m["perplexity"]["ptb"]]],
-        command=[], settings={}, versions={},
-    )  # fmt: skip
-    assert content["warnings"] == said
+    entries = broken()
+    entries[3]["perplexity"]["ptb"]["perplexity"] = math.inf  # null in files only
+    assert file_of(*entries)["warnings"] == said
     table = results.markdown_tables(results.merge_models({"a.json": file_of(*broken()[:1]), "b": file_of(broken()[2])}))
     assert table.endswith("* **WARNING**: bad, ptb: perplexity 244.69 is 12 times that of dense: check the masks")
 
@@ -258,7 +263,9 @@ def test_questions_that_were_cut_are_said():
 
 
 def test_bits_per_byte_are_beside_perplexity_where_they_are_known():
-    new = model("new", perplexity={"ptb": perplexity_entry(2.0) | {"bits_per_byte": 1.25, "bytes": 4000, "bos": "none"}})
+    new = model(
+        "new", perplexity={"ptb": perplexity_entry(2.0) | {"bits_per_byte": 1.25, "bytes": 4000, "bos": "none"}}
+    )
     old = model("old", 3.0)  # of an earlier version
     merged = results.merge_models({"a.json": file_of(new), "b.json": file_of(old)})
     assert [row["ptb bits/byte"] for row in results.summary_rows(merged)] == ["1.2500", "-"]
