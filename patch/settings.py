@@ -109,7 +109,7 @@ def _expanded(value: Any) -> Any:
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]  # what NumPy's generator takes
 Share = Annotated[float, Field(ge=0, le=0.5), Says("a share of zeros from 0 to 0.5", "45 percent is 0.45.")]
 Names = Annotated[tuple[str, ...], BeforeValidator(parts), Says("a list", "Write for example a,b.")]
 DistinctNames = Annotated[Names, AfterValidator(_distinct)]

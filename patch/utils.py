@@ -90,6 +90,8 @@ def evaluate(
     if evaluate_perplexity:
         report = perplexity_report(model, tokenizer, eval_dataset, batch_size=eval_batch_size)
         logger.info("perplexity %.4f (%s)", report["perplexity"], report)
+        if report["warning"] is not None:
+            logger.warning("perplexity %.4f is %s", report["perplexity"], report["warning"])
         value = report["perplexity"]
     if test_lmharness:
         results = zero_shot(model, tokenizer, ZERO_SHOT_TASKS, wrapped=lm_eval_model)

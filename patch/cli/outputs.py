@@ -99,7 +99,8 @@ def print_sparsity(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, A
     return {"coverage": covered.as_dict()}
 
 
-def print_written(path: Path, what: str, next_step: str) -> None:
-    """Last lines of a command: what was written and what one usually does with it."""
+def print_written(path: Path, what: str, next_step: str | None) -> None:
+    """Last lines of a command: what was written and what one usually does with it; None after a warning."""
     print(f"wrote {what} to {path}")
-    print(f"next: {next_step}")
+    if next_step is not None:
+        print(f"next: {next_step}")

@@ -25,6 +25,7 @@ from patch.demo import model as demo_model
 from patch.demo.settings import DemoSettings, ModelSettings
 from patch.evaluate import plots, tables
 from patch.evaluate.cross_entropy import perplexity
+from patch.evaluate.results import broken_perplexity
 from patch.files.folder import write_folder
 from patch.files.strict_json import dump_json, read_json
 from patch.learn.config import LearnConfig
@@ -279,6 +280,9 @@ class _Demo:
         self.say(f"  {label}: perplexity {result['perplexity']:.2f}, sparsity {result['sparsity']:.1%}")
         if result["compensated"] is not None:
             self.say("  " + _compared(result["perplexity"], result["compensated"]))
+        highest = max(result["perplexity"], result["compensated"] or 0.0)
+        if broken := broken_perplexity(highest, len(self.tokenizer)):
+            self.say(f"  WARNING: {label}: perplexity {highest:,.0f} is {broken}")
 
     # -- results ---
 

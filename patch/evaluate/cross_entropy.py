@@ -78,7 +78,7 @@ def mean_cross_entropy(
 
 
 def require_windows(window: int, limit: int | None, tokens: Mapping[str, int], of: str = "the model") -> None:
-    """Refuse a window of less than two tokens, longer than the context `limit` of the models (None: endless) or than a text, {name: tokens}."""
+    """Refuse a window of one token, or longer than the models' context `limit` (None: endless) or a {text: tokens}."""
     require_integer("window", window, 2, f"The paper uses {DEFAULT_WINDOW}.", kind=int)
     if limit is not None and window > limit:
         raise ValueError(f"window: expected at most {limit} (the context of {of}), got {window}; use {limit}")

@@ -354,7 +354,8 @@ def protocol_lines(models: Sequence[Mapping[str, Any]]) -> list[str]:
         split = f" ({report['split']})" if report.get("split") else ""
         lines.append(
             f"{name}{split}: {report['windows']} non-overlapping windows of {report['window']} tokens out of "
-            f"{report['tokens']}, exp of the mean cross-entropy; {bos_line(report)}; text SHA-256 {report['text_sha256']}"
+            f"{report['tokens']}, exp of the mean cross-entropy; {bos_line(report)}; "
+            f"text SHA-256 {report['text_sha256']}"
         )
     scored = [model["zero_shot"] for model in models if model["zero_shot"]]
     return lines + [zero_shot_line(report) for report in scored[:1]]

@@ -131,9 +131,8 @@ def require_known_tokens(ids: Tensor, vocabulary: int | None, what: str, tokeniz
     if len(bad):
         token = int(bad[0])
         got = f"got {tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
-        raise ValueError(
-            f"{what}: expected tokens of the model's {vocabulary} (rows of its embedding), {got}. {_RESIZE}"
-        )
+        expected = f"expected tokens of the model's {vocabulary} (rows of its embedding)"
+        raise ValueError(f"{what}: {expected}, {got}. {_RESIZE}")
 
 
 def require_known_special_tokens(

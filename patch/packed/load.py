@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from patch.files.folder import resolve_folder
 from patch.files.safetensors_header import read_header
@@ -47,8 +47,12 @@ def load(path: str | os.PathLike, *, verify: bool = True, **kwargs: Any) -> PreT
         _check_folder(folder)
     elif name.startswith((".", "/", "~")) or os.path.lexists(name) or name.count("/") > 1:
         raise FileNotFoundError(f"expected a folder with a model at {name}, found none; check the path")
-    with verification(verify):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    try:
+        with verification(verify):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    except ValueError:
+        _check_generation(folder)
+        raise
     model: PreTrainedModel
     model, info = loaded
     dropped = [key for key in info.get("unexpected_keys", ()) if str(key).endswith(ADAPTER_KEYS)]
@@ -62,6 +66,18 @@ def load(path: str | os.PathLike, *, verify: bool = True, **kwargs: Any) -> PreT
     return model
 
 
+def _check_generation(folder: Path) -> None:
+    """transformers refuses settings of generation that do not fit together, without a name of their file."""
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except ValueError as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            expected = "expected settings that fit together, transformers says"
+            raise ValueError(f"{file}: {expected}: {reason}. Correct the file, or remove it.") from None
+
+
 def _check_folder(folder: Path) -> None:
     """What transformers would answer with an obscure error, or follow out of the folder."""
     index = folder / "model.safetensors.index.json"
@@ -72,7 +88,8 @@ def _check_folder(folder: Path) -> None:
     for name in ("config.json", *shards):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: expected a file of the model, found none. {_ADVICE}")
-    config = folder / "config.json"
-    parse(dict[str, Any], read_json(Path(os.path.realpath(config))), f"{config}: ", _ADVICE)
+    for config in (folder / "config.json", folder / "generation_config.json"):
+        if config.is_file():
+            parse(dict[str, Any], read_json(Path(os.path.realpath(config))), f"{config}: ", _ADVICE)
     for name in shards:
         read_header(os.path.realpath(folder / name))

@@ -6,6 +6,7 @@ import csv
 import functools
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,15 @@ def work(tmp_path_factory) -> Path:
     for name, words in (("held", "the quick fox"), ("other", "a slow dog")):
         (folder / f"{name}.txt").write_text("\n".join(f"Line {i}: {words} {i * i} jumps." for i in range(20)))
     lm_eval_tasks.write_task_folder(folder / "tasks")
-    for name, options in (("brief", {"max_position_embeddings": 64}), ("smaller", {"num_hidden_layers": 1})):
+    changes = {"brief": {"max_position_embeddings": 64}, "smaller": {"num_hidden_layers": 1}}
+    changes["short"] = {"max_position_embeddings": 23}
+    for name, options in changes.items():
         build_tiny_model("llama", seed=1, dtype=torch.bfloat16, **options).save_pretrained(folder / name)
         build_byte_tokenizer().save_pretrained(folder / name)
+    without = build_byte_tokenizer()
+    without.bos_token = None
+    shutil.copytree(folder / "smaller", folder / "no_bos")
+    without.save_pretrained(folder / "no_bos")
     made = [
         f"prune --model {folder}/model --method magnitude --out {folder}/masks",
         f"prune --model {folder}/smaller --method magnitude --out {folder}/other_masks",
@@ -93,10 +100,20 @@ def test_several_texts_in_one_file(work, everything):
             assert report["text_sha256"] == text_sha256([text])
             assert report["tokens"] == len(tokenizer(text)["input_ids"])
             assert (report["window"], report["windows"]) == (64, report["tokens"] // 64)
+            assert report["bytes"] == (report["window"] - 1) * report["windows"]  # a token a byte
+            nats = report["loss"] * report["bytes"]
+            assert report["bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / report["bytes"], rel=1e-12)
+            assert (report["bos"], report["vocabulary"]) == ("none", 260)
+            assert "uniform guess over 260 tokens" in report["warning"]  # random weights with a large spread
             assert report["perplexity"] == pytest.approx(2.718281828459045 ** report["loss"], rel=1e-12)
         assert model["zero_shot"] is None
     dense, masked, packed = results["models"]
-    assert [m["sparsity"] for m in results["models"]] == [0.0, 0.5, None]
+    # That of a packed model is counted in its weights, where a dense bf16 weight of 0 would count too.
+    assert [m["sparsity"] for m in results["models"]] == [0.0, 0.5, pytest.approx(0.5, abs=1e-3)]
+    labels = [line.split(": ")[0] for line in results["warnings"]]
+    assert labels == [
+        f"{model}, {name}" for name in ("held.txt", "other.txt") for model in ("dense", "masks", "packed")
+    ]
     assert dense["perplexity"]["held.txt"]["loss"] != masked["perplexity"]["held.txt"]["loss"]
     assert dense["perplexity"]["held.txt"]["loss"] != dense["perplexity"]["other.txt"]["loss"]
     for name in ("held.txt", "other.txt"):  # the same weights through another kernel, both in bf16
@@ -132,9 +149,10 @@ def test_the_file_holds_what_repeats_the_run(work, everything):
 
 def test_markdown_has_every_model_and_set(work, everything, capsys):
     lines = (work / "everything.md").read_text().splitlines()
-    assert lines[0].split() == "| model | sparsity | held.txt perplexity | other.txt perplexity |".split()
+    sets = "held.txt perplexity | held.txt bits/byte | other.txt perplexity | other.txt bits/byte"
+    assert lines[0].split() == f"| model | sparsity | {sets} |".split()
     assert [line.split()[1] for line in lines[2:5]] == ["dense", "masks", "packed"]
-    assert "0.0%" in lines[2] and "50.0%" in lines[3] and "| " in lines[4]
+    assert "0.0%" in lines[2] and "50.0%" in lines[3] and "50.0%" in lines[4]
     assert lines[6].startswith("* held.txt: ") and "text SHA-256" in lines[6]
     status, out, _ = run(
         capsys, "eval", "--model", work / "model", "--data", work / "held.txt", "--max-windows", 1, "--markdown", "-"
@@ -201,6 +219,19 @@ TASKS = [*EVAL, "--task-path", "{w}/tasks"]
 REFUSED = [
     (EVAL, "--data, --tasks: expected at least one of them, got none"),
     ([*DATA, "--task-path", "{w}/tasks"], "--task-path: expected --tasks with it, got none"),
+    ([*DATA, "--limit", "3"], "--limit: expected --tasks with it, got none. Name the tasks"),
+    ([*DATA, "--no-bos"], "--no-bos: expected --tasks with it, got none. Name the tasks"),
+    ([*EVAL, "--tasks", "t", "--window", "32"], "--window: expected --data with it, got none. It is about texts"),
+    ([*EVAL, "--tasks", "t", "--max-windows", "3"], "--max-windows: expected --data with it, got none"),
+    ([*EVAL, "--tasks", "t", "--split", "test"], "--split: expected --data with it, got none"),
+    ([*EVAL, "--tasks", "t", "--text-field", "body"], "--text-field: expected --data with it, got none"),
+    ([*EVAL, "--tasks", "t", "--window-bos", "every"], "--window-bos: expected --data with it, got none"),
+    ([*DATA, "--window-bos", "all"], "window_bos: expected one of tokenizer, every, got 'all'"),
+    ([*DATA, "--compare", "{w}/masks"], "--compare: expected a transformers model, '{w}/masks' has no config.json"),
+    (
+        ["eval", "--model", "{w}/no_bos", "--data", "{w}/held.txt", "--window-bos", "every"],
+        "--window-bos: expected a tokenizer with a BOS token, got one without. Leave it out",
+    ),
     ([*DATA, "--data", "{w}/held.txt"], "data: expected every name once"),
     ([*DATA, "--masks", "{w}/masks,{w}/masks"], "masks: expected every name once"),
     ([*DATA, "--compare", "{w}/packed,{w}/packed"], "compare: expected every name once"),
@@ -288,6 +319,66 @@ def test_report_refuses(work, everything, tmp_path, capsys):
         assert status == 2
         assert message in err
         assert not (tmp_path / "r").exists()
+
+
+def test_masks_that_break_a_model_are_said(work, tmp_path, capsys):
+    """A copy whose head points the other way is far worse than guessing; exit status 0, but never without a word."""
+    model = inputs.load_model(str(work / "model"))
+    model.lm_head.weight.data.mul_(-20)
+    model.save_pretrained(tmp_path / "broken")
+    flags = (
+        "--compare",
+        tmp_path / "broken",
+        "--data",
+        work / "held.txt",
+        "--window",
+        64,
+        "--json",
+        tmp_path / "r.json",
+    )
+    status, out, _ = run(capsys, "eval", "--model", work / "model", *flags)
+    results = json.loads((tmp_path / "r.json").read_text())
+    said = "worse than a uniform guess over 260 tokens: the model or its masks are broken"
+    assert status == 0
+    assert (
+        f"WARNING: broken: perplexity {results['models'][1]['perplexity']['held.txt']['perplexity']:,.0f} is {said}"
+        in out
+    )
+    assert results["models"][1]["perplexity"]["held.txt"]["warning"] == said
+    assert [line for line in results["warnings"] if line.startswith("broken, held.txt: ")] == results["warnings"][-1:]
+    status, out, _ = run(capsys, "report", tmp_path / "r.json", "--out", tmp_path / "report")
+    assert status == 0 and "next:" not in out
+    assert f"is {said}" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_bos_in_every_window(work, tmp_path, capsys):
+    found = {}
+    for rule in ("tokenizer", "every"):
+        flags = ("--data", work / "held.txt", "--window", 32, "--window-bos", rule, "--json", tmp_path / f"{rule}.json")
+        status, out, _ = run(capsys, "eval", "--model", work / "model", *flags)
+        assert status == 0
+        found[rule] = json.loads((tmp_path / f"{rule}.json").read_text())["models"][0]["perplexity"]["held.txt"]
+        assert ("BOS in every window" in out) == (rule == "every")
+    assert (found["tokenizer"]["bos"], found["every"]["bos"]) == ("none", "every window")
+    assert found["every"]["windows"] == found["every"]["tokens"] // 31
+    status, _, err = run(
+        capsys, "report", tmp_path / "tokenizer.json", tmp_path / "every.json", "--out", tmp_path / "r"
+    )
+    assert status == 2 and "cannot be compared" in err
+
+
+@needs_lm_eval
+def test_questions_that_do_not_fit_are_said(work, tmp_path, capsys):
+    flags = ("--tasks", "local_plain", "--task-path", work / "tasks", "--json", tmp_path / "r.json")
+    status, out, _ = run(capsys, "eval", "--model", work / "short", *flags)
+    task = json.loads((tmp_path / "r.json").read_text())["models"][0]["zero_shot"]["tasks"]["local_plain"]
+    said = (
+        f"local_plain: {task['truncated']} of 24 questions are longer than the context of 23 tokens and lost their beg"
+    )
+    assert status == 0 and 0 < task["truncated"] < 24
+    assert f"WARNING: short, {said}" in out
+    assert run(capsys, "report", tmp_path / "r.json", "--out", tmp_path / "report")[0] == 0
+    assert f"* **WARNING**: short, {said}" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_repeated_flags_add_up(monkeypatch):

@@ -210,8 +210,14 @@ def test_bos_that_is_not_there_is_refused(tiny_model, tokenizer, text_file):
 
 
 def test_a_tokenizer_without_offsets_gives_no_bytes(tiny_model, tokenizer, text_file):
-    slow = SimpleNamespace(is_fast=False, bos_token_id=256)
-    slow.__class__ = type("Slow", (SimpleNamespace,), {"__call__": lambda self, *a, **k: tokenizer(*a, **k)})
+    class Slow:
+        bos_token_id = 256
+        convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
+
+        def __call__(self, texts, verbose):
+            return tokenizer(texts)
+
+    slow = Slow()
     report = protocol.perplexity_report(tiny_model(), slow, text_file, window=64, max_windows=2)
     assert (report["bytes"], report["bits_per_byte"]) == (None, None)
     fast = protocol.perplexity_report(tiny_model(), tokenizer, text_file, window=64, max_windows=2)

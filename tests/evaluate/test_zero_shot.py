@@ -151,6 +151,99 @@ def test_bos_is_as_asked_and_the_report_says_what_was_done(manager, tiny_model, 
     assert report["add_bos"] is bos
 
 
+def bos_tokenizer():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = build_byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return tokenizer
+
+
+@needs_lm_eval
+def test_bos_is_there_once_also_where_the_text_has_it(manager, tiny_model, tmp_path):
+    task = lm_eval_tasks.task_config("local_plain", tmp_path) | {"task": "with_bos", "doc_to_text": "<s>{{q}}"}
+    model, seen = tiny_model("llama"), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True
+    )
+    zero_shot.zero_shot_report(model, bos_tokenizer(), [task], task_manager=manager, limit=2)
+    assert seen and all(int((ids == 256).sum()) == len(ids) for ids in seen)
+
+
+@needs_lm_eval
+def test_bos_twice_is_refused(manager, tiny_model):
+    wrapped = zero_shot.lm_eval_model(tiny_model(), bos_tokenizer())
+    encode = wrapped.tok_encode
+    wrapped.tok_encode = lambda text, **how: [256, *encode(text, **how)]  # as versions of lm-eval did
+    with pytest.raises(ValueError, match=r"task local_plain, question 0: expected one BOS token at its start, got two"):
+        zero_shot.zero_shot_report(
+            wrapped.model, wrapped.tokenizer, ["local_plain"], task_manager=manager, wrapped=wrapped
+        )
+
+
+@needs_lm_eval
+def test_questions_longer_than_the_context_are_counted(manager, tiny_model, tokenizer):
+    model = tiny_model(max_position_embeddings=23)
+    report = zero_shot.zero_shot_report(
+        model, tokenizer, ["local_plain", "local_group"], task_manager=manager, batch_size=4
+    )
+    for name, tasks in (("local_plain", ["local_plain"]), ("local_group", ["local_first", "local_second"])):
+        rows = [row for task in tasks for row in lm_eval_tasks.questions(task)]
+        # The last token of an answer is only predicted.
+        long = [row for row in rows if any(len(f"{row['q']} {choice}") > 24 for choice in row["choices"])]
+        assert 0 < len(long) < len(rows)
+        assert report["tasks"][name]["truncated"] == len(long)
+    whole = zero_shot.zero_shot_report(tiny_model(), tokenizer, ["local_plain"], task_manager=manager, limit=1)
+    assert whole["tasks"]["local_plain"]["truncated"] == 0
+
+
+@needs_lm_eval
+def test_generated_answers_are_counted_too(manager, tiny_model, tokenizer, tmp_path):
+    task = lm_eval_tasks.task_config("local_plain", tmp_path, "exact_match") | {
+        "task": "generated",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 110, "do_sample": False},
+    }
+    task.pop("doc_to_choice")
+    report = zero_shot.zero_shot_report(
+        tiny_model(), tokenizer, [task], task_manager=manager, limit=12, metric="exact_match,none"
+    )
+    long = [row for row in lm_eval_tasks.questions("local_plain")[:12] if len(row["q"]) > 18]
+    assert len(long) == 2
+    assert report["tasks"]["generated"]["truncated"] == len(long)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("change", "tokens", "message"),
+    [
+        ({}, ["three"], r"task t, question \d+: expected tokens of the model's 260 .*, got 'three' \(id 260\)"),
+        (
+            {"doc_to_choice": ["a", "b" * 130]},
+            [],
+            "task t, question 0: expected an answer of 1 to 128 tokens, got 130 tokens. Correct the task",
+        ),
+    ],
+)
+def test_questions_that_the_model_cannot_read_are_named(manager, tiny_model, tmp_path, change, tokens, message):
+    tokenizer = build_byte_tokenizer()
+    tokenizer.add_tokens(tokens)
+    task = lm_eval_tasks.task_config("local_plain", tmp_path) | {"task": "t", "target_delimiter": ""} | change
+    with pytest.raises(ValueError, match=message):
+        zero_shot.zero_shot_report(tiny_model(), tokenizer, [task], task_manager=manager)
+
+
+@needs_lm_eval
+def test_the_wrapper_is_as_before_afterwards(manager, tiny_model, tokenizer):
+    wrapped = zero_shot.lm_eval_model(tiny_model(), tokenizer)
+    before = set(vars(wrapped))
+    zero_shot.zero_shot_report(
+        wrapped.model, tokenizer, ["local_plain"], task_manager=manager, limit=1, wrapped=wrapped
+    )
+    assert set(vars(wrapped)) == before
+
+
 @needs_lm_eval
 def test_the_callers_tokenizer_is_not_changed(tiny_model):
     tokenizer = build_byte_tokenizer()

@@ -140,6 +140,18 @@ def test_a_mask_that_compensation_made_worse_is_named():
     assert demo_run._compared(10.0, 10.5) == "compensated: 10.50, WORSE than without"
 
 
+def test_a_perplexity_that_exploded_is_said(finished):
+    lines: list[str] = []
+    demo = demo_run._Demo.__new__(demo_run._Demo)
+    demo.rows, demo.tokenizer, demo.say = [], range(300), lines.append
+    result = {"perplexity": 290.0, "compensated": 17000.0, "sparsity": 0.5, "packed_bytes": 1, "dense_bytes": 2}
+    demo.row("Wanda 2:4", result, 0.5, 0)
+    said = "worse than a uniform guess over 300 tokens: the model or its masks are broken"
+    assert lines[-1] == f"  WARNING: Wanda 2:4: perplexity 17,000 is {said}"
+    demo.row("dense", result | {"compensated": None}, None, 0)
+    assert len(lines) == 4 and "WARNING" not in lines[-1]
+
+
 def test_a_second_run_reuses_every_stage(finished, sources):
     out, rows, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/stage.json")}

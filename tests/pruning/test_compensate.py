@@ -325,7 +325,17 @@ def test_the_command_warns_when_it_made_things_worse(work, tmp_path, capsys, mon
     values = iter([10.0, 10.5])
     monkeypatch.setattr("patch.pruning.compensation.perplexity", lambda *args, **kwargs: next(values))
     assert command(work, tmp_path / "out", "--heldout", work / "held.txt") == 0
-    assert "WARNING: this is WORSE than the masks alone" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "WARNING: this is WORSE than the masks alone" in said and "\nnext: " in said
+
+
+def test_the_command_says_when_the_result_is_broken(work, tmp_path, capsys, monkeypatch):
+    values = iter([2000.0, 1000.0])
+    monkeypatch.setattr("patch.pruning.compensation.perplexity", lambda *args, **kwargs: next(values))
+    assert command(work, tmp_path / "out", "--heldout", work / "held.txt") == 0
+    said = capsys.readouterr().out
+    assert "WARNING: the perplexity after is worse than a uniform guess over 260 tokens: the model or its" in said
+    assert "WORSE" not in said and "next: " not in said
 
 
 @pytest.mark.parametrize(

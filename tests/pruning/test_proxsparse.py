@@ -412,7 +412,7 @@ def test_prune_model_masks_the_original_weights():
         ({"warmup_ratio": 1.5}, ValueError, "warmup_ratio: expected a number from 0 to 1, got 1.5"),
         ({"steps": 0}, ValueError, "steps: expected an integer >= 1, got 0. The default is 400"),
         ({"batch_size": 1.0}, ValueError, "batch_size: expected an integer >= 1, got 1.0"),
-        ({"seed": -1}, ValueError, "seed: expected an integer >= 0, got -1. The default is 42"),
+        ({"seed": -1}, ValueError, "seed: expected an integer from 0 to 4294967295, got -1. The default is 42"),
         ({"grad_checkpoint": 1}, ValueError, "grad_checkpoint: expected true or false, got 1. The default is False"),
     ],
 )

@@ -156,7 +156,7 @@ REFUSED = [
     ([*COMPRESS, "--lora-rank", "0.1"], "--data: expected a text, got none"),
     ([*COMPRESS, "--lora-rank", "2"], "lora_rank: expected a share of the layer's smaller size, 0 to 1, got 2"),
     ([*COMPRESS, "--quantize-weight", "--nsamples", "0"], "nsamples: expected an integer >= 1, got 0"),
-    ([*COMPRESS, "--quantize-weight", "--seed", "-1"], "seed: expected an integer >= 0, got -1"),
+    ([*COMPRESS, "--quantize-weight", "--seed", "-1"], "seed: expected an integer from 0 to 4294967295, got -1"),
     ([*COMPRESS, "--quantize-weight", "--masks", "{w}/absent"], "--masks: expected a folder made by"),
     ([*COMPRESS, "--quantize-weight", "--masks", "{w}/slim"], "is a result of compress, whose weights would be lost"),
     (
@@ -409,7 +409,7 @@ def test_masks_from_elsewhere_are_compressed_and_fine_tuned(tmp_path, arguments,
 def test_a_seed_that_training_refuses_is_refused_before_pruning(tmp_path, arguments):
     model = small_model()
     values = arguments | {"prune_method": "magnitude", "fine_tune": True}
-    with pytest.raises(ValueError, match="seed: expected an integer >= 0, got -1"):
+    with pytest.raises(ValueError, match="seed: expected an integer from 0 to 4294967295, got -1"):
         prepare_pruned_model(model, build_byte_tokenizer(), tmp_path / "c", values, TILE, 0.35, seed=-1)
     assert not keep_masks(model)
 

@@ -52,7 +52,8 @@ def run(options: Options) -> None:
     if options.overwrite:
         outputs.check_input_stays(masks, out)
     from patch.artifacts.artifact import save_artifact
-    from patch.models.structure import maskable_linears
+    from patch.evaluate.results import broken_perplexity
+    from patch.models.structure import maskable_linears, vocabulary_size
     from patch.pruning import compensate
 
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
@@ -105,11 +106,13 @@ def run(options: Options) -> None:
         f"held-out perplexity ({len(heldout)} windows of {seqlen} tokens): "
         f"{result.perplexity_before:.4f} with the masks alone, {result.perplexity_after:.4f} after"
     )
+    broken = broken_perplexity(result.perplexity_after or 0.0, vocabulary_size(model))
+    if broken is not None:
+        print(f"WARNING: the perplexity after is {broken}")
     if result.is_worse:
         print("WARNING: this is WORSE than the masks alone; use those, more --nsamples, or a larger --damping")
-    outputs.print_written(
-        out, "masks and weights", f"patch-llm eval --model {options.model} --masks {options.masks},{out} --data TEXT"
-    )
+    next_step = f"patch-llm eval --model {options.model} --masks {options.masks},{out} --data TEXT"
+    outputs.print_written(out, "masks and weights", None if broken else next_step)
 
 
 def on_interrupt(options: Options) -> str:

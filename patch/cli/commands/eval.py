@@ -149,12 +149,10 @@ def _check(options: Options) -> None:
     for flag, given in (("--task-path", options.task_path), ("--limit", options.limit), ("--no-bos", not options.bos)):
         if given and not options.tasks:
             raise ValueError(f"{flag}: expected --tasks with it, got none. Name the tasks to run with --tasks.")
-    for name in ("split", "text_field", "window", "max_windows"):
-        if getattr(options, name) is not None and not options.data:
+    for name in ("split", "text_field", "window", "max_windows", "window_bos"):
+        if getattr(options, name) not in (None, "tokenizer") and not options.data:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"{flag}: expected --data with it, got none. It is about texts; for tasks there is --limit."
-            )
+            raise ValueError(f"{flag}: expected --data with it, got none. It is about texts, not about --tasks.")
     for source in options.data:
         inputs.check_text_source(source)
     inputs.device_of(options.device)

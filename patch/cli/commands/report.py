@@ -40,7 +40,7 @@ def run(options: Options) -> None:
     """Read all files, check that they may be compared, write the folder."""
     out = outputs.check_new_folder(options.out, overwrite=options.overwrite, what="report")
     from patch.evaluate import plots, tables
-    from patch.evaluate.results import csv_rows, markdown_tables, merge_models, read_results
+    from patch.evaluate.results import csv_rows, markdown_tables, merge_models, model_warnings, read_results
     from patch.files.folder import write_folder
 
     if not options.results:
@@ -55,7 +55,8 @@ def run(options: Options) -> None:
 
     write_folder(out, write)
     print(text)
-    outputs.print_written(out, f"{TABLE}, {NUMBERS} and {PLOT}", f"open {out / TABLE}")
+    next_step = None if model_warnings(models) else f"open {out / TABLE}"
+    outputs.print_written(out, f"{TABLE}, {NUMBERS} and {PLOT}", next_step)
 
 
 def on_interrupt(options: Options) -> str:
