@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,6 +67,51 @@ def test_round_trip_is_exact(tmp_path, tiny_model, arch, dtype, overrides):
     assert torch.equal(loaded.generate(IDS, **options), model.generate(IDS, **options))
     loaded.save_pretrained(tmp_path / "two")  # a loaded model can be saved again
     assert torch.equal(load(tmp_path / "two")(IDS).logits, expected)
+
+
+def as_version_1(folder):
+    """The folder as it was written before tensors of packed weights were called `weight`."""
+    edit_config(lambda q: (q.update(format_version=1), q.pop("other_sha256")))(folder)
+    layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+    edit_tensors(lambda t: [t.update({f"{name}.payload": t.pop(f"{name}.weight")}) for name in layers])(folder)
+
+
+def test_folders_of_version_1_load_and_are_saved_as_version_2(saved, packed, tmp_path):
+    as_version_1(saved)
+    for model in (load(saved), AutoModelForCausalLM.from_pretrained(saved)):
+        assert torch.equal(model(IDS).logits, packed(IDS).logits)
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    assert torch.equal(load(tmp_path / "again")(IDS).logits, packed(IDS).logits)
+    add_tensor(f"{LAYER}.weight", torch.zeros(192, 128))(saved)
+    with pytest.raises(ValueError, match="up_proj.weight: expected no dense weight beside the packed one, got F32"):
+        load(saved)
+
+
+PLAIN = """
+import sys, transformers
+assert not [name for name in sys.modules if name.split(".")[0].startswith("patch")]
+for folder in sys.argv[1:]:
+    assert transformers.AutoConfig.from_pretrained(folder).model_type == "llama"
+    for name in ("AutoModel", "AutoModelForCausalLM", "LlamaForCausalLM"):
+        try:
+            getattr(transformers, name).from_pretrained(folder)
+        except RuntimeError as error:
+            print(name, "refused:", error)
+        else:
+            sys.exit(f"{name} opened it")
+"""
+
+
+def test_plain_transformers_refuses_a_packed_folder(packed, saved, tmp_path):
+    """In a process that knows nothing of this package: layers without a weight would be filled with random numbers."""
+    packed.save_pretrained(tmp_path / "plain")
+    load(saved).save_pretrained(tmp_path / "again", max_shard_size="60KB")
+    folders = [saved, tmp_path / "plain", tmp_path / "again"]
+    result = subprocess.run([sys.executable, "-c", PLAIN, *folders], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("refused:") == 9
+    assert "up_proj.weight" in result.stderr and "Unknown quantization type, got patch" in result.stderr
 
 
 def test_dequantize_gives_a_plain_model(saved, packed, tmp_path):
@@ -166,7 +213,7 @@ def missing_shard(folder):
 
 
 def resize_payload(tensors):
-    tensors[f"{LAYER}.payload"] = tensors[f"{LAYER}.payload"][:-2048]
+    tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"][:-2048]
 
 
 def add_tensor(name, value):
@@ -176,10 +223,10 @@ def add_tensor(name, value):
 # up_proj is 192x128: 2x1 tiles, 36864 to 65536 bytes.
 DAMAGES = [
     (
-        edit_config(lambda q: q.update(format_version=2)),
-        "quantization_config: format_version: expected 1, got 2. It was written by another version",
+        edit_config(lambda q: q.update(format_version=3)),
+        "quantization_config: format_version: expected 1 or 2, got 3. It was written by another version",
     ),
-    (edit_config(lambda q: q.update(format_version="1")), "format_version: expected 1, got '1'"),
+    (edit_config(lambda q: q.update(format_version="1")), "format_version: expected 1 or 2, got '1'"),
     (edit_config(lambda q: q.update(tile=[64, 64])), r"tile: expected \[128, 128\], got \[64, 64\]. Export"),
     (edit_config(lambda q: q.update(tile=128)), r"tile: expected \[128, 128\], got 128. Export"),
     (
@@ -216,27 +263,27 @@ DAMAGES = [
     (rename_layer("model.norm"), "at 'model.norm' of LlamaForCausalLM, found LlamaRMSNorm"),
     (edit_layer(out_features=190), r"expected an nn.Linear \(190, 128\) at .*, found Linear \(192, 128\)"),
     (edit_layer(bias=True), "up_proj': expected bias True as packed, got False"),
-    (edit_tensors(lambda t: t.pop(f"{LAYER}.payload")), r"up_proj.payload: expected U8 .* got nothing"),
+    (edit_tensors(lambda t: t.pop(f"{LAYER}.weight")), r"up_proj.weight: expected U8 .* got nothing"),
     (
         edit_tensors(lambda t: t.pop(f"{LAYER}.tile_is_sparse")),
         r"tile_is_sparse: expected U8 \(2, 1\), got nothing",
     ),
-    (edit_tensors(resize_payload), r"up_proj.payload: expected U8 \(\d+,\), got U8"),
-    (add_tensor(f"{LAYER}.payload", torch.zeros(9)), r"got F32 \(9,\)"),
+    (edit_tensors(resize_payload), r"up_proj.weight: expected U8 \(\d+,\), got U8"),
+    (add_tensor(f"{LAYER}.weight", torch.zeros(9)), r"got F32 \(9,\)"),
     (
         add_tensor(f"{LAYER}.tile_is_sparse", torch.zeros(1, 2).byte()),
         r"expected U8 \(2, 1\), got U8 \(1, 2\)",
     ),
     (
         add_tensor(f"{LAYER}.weight", torch.zeros(192, 128)),
-        "up_proj.weight: expected no dense weight beside the packed one, got F32",
+        r"up_proj.weight: expected U8 \(\d+,\), got F32 \(192, 128\)",
     ),
     (add_tensor(f"{LAYER}.bias", torch.zeros(192)), "up_proj.bias: expected no bias by config.json, got F32"),
     (
         add_tensor(f"{LAYER}.tile_is_sparse", torch.tensor([[2], [0]]).byte()),
         "tile_is_sparse: expected flags of 0 and 1, got 2",
     ),
-    (flip(f"{LAYER}.payload"), f"{LAYER}: expected a packed weight of SHA-256 .*, got"),
+    (flip(f"{LAYER}.weight"), f"{LAYER}: expected a packed weight of SHA-256 .*, got"),
     (edit_tensors(lambda t: t.pop("model.norm.weight")), r"found missing keys: 1 \(model.norm.weight\)"),
     (truncate, "model.safetensors: expected the end of the file at byte"),
     (outside_index, "plain names of safetensors files, got '../model.safetensors'. Do not load it"),
@@ -267,12 +314,12 @@ def test_sizes_are_checked_before_anything_is_allocated(saved, monkeypatch):
 
     monkeypatch.setattr(safetensors, "safe_open", forbidden)
     monkeypatch.setattr("transformers.modeling_utils.safe_open", forbidden)
-    with pytest.raises(ValueError, match=r"up_proj.payload: expected U8 \(65536,\), got U8"):
+    with pytest.raises(ValueError, match=r"up_proj.weight: expected U8 \(65536,\), got U8"):
         load(saved)
 
 
 def test_from_pretrained_checks_as_well(saved):
-    flip(f"{LAYER}.payload")(saved)
+    flip(f"{LAYER}.weight")(saved)
     with pytest.raises(ValueError, match=f"{LAYER}: expected a packed weight of SHA-256 .*, got"):
         AutoModelForCausalLM.from_pretrained(saved)
     assert load(saved, verify=False) is not None  # a damaged value, but a valid layout
