@@ -24,8 +24,8 @@ class TiledLinear(nn.Module):
 
     Buffers: weight, the payload (payload_bytes,) uint8, and tile_is_sparse (ceil(N/128), ceil(K/128)) uint8 of 0 and 1;
     and schedule (int32, ops.make_schedule), which follows from the flags and is not part of the state.
-    The payload has the name of the dense weight on purpose: code that reads a dense layer from these tensors, or asks
-    this layer for its weight, meets a tensor of another shape and dtype and stops, where a missing one would be made up.
+    The payload has the name of the dense weight on purpose: who reads a dense layer from these tensors, or asks this
+    layer for its weight, meets a tensor of another shape and dtype and stops; a missing one would be made up.
     A new module holds zeros and all-dense flags until its state is loaded or from_linear fills it.
     """
 

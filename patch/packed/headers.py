@@ -33,7 +33,7 @@ def check_files(files: Sequence[str | os.PathLike], config: PatchConfig) -> None
 
 
 def other_sha256(files: Sequence[str | os.PathLike]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor that is no part of a packed weight, in order of names."""
+    """SHA-256 over name, dtype, shape and bytes of every tensor that is no part of a packed weight, sorted by name."""
     from safetensors import safe_open
 
     headers = {os.path.realpath(file): read_header(os.path.realpath(file)) for file in files}

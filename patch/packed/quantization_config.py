@@ -64,7 +64,10 @@ class Description:
     format_version: Annotated[
         int,
         Field(ge=min(PAYLOAD_NAMES), le=FORMAT_VERSION),
-        Says(" or ".join(map(str, PAYLOAD_NAMES)), "It was written by another version of patch-llm, install that one or export again."),
+        Says(
+            " or ".join(map(str, PAYLOAD_NAMES)),
+            "It was written by another version of patch-llm, install that one or export again.",
+        ),
     ]
     tile: Annotated[
         tuple[Annotated[int, Field(ge=TILE, le=TILE)], ...],

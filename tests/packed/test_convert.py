@@ -219,3 +219,20 @@ def test_export_replaces_an_earlier_export_only(tmp_path, tiny_model):
     (tmp_path / "b" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="found other files"):
         save_packed(model, None, tmp_path / "b")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_export_that_does_not_load_as_the_model_leaves_nothing(tmp_path, tiny_model, packed):
+    """fp32 norms in a bf16 model are read back as bf16."""
+    model = mask_model(tiny_model(dtype=torch.bfloat16))
+    if packed:
+        pack_model(model)
+    model.model.norm.float()
+    save = save_packed if packed else save_dense
+    with pytest.raises(
+        ValueError,
+        match=r"1 \(model.norm.weight\): expected the model's tensors \(torch.float32 \(128,\)\) when what was written "
+        r"is opened again, got others \(torch.bfloat16 \(128,\)\). Nothing was kept; give the whole model one dtype",
+    ):
+        save(model, None, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []

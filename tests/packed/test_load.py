@@ -11,14 +11,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import mask_model
+from support.models import build_tiny_multimodal, mask_model
 from transformers import AutoModelForCausalLM
 
 import patch
 from patch.packed.convert import pack_model
 from patch.packed.load import load
 from patch.packed.quantization_config import PatchConfig
-from patch.packed.save import save_packed
+from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import packed_layers
 from patch_kernels import TiledLinear
 
@@ -69,6 +69,23 @@ def test_round_trip_is_exact(tmp_path, tiny_model, arch, dtype, overrides):
     assert torch.equal(load(tmp_path / "two")(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("arch", ["gemma3", "qwen2_5_vl", "llava"])
+def test_multimodal_wrappers_load_as_what_was_saved(tmp_path, arch):
+    """transformers gives their tensors other names in files than in the model."""
+    model = mask_model(build_tiny_multimodal(arch))
+    expected = model(input_ids=IDS).logits
+    save_dense(model, None, tmp_path / "dense")
+    assert torch.equal(load(tmp_path / "dense")(input_ids=IDS).logits, expected)
+    pack_model(model)
+    save_packed(model, None, tmp_path / "packed")
+    model.save_pretrained(tmp_path / "plain")
+    expected = model(input_ids=IDS).logits
+    loaded = [load(tmp_path / "packed"), load(tmp_path / "plain"), type(model).from_pretrained(tmp_path / "plain")]
+    for again in loaded:
+        assert type(again) is type(model) and len(list(packed_layers(again))) == 14
+        assert torch.equal(again(input_ids=IDS).logits, expected)
+
+
 def as_version_1(folder):
     """The folder as it was written before tensors of packed weights were called `weight`."""
     edit_config(lambda q: (q.update(format_version=1), q.pop("other_sha256")))(folder)
@@ -84,7 +101,7 @@ def test_folders_of_version_1_load_and_are_saved_as_version_2(saved, packed, tmp
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 2
     assert torch.equal(load(tmp_path / "again")(IDS).logits, packed(IDS).logits)
     add_tensor(f"{LAYER}.weight", torch.zeros(192, 128))(saved)
-    with pytest.raises(ValueError, match="up_proj.weight: expected no dense weight beside the packed one, got F32"):
+    with pytest.raises(ValueError, match=r"up_proj.weight: expected no dense weight beside the packed one, got F32"):
         load(saved)
 
 
@@ -188,6 +205,21 @@ def flip(name):
     return edit_tensors(change)
 
 
+def flip_byte(name):
+    def change(tensors):
+        tensors[name].view(torch.uint8)[3, 1] ^= 1
+
+    return edit_tensors(change)
+
+
+def edit_top(**values):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return damage
+
+
 def rename_layer(new):
     return edit_config(lambda q: q["layers"].update({new: q["layers"].pop(LAYER)}))
 
@@ -284,7 +316,23 @@ DAMAGES = [
         "tile_is_sparse: expected flags of 0 and 1, got 2",
     ),
     (flip(f"{LAYER}.weight"), f"{LAYER}: expected a packed weight of SHA-256 .*, got"),
-    (edit_tensors(lambda t: t.pop("model.norm.weight")), r"found missing keys: 1 \(model.norm.weight\)"),
+    (
+        lambda f: (
+            edit_config(lambda q: q.pop("other_sha256"))(f),
+            edit_tensors(lambda t: t.pop("model.norm.weight"))(f),
+        ),
+        r"found missing keys: 1 \(model.norm.weight\)",
+    ),
+    (
+        flip_byte("model.embed_tokens.weight"),
+        r"model: expected tensors beside the packed layers .* of SHA-256 .*, got .*\. The file was changed",
+    ),
+    (edit_top(hidden_size=130), "expected a config.json that describes the model of its tensors, got one that transf"),
+    (
+        edit_top(num_attention_heads="four"),
+        "expected a config.json that describes .* got one that .*num_attention_heads",
+    ),
+    (edit_top(num_hidden_layers=5), r"expected every tensor of LlamaForCausalLM, found missing keys: 27 \("),
     (truncate, "model.safetensors: expected the end of the file at byte"),
     (outside_index, "plain names of safetensors files, got '../model.safetensors'. Do not load it"),
     (missing_shard, "model-00002-of-00002.safetensors: expected a file of the model, found none"),
@@ -300,6 +348,23 @@ def test_load_refuses(saved, damage, message):
     damage(saved)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load(saved)
+
+
+def test_damage_beside_the_packed_layers_is_found_only_when_asked(saved):
+    flip_byte("model.embed_tokens.weight")(saved)
+    assert load(saved, verify=False) is not None
+
+
+def test_weights_changed_after_packing_are_saved_as_they_are(saved, tmp_path):
+    """config.json describes what is saved, not what was packed."""
+    model = load(saved)
+    model.get_submodule(LAYER).payload[5] ^= 1
+    model.model.norm.weight.data.fill_(2)
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path / "plain")
+    save_packed(model, None, tmp_path / "packed")
+    assert torch.equal(load(tmp_path / "plain")(IDS).logits, expected)
+    assert torch.equal(load(tmp_path / "packed")(IDS).logits, expected)
 
 
 def test_sizes_are_checked_before_anything_is_allocated(saved, monkeypatch):
