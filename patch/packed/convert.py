@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patch.models.adapted_linear import refuse_adapters
 from patch.models.checks import require_layer, require_mask
-from patch.models.keep_masks import keep_masks
+from patch.models.keep_masks import check_masks_hold, keep_masks
 from patch.models.structure import linear_at
 from patch.packed.quantizer import mark_dense, mark_packed
 from patch.packed.swap import cast_model, unpack_layers
@@ -27,7 +27,8 @@ _CAST = "Pass dtype=torch.bfloat16 to cast the model."
 def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Model:
     """Replace nn.Linear by patch_kernels.TiledLinear in place, layer by layer; returns the model.
 
-    masks   {layer name: keep (N, K) bool}; default the masks attached to the model (patch.models.keep_masks).
+    masks   {layer name: keep (N, K) bool}; default the masks attached to the model (patch.models.keep_masks). Weights
+            must be zero where they prune, which apply_keep_masks(model, masks) sees to.
             A 128x128 tile is stored sparse exactly if every group in it keeps 2 of 4; other tiles are stored
             dense with their zeros, so any mask at any tile size is kept exactly.
     dtype   fp16 or bf16: cast the whole model first; None: it must be fp16 or bf16 already.
@@ -79,8 +80,12 @@ def _check_masks(model: nn.Module, masks: dict[str, Tensor], dtype: torch.dtype 
         require_mask(keep, weight.shape, f"masks[{name!r}]")
         if id(weight) in shared:
             raise ValueError(f"{name}: its weight is shared with another module (tied?); leave this layer out of masks")
+        if weight.is_meta:
+            got = "got one on the meta device (offloaded?)"
+            raise ValueError(f"{name}.weight: expected values in memory, {got}. Load the model without offloading.")
         if dtype is None:
             require_tensor(f"{name}.weight", weight, dtypes=tuple(BY_TORCH), advice=_CAST)
+    check_masks_hold(model, masks)
     if dtype is None and len({linear_at(model, name).weight.dtype for name in masks}) > 1:
         raise ValueError(f"expected one dtype for all masked layers, got fp16 and bf16. {_CAST}")
 

@@ -199,6 +199,10 @@ def test_export_eval_and_generate(work, tmp_path, capsys):
     assert "sparsity of the 14 pruned layers: 0.35" in exported["packed"]
     assert "dense -> " in exported["packed"]
     assert "(1.000x)" in exported["dense"]
+    # The model is fp32: said where it cannot stay so, kept where it can.
+    assert "weights cast from float32 to bfloat16 (the packed format holds 16-bit weights)" in exported["packed"]
+    assert "weights cast" not in exported["dense"]
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "float32"
     status, out, _ = run(
         capsys,
         *("eval", "--model", work / "model", "--masks", f"{work / 'prior'},{work / 'learned'}"),

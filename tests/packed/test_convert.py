@@ -77,8 +77,27 @@ def test_pruned_infinities_do_not_survive(tiny_model):
     }
     for name in keep:
         model.get_submodule(name).weight.data[0, 3] = float("inf")
+    apply_keep_masks(model, keep)
     pack_model(model, keep)
     assert model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+
+
+def test_values_where_masks_prune_are_not_lost_in_silence(tiny_model):
+    """Merging an adapter, or training, puts values where the mask prunes."""
+    model = mask_model(tiny_model(dtype=torch.bfloat16), 1.0)
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    masks = {name: keep_masks(model)[name] for name in names}
+    for name in names:
+        model.get_submodule(name).weight.data += 1
+    message = (
+        r"0.mlp.up_proj: expected zeros where the keep mask prunes, got 12288 other values \(24576 in 2 layers\). They"
+    )
+    for given in (None, masks):
+        with pytest.raises(ValueError, match=message + " would be lost: if you agree, apply_keep_masks"):
+            pack_model(model, given)
+        assert not list(packed_layers(model))
+    apply_keep_masks(model, keep_masks(model))
+    pack_model(model)
 
 
 def test_only_given_layers_are_packed(tiny_model):
@@ -107,8 +126,8 @@ def test_plain_module_without_config():
     model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8)).bfloat16()
     masks = {"0": torch.tensor([True, False, True, False]).repeat(64, 32)}
     x = torch.randn(3, 128).bfloat16()
+    model[0].weight.data.masked_fill_(~masks["0"], 0)
     expected = copy.deepcopy(model)
-    expected[0].weight.data.masked_fill_(~masks["0"], 0)
     pack_model(model, masks)
     assert isinstance(model[0], TiledLinear)
     torch.testing.assert_close(model(x), expected(x))
@@ -172,6 +191,25 @@ def test_checksum_sees_every_part(tiny_model):
     assert layer_sha256(layer) != before
 
 
+def test_cast_refuses_values_that_would_become_infinite(tiny_model):
+    model = mask_model(tiny_model(dtype=torch.float32))
+    model.model.norm.weight.data[3] = -70000.0
+    with pytest.raises(
+        ValueError, match=r"model.norm.weight: expected values of at most 65504 for torch.float16, got 70000"
+    ):
+        pack_model(model, dtype=torch.float16)
+    assert model.dtype == torch.float32 and not list(packed_layers(model))
+
+
+def test_offloaded_weights_are_refused(tiny_model):
+    model = mask_model(tiny_model(dtype=torch.bfloat16))
+    model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(
+        ValueError, match=r"1.mlp.up_proj.weight: expected values in memory, got one on the meta device"
+    ):
+        pack_model(model)
+
+
 def test_cast_model_without_config():
     model = nn.Linear(2, 2)
     cast_model(model, torch.float16)
@@ -206,7 +244,9 @@ def test_export_refuses(tmp_path, tiny_model, tokenizer):
         save_packed(model, tokenizer, tmp_path / "a")
     name = "model.layers.0.mlp.up_proj"
     model.get_submodule(name).weight.data.fill_(1)
-    with pytest.raises(ValueError, match=f"{name}: expected zeros where the keep mask prunes, got 12288 other values"):
+    with pytest.raises(
+        ValueError, match=f"{name}: expected zeros where the keep mask prunes, got 12288 other values. "
+    ):
         save_dense(model, tokenizer, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
