@@ -10,9 +10,11 @@ import torch
 from support.models import mask_model
 from torch import nn
 
+import patch
 from patch.models.keep_masks import apply_keep_masks, keep_masks
 from patch.models.structure import maskable_linears
 from patch.packed.convert import pack_model, unpack_model
+from patch.packed.direct_reads import layers_read_directly
 from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import cast_model, layer_sha256, packed_layers
 from patch_kernels import TiledLinear
@@ -98,6 +100,50 @@ def test_values_where_masks_prune_are_not_lost_in_silence(tiny_model):
         assert not list(packed_layers(model))
     apply_keep_masks(model, keep_masks(model))
     pack_model(model)
+
+
+SSM = {
+    "mamba": ("MambaConfig", {"time_step_rank": 8}, ["dt_proj", "in_proj", "out_proj", "x_proj"]),
+    "mamba2": (
+        "Mamba2Config",
+        {"num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 8},
+        ["in_proj", "out_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", SSM)
+def test_layers_that_the_model_reads_itself_stay_dense(tmp_path, caplog, arch):
+    import transformers
+
+    name, overrides, linears = SSM[arch]
+    config = getattr(transformers, name)(
+        vocab_size=260, hidden_size=128, num_hidden_layers=2, state_size=8, **overrides
+    )
+    model = mask_model(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
+    ids = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    masks = keep_masks(model)
+    direct = layers_read_directly(model) & masks.keys()
+    assert 0 < len(direct) < len(masks) == 2 * len(linears)
+    pack_model(model)
+    assert {name for name, _ in packed_layers(model)} == masks.keys() - direct
+    assert f"kept dense, with zeros where pruned: {len(direct)} (backbone.layers.0.mixer." in caplog.text
+    torch.testing.assert_close(model(ids).logits, expected, rtol=2e-2, atol=2e-2)
+    got = model(ids).logits
+    save_packed(model, None, tmp_path / "packed")
+    assert torch.equal(patch.load(tmp_path / "packed")(ids).logits, got)
+
+
+def test_a_model_of_layers_that_are_read_directly_only_is_refused():
+    model = nn.MultiheadAttention(128, 2, dtype=torch.bfloat16)
+    assert layers_read_directly(model) == {"out_proj"}
+    masks = {"out_proj": torch.tensor([True, False]).repeat(128, 64)}
+    model.out_proj.weight.data.masked_fill_(~masks["out_proj"], 0)
+    with pytest.raises(
+        ValueError, match=r"expected layers that can be packed, got 1 \(out_proj\): the model reads their"
+    ):
+        pack_model(model, masks)
 
 
 def test_only_given_layers_are_packed(tiny_model):

@@ -61,10 +61,11 @@ def run(options: Options) -> None:
     _cast(model, options)
     masks = keep_masks(model)
     sparsity = measured_sparsity(masks)
-    before = sum(w.numel() * w.element_size() for w in (linear_at(model, name).weight for name in masks))
+    before = sum(linear_at(model, name).weight.nbytes for name in masks)
     if options.format == "packed":
         pack_model(model)
         after = sum(layer.payload.numel() + layer.tile_is_sparse.numel() for _, layer in packed_layers(model))
+        after += sum(linear_at(model, name).weight.nbytes for name in keep_masks(model))  # those that stay dense
         save_packed(model, tokenizer, out)
     else:
         after = before
