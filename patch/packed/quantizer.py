@@ -91,7 +91,7 @@ class PatchHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters beside packed layers (lora.py); transformers' Trainer refuses the model without them
 
     @property
     def is_compileable(self) -> bool:
