@@ -5,22 +5,21 @@ Importing this package is cheap: torch and transformers are imported by the modu
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
-    from patch.packed import load
+    from transformers import PreTrainedModel
 
 
-def __getattr__(name: str) -> Any:
-    if name == "load":
-        from patch.packed import load
+def load(path: str | os.PathLike, *, verify: bool = True, **kwargs: Any) -> PreTrainedModel:
+    """Language model, packed or dense, from a folder or a hub id; see patch.packed.load."""
+    from patch.files.paths import require_model_path
 
-        return load
-    raise AttributeError(f"module 'patch' has no attribute {name!r}")
+    name = require_model_path(path)  # before transformers is imported, which takes seconds
+    from patch.packed.load import load as load_model
 
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), "load"])
+    return load_model(name, verify=verify, **kwargs)

@@ -22,12 +22,14 @@ class TiledLinear(nn.Module):
 
     batch_invariant             row i of y does not depend on the number of rows, bit for bit; may be set at any time
 
-    Buffers: payload (payload_bytes,) uint8 and tile_is_sparse (ceil(N/128), ceil(K/128)) uint8 of 0 and 1; and schedule
-    (int32, ops.make_schedule), which follows from the flags and is not part of the state.
+    Buffers: weight, the payload (payload_bytes,) uint8, and tile_is_sparse (ceil(N/128), ceil(K/128)) uint8 of 0 and 1;
+    and schedule (int32, ops.make_schedule), which follows from the flags and is not part of the state.
+    The payload has the name of the dense weight on purpose: who reads a dense layer from these tensors, or asks this
+    layer for its weight, meets a tensor of another shape and dtype and stops; a missing one would be made up.
     A new module holds zeros and all-dense flags until its state is loaded or from_linear fills it.
     """
 
-    payload: Tensor
+    weight: Tensor
     tile_is_sparse: Tensor
     schedule: Tensor
     bias: nn.Parameter | None
@@ -52,7 +54,7 @@ class TiledLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight_dtype = dtype
         self.batch_invariant = batch_invariant
-        self.register_buffer("payload", torch.zeros(payload_bytes, dtype=torch.uint8, device=device))
+        self.register_buffer("weight", torch.zeros(payload_bytes, dtype=torch.uint8, device=device))
         self.register_buffer("tile_is_sparse", torch.zeros(grid, dtype=torch.uint8, device=device))
         words = torch.zeros(tile_linear.schedule_words(grid), dtype=torch.int32, device=device)
         self.register_buffer("schedule", words, persistent=False)
@@ -74,7 +76,7 @@ class TiledLinear(nn.Module):
             dtype=linear.weight.dtype,
             device="meta",
         )
-        module.payload = tiled.payload
+        module.weight = tiled.payload
         module.tile_is_sparse = tile_linear.tile_flags(tiled.tile_is_sparse).clone()
         module.refresh_schedule()
         if linear.bias is not None:
@@ -91,11 +93,16 @@ class TiledLinear(nn.Module):
         return linear.train(self.training)
 
     @property
+    def payload(self) -> Tensor:
+        """The packed weight, (payload_bytes,) uint8."""
+        return self.weight
+
+    @property
     def tiled_weight(self) -> TiledWeight:
         """View of the packed weight."""
         shape = (self.out_features, self.in_features)
         schedule = self.schedule if self._schedule_is_current else None
-        return TiledWeight(self.payload, self.tile_is_sparse.bool(), shape, self.weight_dtype, schedule)
+        return TiledWeight(self.weight, self.tile_is_sparse.bool(), shape, self.weight_dtype, schedule)
 
     def refresh_schedule(self) -> None:
         """Make the schedule again after the flags have changed. Waits for the GPU: not inside a graph capture.
@@ -116,9 +123,9 @@ class TiledLinear(nn.Module):
 
     def _current_schedule(self) -> Tensor | None:
         """The schedule for this call: a CPU needs none."""
-        if not self.payload.is_cuda:
+        if not self.weight.is_cuda:
             return None
-        if not self._schedule_is_current or self.schedule.device != self.payload.device:
+        if not self._schedule_is_current or self.schedule.device != self.weight.device:
             self.refresh_schedule()
         return self.schedule
 
@@ -128,7 +135,7 @@ class TiledLinear(nn.Module):
             raise ValueError(f"TiledLinear, x: expected {wanted}, got {kind_of(x)}. Convert x, or pack in its dtype.")
         return tile_linear.tile_linear(
             x,
-            self.payload,
+            self.weight,
             self.tile_is_sparse,
             self.out_features,
             self.bias,
@@ -139,7 +146,7 @@ class TiledLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"dtype={self.weight_dtype}, payload_bytes={self.payload.numel()}"
+            f"dtype={self.weight_dtype}, payload_bytes={self.weight.numel()}"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from patch.models.checks import require_layers, require_mask
-from patch.models.structure import maskable_linears
+from patch.models.structure import linear_at, maskable_linears
 
 
 def set_keep_mask(linear: nn.Linear, keep: torch.Tensor) -> None:
@@ -84,10 +84,24 @@ def pruned_weights(keep: torch.Tensor) -> int:
     return keep.numel() - sum(int(torch.count_nonzero(rows)) for rows in keep.split(1024))
 
 
-def check_masks_hold(model: nn.Module) -> None:
-    """Refuse a model whose weights no longer obey the keep masks attached to it (training can undo pruning)."""
-    modules = dict(model.named_modules())
-    for name, keep in keep_masks(model).items():
-        if violations := int((modules[name].weight.detach().ne(0) & ~keep).sum()):
-            where = f"{name}: expected zeros where the keep mask prunes"
-            raise ValueError(f"{where}, got {violations} other values; apply the masks again with apply_keep_masks")
+def check_masks_hold(model: nn.Module, masks: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Refuse a model whose weights are not zero where keep masks prune: training or merging an adapter can undo that.
+
+    masks  {module path: (N, K) bool}; default those that are attached to the model
+    """
+    masks = keep_masks(model) if masks is None else masks
+    found = {
+        name: count for name, keep in masks.items() if (count := _lost_values(linear_at(model, name).weight, keep))
+    }
+    if found:
+        name, count = next(iter(found.items()))
+        what = f"expected zeros where the keep mask prunes, got {count} other values"
+        what += f" ({sum(found.values())} in {len(found)} layers)" if len(found) > 1 else ""
+        advice = "They would be lost: if you agree, apply_keep_masks(model, masks) drops them; else prune these weights"
+        raise ValueError(f"{name}: {what}. {advice}, or keep a merged adapter apart.")
+
+
+def _lost_values(weight: torch.Tensor, keep: torch.Tensor) -> int:
+    """How many values that are not zero stand where a mask prunes; by parts, so that temporaries stay small."""
+    rows = zip(weight.detach().split(1024), keep.split(1024), strict=True)
+    return sum(int(part.ne(0).logical_and_(~kept.to(part.device)).sum()) for part, kept in rows)

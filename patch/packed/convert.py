@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import TypeVar
@@ -9,16 +10,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from patch.files.schema import listed
 from patch.models.adapted_linear import refuse_adapters
 from patch.models.checks import require_layer, require_mask
-from patch.models.keep_masks import keep_masks
+from patch.models.keep_masks import check_masks_hold, keep_masks
 from patch.models.structure import linear_at
+from patch.packed.direct_reads import layers_read_directly
 from patch.packed.quantizer import mark_dense, mark_packed
 from patch.packed.swap import cast_model, unpack_layers
 from patch_kernels import TiledLinear, tiles_that_are_two_of_four
 from patch_kernels.checks import require_tensor
 from patch_kernels.packed_dtype import BY_TORCH
 
+logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 _CAST = "Pass dtype=torch.bfloat16 to cast the model."
 
@@ -27,18 +31,28 @@ _CAST = "Pass dtype=torch.bfloat16 to cast the model."
 def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Model:
     """Replace nn.Linear by patch_kernels.TiledLinear in place, layer by layer; returns the model.
 
-    masks   {layer name: keep (N, K) bool}; default the masks attached to the model (patch.models.keep_masks).
+    masks   {layer name: keep (N, K) bool}; default the masks attached to the model (patch.models.keep_masks). Weights
+            must be zero where they prune, which apply_keep_masks(model, masks) sees to.
             A 128x128 tile is stored sparse exactly if every group in it keeps 2 of 4; other tiles are stored
             dense with their zeros, so any mask at any tile size is kept exactly.
     dtype   fp16 or bf16: cast the whole model first; None: it must be fp16 or bf16 already.
     raises  ValueError or TypeError before any layer is changed.
 
+    Layers whose weight the model reads itself (direct_reads) stay nn.Linear with their zeros, and are named.
     Peak memory is the model plus about two layers. A transformers model also gets its quantization_config, so
     that save_pretrained and from_pretrained (after `import patch.packed`) round-trip it.
     """
     refuse_adapters(model)
     masks = dict(keep_masks(model) if masks is None else masks)
     _check_masks(model, masks, dtype)
+    direct = layers_read_directly(model)
+    stay = sorted(name for name in masks if name in direct)
+    if stay:
+        what = "the model reads their weight itself instead of calling them"
+        if len(stay) == len(masks):
+            raise ValueError(f"expected layers that can be packed, got {listed(stay)}: {what}. Export the model dense.")
+        logger.warning("kept dense, with zeros where pruned: %s; %s", listed(stay), what)
+        masks = {name: keep for name, keep in masks.items() if name not in direct}
     if dtype is not None:
         cast_model(model, dtype)
     for name, keep in masks.items():
@@ -79,8 +93,12 @@ def _check_masks(model: nn.Module, masks: dict[str, Tensor], dtype: torch.dtype 
         require_mask(keep, weight.shape, f"masks[{name!r}]")
         if id(weight) in shared:
             raise ValueError(f"{name}: its weight is shared with another module (tied?); leave this layer out of masks")
+        if weight.is_meta:
+            got = "got one on the meta device (offloaded?)"
+            raise ValueError(f"{name}.weight: expected values in memory, {got}. Load the model without offloading.")
         if dtype is None:
             require_tensor(f"{name}.weight", weight, dtypes=tuple(BY_TORCH), advice=_CAST)
+    check_masks_hold(model, masks)
     if dtype is None and len({linear_at(model, name).weight.dtype for name in masks}) > 1:
         raise ValueError(f"expected one dtype for all masked layers, got fp16 and bf16. {_CAST}")
 

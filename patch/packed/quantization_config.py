@@ -16,7 +16,10 @@ from patch_kernels.ops.tile_linear import DENSE_TILE_BYTES, SPARSE_TILE_BYTES
 from patch_kernels.packed_dtype import BY_NAME, NAMES
 
 METHOD = "patch"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# The tensor of a layer's packed weight in each version. Version 1 loads, version 2 is written: plain transformers takes
+# a layer without a `weight` as new and fills it with random numbers, and refuses one whose `weight` has another shape.
+PAYLOAD_NAMES = {1: "payload", 2: "weight"}
 MAX_LAYERS = 100_000
 _ADVICE = "Export the model again."
 
@@ -60,8 +63,11 @@ class Description:
     quant_method: Annotated[str, Field(pattern=f"^{METHOD}$"), Says(repr(METHOD))]
     format_version: Annotated[
         int,
-        Field(ge=FORMAT_VERSION, le=FORMAT_VERSION),
-        Says(str(FORMAT_VERSION), "It was written by another version of patch-llm, install that one or export again."),
+        Field(ge=min(PAYLOAD_NAMES), le=FORMAT_VERSION),
+        Says(
+            " or ".join(map(str, PAYLOAD_NAMES)),
+            "It was written by another version of patch-llm, install that one or export again.",
+        ),
     ]
     tile: Annotated[
         tuple[Annotated[int, Field(ge=TILE, le=TILE)], ...],
@@ -74,15 +80,17 @@ class Description:
         AfterValidator(_module_paths),
         Says(f"1 to {MAX_LAYERS} layers by name"),
     ]
+    other_sha256: Sha256 | None = None
 
 
 @register_quantization_config(METHOD)
 class PatchConfig(QuantizationConfigMixin):
     """The quantization_config of a packed model.
 
-    format_version  version of the packed format
+    format_version  version of the packed format: 2, or 1 in folders written before
     tile            [128, 128]
     layers          {module path: {out_features, in_features, bias, dtype, payload_bytes, sha256}}
+    other_sha256    checksum of every other tensor of the files (headers.other_sha256); None: they are not checked
     Everything is checked on construction; raises ValueError naming the layer and the rule.
     """
 
@@ -91,12 +99,15 @@ class PatchConfig(QuantizationConfigMixin):
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         tile: Sequence[int] = (TILE, TILE),
+        other_sha256: str | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ):
         given = {"quant_method": quant_method, "format_version": format_version, "tile": tile, "layers": layers}
+        given["other_sha256"] = other_sha256
         parse(Description, given | unknown, "quantization_config: ", _ADVICE)
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.format_version = FORMAT_VERSION
+        self.format_version = format_version
         self.tile = [TILE, TILE]
+        self.other_sha256 = other_sha256
         self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}

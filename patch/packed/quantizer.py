@@ -12,15 +12,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from patch.models.checks import require_layer
-from patch.packed.headers import check_files
-from patch.packed.quantization_config import METHOD, PatchConfig
+from patch.packed.headers import check_files, other_sha256
+from patch.packed.quantization_config import FORMAT_VERSION, METHOD, PAYLOAD_NAMES, PatchConfig
 from patch.packed.swap import layer_sha256, packed_layers, unpack_layers
 from patch_kernels import TiledLinear, payload_bytes, tile_grid
 from patch_kernels.checks import require_tensor
@@ -54,6 +56,7 @@ class PatchHfQuantizer(HfQuantizer):
             _check_module(model, name, layer)
         if checkpoint_files:
             check_files(checkpoint_files, config)
+            _check_others(checkpoint_files, config)
         for name, layer in config.layers.items():
             packed = TiledLinear(
                 layer["in_features"],
@@ -70,14 +73,25 @@ class PatchHfQuantizer(HfQuantizer):
         for name, layer in self.quantization_config.layers.items():
             _check_loaded(name, layer, loaded.get(name))
             loaded[name].refresh_schedule()  # follows from the flags, so it is in no file
+        self.quantization_config.format_version = FORMAT_VERSION  # in memory, and when it is saved again
+        _keep_names(model)
         return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        return [WeightRenaming(rf"\.{PAYLOAD_NAMES[1]}$", f".{PAYLOAD_NAMES[FORMAT_VERSION]}")]
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """save_pretrained asks before it writes config.json: describe the layers as they are now."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters alone are written
+            mark_packed(model)
+        return None, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters beside packed layers (lora.py); transformers' Trainer refuses the model without them
 
     @property
     def is_compileable(self) -> bool:
@@ -120,6 +134,7 @@ def mark_packed(model: Any) -> None:
     model.hf_quantizer = PatchHfQuantizer(config, pre_quantized=True)
     model.quantization_method = METHOD
     model.is_quantized = True
+    _keep_names(model)
 
 
 def mark_dense(model: Any) -> None:
@@ -127,12 +142,31 @@ def mark_dense(model: Any) -> None:
     for owner, name in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),
+        (model, "_weight_conversions"),
         (model.config, "quantization_config"),
         (model.config, "_is_quantized"),
     ):
         if name in vars(owner):
             delattr(owner, name)
     model.is_quantized = False
+
+
+def _keep_names(model: Any) -> None:
+    """Have save_pretrained write module paths, the names in quantization_config.layers.
+
+    It would give tensors the names that older checkpoints of some architectures have, and cut or join weights as these
+    do, which bytes of tiles do not survive.
+    """
+    model._weight_conversions = []
+
+
+def _check_others(files: Sequence[str], config: PatchConfig) -> None:
+    wanted = config.other_sha256
+    if _verify.get() and wanted is not None and (found := other_sha256(files)) != wanted:
+        raise ValueError(
+            f"{Path(files[0]).parent}: expected tensors beside the packed layers (embeddings, norms, output head) of "
+            f"SHA-256 {wanted}, got {found}. {_DAMAGED}"
+        )
 
 
 def _check_module(model: nn.Module, name: str, layer: Mapping[str, Any]) -> None:

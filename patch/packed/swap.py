@@ -55,7 +55,15 @@ def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast parameters and saved buffers in place, as from_pretrained(dtype=...) would.
 
     Non-persistent floating point buffers (rotary frequencies) stay fp32; model.to(dtype) would round them.
+    raises  ValueError, before anything is changed, for a value that would become infinite.
     """
+    largest = torch.finfo(dtype).max
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel() and torch.finfo(parameter.dtype).max > largest:
+            low, high = (float(value) for value in parameter.detach().aminmax())
+            if max(-low, high) > largest and max(-low, high) < float("inf"):
+                got = f"got {max(-low, high):g}"
+                raise ValueError(f"{name}: expected values of at most {largest:g} for {dtype}, {got}. Use bfloat16.")
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

@@ -176,24 +176,19 @@ def test_other_presets(work, tmp_path):
 
 def test_export_eval_and_generate(work, tmp_path, capsys):
     exported = {}
-    for kind in ("packed", "dense"):
-        status, out, _ = run(
-            capsys,
-            "export",
-            "--model",
-            work / "model",
-            "--masks",
-            work / "learned",
-            "--format",
-            kind,
-            "--out",
-            tmp_path / kind,
-        )
+    for name, more in (("packed", []), ("dense", ["--dtype", "bf16"]), ("own", [])):
+        kind = "packed" if name == "packed" else "dense"
+        flags = ["--model", work / "model", "--masks", work / "learned", "--format", kind, "--out", tmp_path / name]
+        status, exported[name], _ = run(capsys, "export", *flags, *more)
         assert status == 0
-        exported[kind] = out
     assert "sparsity 0.3500 in the masked layers" in exported["packed"]
     assert "dense -> " in exported["packed"]
     assert "(1.000x)" in exported["dense"]
+    # The model is fp32: said where it cannot stay so, kept where it can.
+    assert "weights cast from float32 to bfloat16 (the packed format holds 16-bit weights)" in exported["packed"]
+    assert "weights cast from float32 to bfloat16\n" in exported["dense"]
+    assert "weights cast" not in exported["own"]
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["dtype"] == "float32"
     status, out, _ = run(
         capsys,
         *("eval", "--model", work / "model", "--masks", f"{work / 'prior'},{work / 'learned'}"),

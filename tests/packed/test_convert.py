@@ -10,9 +10,11 @@ import torch
 from support.models import mask_model
 from torch import nn
 
+import patch
 from patch.models.keep_masks import apply_keep_masks, keep_masks
 from patch.models.structure import maskable_linears
 from patch.packed.convert import pack_model, unpack_model
+from patch.packed.direct_reads import layers_read_directly
 from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import cast_model, layer_sha256, packed_layers
 from patch_kernels import TiledLinear
@@ -77,8 +79,71 @@ def test_pruned_infinities_do_not_survive(tiny_model):
     }
     for name in keep:
         model.get_submodule(name).weight.data[0, 3] = float("inf")
+    apply_keep_masks(model, keep)
     pack_model(model, keep)
     assert model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+
+
+def test_values_where_masks_prune_are_not_lost_in_silence(tiny_model):
+    """Merging an adapter, or training, puts values where the mask prunes."""
+    model = mask_model(tiny_model(dtype=torch.bfloat16), 1.0)
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    masks = {name: keep_masks(model)[name] for name in names}
+    for name in names:
+        model.get_submodule(name).weight.data += 1
+    message = (
+        r"0.mlp.up_proj: expected zeros where the keep mask prunes, got 12288 other values \(24576 in 2 layers\). They"
+    )
+    for given in (None, masks):
+        with pytest.raises(ValueError, match=message + " would be lost: if you agree, apply_keep_masks"):
+            pack_model(model, given)
+        assert not list(packed_layers(model))
+    apply_keep_masks(model, keep_masks(model))
+    pack_model(model)
+
+
+SSM = {
+    "mamba": ("MambaConfig", {"time_step_rank": 8}, ["dt_proj", "in_proj", "out_proj", "x_proj"]),
+    "mamba2": (
+        "Mamba2Config",
+        {"num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 8},
+        ["in_proj", "out_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", SSM)
+def test_layers_that_the_model_reads_itself_stay_dense(tmp_path, caplog, arch):
+    import transformers
+
+    name, overrides, linears = SSM[arch]
+    config = getattr(transformers, name)(
+        vocab_size=260, hidden_size=128, num_hidden_layers=2, state_size=8, **overrides
+    )
+    model = mask_model(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
+    ids = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    masks = keep_masks(model)
+    direct = layers_read_directly(model) & masks.keys()
+    assert 0 < len(direct) < len(masks) == 2 * len(linears)
+    pack_model(model)
+    assert {name for name, _ in packed_layers(model)} == masks.keys() - direct
+    assert f"kept dense, with zeros where pruned: {len(direct)} (backbone.layers.0.mixer." in caplog.text
+    torch.testing.assert_close(model(ids).logits, expected, rtol=2e-2, atol=2e-2)
+    got = model(ids).logits
+    save_packed(model, None, tmp_path / "packed")
+    assert torch.equal(patch.load(tmp_path / "packed")(ids).logits, got)
+
+
+def test_a_model_of_layers_that_are_read_directly_only_is_refused():
+    model = nn.MultiheadAttention(128, 2, dtype=torch.bfloat16)
+    assert layers_read_directly(model) == {"out_proj"}
+    masks = {"out_proj": torch.tensor([True, False]).repeat(128, 64)}
+    model.out_proj.weight.data.masked_fill_(~masks["out_proj"], 0)
+    with pytest.raises(
+        ValueError, match=r"expected layers that can be packed, got 1 \(out_proj\): the model reads their"
+    ):
+        pack_model(model, masks)
 
 
 def test_only_given_layers_are_packed(tiny_model):
@@ -107,8 +172,8 @@ def test_plain_module_without_config():
     model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8)).bfloat16()
     masks = {"0": torch.tensor([True, False, True, False]).repeat(64, 32)}
     x = torch.randn(3, 128).bfloat16()
+    model[0].weight.data.masked_fill_(~masks["0"], 0)
     expected = copy.deepcopy(model)
-    expected[0].weight.data.masked_fill_(~masks["0"], 0)
     pack_model(model, masks)
     assert isinstance(model[0], TiledLinear)
     torch.testing.assert_close(model(x), expected(x))
@@ -172,6 +237,25 @@ def test_checksum_sees_every_part(tiny_model):
     assert layer_sha256(layer) != before
 
 
+def test_cast_refuses_values_that_would_become_infinite(tiny_model):
+    model = mask_model(tiny_model(dtype=torch.float32))
+    model.model.norm.weight.data[3] = -70000.0
+    with pytest.raises(
+        ValueError, match=r"model.norm.weight: expected values of at most 65504 for torch.float16, got 70000"
+    ):
+        pack_model(model, dtype=torch.float16)
+    assert model.dtype == torch.float32 and not list(packed_layers(model))
+
+
+def test_offloaded_weights_are_refused(tiny_model):
+    model = mask_model(tiny_model(dtype=torch.bfloat16))
+    model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(
+        ValueError, match=r"1.mlp.up_proj.weight: expected values in memory, got one on the meta device"
+    ):
+        pack_model(model)
+
+
 def test_cast_model_without_config():
     model = nn.Linear(2, 2)
     cast_model(model, torch.float16)
@@ -206,7 +290,9 @@ def test_export_refuses(tmp_path, tiny_model, tokenizer):
         save_packed(model, tokenizer, tmp_path / "a")
     name = "model.layers.0.mlp.up_proj"
     model.get_submodule(name).weight.data.fill_(1)
-    with pytest.raises(ValueError, match=f"{name}: expected zeros where the keep mask prunes, got 12288 other values"):
+    with pytest.raises(
+        ValueError, match=f"{name}: expected zeros where the keep mask prunes, got 12288 other values. "
+    ):
         save_dense(model, tokenizer, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
@@ -219,3 +305,20 @@ def test_export_replaces_an_earlier_export_only(tmp_path, tiny_model):
     (tmp_path / "b" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="found other files"):
         save_packed(model, None, tmp_path / "b")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_export_that_does_not_load_as_the_model_leaves_nothing(tmp_path, tiny_model, packed):
+    """fp32 norms in a bf16 model are read back as bf16."""
+    model = mask_model(tiny_model(dtype=torch.bfloat16))
+    if packed:
+        pack_model(model)
+    model.model.norm.float()
+    save = save_packed if packed else save_dense
+    with pytest.raises(
+        ValueError,
+        match=r"1 \(model.norm.weight\): expected the model's tensors \(torch.float32 \(128,\)\) when what was written "
+        r"is opened again, got others \(torch.bfloat16 \(128,\)\). Nothing was kept; give the whole model one dtype",
+    ):
+        save(model, None, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import mask_model
+from support.models import build_tiny_multimodal, mask_model
 from transformers import AutoModelForCausalLM
 
 import patch
 from patch.packed.convert import pack_model
 from patch.packed.load import load
 from patch.packed.quantization_config import PatchConfig
-from patch.packed.save import save_packed
+from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import packed_layers
 from patch_kernels import TiledLinear
 
@@ -65,6 +67,68 @@ def test_round_trip_is_exact(tmp_path, tiny_model, arch, dtype, overrides):
     assert torch.equal(loaded.generate(IDS, **options), model.generate(IDS, **options))
     loaded.save_pretrained(tmp_path / "two")  # a loaded model can be saved again
     assert torch.equal(load(tmp_path / "two")(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "qwen2_5_vl", "llava"])
+def test_multimodal_wrappers_load_as_what_was_saved(tmp_path, arch):
+    """transformers gives their tensors other names in files than in the model."""
+    model = mask_model(build_tiny_multimodal(arch))
+    expected = model(input_ids=IDS).logits
+    save_dense(model, None, tmp_path / "dense")
+    assert torch.equal(load(tmp_path / "dense")(input_ids=IDS).logits, expected)
+    pack_model(model)
+    save_packed(model, None, tmp_path / "packed")
+    model.save_pretrained(tmp_path / "plain")
+    expected = model(input_ids=IDS).logits
+    loaded = [load(tmp_path / "packed"), load(tmp_path / "plain"), type(model).from_pretrained(tmp_path / "plain")]
+    for again in loaded:
+        assert type(again) is type(model) and len(list(packed_layers(again))) == 14
+        assert torch.equal(again(input_ids=IDS).logits, expected)
+
+
+def as_version_1(folder):
+    """The folder as it was written before tensors of packed weights were called `weight`."""
+    edit_config(lambda q: (q.update(format_version=1), q.pop("other_sha256")))(folder)
+    layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+    edit_tensors(lambda t: [t.update({f"{name}.payload": t.pop(f"{name}.weight")}) for name in layers])(folder)
+
+
+def test_folders_of_version_1_load_and_are_saved_as_version_2(saved, packed, tmp_path):
+    as_version_1(saved)
+    for model in (load(saved), AutoModelForCausalLM.from_pretrained(saved)):
+        assert torch.equal(model(IDS).logits, packed(IDS).logits)
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    assert torch.equal(load(tmp_path / "again")(IDS).logits, packed(IDS).logits)
+    add_tensor(f"{LAYER}.weight", torch.zeros(192, 128))(saved)
+    with pytest.raises(ValueError, match=r"up_proj.weight: expected no dense weight beside the packed one, got F32"):
+        load(saved)
+
+
+PLAIN = """
+import sys, transformers
+assert not [name for name in sys.modules if name.split(".")[0].startswith("patch")]
+for folder in sys.argv[1:]:
+    assert transformers.AutoConfig.from_pretrained(folder).model_type == "llama"
+    for name in ("AutoModel", "AutoModelForCausalLM", "LlamaForCausalLM"):
+        try:
+            getattr(transformers, name).from_pretrained(folder)
+        except RuntimeError as error:
+            print(name, "refused:", error)
+        else:
+            sys.exit(f"{name} opened it")
+"""
+
+
+def test_plain_transformers_refuses_a_packed_folder(packed, saved, tmp_path):
+    """In a process that knows nothing of this package: layers without a weight would be filled with random numbers."""
+    packed.save_pretrained(tmp_path / "plain")
+    load(saved).save_pretrained(tmp_path / "again", max_shard_size="60KB")
+    folders = [saved, tmp_path / "plain", tmp_path / "again"]
+    result = subprocess.run([sys.executable, "-c", PLAIN, *folders], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("refused:") == 9
+    assert "up_proj.weight" in result.stderr and "Unknown quantization type, got patch" in result.stderr
 
 
 def test_dequantize_gives_a_plain_model(saved, packed, tmp_path):
@@ -141,6 +205,21 @@ def flip(name):
     return edit_tensors(change)
 
 
+def flip_byte(name):
+    def change(tensors):
+        tensors[name].view(torch.uint8)[3, 1] ^= 1
+
+    return edit_tensors(change)
+
+
+def edit_top(**values):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return damage
+
+
 def rename_layer(new):
     return edit_config(lambda q: q["layers"].update({new: q["layers"].pop(LAYER)}))
 
@@ -166,7 +245,7 @@ def missing_shard(folder):
 
 
 def resize_payload(tensors):
-    tensors[f"{LAYER}.payload"] = tensors[f"{LAYER}.payload"][:-2048]
+    tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"][:-2048]
 
 
 def add_tensor(name, value):
@@ -176,10 +255,10 @@ def add_tensor(name, value):
 # up_proj is 192x128: 2x1 tiles, 36864 to 65536 bytes.
 DAMAGES = [
     (
-        edit_config(lambda q: q.update(format_version=2)),
-        "quantization_config: format_version: expected 1, got 2. It was written by another version",
+        edit_config(lambda q: q.update(format_version=3)),
+        "quantization_config: format_version: expected 1 or 2, got 3. It was written by another version",
     ),
-    (edit_config(lambda q: q.update(format_version="1")), "format_version: expected 1, got '1'"),
+    (edit_config(lambda q: q.update(format_version="1")), "format_version: expected 1 or 2, got '1'"),
     (edit_config(lambda q: q.update(tile=[64, 64])), r"tile: expected \[128, 128\], got \[64, 64\]. Export"),
     (edit_config(lambda q: q.update(tile=128)), r"tile: expected \[128, 128\], got 128. Export"),
     (
@@ -216,28 +295,44 @@ DAMAGES = [
     (rename_layer("model.norm"), "at 'model.norm' of LlamaForCausalLM, found LlamaRMSNorm"),
     (edit_layer(out_features=190), r"expected an nn.Linear \(190, 128\) at .*, found Linear \(192, 128\)"),
     (edit_layer(bias=True), "up_proj': expected bias True as packed, got False"),
-    (edit_tensors(lambda t: t.pop(f"{LAYER}.payload")), r"up_proj.payload: expected U8 .* got nothing"),
+    (edit_tensors(lambda t: t.pop(f"{LAYER}.weight")), r"up_proj.weight: expected U8 .* got nothing"),
     (
         edit_tensors(lambda t: t.pop(f"{LAYER}.tile_is_sparse")),
         r"tile_is_sparse: expected U8 \(2, 1\), got nothing",
     ),
-    (edit_tensors(resize_payload), r"up_proj.payload: expected U8 \(\d+,\), got U8"),
-    (add_tensor(f"{LAYER}.payload", torch.zeros(9)), r"got F32 \(9,\)"),
+    (edit_tensors(resize_payload), r"up_proj.weight: expected U8 \(\d+,\), got U8"),
+    (add_tensor(f"{LAYER}.weight", torch.zeros(9)), r"got F32 \(9,\)"),
     (
         add_tensor(f"{LAYER}.tile_is_sparse", torch.zeros(1, 2).byte()),
         r"expected U8 \(2, 1\), got U8 \(1, 2\)",
     ),
     (
         add_tensor(f"{LAYER}.weight", torch.zeros(192, 128)),
-        "up_proj.weight: expected no dense weight beside the packed one, got F32",
+        r"up_proj.weight: expected U8 \(\d+,\), got F32 \(192, 128\)",
     ),
     (add_tensor(f"{LAYER}.bias", torch.zeros(192)), "up_proj.bias: expected no bias by config.json, got F32"),
     (
         add_tensor(f"{LAYER}.tile_is_sparse", torch.tensor([[2], [0]]).byte()),
         "tile_is_sparse: expected flags of 0 and 1, got 2",
     ),
-    (flip(f"{LAYER}.payload"), f"{LAYER}: expected a packed weight of SHA-256 .*, got"),
-    (edit_tensors(lambda t: t.pop("model.norm.weight")), r"found missing keys: 1 \(model.norm.weight\)"),
+    (flip(f"{LAYER}.weight"), f"{LAYER}: expected a packed weight of SHA-256 .*, got"),
+    (
+        lambda f: (
+            edit_config(lambda q: q.pop("other_sha256"))(f),
+            edit_tensors(lambda t: t.pop("model.norm.weight"))(f),
+        ),
+        r"found missing keys: 1 \(model.norm.weight\)",
+    ),
+    (
+        flip_byte("model.embed_tokens.weight"),
+        r"model: expected tensors beside the packed layers .* of SHA-256 .*, got .*\. The file was changed",
+    ),
+    (edit_top(hidden_size=130), "expected a config.json that describes the model of its tensors, got one that transf"),
+    (
+        edit_top(num_attention_heads="four"),
+        "expected a config.json that describes .* got one that .*num_attention_heads",
+    ),
+    (edit_top(num_hidden_layers=5), r"expected every tensor of LlamaForCausalLM, found missing keys: 27 \("),
     (truncate, "model.safetensors: expected the end of the file at byte"),
     (outside_index, "plain names of safetensors files, got '../model.safetensors'. Do not load it"),
     (missing_shard, "model-00002-of-00002.safetensors: expected a file of the model, found none"),
@@ -255,6 +350,23 @@ def test_load_refuses(saved, damage, message):
         load(saved)
 
 
+def test_damage_beside_the_packed_layers_is_found_only_when_asked(saved):
+    flip_byte("model.embed_tokens.weight")(saved)
+    assert load(saved, verify=False) is not None
+
+
+def test_weights_changed_after_packing_are_saved_as_they_are(saved, tmp_path):
+    """config.json describes what is saved, not what was packed."""
+    model = load(saved)
+    model.get_submodule(LAYER).payload[5] ^= 1
+    model.model.norm.weight.data.fill_(2)
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path / "plain")
+    save_packed(model, None, tmp_path / "packed")
+    assert torch.equal(load(tmp_path / "plain")(IDS).logits, expected)
+    assert torch.equal(load(tmp_path / "packed")(IDS).logits, expected)
+
+
 def test_sizes_are_checked_before_anything_is_allocated(saved, monkeypatch):
     """The headers are enough to refuse: no tensor of the file is read."""
     import safetensors
@@ -267,12 +379,12 @@ def test_sizes_are_checked_before_anything_is_allocated(saved, monkeypatch):
 
     monkeypatch.setattr(safetensors, "safe_open", forbidden)
     monkeypatch.setattr("transformers.modeling_utils.safe_open", forbidden)
-    with pytest.raises(ValueError, match=r"up_proj.payload: expected U8 \(65536,\), got U8"):
+    with pytest.raises(ValueError, match=r"up_proj.weight: expected U8 \(65536,\), got U8"):
         load(saved)
 
 
 def test_from_pretrained_checks_as_well(saved):
-    flip(f"{LAYER}.payload")(saved)
+    flip(f"{LAYER}.weight")(saved)
     with pytest.raises(ValueError, match=f"{LAYER}: expected a packed weight of SHA-256 .*, got"):
         AutoModelForCausalLM.from_pretrained(saved)
     assert load(saved, verify=False) is not None  # a damaged value, but a valid layout

@@ -47,6 +47,48 @@ def build_tiny_model(arch: str = "llama", *, seed: int = 0, dtype: torch.dtype =
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def build_tiny_multimodal(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16):
+    """Wrapper of a tiny text decoder and a tinier vision tower: "gemma3", "qwen2_5_vl" or "llava"."""
+    import transformers
+
+    text = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    if arch == "gemma3":
+        model_class, config = (
+            transformers.Gemma3ForConditionalGeneration,
+            transformers.Gemma3Config(
+                text_config=transformers.Gemma3TextConfig(**text, head_dim=32, sliding_window=16),
+                vision_config=transformers.SiglipVisionConfig(**vision),
+                mm_tokens_per_image=4,
+            ),
+        )
+    elif arch == "qwen2_5_vl":
+        rope = {"mrope_section": [4, 6, 6], "rope_type": "default", "rope_theta": 10000.0}
+        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 128}
+        model_class, config = (
+            transformers.Qwen2_5_VLForConditionalGeneration,
+            transformers.Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision),
+        )
+    else:
+        model_class, config = (
+            transformers.LlavaForConditionalGeneration,
+            transformers.LlavaConfig(
+                text_config=transformers.LlamaConfig(**text), vision_config=transformers.CLIPVisionConfig(**vision)
+            ),
+        )
+    torch.manual_seed(seed)
+    return model_class._from_config(config, dtype=dtype).eval()
+
+
 def build_byte_tokenizer():
     """Tokenizer with one symbol per byte plus <s> </s> <pad> <unk>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

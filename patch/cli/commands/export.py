@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
 from patch.cli import inputs, outputs
 from patch.files.schema import record
 from patch.settings import NewPath, setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "export"
 SUMMARY = "write the pruned model, packed (smaller) or dense (works everywhere)"
@@ -30,12 +33,12 @@ class Options(inputs.MaskSettings):
     masks: NewPath = setting(help="folder made by prune or learn", metavar="DIR")
     out: NewPath = setting(help="folder to write", metavar="DIR")
     format: Literal["packed", "dense"] = setting("packed", "packed or dense", metavar="FORMAT")
-    dtype: inputs.DtypeName = setting("bfloat16", "bf16, fp16; dense also fp32 or auto", metavar="DTYPE")
+    dtype: inputs.DtypeName = setting("auto", "bf16, fp16; dense also fp32 (default: the model's own)", metavar="DTYPE")
     overwrite: bool = setting(False, "replace an earlier export in --out")
 
     @model_validator(mode="after")
     def _packed_is_16_bit(self) -> Options:
-        if self.format == "packed" and self.dtype not in ("bfloat16", "bf16", "float16", "fp16"):
+        if self.format == "packed" and self.dtype in ("float32", "fp32"):
             why = "The packed format holds 16-bit weights."
             raise ValueError(f"--dtype: expected bf16 or fp16 with --format packed, got {self.dtype!r}. {why}")
         return self
@@ -51,15 +54,17 @@ def run(options: Options) -> None:
     from patch.packed.save import save_dense, save_packed
     from patch.packed.swap import packed_layers
 
-    model = inputs.load_model(options.model, dtype=options.dtype, device="cpu")
+    model = inputs.load_model(options.model, device="cpu")
     tokenizer = inputs.load_tokenizer(options.model)
     inputs.put_masks(options, options.masks, model)
+    _cast(model, options)
     masks = keep_masks(model)
     outputs.print_sparsity(model, masks)
-    before = sum(w.numel() * w.element_size() for w in (linear_at(model, name).weight for name in masks))
+    before = sum(linear_at(model, name).weight.nbytes for name in masks)
     if options.format == "packed":
         pack_model(model)
         after = sum(layer.payload.numel() + layer.tile_is_sparse.numel() for _, layer in packed_layers(model))
+        after += sum(linear_at(model, name).weight.nbytes for name in keep_masks(model))  # those that stay dense
         save_packed(model, tokenizer, out)
     else:
         after = before
@@ -67,6 +72,22 @@ def run(options: Options) -> None:
     share = after / before
     print(f"bytes of the {len(masks)} masked layers: {before:,} dense -> {after:,} {options.format} ({share:.3f}x)")
     outputs.print_written(out, f"the {options.format} model", f"patch-llm generate --model {out} --prompt 'Once'")
+
+
+def _cast(model: PreTrainedModel, options: Options) -> None:
+    """Cast the model where --dtype or the packed format asks for it, after the masks have met its own weights."""
+    import torch
+
+    from patch.packed.swap import cast_model
+
+    wanted = inputs.dtype_of(options.dtype)
+    if wanted == "auto":
+        is_wide = options.format == "packed" and model.dtype not in (torch.float16, torch.bfloat16)
+        wanted = torch.bfloat16 if is_wide else model.dtype
+    if wanted != model.dtype:
+        why = " (the packed format holds 16-bit weights)" if options.dtype == "auto" else ""
+        print(f"weights cast from {model.dtype} to {wanted}{why}".replace("torch.", ""))
+        cast_model(model, wanted)
 
 
 def on_interrupt(options: Options) -> str:
