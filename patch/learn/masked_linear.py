@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import patch_kernels
+from patch.files.schema import listed
 from patch.learn.config import LearnConfig
 from patch.mask import exact_budget, harden, nonzero_budget, tile_areas, tile_counts
 from patch.models.structure import decoder_blocks
@@ -201,6 +202,16 @@ class MaskedLayers:
             for kind in ("pattern_logits", "tile_logits")
             if (logits := getattr(layer, kind)) is not None
         }
+
+    def take_sums(self) -> list[Tensor]:
+        """(mask sum, sum of squared masked weights) per layer of the last forward pass; then forget.
+
+        raises  ValueError naming layers that the pass did not call: their masks would have had no effect
+        """
+        if idle := [name for name, layer in self.layers.items() if layer.index not in self.state.sums]:
+            wanted = f"expected the model to call every layer that gets a mask, it did not call {listed(idle)}"
+            raise ValueError(f"learn: {wanted}. Put them in exclude (--exclude).")
+        return self.state.take_sums()
 
     def remove(self) -> None:
         """Put the original nn.Linear modules back. Doing it twice does no harm."""

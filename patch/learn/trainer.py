@@ -98,7 +98,7 @@ class MaskTrainer(Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         finally:
             state.collect = False
-        penalty, density, ratio = self._objective(state.take_sums(), step / self.args.max_steps)
+        penalty, density, ratio = self._objective(self.layers.take_sums(), step / self.args.max_steps)
         # Where the model's own loss is divided by the tokens of the whole accumulated batch, Trainer does not
         # divide by the number of micro-batches, and the penalty has to be; elsewhere Trainer divides both.
         is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None

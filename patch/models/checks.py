@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -59,7 +60,9 @@ def require_layers(given: Collection[str], wanted: Collection[str], what: str) -
     extra = [name for name in given if name not in wanted]
     if missing or extra:
         got = f"got {len(given)}: missing {listed(missing)}; not maskable layers of the model {listed(extra)}"
-        raise ValueError(f"{what}: expected one for each of the {len(wanted)} layers to mask, {got}. {_LAYERS}")
+        near = difflib.get_close_matches(extra[0], missing, n=1, cutoff=0.8) if extra else []
+        meant = f" Is '{extra[0]}' meant for '{near[0]}'?" if near else ""
+        raise ValueError(f"{what}: expected one for each of the {len(wanted)} layers to mask, {got}. {_LAYERS}{meant}")
 
 
 def require_tokens(model: nn.Module, ids: Any, what: str, *, least: int = 1, positions: str = "all") -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from patch.models.checks import require_layers, require_mask
-from patch.models.structure import linear_at, maskable_linears
+from patch.models.structure import block_linears, linear_at, maskable_linears
 
 
 def set_keep_mask(linear: nn.Linear, keep: torch.Tensor) -> None:
@@ -46,7 +46,8 @@ def keep_masks(model: nn.Module) -> dict[str, torch.Tensor]:
 def apply_keep_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, exclude: Sequence[str] = ()) -> None:
     """Zero the weights that `masks` prunes, in place, and attach the masks.
 
-    masks    {module path: (N, K) bool}; the names must be those of `maskable_linears(model, exclude)`.
+    masks    {module path: (N, K) bool}; the names must be those of `maskable_linears(model, exclude)`, and may be
+             those of layers that stay dense unless a mask of an earlier version names them (routers).
     exclude  the patterns of layers that were left dense on purpose.
     Everything is checked before the first weight changes; raises ValueError or TypeError. A pruned value is
     selected away, not multiplied by zero, so an infinite one does not become NaN.
@@ -60,11 +61,20 @@ def apply_keep_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, exc
 def check_keep_masks(
     model: nn.Module, masks: Mapping[str, torch.Tensor], exclude: Sequence[str] = ()
 ) -> dict[str, nn.Linear]:
-    """The layers of `maskable_linears(model, exclude)`; raises unless `masks` has a fitting mask for each."""
+    """The layers of `maskable_linears(model, exclude)`; raises unless `masks` has a fitting mask for each.
+
+    Layers that a mask of an earlier version names although they stay dense now (routers) are among them.
+    """
     linears = maskable_linears(model, exclude)
+    stay_dense = block_linears(model).keys() - maskable_linears(model).keys()
+    linears |= {name: linear_at(model, name) for name in masks if name in stay_dense}
     require_layers(masks, linears, "masks")
     for name, keep in masks.items():
-        require_mask(keep, linears[name].weight.shape, f"layer '{name}'")
+        weight = linears[name].weight
+        require_mask(keep, weight.shape, f"layer '{name}'")
+        if weight.is_meta:
+            got = "got one on the meta device (offloaded)"
+            raise ValueError(f"layer '{name}': expected a weight in memory, {got}. Load the model without offloading.")
     return linears
 
 

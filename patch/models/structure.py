@@ -5,13 +5,15 @@ family of transformers needs no entry here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from patch.files.schema import nearest
+from patch.models.stay_dense import directly_read_linears, is_plain_linear, router_linears
 from patch_kernels import TiledLinear
 
 _USE = "Use a causal language model built like Llama, Qwen2, Gemma-3 or OPT."
@@ -40,13 +42,16 @@ def maskable_linears(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
     """Layers that may be masked: {module path from the model's root: layer}, in `named_modules()` order.
 
     These are the `nn.Linear` layers inside the decoder's blocks. Embeddings, the output head (tied or not)
-    and the projections some models put around their embeddings (OPT-350M) are never among them. In a module
-    without a list of blocks every `nn.Linear` of its body counts, again without the output head.
+    and the projections some models put around their embeddings (OPT-350M) are never among them, nor are the layers
+    of `patch.models.stay_dense`: routers of mixtures, layers whose weight their model reads itself, and those that are
+    nn.Linear by name only. In a module without a list of blocks every such layer of its body counts.
 
     exclude  fnmatch patterns over the names, such as "*.k_proj"; each must match a layer of the model.
     Raises ValueError when no layer is found or left, or a pattern matches nothing.
     """
-    found = _block_linears(model)
+    prefix, blocks = _blocks_or_body(model)
+    stay_dense = {_join(prefix, name) for name in router_linears(blocks) | directly_read_linears(blocks)}
+    found = {name: layer for name, layer in block_linears(model).items() if name not in stay_dense}
     if not found:
         got = f"{type(model).__name__} with none in its decoder{_why_no_linear(model)}"
         raise ValueError(f"expected a model with nn.Linear layers to mask, got {got}. {_USE}")
@@ -65,8 +70,7 @@ def block_weights(model: nn.Module) -> dict[str, int]:
     biases (1-D), embeddings, the output head and adapters beside a layer are left out, a shared weight counts once. A
     packed layer counts as the dense weight it stands for, under its name + ".weight".
     """
-    prefix, decoder = _decoder(model)
-    prefix, blocks = _find_blocks(prefix, decoder) or (prefix, decoder)
+    prefix, blocks = _blocks_or_body(model)
     seen = {id(weight) for weight in _embedding_weights(model)}
     weights: dict[str, int] = {}
     for path, module in blocks.named_modules():
@@ -74,11 +78,12 @@ def block_weights(model: nn.Module) -> dict[str, int]:
         if isinstance(module, TiledLinear):
             weights[f"{name}.weight"] = module.in_features * module.out_features
             continue
-        own = (
-            {"weight": module.weight} if isinstance(module, nn.Linear) else dict(module.named_parameters(recurse=False))
-        )
-        for key, tensor in own.items():
-            if tensor.dim() >= 2 and id(tensor) not in seen:
+        for key, tensor in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Linear):
+                counts = key == "weight"
+            else:  # neither stacked biases of experts nor vectors with sizes of 1 around them
+                counts = sum(size > 1 for size in tensor.shape) > 1 and not key.endswith("bias")
+            if counts and id(tensor) not in seen:
                 seen.add(id(tensor))
                 weights[_join(name, key)] = tensor.numel()
     return weights
@@ -114,6 +119,12 @@ def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
     return "", model
 
 
+def _blocks_or_body(model: nn.Module) -> tuple[str, nn.Module]:
+    """(module path, module) of the decoder's list of blocks, or of the whole decoder where there is none."""
+    prefix, decoder = _decoder(model)
+    return _find_blocks(prefix, decoder) or (prefix, decoder)
+
+
 def _find_blocks(prefix: str, decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
     found = {
         _join(prefix, name): module
@@ -126,14 +137,15 @@ def _find_blocks(prefix: str, decoder: nn.Module) -> tuple[str, nn.ModuleList] |
     return path, found[path]
 
 
-def _block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    prefix, decoder = _decoder(model)
-    prefix, _ = _find_blocks(prefix, decoder) or (prefix, decoder)
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Layers that can hold a mask: those of `maskable_linears`, routers and layers that their model reads itself."""
+    prefix, _ = _blocks_or_body(model)
     heads = _embedding_weights(model)
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
+        and is_plain_linear(module)
         and (not prefix or name.startswith(prefix + "."))
         and not any(module.weight is weight for weight in heads)
     }
@@ -151,14 +163,26 @@ def _embedding_weights(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _check_patterns(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+    given = exclude if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [None]
+    if not all(isinstance(pattern, str) for pattern in given):
         raise TypeError(f'expected exclude as a list of patterns, got {exclude!r}. Write exclude=["*.k_proj"].')
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
             got = f"'{pattern}' which matches none of the {len(names)} nn.Linear layers such as '{names[0]}'"
-            raise ValueError(f"exclude: expected patterns that match a layer, got {got}. A pattern may use * and ?.")
+            advice = _near_pattern(pattern, names)
+            raise ValueError(f"exclude: expected patterns that match a layer, got {got}. {advice}")
     return tuple(exclude)
+
+
+def _near_pattern(pattern: str, names: Sequence[str]) -> str:
+    """Advice for a pattern that matches no name: the one that was probably meant."""
+    plain = pattern.strip("*.")
+    for meant in (f"*.{plain}", f"*.{plain}.*", f"{plain}.*", f"*{plain}*"):
+        if plain and any(fnmatchcase(name, meant) for name in names):
+            return f"Did you mean '{meant}'?"
+    kinds = sorted({f"*.{name.rsplit('.', 1)[-1]}" for name in names})
+    return nearest(f"*.{plain}", kinds, "A pattern may use * and ?; layers")
 
 
 def _why_no_linear(model: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
@@ -54,7 +55,8 @@ def layer_sha256(layer: TiledLinear) -> str:
 def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast parameters and saved buffers in place, as from_pretrained(dtype=...) would.
 
-    Non-persistent floating point buffers (rotary frequencies) stay fp32; model.to(dtype) would round them.
+    Non-persistent floating point buffers (rotary frequencies) stay fp32; model.to(dtype) would round them. So does what
+    the model class itself keeps in fp32 (routers of mixtures).
     raises  ValueError, before anything is changed, for a value that would become infinite.
     """
     largest = torch.finfo(dtype).max
@@ -64,12 +66,14 @@ def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
             if max(-low, high) > largest and max(-low, high) < float("inf"):
                 got = f"got {max(-low, high):g}"
                 raise ValueError(f"{name}: expected values of at most {largest:g} for {dtype}, {got}. Use bfloat16.")
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    kept = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    if dtype == torch.float16:
+        kept += getattr(model, "_keep_in_fp32_modules", None) or ()
     saved = set(model.state_dict())
-    for name, buffer in model.named_buffers():
-        if name in saved and buffer.is_floating_point():
-            buffer.data = buffer.data.to(dtype)
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    for name, tensor in (*model.named_parameters(), *buffers):
+        if tensor.is_floating_point():
+            keeps = any(fnmatchcase(name, f"*{part}*") for part in kept)
+            tensor.data = tensor.data.to(torch.float32 if keeps else dtype)
     if hasattr(model, "config"):
         model.config.dtype = dtype

@@ -731,6 +731,23 @@ def test_odd_layers_and_pruned_models_are_refused(tiny_model):
         learn(tiny_model("opt", max_position_embeddings=8), BLOCKS, config())
 
 
+def test_layers_that_training_goes_past_are_named(tiny_model, monkeypatch):
+    def fused(self, x):
+        if self.training:  # as with a fused kernel
+            gated = torch.nn.functional.linear(x, self.gate_proj.weight)
+        else:
+            gated = self.gate_proj(x)
+        return self.down_proj(self.act_fn(gated) * self.up_proj(x))
+
+    model = tiny_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", fused)
+    message = r"call every layer that gets a mask, it did not call 2 \(model.layers.0.mlp.gate_proj, .*--exclude"
+    with pytest.raises(ValueError, match=message):
+        learn(model, BLOCKS, config(), **priors(model), progress=False)
+    assert_same_bits(before, model.state_dict())
+
+
 def test_global_batch_not_divisible_by_the_processes_is_refused(tiny_model, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"local_batch_size \* processes = 2 \* 3 = 6, got 4"):

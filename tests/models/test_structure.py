@@ -231,6 +231,24 @@ BAD_MODELS = {
         TypeError,
         r"list of patterns, got \[0\]",
     ),
+    "no list": (
+        lambda: nn.Sequential(nn.Linear(4, 4)),
+        {"exclude": 5},
+        TypeError,
+        "expected exclude as a list of patterns, got 5. Write",
+    ),
+    "name without its block": (
+        lambda: Sandwich(),
+        {"exclude": ["experts.0"]},
+        ValueError,
+        r"Did you mean '\*.experts.0'\?",
+    ),
+    "name of a part": (
+        lambda: Sandwich(),
+        {"exclude": ["experts"]},
+        ValueError,
+        r"Did you mean '\*.experts.\*'\?",
+    ),
     "pattern unknown": (
         lambda: Sandwich(),
         {"exclude": ["*.kproj"]},
@@ -241,7 +259,7 @@ BAD_MODELS = {
         lambda: Sandwich(),
         {"exclude": ["blocks.0"]},
         ValueError,
-        "'blocks.0' which matches none",
+        r"'blocks.0' which matches none.* Did you mean 'blocks.0.\*'\?",
     ),
     "nothing left": (
         lambda: nn.Sequential(nn.Linear(4, 4)),
@@ -330,6 +348,43 @@ def test_bad_masks_change_nothing(tiny_model, how, kind, match):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("down_proj", "*.down_proj"),
+        ("*down_projs", "*.down_proj"),
+        ("self_attn", "*.self_attn.*"),
+        ("model.layers.1", "model.layers.1.*"),
+        ("layers.1", "*.layers.1.*"),
+        ("*.kproj", "*.k_proj"),
+    ],
+)
+def test_pattern_that_matches_nothing_names_the_near_one(tiny_model, given, meant):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError) as error:
+        maskable_linears(model, [given])
+    assert str(error.value).endswith(f"Did you mean '{meant}'?")
+    assert len(maskable_linears(model, [meant])) < 14
+
+
+def test_names_of_masks_that_lack_a_prefix_are_named(tiny_model):
+    model = tiny_model("llama")
+    masks = {name.removeprefix("model."): keep for name, keep in random_masks(model).items()}
+    meant = "Is 'layers.0.self_attn.q_proj' meant for 'model.layers.0.self_attn.q_proj'"
+    with pytest.raises(ValueError, match=meant):
+        apply_keep_masks(model, masks)
+
+
+def test_masks_on_offloaded_weights_are_refused(tiny_model):
+    model = tiny_model("llama")
+    masks = random_masks(model)
+    model.model.layers[1].mlp.to("meta")
+    where = "layer 'model.layers.1.mlp.gate_proj': expected a weight in memory, got one on the meta device"
+    with pytest.raises(ValueError, match=where):
+        apply_keep_masks(model, masks)
+    assert keep_masks(model) == {}
+
+
 def test_sparsity_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one keep mask, got none"):
         measured_sparsity({})
@@ -350,7 +405,8 @@ def test_block_weights_count_every_matrix_of_the_blocks_once():
         def __init__(self):
             super().__init__()
             self.up = nn.Parameter(torch.zeros(3, 8, 4))
-            self.scale = nn.Parameter(torch.zeros(8))
+            self.up_bias = nn.Parameter(torch.zeros(3, 4))
+            self.mix = nn.Parameter(torch.zeros(1, 1, 8))
 
     model = Sandwich()
     model.blocks[0]["fused"] = Experts()

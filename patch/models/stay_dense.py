@@ -1,0 +1,106 @@
+"""Which nn.Linear layers of a decoder are never masked, found by structure: routers, layers whose model reads their
+weight itself, and layers that compute something else than x @ weight.T + bias."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+from torch import nn
+
+# What code may ask of a weight without computing with it.
+_FACTS = {"device", "dim", "dtype", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes x @ weight.T + bias, so that a masked or packed layer may take its place.
+
+    A subclass of nn.Linear with a constructor and a forward of its own (a router that returns several tensors, a
+    grouped product) does something else; one with only a forward writes the same in other words (Falcon).
+    """
+    kind = type(module)
+    own = kind.__init__ is not nn.Linear.__init__ and kind.forward is not nn.Linear.forward
+    return isinstance(module, nn.Linear) and (not own or hasattr(module, "lora_left"))
+
+
+def router_linears(root: nn.Module) -> set[str]:
+    """Names, from `root` on, of the layers that choose experts.
+
+    They have one output per expert, beside a list of experts or their 3-D tensors. Pruned, they send tokens to other
+    experts, which costs far more than the few weights they have.
+    """
+    names = set()
+    for path, module in root.named_modules():
+        counts = {count for child in module.children() if (count := _expert_count(child))}
+        for key, child in module.named_children():
+            linears = {name: m for name, m in child.named_modules(prefix=key) if isinstance(m, nn.Linear)}
+            if linears and all(linear.out_features in counts for linear in linears.values()):
+                names |= {f"{path}.{name}" if path else name for name in linears}
+    return names
+
+
+def directly_read_linears(root: nn.Module) -> set[str]:
+    """Names, from `root` on, of the layers past which their parent computes with weight or bias (Mamba's dt_proj).
+
+    A mask learned in the layer has no effect there, hooks see no inputs, and a packed layer has no such weight. Read
+    from the source of the parent's methods, where there is one. What only a setting of the parent turns on, as
+    `if self.training:` with a fused kernel, does not count: there the run itself tells.
+    """
+    names = set()
+    for path, module in root.named_modules():
+        own = {key for key, child in module.named_children() if isinstance(child, nn.Linear)}
+        names |= {f"{path}.{key}" if path else key for key in own and own & _keys_read_by(type(module))}
+    return names
+
+
+def _expert_count(module: nn.Module) -> int:
+    """Number of experts in a list of equal modules with weights, or in a module with their weights as 3-D tensors."""
+    if isinstance(module, nn.ModuleList):
+        kinds = {type(expert) for expert in module}
+        has_weights = len(kinds) == 1 and any(True for _ in module[0].parameters())
+        return len(module) if has_weights and len(module) > 1 else 0
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return 0
+    sizes = {weight.shape[0] for weight in module.parameters(recurse=False) if weight.dim() == 3}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+@functools.cache
+def _keys_read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """Attributes KEY such that the methods of a class compute with self.KEY.weight or self.KEY.bias."""
+    methods = (
+        inspect.unwrap(method)
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
+        for name, method in vars(base).items()
+        if inspect.isfunction(method) and "init" not in name
+    )
+    keys: set[str] = set()
+    for method in methods:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        except (OSError, TypeError, SyntaxError):  # made at run time, or the source is not installed
+            continue
+        keys.update(_reads(tree))
+    return frozenset(keys)
+
+
+def _reads(node: ast.AST) -> Iterator[str]:
+    match node:
+        case ast.If(test=test) if any(_is_self(part) for part in ast.walk(test)):
+            parts: Iterator[ast.AST] = iter(node.orelse)
+        case ast.Attribute(attr=fact) if fact in _FACTS:
+            return
+        case ast.Attribute(attr="weight" | "bias", value=ast.Attribute(attr=key, value=owner)) if _is_self(owner):
+            yield key
+            return
+        case _:
+            parts = ast.iter_child_nodes(node)
+    for part in parts:
+        yield from _reads(part)
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
