@@ -14,7 +14,7 @@ from patch.models.checks import require_layer, require_mask
 from patch.models.keep_masks import keep_masks
 from patch.models.structure import linear_at
 from patch.packed.quantizer import mark_dense, mark_packed
-from patch.packed.swap import cast_model, unpack_layers
+from patch.packed.swap import cast_model, stays_fp32, unpack_layers
 from patch_kernels import TiledLinear, tiles_that_are_two_of_four
 from patch_kernels.checks import require_tensor
 from patch_kernels.packed_dtype import BY_TORCH
@@ -81,6 +81,9 @@ def _check_masks(model: nn.Module, masks: dict[str, Tensor], dtype: torch.dtype 
             raise ValueError(f"{name}: its weight is shared with another module (tied?); leave this layer out of masks")
         if dtype is None:
             require_tensor(f"{name}.weight", weight, dtypes=tuple(BY_TORCH), advice=_CAST)
+        elif stays_fp32(model, f"{name}.weight", dtype):
+            got = f"one that {type(model).__name__} keeps in float32"
+            raise ValueError(f"{name}: expected a layer that may be cast to {dtype}, got {got}. Leave it out of masks.")
     if dtype is None and len({linear_at(model, name).weight.dtype for name in masks}) > 1:
         raise ValueError(f"expected one dtype for all masked layers, got fp16 and bf16. {_CAST}")
 

@@ -219,3 +219,19 @@ def test_export_replaces_an_earlier_export_only(tmp_path, tiny_model):
     (tmp_path / "b" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="found other files"):
         save_packed(model, None, tmp_path / "b")
+
+
+def test_what_the_model_keeps_in_fp32_is_neither_cast_nor_packed(tiny_model):
+    model = mask_model(tiny_model())
+    model._keep_in_fp32_modules_strict = {"norm.weight"}
+    pack_model(model, dtype=torch.bfloat16)
+    assert model.model.norm.weight.dtype == torch.float32
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    model = mask_model(tiny_model())
+    model._keep_in_fp32_modules = {"mlp.up_proj"}  # in fp16 only
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    message = "model.layers.0.mlp.up_proj: expected a layer that may be cast to torch.float16, got one that LlamaFor"
+    with pytest.raises(ValueError, match=message):
+        pack_model(model, dtype=torch.float16)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    pack_model(model, dtype=torch.bfloat16)
