@@ -111,6 +111,8 @@ def _decoder(model: nn.Module) -> tuple[str, nn.Module]:
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}. Load the model first.")
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else getattr(model, "base_model", None)
+    if isinstance(decoder, nn.Linear):  # ModernBERT calls its output head the decoder
+        decoder = getattr(model, "base_model", None)
     if not isinstance(decoder, nn.Module):
         decoder = model
     for name, module in model.named_modules():

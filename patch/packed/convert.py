@@ -14,10 +14,10 @@ from patch.files.schema import listed
 from patch.models.adapted_linear import refuse_adapters
 from patch.models.checks import require_layer, require_mask
 from patch.models.keep_masks import check_masks_hold, keep_masks
+from patch.models.stay_dense import directly_read_linears
 from patch.models.structure import linear_at
-from patch.packed.direct_reads import layers_read_directly
 from patch.packed.quantizer import mark_dense, mark_packed
-from patch.packed.swap import cast_model, unpack_layers
+from patch.packed.swap import cast_model, stays_fp32, unpack_layers
 from patch_kernels import TiledLinear, tiles_that_are_two_of_four
 from patch_kernels.checks import require_tensor
 from patch_kernels.packed_dtype import BY_TORCH
@@ -38,14 +38,14 @@ def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype
     dtype   fp16 or bf16: cast the whole model first; None: it must be fp16 or bf16 already.
     raises  ValueError or TypeError before any layer is changed.
 
-    Layers whose weight the model reads itself (direct_reads) stay nn.Linear with their zeros, and are named.
+    Layers whose weight the model reads itself stay nn.Linear with their zeros, and are named.
     Peak memory is the model plus about two layers. A transformers model also gets its quantization_config, so
     that save_pretrained and from_pretrained (after `import patch.packed`) round-trip it.
     """
     refuse_adapters(model)
     masks = dict(keep_masks(model) if masks is None else masks)
     _check_masks(model, masks, dtype)
-    direct = layers_read_directly(model)
+    direct = directly_read_linears(model)
     stay = sorted(name for name in masks if name in direct)
     if stay:
         what = "the model reads their weight itself instead of calling them"
@@ -98,6 +98,9 @@ def _check_masks(model: nn.Module, masks: dict[str, Tensor], dtype: torch.dtype 
             raise ValueError(f"{name}.weight: expected values in memory, {got}. Load the model without offloading.")
         if dtype is None:
             require_tensor(f"{name}.weight", weight, dtypes=tuple(BY_TORCH), advice=_CAST)
+        elif stays_fp32(model, f"{name}.weight", dtype):
+            got = f"one that {type(model).__name__} keeps in float32"
+            raise ValueError(f"{name}: expected a layer that may be cast to {dtype}, got {got}. Leave it out of masks.")
     check_masks_hold(model, masks)
     if dtype is None and len({linear_at(model, name).weight.dtype for name in masks}) > 1:
         raise ValueError(f"expected one dtype for all masked layers, got fp16 and bf16. {_CAST}")

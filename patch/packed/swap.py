@@ -66,14 +66,18 @@ def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
             if max(-low, high) > largest and max(-low, high) < float("inf"):
                 got = f"got {max(-low, high):g}"
                 raise ValueError(f"{name}: expected values of at most {largest:g} for {dtype}, {got}. Use bfloat16.")
-    kept = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
-    if dtype == torch.float16:
-        kept += getattr(model, "_keep_in_fp32_modules", None) or ()
     saved = set(model.state_dict())
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
     for name, tensor in (*model.named_parameters(), *buffers):
         if tensor.is_floating_point():
-            keeps = any(fnmatchcase(name, f"*{part}*") for part in kept)
-            tensor.data = tensor.data.to(torch.float32 if keeps else dtype)
+            tensor.data = tensor.data.to(torch.float32 if stays_fp32(model, name, dtype) else dtype)
     if hasattr(model, "config"):
         model.config.dtype = dtype
+
+
+def stays_fp32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Whether the class of a transformers model keeps a tensor in fp32 when the model is loaded in `dtype`."""
+    parts = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    if dtype == torch.float16:
+        parts += getattr(model, "_keep_in_fp32_modules", None) or ()
+    return any(fnmatchcase(name, f"*{part}*") for part in parts)

@@ -78,6 +78,20 @@ def test_bare_decoder_has_the_same_layers(tiny_model, arch):
     assert list(maskable_linears(decoder).values()) == list(maskable_linears(model).values())
 
 
+def test_a_head_that_is_called_decoder_is_not_taken_for_one():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_model = Sandwich()
+            self.decoder = nn.Linear(8, 6)
+
+        def get_decoder(self):
+            return self.decoder
+
+    assert decoder_blocks(Named())[0] == "base_model.blocks"
+    assert list(maskable_linears(Named())) == ["base_model.blocks.0.experts.0", "base_model.blocks.1.experts.0"]
+
+
 def test_layer_as_wide_as_the_vocabulary_is_masked(tiny_model):
     model = tiny_model("llama", intermediate_size=260)
     assert len(maskable_linears(model)) == 14

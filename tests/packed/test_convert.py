@@ -12,9 +12,9 @@ from torch import nn
 
 import patch
 from patch.models.keep_masks import apply_keep_masks, keep_masks
+from patch.models.stay_dense import directly_read_linears
 from patch.models.structure import maskable_linears
 from patch.packed.convert import pack_model, unpack_model
-from patch.packed.direct_reads import layers_read_directly
 from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import cast_model, layer_sha256, packed_layers
 from patch_kernels import TiledLinear
@@ -124,7 +124,7 @@ def test_layers_that_the_model_reads_itself_stay_dense(tmp_path, caplog, arch):
     ids = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits
     masks = keep_masks(model)
-    direct = layers_read_directly(model) & masks.keys()
+    direct = directly_read_linears(model) & masks.keys()
     assert 0 < len(direct) < len(masks) == 2 * len(linears)
     pack_model(model)
     assert {name for name, _ in packed_layers(model)} == masks.keys() - direct
@@ -137,7 +137,7 @@ def test_layers_that_the_model_reads_itself_stay_dense(tmp_path, caplog, arch):
 
 def test_a_model_of_layers_that_are_read_directly_only_is_refused():
     model = nn.MultiheadAttention(128, 2, dtype=torch.bfloat16)
-    assert layers_read_directly(model) == {"out_proj"}
+    assert directly_read_linears(model) == {"out_proj"}
     masks = {"out_proj": torch.tensor([True, False]).repeat(128, 64)}
     model.out_proj.weight.data.masked_fill_(~masks["out_proj"], 0)
     with pytest.raises(
@@ -322,3 +322,19 @@ def test_export_that_does_not_load_as_the_model_leaves_nothing(tmp_path, tiny_mo
     ):
         save(model, None, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_model_keeps_in_fp32_is_neither_cast_nor_packed(tiny_model):
+    model = mask_model(tiny_model())
+    model._keep_in_fp32_modules_strict = {"norm.weight"}
+    pack_model(model, dtype=torch.bfloat16)
+    assert model.model.norm.weight.dtype == torch.float32
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    model = mask_model(tiny_model())
+    model._keep_in_fp32_modules = {"mlp.up_proj"}  # in fp16 only
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    message = "model.layers.0.mlp.up_proj: expected a layer that may be cast to torch.float16, got one that LlamaFor"
+    with pytest.raises(ValueError, match=message):
+        pack_model(model, dtype=torch.float16)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    pack_model(model, dtype=torch.bfloat16)

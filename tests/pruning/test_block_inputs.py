@@ -7,6 +7,8 @@ import weakref
 
 import pytest
 import torch
+from support.families import FAMILIES
+from support.families import build as build_family
 from support.methods import ONE_WEIGHT_METHODS
 from torch import nn
 
@@ -103,6 +105,15 @@ def test_equals_pruning_by_whole_model_runs(tiny_model, arch, method, pattern, s
     masks = prune_model(model, method, calibration=token_ids(), **options)
     assert_same(model, masks, *expected)
     assert abs(measured_sparsity(masks) - sparsity) < 1 / 32  # wanda rounds down in rows of 32
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "GPT-2"])
+def test_every_family_equals_pruning_by_whole_model_runs(name):
+    """State spaces, shared keys and values, mixtures, wrappers for images: blocks get what the model would give them."""
+    model = build_family(FAMILIES[name])
+    ids = token_ids() % 60
+    expected = prune_reference(model, "wanda", ids)
+    assert_same(model, prune_model(model, "wanda", calibration=ids), *expected)
 
 
 def test_eager_attention_masks_are_captured_too(tiny_model):
