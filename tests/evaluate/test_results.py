@@ -243,6 +243,11 @@ def test_perplexities_that_no_working_model_has_are_said():
     ]
     made = [m | {"perplexity": {"ptb": m["perplexity"]["ptb"] | {"perplexity": 1.0}}} for m in broken()]
     assert results.model_warnings(made) == []
+    gemma = broken()[1]
+    gemma["perplexity"]["ptb"]["bos"] = "first window"
+    assert results.model_warnings([gemma])[0].endswith(
+        "the model or its masks are broken, or it needs --window-bos every"
+    )
     # A file keeps them, a report finds them again among what it compares.
     entries = broken()
     entries[3]["perplexity"]["ptb"]["perplexity"] = math.inf  # null in files only
