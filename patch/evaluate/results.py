@@ -47,7 +47,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 class SetResult:
     """What is needed of a perplexity_report."""
 
-    perplexity: Annotated[float, Field(gt=0)] | None
+    perplexity: Annotated[float, Field(ge=1)] | None
     loss: _NotNegative
     text_sha256: str
     tokens: Count

@@ -114,7 +114,7 @@ def change(*keys, value=None, remove=False):
         (change("models", 0, "perplexity", "ptb", "loss", value=-0.5), "ptb.loss: expected a number >= 0, got -0.5"),
         (
             change("models", 0, "perplexity", "ptb", "perplexity", value=-5),
-            r"models\[0\].perplexity.ptb.perplexity: expected a number > 0, got -5",
+            r"models\[0\].perplexity.ptb.perplexity: expected a number >= 1, got -5",
         ),
         (
             change("models", 0, "perplexity", "ptb", "bits_per_byte", value=-5),
