@@ -291,7 +291,7 @@ class _Demo:
         self.echo("\n" + tables.format_table([_shown(row) for row in self.rows]))
         window = self.settings.model.block_size
         self.echo(NOTES.format(tokens=self.heldout.numel(), window=window, samples=len(self.calibration)))
-        levels = {row["method"]: row["perplexity"] for row in self.rows if row["method"] in ONE_SHOT.values()}
+        one_shot = [row for row in self.rows if row["method"] in ONE_SHOT.values()]
         learned = [row for row in self.rows if row["method"].startswith("PATCH")]
         maskllm = [row for row in self.rows if row["method"].startswith("MaskLLM")]
         plots.plot_perplexity(
@@ -299,9 +299,9 @@ class _Demo:
             {
                 "PATCH (joint)": [(row["sparsity"], row["perplexity"]) for row in learned],
                 "MaskLLM 2:4": [(row["sparsity"], row["perplexity"]) for row in maskllm],
+                **{row["method"]: [(row["sparsity"], row["perplexity"])] for row in one_shot},
             },
             dense=self.rows[0]["perplexity"],
-            levels=levels,
             title="Held-out perplexity against sparsity",
         )
         maps = {}

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DENSE_COLOR, SPARSE_COLOR = "#1f4e79", "#f2b872"
-_ONE_SHOT_COLORS = ("#7f7f7f", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
+_REFERENCE_COLOR = "black"
+_COLORS = (_REFERENCE_COLOR, DENSE_COLOR, "#c44e1c", "#2a9d8f", "#7f7f7f", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
+_MARKERS = "*osD^vPX"
+_ZEROS = "zeros in the pruned layers"
+_NOT_KNOWN = "not\nknown"
 
 
 def plot_perplexity(
@@ -24,37 +28,23 @@ def plot_perplexity(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     *,
     dense: float,
-    levels: Mapping[str, float] | None = None,
     title: str = "",
 ) -> None:
     """PNG of perplexity against sparsity.
 
     curves  {label: points of (sparsity 0..0.5, perplexity)}; a curve of one point is a marker
-    dense   perplexity of the dense model, drawn as a line
-    levels  {label: perplexity} of other methods, drawn as dashed lines
+    dense   perplexity of the dense model, a marker at sparsity 0
     """
     figure, axes = _figure(8.0, 4.6)
-    axes.axhline(dense, color="black", linewidth=1.2, linestyle=":", label=f"dense: {dense:.2f}")
-    for (label, value), color in zip((levels or {}).items(), _endless(_ONE_SHOT_COLORS), strict=False):
-        axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=f"{label}: {value:.2f}")
-    for (label, points), marker, color in zip(
-        curves.items(), _endless("osD^v"), _endless((DENSE_COLOR, "#c44e1c", "#2a9d8f")), strict=False
-    ):
-        ordered = sorted(points)
-        axes.plot(*zip(*ordered, strict=True), marker=marker, color=color, linewidth=1.8, label=label, zorder=3)
-        for sparsity, value in ordered:
-            axes.annotate(
-                f"{value:.2f}",
-                (sparsity, value),
-                textcoords="offset points",
-                xytext=(0, 8),
-                ha="center",
-                fontsize=8,
-            )
-    axes.set_xlim(-0.02, 0.54)
+    drawn = {"dense": [(0.0, dense)]} | {label: sorted(points) for label, points in curves.items()}
+    for (label, points), marker, color in zip(drawn.items(), _endless(_MARKERS), _endless(_COLORS), strict=False):
+        _draw_curve(axes, label, points, marker, color)
+    _guide(axes, dense)
+    _logarithmic_if_wide(axes, "y", [value for points in drawn.values() for _, value in points])
+    axes.set_xlim(-0.04, 0.54)
     axes.set_xticks(np.arange(0, 0.51, 0.1), [f"{share:.0%}" for share in np.arange(0, 0.51, 0.1)])
     axes.margins(y=0.12)
-    axes.set_xlabel("zeros in the pruned layers")
+    axes.set_xlabel(_ZEROS)
     axes.set_ylabel("held-out perplexity (lower is better)")
     axes.grid(alpha=0.25)
     axes.set_title(title, fontsize=11)
@@ -72,9 +62,9 @@ def plot_models(
 ) -> None:
     """PNG with one panel per measure, the models by name, or by sparsity where `sparsities` is given.
 
-    labels      one per model; the first is the reference, drawn as a dotted line
-    panels      {title: value per model, None where it was not measured}
-    sparsities  zeros in the pruned layers, 0..0.5, per model; models with None are drawn as dashed lines
+    labels      one per model; the first is the reference, at whose value there is a dotted line
+    panels      {"title: measure": value per model, None where it was not measured}; the measure labels its axis
+    sparsities  zeros in the pruned layers, 0..0.5, per model; models with None stand apart, to the right
     series      per model, the curve it is a point of; needed with sparsities
     raises      ValueError when there is nothing to draw.
     """
@@ -82,14 +72,19 @@ def plot_models(
         raise ValueError("panels: expected at least one measure of one model, got none. Evaluate a model first.")
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    height = 3.9 if sparsities else 1.3 + 0.34 * len(labels)
+    height = 3.9 if sparsities else 1.6 + 0.34 * len(labels)
     figure, axes = _figure(1.2 + 4.4 * columns, height * rows, columns=columns, rows=rows)
     cells = np.ravel(axes)
-    for cell, (title, values) in zip(cells, panels.items(), strict=False):
+    for cell, (name, values) in zip(cells, panels.items(), strict=False):
+        title, _, measure = name.rpartition(": ")
         if sparsities is None:
             _draw_by_name(cell, labels, values)
+            cell.set_xlabel(measure, fontsize=9)
+            cell.set_ylabel("model", fontsize=9)
         else:
             _draw_by_sparsity(cell, labels, values, sparsities, series or labels)
+            cell.set_xlabel(_ZEROS, fontsize=9)
+            cell.set_ylabel(measure, fontsize=9)
         cell.set_title(title, fontsize=10)
     for cell in cells[len(panels) :]:
         cell.set_visible(False)
@@ -125,6 +120,8 @@ def plot_tile_maps(
         axes.set_xticks(list(x_ticks.values()), list(x_ticks), fontsize=8)
         axes.set_yticks(list(y_ticks.values()), list(y_ticks), fontsize=8)
         axes.tick_params(length=0)
+        axes.set_xlabel("layer (columns of tiles: inputs)", fontsize=9)
+        axes.set_ylabel("block (rows of tiles: outputs)", fontsize=9)
         axes.set_title(label, fontsize=10)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -138,7 +135,7 @@ def _draw_by_name(axes: Axes, labels: Sequence[str], values: Sequence[float | No
     rows = range(len(labels))
     known = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None]
     if values[0] is not None:
-        axes.axvline(values[0], color="black", linewidth=1.0, linestyle=":")
+        axes.axvline(values[0], color=_REFERENCE_COLOR, linewidth=1.0, linestyle=":", alpha=0.5)
     if known:
         axes.scatter([value for _, value in known], [row for row, _ in known], color=DENSE_COLOR, zorder=3)
         _logarithmic_if_wide(axes, "x", [value for _, value in known])
@@ -157,40 +154,59 @@ def _draw_by_sparsity(
     sparsities: Sequence[float | None],
     series: Sequence[str],
 ) -> None:
-    """One curve a series; the first model and those of unknown sparsity are lines across."""
-    styles = {
-        name: style
-        for name, style in zip(
-            dict.fromkeys([*series, *labels]),
-            zip(_endless("osD^vPX"), _endless((DENSE_COLOR, "#c44e1c", "#2a9d8f", *_ONE_SHOT_COLORS)), strict=False),
-            strict=False,
-        )
-    }
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for number, (label, value, sparsity, name) in enumerate(zip(labels, values, sparsities, series, strict=True)):
-        if value is None:
-            continue
-        if number == 0:
-            axes.axhline(value, color="black", linewidth=1.2, linestyle=":", label=label)
-        elif sparsity is None:
-            axes.axhline(value, color=styles[label][1], linewidth=1.2, linestyle="--", label=label)
-        else:
-            curves.setdefault(name, []).append((sparsity, value))
-    for name, points in curves.items():
-        marker, color = styles[name]
-        points.sort()
-        axes.plot(*zip(*points, strict=True), marker=marker, color=color, linewidth=1.8, label=name, zorder=3)
-        for point in points:
-            _write_value(axes, point[1], point)
-    known = [value for value in values if value is not None]
-    _logarithmic_if_wide(axes, "y", known)
-    shown = [sparsity for sparsity in sparsities[1:] if sparsity is not None]
+    """One curve a series, markers where it is one model; models of unknown sparsity at a tick of their own."""
+    shown = [sparsity for sparsity in sparsities if sparsity is not None]
     low, high = min(shown), max(shown)
-    axes.set_xlim(low - 0.04, high + 0.04)
-    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    apart = high + max(0.05, 0.2 * (high - low))
+    curves: dict[str, list[tuple[float, float]]] = {}
+    names = [labels[0], *series[1:]]
+    for name, value, sparsity in zip(names, values, sparsities, strict=True):
+        if value is not None:
+            curves.setdefault(name, []).append((apart if sparsity is None else sparsity, value))
+    styles = dict(zip(dict.fromkeys(names), zip(_endless(_MARKERS), _endless(_COLORS), strict=False), strict=False))
+    for name, points in curves.items():
+        _draw_curve(axes, name, sorted(points), *styles[name])
+    if values[0] is not None:
+        _guide(axes, values[0])
+    _logarithmic_if_wide(axes, "y", [value for value in values if value is not None])
+    _mark_shares(axes, low, high, None if len(shown) == len(sparsities) else apart)
     axes.margins(y=0.15)
-    axes.set_xlabel("zeros in the pruned layers", fontsize=9)
     axes.grid(alpha=0.25)
+
+
+def _mark_shares(axes: Axes, low: float, high: float, apart: float | None) -> None:
+    """Ticks in percent, and one for what stands apart."""
+    from matplotlib.ticker import MaxNLocator
+
+    ticks = [share for share in MaxNLocator(6).tick_values(low, high) if low - 0.01 <= share <= high + 0.01]
+    texts = [f"{share:.0%}" if abs(100 * share - round(100 * share)) < 1e-6 else f"{share:.1%}" for share in ticks]
+    if apart is not None:
+        ticks, texts = [*ticks, apart], [*texts, _NOT_KNOWN]
+        axes.axvline((high + apart) / 2, color="0.8", linewidth=0.8)
+    axes.set_xlim(low - 0.04, (high if apart is None else apart) + 0.04)
+    axes.set_xticks(ticks, texts)
+
+
+def _draw_curve(axes: Axes, label: str, points: Sequence[tuple[float, float]], marker: str, color: str) -> None:
+    """Points with their values, joined where there are several."""
+    line = "-" if len(points) > 1 else "none"
+    axes.plot(
+        *zip(*points, strict=True),
+        marker=marker,
+        markersize=7,
+        color=color,
+        linestyle=line,
+        linewidth=1.8,
+        label=label,
+        zorder=3,
+    )
+    for point in points:
+        _write_value(axes, point[1], point)
+
+
+def _guide(axes: Axes, value: float) -> None:
+    """A faint line at the reference's value, which has a marker of its own."""
+    axes.axhline(value, color=_REFERENCE_COLOR, linewidth=1.0, linestyle=":", alpha=0.5)
 
 
 def _write_value(axes: Axes, value: float, point: tuple[float, float]) -> None:

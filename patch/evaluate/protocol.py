@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from patch.data.sources import NAMED_SETS
 from patch.data.tokens import evaluation_text, text_sha256, tokenize
 from patch.evaluate.cross_entropy import DEFAULT_WINDOW, _exp, mean_cross_entropy, require_windows
-from patch.evaluate.results import EVERY_WINDOW, bos_line, broken_perplexity, perplexity_warnings, require_comparable
+from patch.evaluate.results import (
+    EVERY_WINDOW,
+    FIRST_WINDOW,
+    NO_WINDOW,
+    bos_line,
+    broken_perplexity,
+    perplexity_warnings,
+    require_comparable,
+)
 from patch.files.schema import require_choice, require_integer
 from patch.models.checks import require_known_tokens
 from patch.models.facts import context_length, model_fingerprint, model_name, versions, within_context
@@ -117,7 +125,7 @@ def perplexity_report(
         "loss": loss,
         "bytes": size,
         "bits_per_byte": loss * windows * (window - 1) / (math.log(2) * size) if size else None,
-        "bos": EVERY_WINDOW if bos is not None else "first window" if text.bos is not None else "none",
+        "bos": EVERY_WINDOW if bos is not None else NO_WINDOW if text.bos is None else FIRST_WINDOW,
         "vocabulary": vocabulary,
         "warning": broken_perplexity(_exp(loss), vocabulary),
         **text.facts,

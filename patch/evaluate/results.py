@@ -32,7 +32,8 @@ from patch.files.strict_json import read_json
 
 FORMAT: Literal["patch-llm-results"] = "patch-llm-results"
 VERSION = 1
-EVERY_WINDOW = "every window"  # what perplexity_report says in "bos" where each window begins with one
+# What perplexity_report says in "bos": windows that begin with a BOS token.
+NO_WINDOW, FIRST_WINDOW, EVERY_WINDOW = "none", "first window", "every window"
 _SAID_ELSEWHERE = ("model", "model_fingerprint", "dtype", "device", "versions")
 # What two numbers must share to be comparable.
 SAME_TEXT = ("text_sha256", "tokens", "window", "windows")
@@ -47,7 +48,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 class SetResult:
     """What is needed of a perplexity_report."""
 
-    perplexity: Annotated[float, Field(gt=0)] | None
+    perplexity: Annotated[float, Field(ge=1)] | None
     loss: _NotNegative
     text_sha256: str
     tokens: Count
@@ -80,6 +81,7 @@ class ZeroShotResult:
     metric: str
     limit: Count | None
     tasks: dict[str, TaskResult]
+    max_length: Count | None = None
 
 
 @record(others=True)
@@ -235,7 +237,9 @@ def perplexity_warnings(reports: Mapping[str, Mapping[str, Any]], reference: str
     values = {label: _perplexity_value(report) for label, report in reports.items()}
     for label, value in values.items():
         if broken := broken_perplexity(value, reports[label].get("vocabulary")):
-            said.append((label, f"perplexity {value:,.0f} is {broken}"))
+            # Models trained with BOS at every start (Gemma) explode without it.
+            hint = ", or it needs --window-bos every" if reports[label].get("bos") == FIRST_WINDOW else ""
+            said.append((label, f"perplexity {value:,.0f} is {broken}{hint}"))
         elif value > _SUSPICIOUS * values.get(reference, math.inf):
             times = value / values[reference]
             said.append((label, f"perplexity {value:,.2f} is {times:,.0f} times that of {reference}: check the masks"))
@@ -253,23 +257,24 @@ def model_warnings(models: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def truncation_warnings(report: Mapping[str, Any] | None) -> list[str]:
     """Sentences on tasks of a zero_shot_report with questions that did not fit the context."""
-    tasks = {} if report is None else report["tasks"]
+    if report is None:
+        return []
     return [
         f"{name}: {task['truncated']:,} of {task['questions']:,} questions are longer than the context of "
         f"{report['max_length']} tokens and lost their beginning"
-        for name, task in tasks.items()
-        if report is not None and task.get("truncated")
+        for name, task in report["tasks"].items()
+        if task.get("truncated")
     ]
 
 
 def bos_line(report: Mapping[str, Any]) -> str:
     """Which windows of a perplexity_report begin with a BOS token, and what to do where most lack the usual one."""
     rules = {
-        None: "BOS as the tokenizer puts it",
-        "none": "no BOS",
-        "first window": "BOS in the first window only, as the tokenizer puts it (--window-bos every: in all of them)",
+        NO_WINDOW: "no BOS",
+        FIRST_WINDOW: "BOS in the first window only, as the tokenizer puts it (--window-bos every: in all of them)",
+        EVERY_WINDOW: "BOS in every window",
     }
-    return rules.get(report.get("bos"), f"BOS in {report.get('bos')}")
+    return rules.get(report.get("bos", ""), "BOS as the tokenizer puts it")
 
 
 def summary_rows(models: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

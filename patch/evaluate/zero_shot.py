@@ -269,13 +269,16 @@ def _watched(wrapped: Any, vocabulary: int | None) -> Iterator[dict[str, set[int
                 truncated[request.task_name].add(request.doc_id)
         return generates(requests, *args, **kwargs)
 
-    hooks = {"loglikelihood": loglikelihood, "generate_until": generate_until, "_loglikelihood_tokens": score_tokens}
-    vars(wrapped).update(hooks)  # before the methods of its class
+    before = dict(vars(wrapped))
+    vars(wrapped).update(  # found before the methods of its class
+        loglikelihood=loglikelihood, generate_until=generate_until, _loglikelihood_tokens=score_tokens
+    )
     try:
         yield truncated
     finally:
-        for name in hooks:
+        for name in ("loglikelihood", "generate_until", "_loglikelihood_tokens"):
             del vars(wrapped)[name]
+            vars(wrapped).update({name: before[name]} if name in before else {})
 
 
 def _task_result(

@@ -164,5 +164,5 @@ def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     # aminmax passes NaN on, and reads at the speed of memory; isfinite writes a tensor and takes 70 times as long.
-    low, high = (tensor if tensor.itemsize > 1 else tensor.half()).detach().aminmax()
+    low, high = (float(bound) for bound in (tensor if tensor.itemsize > 1 else tensor.half()).detach().aminmax())
     return math.isfinite(high) and (math.isfinite(low) or (low == -math.inf and not isinstance(tensor, nn.Parameter)))

@@ -55,7 +55,7 @@ def png_size(path) -> tuple[int, int]:
 
 def test_perplexity_plot(tmp_path):
     curves = {"PATCH": [(0.45, 12.0), (0.25, 11.0)], "MaskLLM": [(0.5, 13.0)]}
-    plots.plot_perplexity(tmp_path / "p.png", curves, dense=10.0, levels={"magnitude": 15.0}, title="t")
+    plots.plot_perplexity(tmp_path / "p.png", curves, dense=10.0, title="t")
     width, height = png_size(tmp_path / "p.png")
     assert width > height > 300
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
@@ -100,14 +100,44 @@ def test_drawn_values_are_those_given():
     )
     drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
     assert drawn["PATCH"] == [(0.25, 18.2), (0.45, 20.3)]
-    assert drawn["Wanda"] == [(0.5, 300.4)]
-    assert {drawn["dense"][0][1], drawn["packed"][0][1]} == {16.1, 20.3}
+    assert (drawn["Wanda"], drawn["dense"], drawn["packed"]) == ([(0.5, 300.4)], [(0, 16.1)], [(0.6, 20.3)])
+    styles = {line.get_label(): (line.get_linestyle(), line.get_marker()) for line in axes.lines}
+    assert styles["PATCH"][0] == "-"
+    for single in ("Wanda", "dense", "packed"):
+        assert styles[single][0] == "None" and styles[single][1] not in ("", "None")
+    ticks = dict(zip((t.get_text() for t in axes.get_xticklabels()), axes.get_xticks(), strict=True))
+    assert ticks["50%"] == pytest.approx(0.5) and ticks["not\nknown"] == pytest.approx(0.6)
     assert axes.get_yscale() == "log"
     _, axes = plots._figure(4, 3)
     plots._draw_by_name(axes, LABELS, PANELS["wikitext2: perplexity (lower is better)"])
     assert axes.collections[0].get_offsets().tolist()[1] == [25.3, 1.0]
     assert [text.get_text() for text in axes.texts][2] == "13.47"
     assert axes.get_xscale() == "linear"
+
+
+def axes_of(monkeypatch, draw) -> list:
+    """The visible axes of what would have been written."""
+    figures: list = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    draw()
+    return [axes for figure in figures for axes in figure.axes if axes.get_visible()]
+
+
+def test_every_axis_is_labelled(monkeypatch):
+    grids = {"model.layers.0.mlp.up_proj": np.eye(3, 2).astype(bool)}
+    by_sparsity = {"sparsities": [0.0, 0.5, 0.25, 0.35, 0.45, None], "series": LABELS}
+    drawn = axes_of(monkeypatch, lambda: plots.plot_models("p", LABELS, PANELS))
+    assert [axes.get_title() for axes in drawn] == ["wikitext2", "c4", "zero-shot"]
+    assert [axes.get_xlabel() for axes in drawn] == [name.split(": ")[1] for name in PANELS]
+    assert {axes.get_ylabel() for axes in drawn} == {"model"}
+    drawn = axes_of(monkeypatch, lambda: plots.plot_models("p", LABELS, PANELS, **by_sparsity))
+    assert [axes.get_ylabel() for axes in drawn] == [name.split(": ")[1] for name in PANELS]
+    assert {axes.get_xlabel() for axes in drawn} == {"zeros in the pruned layers"}
+    drawn = axes_of(monkeypatch, lambda: plots.plot_perplexity("p", {"Wanda": [(0.5, 900.0)]}, dense=10.0))
+    drawn += axes_of(monkeypatch, lambda: plots.plot_tile_maps("p", {"one": grids, "two": grids}))
+    assert len(drawn) == 3 and all(axes.get_xlabel() and axes.get_ylabel() for axes in drawn)
+    assert drawn[0].get_yscale() == "log"
+    assert [line.get_linestyle() for line in drawn[0].lines if line.get_label() in ("dense", "Wanda")] == ["None"] * 2
 
 
 @pytest.mark.parametrize(("labels", "panels"), [([], {"a": []}), (["dense"], {})])

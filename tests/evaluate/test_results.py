@@ -114,7 +114,7 @@ def change(*keys, value=None, remove=False):
         (change("models", 0, "perplexity", "ptb", "loss", value=-0.5), "ptb.loss: expected a number >= 0, got -0.5"),
         (
             change("models", 0, "perplexity", "ptb", "perplexity", value=-5),
-            r"models\[0\].perplexity.ptb.perplexity: expected a number > 0, got -5",
+            r"models\[0\].perplexity.ptb.perplexity: expected a number >= 1, got -5",
         ),
         (
             change("models", 0, "perplexity", "ptb", "bits_per_byte", value=-5),
@@ -243,6 +243,11 @@ def test_perplexities_that_no_working_model_has_are_said():
     ]
     made = [m | {"perplexity": {"ptb": m["perplexity"]["ptb"] | {"perplexity": 1.0}}} for m in broken()]
     assert results.model_warnings(made) == []
+    gemma = broken()[1]
+    gemma["perplexity"]["ptb"]["bos"] = "first window"
+    assert results.model_warnings([gemma])[0].endswith(
+        "the model or its masks are broken, or it needs --window-bos every"
+    )
     # A file keeps them, a report finds them again among what it compares.
     entries = broken()
     entries[3]["perplexity"]["ptb"]["perplexity"] = math.inf  # null in files only

@@ -203,11 +203,16 @@ def test_generated_answers_are_counted_too(manager, tiny_model, tokenizer, tmp_p
         "task": "generated",
         "output_type": "generate_until",
         "doc_to_target": "{{choices[0]}}",
-        "generation_kwargs": {"until": ["."], "max_gen_toks": 110, "do_sample": False},
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 22, "do_sample": False},
     }
     task.pop("doc_to_choice")
     report = zero_shot.zero_shot_report(
-        tiny_model(), tokenizer, [task], task_manager=manager, limit=12, metric="exact_match,none"
+        tiny_model(max_position_embeddings=40),
+        tokenizer,
+        [task],
+        task_manager=manager,
+        limit=12,
+        metric="exact_match,none",
     )
     long = [row for row in lm_eval_tasks.questions("local_plain")[:12] if len(row["q"]) > 18]
     assert len(long) == 2

@@ -159,7 +159,7 @@ def test_overrides_and_lists_from_files():
         ({"local_batch_size": 3}, "multiple of local_batch_size .* = 3 \\* 1 = 3, got 256"),
         ({"save_steps": 0}, "save_steps: expected an integer >= 1"),
         ({"min_lr_ratio": 2.0}, r"min_lr_ratio: expected a number from 0 to 1, got 2\.0"),
-        ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
+        ({"seed": -1}, "seed: expected an integer from 0 to 4294967295, got -1"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -48,7 +48,9 @@ class Options(inputs.MaskSettings, inputs.PlacementSettings):
     )
     max_windows: AtLeastOne | None = setting(None, "use only the first windows (default all)")
     window_bos: Literal["tokenizer", "every"] = setting(
-        "tokenizer", "BOS as the tokenizer puts it (at the start of the text), or before every window"
+        "tokenizer",
+        "tokenizer: BOS as it puts it, at the start of the text; every: before every window",
+        metavar="RULE",
     )
     batch_size: AtLeastOne = setting(1, "windows per forward pass")
     tasks: DistinctNames = setting(
