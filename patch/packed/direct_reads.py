@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from collections.abc import Callable
 
 from torch import nn
 
@@ -30,8 +31,7 @@ def layers_read_directly(model: nn.Module) -> set[str]:
     return found
 
 
-@functools.cache
-def _weights_read_by(cls: type) -> frozenset[str]:
+def _weights_read(cls: type) -> frozenset[str]:
     """Paths below `self` whose weight the methods of a class read."""
     paths: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
@@ -42,3 +42,6 @@ def _weights_read_by(cls: type) -> frozenset[str]:
                 except (OSError, TypeError):  # made at run time
                     continue
     return frozenset(paths)
+
+
+_weights_read_by: Callable[[type], frozenset[str]] = functools.cache(_weights_read)
