@@ -15,8 +15,8 @@ from patch.models.adapted_linear import refuse_adapters
 from patch.models.checks import require_layer, require_mask
 from patch.models.keep_masks import check_masks_hold, keep_masks
 from patch.models.structure import linear_at
-from patch.packed.direct_reads import layers_read_directly
 from patch.packed.quantizer import mark_dense, mark_packed
+from patch.packed.stay_dense import layers_that_stay_dense
 from patch.packed.swap import cast_model, unpack_layers
 from patch_kernels import TiledLinear, tiles_that_are_two_of_four
 from patch_kernels.checks import require_tensor
@@ -38,21 +38,19 @@ def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype
     dtype   fp16 or bf16: cast the whole model first; None: it must be fp16 or bf16 already.
     raises  ValueError or TypeError before any layer is changed.
 
-    Layers whose weight the model reads itself (direct_reads) stay nn.Linear with their zeros, and are named.
+    Layers that a packed one cannot stand for (stay_dense) stay nn.Linear with their zeros, and are named.
     Peak memory is the model plus about two layers. A transformers model also gets its quantization_config, so
     that save_pretrained and from_pretrained (after `import patch.packed`) round-trip it.
     """
     refuse_adapters(model)
     masks = dict(keep_masks(model) if masks is None else masks)
     _check_masks(model, masks, dtype)
-    direct = layers_read_directly(model)
-    stay = sorted(name for name in masks if name in direct)
-    if stay:
-        what = "the model reads their weight itself instead of calling them"
+    if stay := layers_that_stay_dense(model, masks):
+        why = "the model reads their weight itself, or they compute more than a linear layer"
         if len(stay) == len(masks):
-            raise ValueError(f"expected layers that can be packed, got {listed(stay)}: {what}. Export the model dense.")
-        logger.warning("kept dense, with zeros where pruned: %s; %s", listed(stay), what)
-        masks = {name: keep for name, keep in masks.items() if name not in direct}
+            raise ValueError(f"expected layers that can be packed, got {listed(stay)}: {why}. Export the model dense.")
+        logger.warning("kept dense, with zeros where pruned: %s; %s", listed(stay), why)
+        masks = {name: keep for name, keep in masks.items() if name not in stay}
     if dtype is not None:
         cast_model(model, dtype)
     for name, keep in masks.items():

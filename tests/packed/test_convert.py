@@ -14,8 +14,8 @@ import patch
 from patch.models.keep_masks import apply_keep_masks, keep_masks
 from patch.models.structure import maskable_linears
 from patch.packed.convert import pack_model, unpack_model
-from patch.packed.direct_reads import layers_read_directly
 from patch.packed.save import save_dense, save_packed
+from patch.packed.stay_dense import layers_read_directly
 from patch.packed.swap import cast_model, layer_sha256, packed_layers
 from patch_kernels import TiledLinear
 
@@ -144,6 +144,33 @@ def test_a_model_of_layers_that_are_read_directly_only_is_refused():
         ValueError, match=r"expected layers that can be packed, got 1 \(out_proj\): the model reads their"
     ):
         pack_model(model, masks)
+
+
+class Router(nn.Linear):
+    """As routers of mixtures of experts are."""
+
+    def forward(self, x):
+        return torch.topk(super().forward(x), 2)
+
+
+class Spelled(nn.Linear):
+    """As Falcon's layers are."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def test_classes_with_a_forward_of_their_own(caplog):
+    model = nn.Sequential(Spelled(128, 128), Router(128, 8)).bfloat16()
+    masks = {name: torch.tensor([True, False]).repeat(n, 64) for name, n in (("0", 128), ("1", 8))}
+    for name, keep in masks.items():
+        model.get_submodule(name).weight.data.masked_fill_(~keep, 0)
+    x = torch.randn(3, 128).bfloat16()
+    expected = model(x)
+    pack_model(model, masks)
+    assert isinstance(model[0], TiledLinear) and type(model[1]) is Router
+    assert "kept dense, with zeros where pruned: 1 (1); the model reads their weight itself, or they" in caplog.text
+    torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_only_given_layers_are_packed(tiny_model):
