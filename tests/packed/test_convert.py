@@ -311,6 +311,16 @@ def test_dense_export_opens_with_plain_transformers(tmp_path, tiny_model, tokeni
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")("ab")["input_ids"] == tokenizer("ab")["input_ids"]
 
 
+@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_models_of_other_heads_are_opened_as_what_they_are(tmp_path, tiny_model, name):
+    import transformers
+
+    model = getattr(transformers, name)._from_config(tiny_model().config, dtype=torch.bfloat16)
+    save_dense(mask_model(model), None, tmp_path / "dense")
+    save_packed(pack_model(model), None, tmp_path / "packed")
+    assert type(patch.load(tmp_path / "packed")) is type(model)
+
+
 def test_export_refuses(tmp_path, tiny_model, tokenizer):
     model = mask_model(tiny_model(dtype=torch.bfloat16), 1.0)
     with pytest.raises(ValueError, match=r"without a packed layer; call patch.packed.pack_model"):
