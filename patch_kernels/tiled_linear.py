@@ -130,7 +130,7 @@ class TiledLinear(nn.Module):
         return self.schedule
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight_dtype or x.shape[-1] != self.in_features:
+        if not isinstance(x, Tensor) or x.dtype != self.weight_dtype or x.shape[-1:] != (self.in_features,):
             wanted = f"{self.weight_dtype} (..., {self.in_features})"
             raise ValueError(f"TiledLinear, x: expected {wanted}, got {kind_of(x)}. Convert x, or pack in its dtype.")
         return tile_linear.tile_linear(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patch_kernels.checks import require_tensor
 from patch_kernels.ops import tile_linear
 
 
@@ -44,7 +45,18 @@ class TiledWeight:
         return self.payload.numel() + self.tile_is_sparse.numel()
 
     def matmul(self, x: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
-        """x @ weight.T + bias; see ops.tile_linear."""
+        """x @ weight.T + bias; see ops.tile_linear.
+
+        raises  ValueError for an x, bias or schedule that does not fit the weight: the op knows neither K nor dtype.
+        """
+        advice = "Convert it, or pack the weight in its dtype."
+        for what, tensor, dtype, shape in (
+            ("x", x, self.dtype, (..., self.shape[1])),
+            ("bias", bias, self.dtype, (self.shape[0],)),
+            ("schedule", self.schedule, torch.int32, (tile_linear.schedule_words(tile_linear.tile_grid(self.shape)),)),
+        ):
+            if tensor is not None or what == "x":
+                require_tensor(f"TiledWeight.matmul, {what}", tensor, dtypes=(dtype,), shape=shape, advice=advice)
         flags = tile_linear.tile_flags(self.tile_is_sparse)
         return tile_linear.tile_linear(x, self.payload, flags, self.shape[0], bias, self.schedule, batch_invariant)
 

@@ -1,7 +1,7 @@
 """Packed models: nn.Linear with masks as TiledLinear, saved and loaded through transformers.
 
-Importing this package registers the quantization method "patch" with transformers. Without it transformers only warns
-about an unknown method and loads random weights.
+Importing this package registers the quantization method "patch" with transformers. Without it transformers refuses a
+packed folder: its `weight` tensors have other shapes than the layers.
 """
 
 from __future__ import annotations

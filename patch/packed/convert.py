@@ -14,7 +14,7 @@ from patch.files.schema import listed
 from patch.models.adapted_linear import refuse_adapters
 from patch.models.checks import require_layer, require_mask
 from patch.models.keep_masks import check_masks_hold, keep_masks
-from patch.models.stay_dense import directly_read_linears
+from patch.models.stay_dense import directly_read_linears, is_plain_linear
 from patch.models.structure import linear_at
 from patch.packed.quantizer import mark_dense, mark_packed
 from patch.packed.swap import cast_model, stays_fp32, unpack_layers
@@ -38,7 +38,7 @@ def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype
     dtype   fp16 or bf16: cast the whole model first; None: it must be fp16 or bf16 already.
     raises  ValueError or TypeError before any layer is changed.
 
-    Layers whose weight the model reads itself stay nn.Linear with their zeros, and are named.
+    Layers that a packed one cannot stand for (patch.models.stay_dense) stay nn.Linear with their zeros, and are named.
     Peak memory is the model plus about two layers. A transformers model also gets its quantization_config, so
     that save_pretrained and from_pretrained (after `import patch.packed`) round-trip it.
     """
@@ -46,13 +46,12 @@ def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype
     masks = dict(keep_masks(model) if masks is None else masks)
     _check_masks(model, masks, dtype)
     direct = directly_read_linears(model)
-    stay = sorted(name for name in masks if name in direct)
-    if stay:
-        what = "the model reads their weight itself instead of calling them"
+    if stay := sorted(name for name in masks if name in direct or not is_plain_linear(linear_at(model, name))):
+        why = "the model reads their weight itself, or they compute more than a linear layer"
         if len(stay) == len(masks):
-            raise ValueError(f"expected layers that can be packed, got {listed(stay)}: {what}. Export the model dense.")
-        logger.warning("kept dense, with zeros where pruned: %s; %s", listed(stay), what)
-        masks = {name: keep for name, keep in masks.items() if name not in direct}
+            raise ValueError(f"expected layers that can be packed, got {listed(stay)}: {why}. Export the model dense.")
+        logger.warning("kept dense, with zeros where pruned: %s; %s", listed(stay), why)
+        masks = {name: keep for name, keep in masks.items() if name not in stay}
     if dtype is not None:
         cast_model(model, dtype)
     for name, keep in masks.items():

@@ -112,7 +112,7 @@ def _config_errors(name: str) -> Iterator[None]:
     """What transformers raises for values of config.json that fit no model, or not its tensors, as a ValueError."""
     try:
         yield
-    except (OSError, ValueError, ImportError, torch.OutOfMemoryError):
+    except (OSError, ValueError, ImportError, torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__

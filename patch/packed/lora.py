@@ -34,7 +34,7 @@ def for_packed(config: LoraConfig) -> LoraConfig:
     return config
 
 
-class PackedLora(Linear):  # type: ignore[misc]
+class PackedLora(Linear):
     """A TiledLinear with the adapters of peft beside it: y = layer(x) + scaling * B(A(dropout(x)))."""
 
     def __init__(self, base_layer: TiledLinear, adapter_name: str, config: LoraConfig, **kwargs: Any):

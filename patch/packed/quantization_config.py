@@ -87,7 +87,7 @@ class Description:
 class PatchConfig(QuantizationConfigMixin):
     """The quantization_config of a packed model.
 
-    format_version  version of the packed format: 2, or 1 in folders written before
+    format_version  of the folder: 2, or 1 in folders written before
     tile            [128, 128]
     layers          {module path: {out_features, in_features, bias, dtype, payload_bytes, sha256}}
     other_sha256    checksum of every other tensor of the files (headers.other_sha256); None: they are not checked

@@ -155,7 +155,8 @@ def tile_linear(
 ) -> Tensor:
     """y = x @ weight.T + bias with the weight packed by pack_tiles.
 
-    x         (..., K) of the packed dtype (fp16 or bf16); leading sizes may be 0, strides are free.
+    x         (..., K) of the packed dtype (fp16 or bf16); leading sizes may be 0, strides are free. Its dtype and K are
+              not in the payload: TiledWeight and TiledLinear know and check both.
     bias      (N,) of x's dtype, or None; added in fp32.
     schedule  make_schedule(tile_is_sparse). Without it a GPU unpacks and calls cuBLAS; a CPU does not need it.
     batch_invariant  row i of y does not depend on the number of rows, bit for bit, at some cost in speed on a GPU. On a

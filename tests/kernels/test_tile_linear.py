@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
 
@@ -260,8 +261,20 @@ def test_pack_refuses_groups_that_are_not_two_of_four():
         torch.ops.patch_kernels.pack_tiles(weight, keep, tile_linear.tile_flags(tiles))
 
 
+def test_readers_of_a_dense_weight_stop():
+    """The packed weight has its name, but neither its shape nor its dtype."""
+    layer = TiledLinear(132, 130)
+    x = torch.ones(2, 132).bfloat16()
+    for read in (lambda: torch.nn.functional.linear(x, layer.weight), lambda: x @ layer.weight):
+        with pytest.raises(RuntimeError):
+            read()
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        torch.nn.Linear(132, 130).load_state_dict(layer.state_dict(), strict=False)
+
+
 W, KEEP, TILES = torch.zeros(130, 132).half(), torch.ones(130, 132, dtype=torch.bool), torch.zeros(2, 2).bool()
 FLAGS = tile_linear.tile_flags(TILES)
+TILED = TiledWeight.pack(W, KEEP, TILES)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +321,24 @@ FLAGS = tile_linear.tile_flags(TILES)
         (lambda: TiledLinear(128, 128, payload_bytes=7), "payload_bytes between 18432 .* and 32768 .* got 7"),
         (lambda: TiledLinear(128, 128)(torch.zeros(2, 128)), "x: expected torch.bfloat16 .*got torch.float32"),
         (lambda: TiledLinear(128, 128)(torch.zeros(2, 64).bfloat16()), r"\(\.\.\., 128\), got .*\(2, 64\)"),
+        (lambda: TiledLinear(128, 128)(None), r"TiledLinear, x: expected torch.bfloat16 \(\.\.\., 128\), got NoneType"),
+        (lambda: TiledLinear(128, 128)(torch.zeros(()).bfloat16()), r"\(\.\.\., 128\), got torch.bfloat16 \(\)"),
+        # In the wrong dtype, or with a K of as many tiles, the op would read other numbers.
+        (lambda: TILED.matmul(W.bfloat16()), r"matmul, x: expected torch.float16 \(\.\.\., 132\), got torch.bfloat16"),
+        (
+            lambda: TILED.matmul(W[:, :131]),
+            r"x: expected torch.float16 \(\.\.\., 132\), got torch.float16 \(130, 131\)",
+        ),
+        (lambda: TILED.matmul(None), "x: expected torch.float16 .*, got NoneType. Convert it, or pack the weight"),
+        (lambda: TILED.matmul(W, 1.0), r"bias: expected torch.float16 \(130,\), got float"),
+        (
+            lambda: TILED.matmul(W, W[:, 0].float()),
+            r"bias: expected torch.float16 \(130,\), got torch.float32 \(130,\)",
+        ),
+        (
+            lambda: dataclasses.replace(TILED, schedule=torch.zeros(3)).matmul(W),
+            r"schedule: expected torch.int32 \(36,\), got torch.float32 \(3,\)",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, message):

@@ -11,9 +11,9 @@ from support.models import mask_model
 from torch import nn
 
 import patch
-from patch.models.keep_masks import apply_keep_masks, keep_masks
+from patch.models.keep_masks import apply_keep_masks, keep_masks, set_keep_mask
 from patch.models.stay_dense import directly_read_linears
-from patch.models.structure import maskable_linears
+from patch.models.structure import block_linears, maskable_linears
 from patch.packed.convert import pack_model, unpack_model
 from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import cast_model, layer_sha256, packed_layers
@@ -121,14 +121,19 @@ def test_layers_that_the_model_reads_itself_stay_dense(tmp_path, caplog, arch):
         vocab_size=260, hidden_size=128, num_hidden_layers=2, state_size=8, **overrides
     )
     model = mask_model(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
+    for name, linear in block_linears(model).items():  # masks of an earlier version
+        if not hasattr(linear, "keep_mask"):
+            keep = torch.rand(linear.weight.shape) < 0.5
+            linear.weight.data.masked_fill_(~keep, 0)
+            set_keep_mask(linear, keep)
     ids = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits
     masks = keep_masks(model)
     direct = directly_read_linears(model) & masks.keys()
-    assert 0 < len(direct) < len(masks) == 2 * len(linears)
+    assert len(masks) == 2 * len(linears) and len(direct) == (2 if "dt_proj" in linears else 0)
     pack_model(model)
     assert {name for name, _ in packed_layers(model)} == masks.keys() - direct
-    assert f"kept dense, with zeros where pruned: {len(direct)} (backbone.layers.0.mixer." in caplog.text
+    assert not direct or "kept dense, with zeros where pruned: 2 (backbone.layers.0.mixer.dt_proj" in caplog.text
     torch.testing.assert_close(model(ids).logits, expected, rtol=2e-2, atol=2e-2)
     got = model(ids).logits
     save_packed(model, None, tmp_path / "packed")
@@ -144,6 +149,36 @@ def test_a_model_of_layers_that_are_read_directly_only_is_refused():
         ValueError, match=r"expected layers that can be packed, got 1 \(out_proj\): the model reads their"
     ):
         pack_model(model, masks)
+
+
+class Router(nn.Linear):
+    """As routers of mixtures of experts are."""
+
+    def __init__(self, hidden, experts):
+        super().__init__(hidden, experts)
+
+    def forward(self, x):
+        return torch.topk(super().forward(x), 2)
+
+
+class Spelled(nn.Linear):
+    """As Falcon's layers are."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def test_classes_with_a_forward_of_their_own(caplog):
+    model = nn.Sequential(Spelled(128, 128), Router(128, 8)).bfloat16()
+    masks = {name: torch.tensor([True, False]).repeat(n, 64) for name, n in (("0", 128), ("1", 8))}
+    for name, keep in masks.items():
+        model.get_submodule(name).weight.data.masked_fill_(~keep, 0)
+    x = torch.randn(3, 128).bfloat16()
+    expected = model(x)
+    pack_model(model, masks)
+    assert isinstance(model[0], TiledLinear) and type(model[1]) is Router
+    assert "kept dense, with zeros where pruned: 1 (1); the model reads their weight itself, or they" in caplog.text
+    torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_only_given_layers_are_packed(tiny_model):
@@ -282,6 +317,16 @@ def test_dense_export_opens_with_plain_transformers(tmp_path, tiny_model, tokeni
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")("ab")["input_ids"] == tokenizer("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_models_of_other_heads_are_opened_as_what_they_are(tmp_path, tiny_model, name):
+    import transformers
+
+    model = getattr(transformers, name)._from_config(tiny_model().config, dtype=torch.bfloat16)
+    save_dense(mask_model(model), None, tmp_path / "dense")
+    save_packed(pack_model(model), None, tmp_path / "packed")
+    assert type(patch.load(tmp_path / "packed")) is type(model)
 
 
 def test_export_refuses(tmp_path, tiny_model, tokenizer):

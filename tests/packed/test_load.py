@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import ROOT
 from support.models import build_tiny_multimodal, mask_model
 from transformers import AutoModelForCausalLM
 
@@ -395,6 +396,28 @@ def test_wrong_dtype_and_device_map_are_refused(saved):
         load(saved, dtype=torch.float32)
     with pytest.raises(ValueError, match="device_map without 'disk'"):
         load(saved, device_map={"": "disk"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "auto"},
+        {"torch_dtype": torch.bfloat16},
+        {"device_map": "cpu"},
+        {"device_map": "auto"},
+        {"dtype": None},
+    ],
+)
+def test_options_of_from_pretrained_work(saved, packed, options):
+    assert torch.equal(load(saved, **options)(IDS).logits, packed(IDS).logits)
+
+
+def test_a_missing_path_is_refused_before_anything_heavy_is_imported(tmp_path):
+    code = "import sys, patch\ntry: patch.load(sys.argv[1])\nexcept FileNotFoundError as error: print(error)\n"
+    code += "print(*sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    paths = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    found = subprocess.run([sys.executable, "-c", code, "./missing"], capture_output=True, text=True, **paths)
+    assert found.stdout == "expected a folder with a model at ./missing, found none; check the path\n\n", found.stderr
 
 
 def test_paths_that_are_no_models(tmp_path):

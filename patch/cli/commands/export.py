@@ -81,7 +81,7 @@ def _cast(model: PreTrainedModel, options: Options) -> None:
     from patch.packed.swap import cast_model
 
     wanted = inputs.dtype_of(options.dtype)
-    if wanted == "auto":
+    if isinstance(wanted, str):
         is_wide = options.format == "packed" and model.dtype not in (torch.float16, torch.bfloat16)
         wanted = torch.bfloat16 if is_wide else model.dtype
     if wanted != model.dtype:
