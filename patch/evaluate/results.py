@@ -9,7 +9,7 @@ A file is JSON: format, version, date (UTC), command, settings, versions (of pac
     perplexity  {set: perplexity_report}, of patch.evaluate; perplexity is null where exp(loss) overflows
     zero_shot   null, or zero_shot_report of patch.evaluate.zero_shot
     coverage    null, or of patch.models.coverage: how much of the decoder is in masked layers, and its sparsity
-Files of earlier versions lack coverage, bytes, bits_per_byte, bos, vocabulary and warning of sets and truncated of tasks.
+Files of earlier versions lack coverage, bytes, bits_per_byte, bos, vocabulary and warning of sets, truncated of tasks.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def test_layers_that_the_model_reads_itself_stay_dense(tmp_path, caplog, arch):
         vocab_size=260, hidden_size=128, num_hidden_layers=2, state_size=8, **overrides
     )
     model = mask_model(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
-    for name, linear in block_linears(model).items():  # masks of an earlier version
+    for linear in block_linears(model).values():  # masks of an earlier version
         if not hasattr(linear, "keep_mask"):
             keep = torch.rand(linear.weight.shape) < 0.5
             linear.weight.data.masked_fill_(~keep, 0)
