@@ -93,11 +93,9 @@ def zeros_already(layers: Mapping[str, nn.Module]) -> str | None:
     sparse = [name for name, layer in layers.items() if zero_share(layer) > _ZEROS_OF_A_DENSE_LAYER]
     if not sparse:
         return None
+    share = f"{100 * zero_share(*layers.values()):.1f} % of the weights to mask are zero already"
     where = f"in {len(sparse)} of {len(layers)} layers, '{sparse[0]}' for example"
-    return (
-        f"{100 * zero_share(*layers.values()):.1f} % of the weights to mask are zero already ({where}): the model was pruned "
-        "before. Masks that are made now count only what they prune themselves"
-    )
+    return f"{share} ({where}): was the model pruned before? New masks count only what they prune themselves."
 
 
 def sparsity_text(masks: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module]) -> str:
