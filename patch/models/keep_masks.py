@@ -101,10 +101,9 @@ def zeros_already(layers: Mapping[str, nn.Module]) -> str | None:
 def sparsity_text(masks: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module]) -> str:
     """The sparsity of the masks, and the share of zeros in the masked layers where that is another one."""
     of_masks, of_weights = measured_sparsity(masks), zero_share(*layers.values())
-    text = f"sparsity {of_masks:.4f}"
-    return (
-        text if abs(of_masks - of_weights) <= 0.001 else f"{text} by the masks, {of_weights:.4f} of the weights are 0"
-    )
+    if abs(of_masks - of_weights) <= 0.001:
+        return f"sparsity {of_masks:.4f}"
+    return f"sparsity {of_masks:.4f} by the masks, but {of_weights:.4f} of the weights are 0"
 
 
 def _nonzeros(tensors: Iterable[torch.Tensor]) -> int:

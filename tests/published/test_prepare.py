@@ -297,5 +297,5 @@ def test_get_llm_and_load_compressed_model_refuse_what_cannot_be_loaded(tmp_path
     ):
         with pytest.raises(error, match=message):
             get_llm(name, dtype=dtype)
-    with pytest.raises(TypeError, match="expected a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got str"):
         load_compressed_model("./llama", TILE, tmp_path)
