@@ -93,9 +93,13 @@ def provenance(source: str | None, text_sha256: str | None, **values: Any) -> Ma
 def print_sparsity(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
     """Say what masks prune, of their layers and of the whole decoder; the same as values for an artifact's meta."""
     from patch.models.coverage import coverage
+    from patch.models.keep_masks import other_zeros
+    from patch.models.structure import linear_at
 
     covered = coverage(model, masks)
     print(covered.text())
+    if said := other_zeros(masks, {name: linear_at(model, name) for name in masks}):
+        print(said)
     return {"coverage": covered.as_dict()}
 
 

@@ -56,7 +56,7 @@ class Coverage:
 
     def text(self) -> str:
         """One line for people."""
-        return sparsity_text(self.sparsity, self.decoder_sparsity, self.share)
+        return coverage_text(self.sparsity, self.decoder_sparsity, self.share)
 
     def warning(self) -> str | None:
         """What is left dense, where that is more than a tenth of the decoder."""
@@ -68,7 +68,7 @@ class Coverage:
         return f"{share}, left dense: {', '.join(named)}{more}"
 
 
-def sparsity_text(sparsity: float, decoder_sparsity: float, share: float, **_: Any) -> str:
+def coverage_text(sparsity: float, decoder_sparsity: float, share: float, **_: Any) -> str:
     """The line of `Coverage.text` from the values of `Coverage.as_dict`."""
     return (
         f"sparsity {sparsity:.4f} in the masked layers, {decoder_sparsity:.4f} over the whole decoder "

@@ -264,13 +264,13 @@ def _print(models: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> None:
     from patch.evaluate.protocol import format_reports
     from patch.evaluate.results import task_rows, truncation_warnings, zero_shot_line
     from patch.evaluate.tables import format_table
-    from patch.models.coverage import sparsity_text
+    from patch.models.coverage import coverage_text
 
     for name in sets:
         print(format_reports({m["label"]: m["perplexity"][name] for m in models}, dense=models[0]["label"]))
     for model in models:
         if covered := model["coverage"]:
-            print(f"{model['label']}: {sparsity_text(**covered)}")
+            print(f"{model['label']}: {coverage_text(**covered)}")
     if models[0]["zero_shot"]:
         print(format_table(task_rows(models)))
         print(zero_shot_line(models[0]["zero_shot"]))
