@@ -58,7 +58,7 @@ def save_packed(
     max_shard_size: str = DEFAULT_SHARD,
     replace: bool = True,
 ) -> Path:
-    """Write a packed model (patch.packed.pack_model); patch.load reads it. replace and what is returned: see save_dense.
+    """Write a packed model (patch.packed.pack_model) for patch.load; `replace` and what is returned as in save_dense.
 
     raises  ValueError when the model has no packed layer.
     """
