@@ -322,7 +322,7 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(chosen):
     assert result.stdout.split() == ["False", str(expected)]
 
 
-@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("columns", [80, 100, 200])
 def test_help_fits_the_terminal(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
