@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from patch.artifacts.artifact import save_artifact
 from patch.artifacts.foreign import read_masks
+from patch.files.paths import require_new
 from patch.models.facts import fingerprints
 from patch.models.keep_masks import measured_sparsity
 
@@ -16,6 +17,7 @@ def main() -> None:
     parser.add_argument("masks", help=".npz file, a folder with one, or a Hugging Face repository")
     parser.add_argument("out", help="new folder for the masks")
     options = parser.parse_args()
+    require_new("out", options.out, "folder")
 
     model = AutoModelForCausalLM.from_pretrained(options.model)
     found = read_masks(options.masks, model)

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patch.artifacts.artifact import save_artifact
 from patch.data import load_documents, pack_blocks, tokenize
+from patch.files.paths import require_new
 from patch.learn import LearnConfig, learn
 from patch.models.facts import fingerprints
 from patch.models.keep_masks import measured_sparsity
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="length of a block; the papers use the model's context")
     options = parser.parse_args()
+    require_new("out", options.out, "folder")
 
     model = AutoModelForCausalLM.from_pretrained(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)

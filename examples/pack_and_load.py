@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import patch
 from patch.artifacts.apply import apply_artifact
 from patch.artifacts.artifact import load_artifact
+from patch.files.paths import require_new
 from patch.packed import pack_model, save_packed
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("out", help="new folder for the packed model")
     parser.add_argument("--prompt", default="Once upon a time")
     options = parser.parse_args()
+    require_new("out", options.out, "folder")
 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(options.model)

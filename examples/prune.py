@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patch.artifacts.artifact import save_artifact
 from patch.data import load_documents, pack_blocks, tokenize
+from patch.files.paths import require_new
 from patch.models.facts import fingerprints
 from patch.models.keep_masks import measured_sparsity
 from patch.pruning import METHODS, prune_model
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64, help="length of a sample; the papers use the model's context")
     options = parser.parse_args()
+    require_new("out", options.out, "folder")
 
     model = AutoModelForCausalLM.from_pretrained(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Mapping
@@ -90,7 +93,7 @@ def _add_flag(group: Any, flag: str, key: str, info: FieldInfo) -> None:
     if extra["positional"]:
         # SUPPRESS: an absent word must not hide what --config or the flag gave.
         words = {"nargs": "*" if kind is tuple else "?", "default": argparse.SUPPRESS}
-        group.add_argument(f"setting {key}", **words, **shown)
+        group.add_argument(f"word {key}", **words, **shown)
         if kind is tuple:
             return  # a single word has its flag too, by which messages call it
     options: dict[str, Any] = {"dest": f"setting {key}", "default": None} | shown
@@ -151,7 +154,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with room for long flags."""
+    """Help with room for long flags, no wider than the terminal; examples stay lines that can be copied."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=110)
+        super().__init__(prog, max_help_position=32, width=min(110, shutil.get_terminal_size().columns - 2))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        groups = itertools.groupby(text.splitlines(), key=lambda line: bool(line) and not line.startswith(" "))
+        lines = [line for prose, kept in groups for line in (textwrap.wrap(" ".join(kept), width) if prose else kept)]
+        return "\n".join(indent + line for line in lines)

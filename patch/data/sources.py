@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from patch.files.lazy import needed
-from patch.files.schema import require_choice, require_integer
+from patch.files.schema import require_choice, require_integer, shown
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,11 @@ def _read_local(name: str, split: str | None, text_field: str | None) -> Iterato
 
 def _read_text(path: Path, text_field: str) -> Iterator[str]:
     with _utf8_file(path) as file:
-        yield file.read()
+        text = file.read()
+    if (place := text.find("\0")) >= 0:
+        got = f"found a NUL at character {place}, as UTF-16 and binary files have"
+        raise ValueError(f"{path}: expected UTF-8 text, {got}; convert it")
+    yield text
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
@@ -233,13 +237,26 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[text_field]
-                text.encode()  # fails for half of a UTF-16 pair, which JSON can write and no tokenizer takes
-            except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+                text = _text_of(line, text_field)
+            except (ValueError, RecursionError) as error:
                 expected = f"expected JSON with text in the field {text_field!r}"
-                got = f"got {line.strip()[:80]!r} ({type(error).__name__}: {error})"
+                got = f"got {line.strip()[:80]!r} ({error})"
                 raise ValueError(f"{path}: line {number}: {expected}, {got}; correct it or set text_field") from None
             yield text
+
+
+def _text_of(line: str, text_field: str) -> str:
+    """Text of a row; ValueError says what is wrong with it."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("no fields by name")
+    if text_field not in row:
+        raise ValueError(f"its fields are {', '.join(row)[:80]}")
+    text = row[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"the field holds {shown(text)}, no text")
+    text.encode()  # fails for half of a UTF-16 pair, which JSON can write and no tokenizer takes
+    return text
 
 
 @contextlib.contextmanager

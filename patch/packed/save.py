@@ -27,12 +27,19 @@ DEFAULT_SHARD = "5GB"
 
 
 def save_dense(
-    model: PreTrainedModel, tokenizer: Any, path: str | os.PathLike, *, max_shard_size: str = DEFAULT_SHARD
-) -> None:
+    model: PreTrainedModel,
+    tokenizer: Any,
+    path: str | os.PathLike,
+    *,
+    max_shard_size: str = DEFAULT_SHARD,
+    replace: bool = True,
+) -> Path:
     """Write an ordinary transformers folder: weights with zeros where pruned, no sparsity key in config.json.
 
     model      dense, or packed (a dense copy is made; the model itself is not changed)
     tokenizer  saved beside it; None leaves it out
+    replace    False: what is at the path by then is kept, the folder gets the next free name
+    returns    the folder that was written
     raises     ValueError when a weight that its keep mask prunes is not zero, a layer has adapters, or what was
                written does not load as the model that was given: then nothing is left at path.
     """
@@ -49,13 +56,18 @@ def save_dense(
             )
         _check_written(model, directory)
 
-    write_folder(path, write)
+    return write_folder(path, write, replace=replace)
 
 
 def save_packed(
-    model: PreTrainedModel, tokenizer: Any, path: str | os.PathLike, *, max_shard_size: str = DEFAULT_SHARD
-) -> None:
-    """Write a packed model (patch.packed.pack_model); patch.load reads it.
+    model: PreTrainedModel,
+    tokenizer: Any,
+    path: str | os.PathLike,
+    *,
+    max_shard_size: str = DEFAULT_SHARD,
+    replace: bool = True,
+) -> Path:
+    """Write a packed model (patch.packed.pack_model) for patch.load; `replace` and what is returned as in save_dense.
 
     raises  ValueError when the model has no packed layer, or what was written does not load as the model that
             was given: then nothing is left at path.
@@ -72,7 +84,7 @@ def save_packed(
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _check_written(model, directory)
 
-    write_folder(path, write)
+    return write_folder(path, write, replace=replace)
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, directory: Path, max_shard_size: str) -> None:

@@ -57,6 +57,15 @@ def test_prune(work, capsys, monkeypatch, method):
     assert printed == f"14 layers, sparsity 0.500, in {out}\n"
     artifact = load_artifact(out)
     assert len(artifact.masks) == 14 and bool(artifact.weights) == (method == "sparsegpt")
+    for name, others in (
+        ("prune.py", 1),
+        ("import_masks.py", 1),
+        ("learn.py", 1),
+        ("pack_and_load.py", 1),
+        ("compensate.py", 3),
+    ):
+        with pytest.raises(ValueError, match=r"out: expected a new folder, .* exists already. Choose another name"):
+            example(capsys, monkeypatch, name, "no-model", *["absent"] * others, out)
 
 
 def test_learn_then_compensate(work, capsys, monkeypatch):

@@ -97,7 +97,7 @@ def run(options: Options) -> None:
     )
     _print_errors(result.layer_errors)
     covered = outputs.print_sparsity(model, source.masks)
-    save_artifact(
+    out = save_artifact(
         out,
         source.masks,
         meta=source.meta | covered | {"compensation": dict(compensation)},
@@ -105,6 +105,7 @@ def run(options: Options) -> None:
         tile_is_sparse=source.tile_is_sparse,
         weights={name: linears[name].weight for name in source.masks},
         extra={RESOLVED_NAME: dump_yaml(resolved, header="patch-llm compensate --config THIS_FILE")},
+        replace=options.overwrite,
     )
     print(
         f"held-out perplexity ({len(heldout)} windows of {seqlen} tokens): "

@@ -26,7 +26,7 @@ zeros where weights were pruned and needs no PATCH at all.
 
 
 @record(kw_only=True)
-class Options(inputs.MaskSettings):
+class Options(inputs.MaskSettings, inputs.ModelSettings):
     """Settings of `export`."""
 
     model: str = setting(help=inputs.MODEL_HELP + " (the dense model the masks were made from)", metavar="MODEL")
@@ -65,10 +65,10 @@ def run(options: Options) -> None:
         pack_model(model)
         after = sum(layer.payload.numel() + layer.tile_is_sparse.numel() for _, layer in packed_layers(model))
         after += sum(linear_at(model, name).weight.nbytes for name in keep_masks(model))  # those that stay dense
-        save_packed(model, tokenizer, out)
+        out = save_packed(model, tokenizer, out, replace=options.overwrite)
     else:
         after = before
-        save_dense(model, tokenizer, out)
+        out = save_dense(model, tokenizer, out, replace=options.overwrite)
     share = after / before
     print(f"bytes of the {len(masks)} masked layers: {before:,} dense -> {after:,} {options.format} ({share:.3f}x)")
     outputs.print_written(out, f"the {options.format} model", f"patch-llm generate --model {out} --prompt 'Once'")

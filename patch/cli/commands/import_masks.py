@@ -20,7 +20,7 @@ The result is used like that of prune or learn: `patch-llm eval --masks maskllm`
 
 
 @record(kw_only=True)
-class Options:
+class Options(inputs.ModelSettings):
     """Settings of `import-masks`."""
 
     source: str = setting(help="mask file, folder with one, or Hugging Face id", metavar="SOURCE", positional=True)
@@ -63,7 +63,8 @@ def run(options: Options) -> None:
     print(f"imported {len(found.masks)} layers ({found.pattern})")
     covered = outputs.print_sparsity(model, found.masks)
     resolved = dump_yaml(options, header="patch-llm import-masks --config THIS_FILE")
-    save_artifact(out, found.masks, meta=dict(meta) | covered, extra={RESOLVED_NAME: resolved})
+    extra = {RESOLVED_NAME: resolved}
+    out = save_artifact(out, found.masks, meta=dict(meta) | covered, extra=extra, replace=options.overwrite)
     outputs.print_written(out, "masks", f"patch-llm eval --model {options.model} --masks {out} --data TEXT")
 
 
