@@ -47,13 +47,18 @@ def refuse_both(options: Any, one: str, other: str, advice: str) -> None:
 
 
 def check_run_folder(options: Any) -> None:
-    """Refuse an --out that is a file, or that holds an earlier run without --resume or --overwrite."""
+    """Refuse an --out that is a file, that holds an earlier run without --resume or --overwrite, or other things."""
+    from patch.runs.arguments import rank
+    from patch.runs.folders import earlier_run, require_run_folder
+
+    if rank() != 0:
+        return  # the first process may have begun to write
     out = require_place_for_folder("--out", options.out)
-    earlier = [name for name in ("result", "metrics.jsonl") if (out / name).exists()]
-    earlier += sorted(path.name for path in out.glob("checkpoint-*"))
+    earlier = earlier_run(out)
     if earlier and not (options.resume or options.overwrite):
         advice = "Use --resume, replace it with --overwrite, or choose another --out."
         raise ValueError(f"--out: expected no earlier run, {out} has {', '.join(earlier[:4])}. {advice}")
+    require_run_folder("--out", out)
 
 
 def check_input_stays(path: Path, out: Path, flag: str = "--masks") -> None:

@@ -50,6 +50,8 @@ def require_layer(
 
 def require_layers(given: Collection[str], wanted: Collection[str], what: str) -> None:
     """Refuse tensors that are not one for each of the layers `wanted`; `what` names them in the message."""
+    if isinstance(given, str) or not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"{what}: expected tensors by layer name, got {type(given).__name__}. {_LAYERS}")
     missing = [name for name in wanted if name not in given]
     extra = [name for name in given if name not in wanted]
     if missing or extra:

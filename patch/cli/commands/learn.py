@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import model_validator
 
 from patch import settings
-from patch.cli import inputs, outputs
+from patch.cli import inputs, outputs, plans
 from patch.files.schema import record
 from patch.learn.config import LearnConfig, Mode
-from patch.settings import AtLeastOne, Names, NewPath, setting
+from patch.settings import AtLeastOne, DistinctNames, Names, NewPath, setting
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from patch.learn.run import LearnPlan, LearnResult
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +28,14 @@ NAME = "learn"
 SUMMARY = "learn a PATCH (or MaskLLM) mask on the frozen weights"
 EXAMPLES = """\
 examples:
-  patch-llm prune --model ./llama --method sparsegpt --data c4 --target-sparsity 0.35 --out prior
-  patch-llm learn --model ./llama --prior prior --data slimpajama --sparsity 0.35 --out learned
+  # a small model and a text of 1 MB, minutes on two cores:
+  patch-llm prune --model ./llama --data text.txt --seqlen 256 --nsamples 64 --target-sparsity 0.45 --out prior
+  patch-llm learn --model ./llama --prior prior --data text.txt --sparsity 0.45 --seqlen 256 --steps 200 \\
+      --local-batch-size 4 --global-batch-size 4 --exact-budget --out learned
+  # as published, 2000 steps of 256 blocks of 4096 tokens, for a GPU:
+  patch-llm learn --model ./llama --prior prior --data slimpajama --sparsity 0.45 --steps 2000 --out learned
   patch-llm learn --config learned/config.resolved.yaml --resume        # go on after an interrupt
   patch-llm learn --model ./llama --sparsity 0.45 --set learn.grad_checkpoint=true --dry-run    # how much memory
-  patch-llm learn --model ./llama --preset tile --prior prior --data text.jsonl --sparsity 0.45 \\
-      --steps 200 --set learn.lr=5e-4 --out short
 
 --preset joint learns tiles and 2:4 patterns, tile learns tiles over the fixed patterns of --prior, maskllm learns
 2:4 patterns everywhere. All hyper-parameters are settings learn.NAME for --set and --config; the resolved
@@ -47,6 +52,8 @@ SECTION_FLAGS = {
 }
 DEFAULT_BLOCKS = 512_000
 DEFAULT_SEQLEN = 4096
+# A larger share of zeros among dense weights is no accident.
+MANY_ZEROS = 0.05
 
 
 @record(kw_only=True)
@@ -65,6 +72,7 @@ class Options(inputs.PlacementSettings):
     seqlen: AtLeastOne | None = setting(None, "tokens per block (default 4096, or what the model allows)")
     text_field: str | None = setting(None, inputs.FIELD_HELP, metavar="NAME")
     exclude: Names = setting((), inputs.EXCLUDE_HELP, metavar="A,B")
+    report_to: DistinctNames = setting((), "send metrics to wandb, tensorboard or trackio", metavar="A,B")
     resume: bool = setting(False, "go on from the newest complete checkpoint in --out")
     overwrite: bool = setting(False, "remove an earlier learning run in --out and start anew")
     dry_run: bool = setting(False, "print the memory that learning needs, from the model's config.json alone")
@@ -95,17 +103,16 @@ def run(options: Options) -> None:
         prior = inputs.artifact_folder(options.prior, "--prior")
         if options.overwrite:
             outputs.check_input_stays(prior, options.folder, "--prior")
-    from patch.learn.run import learn
-    from patch.models.keep_masks import measured_sparsity
+    from patch.learn.run import plan_learning
+    from patch.runs.arguments import rank, require_trackers
+    from patch.runs.progress import StepLines, shows_bars
 
+    require_trackers("--report-to", options.report_to)
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     masks, scores = _prior(options, config, model)
-    blocks = _blocks(options, config, model)
-    if options.overwrite:
-        outputs.clear_learning_run(options.folder)
-    resolved = dataclasses.replace(options, learn=settings.to_dict(config), resume=False, overwrite=False)
-    settings.save_resolved(resolved, options.folder, header="patch-llm learn --config THIS_FILE --resume")
-    result = learn(
+    tokenizer = inputs.load_tokenizer(options.model)
+    blocks = _blocks(options, config, model, tokenizer)
+    plan = plan_learning(
         model,
         blocks,
         config,
@@ -113,15 +120,93 @@ def run(options: Options) -> None:
         tile_scores=scores,
         output_dir=options.out,
         resume=options.resume,
+        overwrite=options.overwrite,
         exclude=options.exclude,
+        report_to=options.report_to,
     )
+    if rank() == 0 and not plan.is_finished:
+        _print_plan(options, plan, tokenizer)
+        if options.overwrite:
+            outputs.clear_learning_run(options.folder)
+        resolved = dataclasses.replace(options, learn=settings.to_dict(config), resume=False, overwrite=False)
+        settings.save_resolved(resolved, options.folder, header="patch-llm learn --config THIS_FILE --resume")
+    result = plan.run(callbacks=() if shows_bars() else (StepLines(),))
+    if rank() == 0:
+        _print_result(options, plan, result)
+
+
+def _print_plan(options: Options, plan: LearnPlan, tokenizer: Any) -> None:
+    """What will be done, and warnings where it will not lead far."""
+    from patch.runs.progress import say
+    from patch_kernels import TILE
+
+    config, blocks = plan.config, plan.train_blocks
+    steps = config.total_steps(len(blocks))
+    plans.say_steps(steps, blocks, config.global_batch_size, config.epochs, cast(str, options.data), tokenizer)
+    weights = sum(linear.weight.numel() for linear in plan.linears.values())
+    target = "2:4 everywhere, sparsity 0.5" if config.mode == "maskllm" else f"target sparsity {config.target_sparsity}"
+    say(f"plan: masks for {len(plan.linears)} linear layers with {weights / 1e6:,.2f} M weights, {target}")
+    say(f"plan: {_peak_memory(options, plan)}; a checkpoint every {config.save_steps} steps in {options.out}")
+    if plan.checkpoint is not None:
+        say(f"plan: going on from {plan.checkpoint.name}")
+    batch, epochs = ("--global-batch-size", config.global_batch_size), ("--set learn.epochs=", config.epochs)
+    plans.warn_of_few_steps(steps, batch, epochs, steps_flag="" if options.steps is None else "--steps")
+    if config.mode != "maskllm" and any(size % TILE for size in config.tile):
+        logger.warning(
+            "--tile %d,%d: packing makes tiles of 128 x 128 sparse only where all of one is 2:4, so the packed model "
+            "is larger than its sparsity says, by up to all of the gain. Use --tile 128,128 for a model to pack",
+            *config.tile,
+        )
+    zeros = _zeros(plan.linears) / weights
+    if zeros > MANY_ZEROS:
+        logger.warning(
+            "%.1f %% of the weights to mask are zero already: the model was pruned before, and the masks do not know "
+            "of it. Give --model the dense model",
+            100 * zeros,
+        )
+
+
+def _peak_memory(options: Options, plan: LearnPlan) -> str:
+    """The estimate of --dry-run in one line; no model is refused for want of it."""
+    from patch.learn.memory import gigabytes, learning_memory
+    from patch.runs.arguments import world_size
+
+    if world_size() > 1:
+        return "peak memory as --dry-run without torchrun says, in each process"
+    dtype = next(iter(plan.linears.values())).weight.dtype
+    with_prior = plan.prior_masks is not None
+    sizes: dict[str, Any] = {"seqlen": plan.train_blocks.shape[1], "dtype": dtype, "with_prior": with_prior}
+    try:
+        estimate = learning_memory(plan.model.config, plan.config, exclude=plan.exclude, **sizes)
+    except Exception as error:  # of whatever code a model brings, run on tensors without contents
+        logger.info("no estimate of memory: %s", error)
+        return "peak memory not known"
+    return f"about {gigabytes(estimate.peak)} of tensors at the peak"
+
+
+def _print_result(options: Options, plan: LearnPlan, result: LearnResult) -> None:
+    from patch.models.keep_masks import measured_sparsity
+    from patch_kernels import payload_bytes, tiles_that_are_two_of_four
+
+    sparsity = measured_sparsity(result.masks)
     print(
-        f"learned {len(result.masks)} layers in {config.total_steps(len(blocks))} steps: sparsity "
-        f"{measured_sparsity(result.masks):.4f} (target {config.target_sparsity}, sampled masks "
-        f"{1 - result.soft_density:.4f})"
+        f"learned {len(result.masks)} layers in {plan.config.total_steps(len(plan.train_blocks))} steps: sparsity "
+        f"{sparsity:.4f} (target {plan.config.target_sparsity}, sampled masks {1 - result.soft_density:.4f})"
     )
+    weights = sum(keep.numel() for keep in result.masks.values())
+    zeros = _zeros(plan.linears) / weights
+    if abs(zeros - sparsity) >= 5e-5:
+        print(f"zeros in the masked weights: {zeros:.4f}, more than the masks prune")
+    packed = sum(payload_bytes(tiles_that_are_two_of_four(keep)) for keep in result.masks.values())
+    share = packed / (2 * weights)
+    print(f"packed, these layers will take {packed:,} bytes, {share:.2f} of their {2 * weights:,} in 16 bits")
     next_step = f"patch-llm export --model {options.model} --masks {options.out} --format packed --out packed"
     outputs.print_written(options.folder, "masks, metrics.jsonl and config.resolved.yaml", next_step)
+
+
+def _zeros(linears: Mapping[str, nn.Linear]) -> int:
+    """Weights that are exactly zero."""
+    return sum(linear.weight.numel() - int(linear.weight.count_nonzero()) for linear in linears.values())
 
 
 def print_memory(options: Options, config: LearnConfig) -> None:
@@ -214,7 +299,7 @@ def _seqlen(options: Options, model: Any) -> int:
     return options.seqlen or within_context(model, DEFAULT_SEQLEN)
 
 
-def _blocks(options: Options, config: LearnConfig, model: nn.Module) -> Tensor:
+def _blocks(options: Options, config: LearnConfig, model: nn.Module, tokenizer: Any) -> Tensor:
     """Packed training blocks, as many as --steps or --blocks ask for."""
     from patch.data.tokens import training_blocks
     from patch_kernels.checks import require_multiple
@@ -224,7 +309,6 @@ def _blocks(options: Options, config: LearnConfig, model: nn.Module) -> Tensor:
     if options.steps is not None:
         require_multiple("--steps", options.steps, config.epochs, "Change one.", named="learn.epochs = ")
         wanted = options.steps // config.epochs * config.global_batch_size
-    tokenizer = inputs.load_tokenizer(options.model)
     blocks, _ = training_blocks(
         tokenizer, cast(str, options.data), seqlen, max_blocks=wanted or DEFAULT_BLOCKS, text_field=options.text_field
     )
