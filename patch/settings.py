@@ -7,7 +7,6 @@ command too: its name, help, default and range stand there and nowhere else.
 
 from __future__ import annotations
 
-import json
 import os
 import types
 import typing
@@ -19,7 +18,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from patch.files.atomic import write_text_atomic
 from patch.files.paths import require_file
-from patch.files.schema import Says, fields_of, is_record, nearest, parse, plain, record, refused
+from patch.files.schema import Says, fields_of, is_record, nearest, parse, plain, record, refused, seed_for_all
+from patch.files.strict_json import parse_json
 
 __all__ = [
     "RESOLVED_NAME",
@@ -103,13 +103,16 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _expanded(value: Any) -> Any:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    # Path("") is the current folder, which nobody means.
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"expected a path, got {value!r}. Write for example ./folder.")
+    return Path(value).expanduser() if isinstance(value, str) else value
 
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0), AfterValidator(seed_for_all)]
 Share = Annotated[float, Field(ge=0, le=0.5), Says("a share of zeros from 0 to 0.5", "45 percent is 0.45.")]
 Names = Annotated[tuple[str, ...], BeforeValidator(parts), Says("a list", "Write for example a,b.")]
 DistinctNames = Annotated[Names, AfterValidator(_distinct)]
@@ -129,6 +132,7 @@ def load_config(
     file: str | os.PathLike[str] | None = None,
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
+    sections: Mapping[str, type] | None = None,
 ) -> T:
     """An instance of the record `cls` from all sources, later ones winning.
 
@@ -136,6 +140,7 @@ def load_config(
     file       YAML or JSON file with nested values
     overrides  texts "a.b=c"; the value is read as YAML
     flags      {dotted key: value}; None means that the flag was not given
+    sections   {field with settings by name: record that checks them later}, whose keys advice may name
     raises     FileNotFoundError for a missing file, ValueError naming source, key, and what to write instead.
     """
     values: dict[str, Any] = {}
@@ -147,8 +152,9 @@ def load_config(
         sources.append((f"--set {text}", _nest(key, value)))
     given = ((key, value) for key, value in (flags or {}).items() if value is not None)
     sources += [(f"flag for {key}", _nest(key, value)) for key, value in given]
+    also = [key for name, kind in (sections or {}).items() for key in legal_keys(kind, f"{name}.")]
     for source, content in sources:
-        check_keys(cls, content, source)
+        check_keys(cls, content, source, also=also)
         values = _merge(values, content)
     return build(cls, values)
 
@@ -184,12 +190,13 @@ def check_keys(
             near = nearest(f"{prefix}{key}", [*legal_keys(cls, prefix), *also])
             raise ValueError(f"{source}: expected a known setting, got '{prefix}{key}'. {near}")
         kind = fields[key].annotation
-        if not is_record(kind):
+        if not is_record(kind) and typing.get_origin(kind) is not dict:
             continue
         if not isinstance(value, Mapping):
-            advice = f"Write {prefix}{key}.{next(iter(fields_of(kind)))} = ..."
+            advice = f"Write {prefix}{key}.{next(iter(fields_of(kind))) if is_record(kind) else 'NAME'} = ..."
             raise ValueError(f"{source}: expected '{prefix}{key}' to hold settings by name, got {value!r}. {advice}")
-        check_keys(kind, value, source, prefix=f"{prefix}{key}.")
+        if is_record(kind):
+            check_keys(kind, value, source, prefix=f"{prefix}{key}.")
 
 
 def legal_keys(cls: type, prefix: str = "") -> list[str]:
@@ -211,7 +218,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     is_json = path.suffix == ".json"
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if is_json else _yaml_load(text)
+        content = parse_json(text.encode()) if is_json else _yaml_load(text)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         kind = "JSON" if is_json else "YAML"
@@ -296,7 +303,16 @@ def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]
 def _yaml_load(text: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML's own loader keeps the last one of two equal keys without a word."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise yaml.YAMLError(f"the key {twice[0]!r} is there twice below line {node.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None

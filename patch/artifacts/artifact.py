@@ -127,13 +127,15 @@ def save_artifact(
     tile_is_sparse: Mapping[str, Tensor] | None = None,
     adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     extra: Mapping[str, bytes | str] | None = None,
-) -> None:
-    """Write an artifact folder, replacing an earlier one without ever leaving none.
+    replace: bool = True,
+) -> Path:
+    """Write an artifact folder, replacing an earlier one without ever leaving none; returns where it was written.
 
     masks           bool (N, K) per layer name
     meta            JSON values; model, method, pattern, sparsity (0..0.5), tile, seed are checked if present
     tile_scores, tile_is_sparse, weights, adapters   optional, for any of the layers in masks
     extra           further small files of the folder, e.g. {"config.yaml": text}
+    replace         False: what is at the path by then is kept, the artifact gets the next free name
     raises          ValueError or TypeError before anything is written.
     """
     if not masks:
@@ -175,7 +177,7 @@ def save_artifact(
         for name, content in (extra or {}).items():
             (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
-    write_folder(path, write)
+    return write_folder(path, write, replace=replace)
 
 
 def load_artifact(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from patch.cli import outputs
+from patch.cli.inputs import check_model_path
 from patch.cli.parser import PROGRAM, USAGE_ERROR, build_parser, print_error
+from patch.cli.wording import in_flags
+from patch.files.failures import as_file_error, file_error_text
 from patch.settings import load_config
 
 # Errors of the user or the environment; their text says what to do. Others are our mistakes.
@@ -19,6 +24,7 @@ INTERNAL_ERROR, INTERRUPTED = 1, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0, 2 for a user's error, 130 for an interrupt, else 1)."""
+    _let_threads_sleep()
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if arguments.verbose else logging.WARNING,
@@ -32,23 +38,49 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=arguments.config,
             overrides=arguments.overrides,
             flags=_given_flags(arguments),
+            sections={section: kind for kind, section, _ in getattr(command, "SECTION_FLAGS", {}).values()},
         )
+        _check_models(options)
         command.run(options)
     except KeyboardInterrupt:
         kept = command.on_interrupt(options) if options is not None else "nothing was started"
         print(f"\n{PROGRAM}: interrupted: {kept}", file=sys.stderr)
         return INTERRUPTED
-    except EXPECTED_ERRORS as error:
-        if arguments.debug:
-            raise
-        print_error(_one_line(error))
-        return USAGE_ERROR
     except Exception as error:
         if arguments.debug:
             raise
-        print_error(f"unexpected {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)")
-        return INTERNAL_ERROR
+        return _report(error, command)
+    finally:
+        outputs.claims.close()
     return 0
+
+
+def _check_models(options: Any) -> None:
+    """Refuse a path without a model at once, before a command imports what loads models."""
+    for path in (getattr(options, "model", None), *getattr(options, "compare", ())):
+        if path is not None:
+            check_model_path(path)
+
+
+def _report(error: Exception, command: ModuleType) -> int:
+    """Say what went wrong in one line; the exit status."""
+    if (found := as_file_error(error)) is not None:
+        print_error(file_error_text(found))
+        return USAGE_ERROR
+    if isinstance(error, EXPECTED_ERRORS):
+        print_error(in_flags(_one_line(error), command))
+        return USAGE_ERROR
+    print_error(f"unexpected {type(error).__name__}: {_one_line(error)} (run again with --debug for the traceback)")
+    return INTERNAL_ERROR
+
+
+def _let_threads_sleep() -> None:
+    """OpenMP's threads sleep while they wait, unless the user says how they should; before torch starts them.
+
+    Those that spin hold the core that another process needs, and on a busy machine everything waits for each other.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def _given_flags(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from patch.files.paths import require_place_for_folder
+from patch.files.claim import claimed
+from patch.files.paths import require_new, require_place_for_folder
+
+# What the command that runs will write, from its checks on; the command line ends it with the command.
+claims = contextlib.ExitStack()
+
+
+def claim(path: str | os.PathLike, flag: str = "--out") -> None:
+    """Refuse a path that another run is writing, and hold it until the command ends."""
+    if os.environ.get("RANK", "0") == "0":  # processes that train together write one folder
+        claims.enter_context(claimed(path, flag))
 
 
 def check_new_folder(path: str | os.PathLike, *, overwrite: bool, what: str) -> Path:
-    """An output folder that may be written, as a path; nothing is changed.
+    """An output folder that may be written, as a path, and a claim on it; nothing else is changed.
 
-    raises  ValueError when it exists with content and overwrite is off, or holds files that are not ours.
+    raises  ValueError when it exists with content and overwrite is off, or holds files that are not ours, or another
+            run is writing it.
     """
     from patch.files.folder import MANIFEST
 
     folder = require_place_for_folder("--out", path)
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"--out: expected a new folder, {path} holds the current one. Name a folder inside it.")
+    claim(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder
     is_ours = (folder / MANIFEST).is_file()
@@ -33,11 +48,7 @@ def check_new_file(path: Path | None, flag: str) -> None:
     """Refuse an output file that is there already or cannot be made; None and - (standard output) pass."""
     if path is None or str(path) == "-":
         return
-    if os.path.lexists(path):
-        raise ValueError(f"{flag}: expected a new file, {path} exists already. Choose another name.")
-    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{flag}: expected a folder to write to, {parent} is none. Choose another place.")
+    require_new(flag, path)
 
 
 def refuse_both(options: Any, one: str, other: str, advice: str) -> None:
@@ -47,13 +58,15 @@ def refuse_both(options: Any, one: str, other: str, advice: str) -> None:
 
 
 def check_run_folder(options: Any) -> None:
-    """Refuse an --out that is a file, that holds an earlier run without --resume or --overwrite, or other things."""
+    """Refuse an --out that is a file, holds other things or an earlier run without --resume or --overwrite, or is
+    being written."""
     from patch.runs.arguments import rank
     from patch.runs.folders import earlier_run, require_run_folder
 
     if rank() != 0:
         return  # the first process may have begun to write
     out = require_place_for_folder("--out", options.out)
+    claim(out)
     earlier = earlier_run(out)
     if earlier and not (options.resume or options.overwrite):
         advice = "Use --resume, replace it with --overwrite, or choose another --out."

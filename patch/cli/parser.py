@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Mapping
@@ -151,7 +154,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with room for long flags."""
+    """Help with room for long flags, no wider than the terminal; examples stay lines that can be copied."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=110)
+        super().__init__(prog, max_help_position=32, width=min(110, shutil.get_terminal_size().columns - 2))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        groups = itertools.groupby(text.splitlines(), key=lambda line: bool(line) and not line.startswith(" "))
+        lines = [line for prose, kept in groups for line in (textwrap.wrap(" ".join(kept), width) if prose else kept)]
+        return "\n".join(indent + line for line in lines)

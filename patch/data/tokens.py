@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from patch.data.sources import LOCAL_JOIN, NAMED_SETS, iter_documents, load_documents, named_rows
-from patch.files.schema import require_integer
+from patch.files.schema import require_integer, require_seed
 
 TOKENIZE_BATCH = 1000
 
@@ -219,4 +219,4 @@ def _naming(source: str, use: str) -> Iterator[None]:
 def _check_sampling(nsamples: int, seqlen: int, seed: int) -> None:
     require_integer("nsamples", nsamples)
     require_integer("seqlen", seqlen)
-    require_integer("seed", seed, 0)
+    require_seed("seed", seed)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from patch.files.failures import naming
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], place: Callable[[Path, Path], Any] = os.replace) -> Iterator[IO[bytes]]:
@@ -19,13 +21,14 @@ def replacing(path: str | os.PathLike[str], place: Callable[[Path, Path], Any] =
     path = Path(path)
     staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with open(staging, "wb") as file:
+        with naming(path), open(staging, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         place(staging, path)
     finally:
-        staging.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staging.unlink()
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:

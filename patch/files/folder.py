@@ -10,6 +10,7 @@ found.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from patch.files.failures import naming
 from patch.files.regular import file_sha256
 from patch.files.schema import Count, Says, Sha256, parse, record
 from patch.files.strict_json import dump_json, read_json
@@ -74,20 +76,23 @@ _writing: set[Path] = set()
 _writing_lock = threading.Lock()
 
 
-def write_folder(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+def write_folder(path: str | os.PathLike, write: Callable[[Path], object], *, replace: bool = True) -> Path:
     """Make the folder `path` hold exactly what `write(directory)` puts into an empty directory.
 
-    An earlier folder written by this function is replaced; any other folder that has files in it is refused.
-    raises  ValueError for a target that must not be replaced or for links and special files made by `write`;
-            OSError from the file system. After any error or kill the earlier folder is still readable.
+    replace  True: an earlier folder written by this function is replaced; any other folder that has files in it is
+             refused. False: nothing is replaced or refused; where something is at the path by then, the folder gets
+             the next free name (NAME-2), so that the work of hours is not lost
+    returns  the path of the folder that was written
+    raises   ValueError for a target that must not be replaced or for links and special files made by `write`;
+             OSError from the file system. After any error or kill the earlier folder is still readable.
     """
     target = Path(os.path.abspath(path))
     if not target.name:
         raise ValueError(f"expected a path for a new folder, got the root {target}; choose a folder inside it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _only_writer(target):
+    with naming(target), _only_writer(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         resolve_folder(target, must_exist=False)
-        if foreign := _foreign(target):
+        if replace and (foreign := _foreign(target)):
             expected = "expected a new or empty folder or one written before"
             raise ValueError(f"{target}: {expected}, found {foreign}; choose another path or move them away")
         _remove_stale(target)
@@ -97,7 +102,7 @@ def write_folder(path: str | os.PathLike, write: Callable[[Path], object]) -> No
             with _lock(staging):  # tells other hosts' and containers' writers that this one is alive
                 write(staging)
                 _seal(staging)
-            _swap_in(staging, target)
+            return _swap_in(staging, target) if replace else _move_to_free_name(staging, target)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -250,7 +255,23 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _swap_in(staging: Path, target: Path) -> None:
+def _move_to_free_name(staging: Path, target: Path) -> Path:
+    for place in (target, *(target.with_name(f"{target.name}-{number}") for number in range(2, 1000))):
+        # A rename takes the place of an empty folder only, so nothing can be lost to what appears at this instant.
+        try:
+            os.rename(staging, place)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            continue
+        _fsync(target.parent)
+        if place != target:
+            logger.warning("%s was made by something else meanwhile and is kept; this result is in %s", target, place)
+        return place
+    raise FileExistsError(f"expected a free name like {target}, found none; give another one")
+
+
+def _swap_in(staging: Path, target: Path) -> Path:
     aside = target.with_name(f"{target.name}.old-{os.getpid()}")
     with _lock(target.parent):
         replaced = os.path.lexists(target)
@@ -265,6 +286,7 @@ def _swap_in(staging: Path, target: Path) -> None:
         _fsync(target.parent)
     if replaced:
         shutil.rmtree(aside, ignore_errors=True)
+    return target
 
 
 @contextlib.contextmanager

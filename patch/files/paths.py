@@ -24,4 +24,25 @@ def require_place_for_folder(what: str, path: str | os.PathLike[str], advice: st
     """The path of a folder, or of nothing where one can be made; raises ValueError for a file or a broken link."""
     if os.path.lexists(path) and not Path(path).is_dir():
         raise ValueError(f"{what}: expected a folder, {path} is a file. {advice}")
+    require_writable(what, path, advice)
     return Path(path)
+
+
+def require_new(
+    what: str, path: str | os.PathLike[str], kind: str = "file", advice: str = "Choose another name."
+) -> Path:
+    """The path of a file or folder that can be made; raises ValueError where something is, or nothing can be."""
+    if os.path.lexists(path):
+        raise ValueError(f"{what}: expected a new {kind}, {path} exists already. {advice}")
+    require_writable(what, path, advice)
+    return Path(path)
+
+
+def require_writable(what: str, path: str | os.PathLike[str], advice: str) -> None:
+    """raises ValueError where the path, or the nearest folder above it that is there, takes no new files."""
+    place = Path(os.path.abspath(path))
+    place = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
+    if not place.is_dir():
+        raise ValueError(f"{what}: expected a folder to write to, {place} is none. {advice}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{what}: expected a folder to write to, {place} may not be written. {advice}")

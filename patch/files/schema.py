@@ -31,6 +31,7 @@ _CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, coerce_nu
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path", dict: "an object"}
 _EXAMPLES = {int: "8", float: "0.45", bool: "true", str: "abc", Path: "./folder"}
 _SHOWN_CHARACTERS = 80
+MAX_SEED = (1 << 32) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,11 +205,17 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 def nearest(given: str, legal: Iterable[Any], what: str = "Settings") -> str:
     """Advice for a name that is not legal: the one that was probably meant, or all of them."""
     names = [str(name) for name in legal]
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    # fp16 and fp64 are no slip of the pen: names that differ in digits only mean different things.
+    other = [name for name in names if _without_digits(name) != _without_digits(given)]
+    near = difflib.get_close_matches(given, other, n=1, cutoff=0.6)
     if not near:
         # A key given without its section, such as lr for learn.lr, is a common slip.
         near = [name for name in names if name.rsplit(".", 1)[-1] == given.rsplit(".", 1)[-1]]
     return f"Did you mean '{near[0]}'?" if near else f"{what} are: {', '.join(names)}."
+
+
+def _without_digits(name: str) -> str:
+    return "".join(letter for letter in name if not letter.isdigit())
 
 
 def require_choice(what: str, value: Any, choices: Iterable[str], advice: str = "") -> None:
@@ -223,6 +230,22 @@ def require_integer(what: str, value: Any, least: int = 1, advice: str = "", *, 
     """raises ValueError for what is no integer of at least `least`; True and False are none, int refuses NumPy's."""
     if isinstance(value, bool) or not isinstance(value, kind) or int(value) < least:
         raise ValueError(f"{what}: expected an integer >= {least}, got {value!r}. {advice}".rstrip())
+
+
+def require_seed(what: str, value: Any) -> None:
+    """raises ValueError for what some generator of random numbers does not take as its seed."""
+    require_integer(what, value, 0)
+    try:
+        seed_for_all(int(value))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def seed_for_all(value: int) -> int:
+    """The seed if all generators take it: those of NumPy, which training seeds too, have 32 bits."""
+    if value > MAX_SEED:
+        raise ValueError(f"expected a seed of 0 to {MAX_SEED}, got {shown(value)}. Choose a smaller one.")
+    return value
 
 
 def _located(cls: type, location: tuple[int | str, ...]) -> tuple[list[int | str], str, FieldInfo | None]:

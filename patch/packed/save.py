@@ -20,12 +20,19 @@ DEFAULT_SHARD = "5GB"
 
 
 def save_dense(
-    model: PreTrainedModel, tokenizer: Any, path: str | os.PathLike, *, max_shard_size: str = DEFAULT_SHARD
-) -> None:
+    model: PreTrainedModel,
+    tokenizer: Any,
+    path: str | os.PathLike,
+    *,
+    max_shard_size: str = DEFAULT_SHARD,
+    replace: bool = True,
+) -> Path:
     """Write an ordinary transformers folder: weights with zeros where pruned, no sparsity key in config.json.
 
     model      dense, or packed (a dense copy is made; the model itself is not changed)
     tokenizer  saved beside it; None leaves it out
+    replace    False: what is at the path by then is kept, the folder gets the next free name
+    returns    the folder that was written
     raises     ValueError when a weight that its keep mask prunes is not zero, or a layer has adapters.
     """
     check_masks_hold(model)
@@ -40,20 +47,25 @@ def save_dense(
                 "expected a dense model, got one with a quantization_config of another method; dequantize it"
             )
 
-    write_folder(path, write)
+    return write_folder(path, write, replace=replace)
 
 
 def save_packed(
-    model: PreTrainedModel, tokenizer: Any, path: str | os.PathLike, *, max_shard_size: str = DEFAULT_SHARD
-) -> None:
-    """Write a packed model (patch.packed.pack_model); patch.load reads it.
+    model: PreTrainedModel,
+    tokenizer: Any,
+    path: str | os.PathLike,
+    *,
+    max_shard_size: str = DEFAULT_SHARD,
+    replace: bool = True,
+) -> Path:
+    """Write a packed model (patch.packed.pack_model) for patch.load; `replace` and what is returned as in save_dense.
 
     raises  ValueError when the model has no packed layer.
     """
     if not any(packed_layers(model)):
         got = f"{type(model).__name__} without a packed layer"
         raise ValueError(f"expected a packed model, got {got}; call patch.packed.pack_model(model) first")
-    write_folder(path, lambda directory: _save(model, tokenizer, directory, max_shard_size))
+    return write_folder(path, lambda directory: _save(model, tokenizer, directory, max_shard_size), replace=replace)
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, directory: Path, max_shard_size: str) -> None:

@@ -20,6 +20,7 @@ from patch.data.tokens import calibration_windows, training_blocks
 from patch.files.folder import resolve_folder
 from patch.files.paths import require_place_for_folder
 from patch.files.regular import file_sha256
+from patch.files.schema import require_seed
 from patch.models.checks import require_trained_dtype
 from patch.models.facts import config_fingerprint, model_fingerprint, model_name, versions, within_context
 from patch.models.keep_masks import apply_keep_masks
@@ -45,6 +46,7 @@ def prepare(
     seed: int,
 ) -> nn.Module:
     """The work of patch.utils.prepare_pruned_model; see there."""
+    require_seed("seed", seed)
     args = read_prune_args(prune_args)
     target = read_target(mask_tile_size, target_sparsity_ratio)
     meta = _meta(model, args, target, seed)

@@ -9,9 +9,11 @@ from support.commands import run
 from support.models import build_byte_tokenizer, build_tiny_model
 
 from patch import cli
+from patch.cli import inputs
 from patch.cli.commands import generate as generate_command
 from patch.cli.commands import learn as learn_command
 from patch.cli.commands import prune as prune_command
+from patch.files.claim import claimed
 
 PRUNE = ["prune", "--model", "{w}/model", "--data", "{w}/train.txt", "--out", "{t}/o"]
 LEARN = ["learn", "--model", "{w}/model", "--data", "{w}/train.txt", "--seqlen", "32", "--sparsity", "0.35"]
@@ -23,20 +25,26 @@ GENERATE = ["generate", "--model", "{w}/model", "--prompt", "Line"]
 REFUSED = [
     (["prune", "--out", "x"], "expected --model, got nothing. Give it as a flag"),
     ([*PRUNE, "--set", "method=5"], "expected one of magnitude, wanda, sparsegpt, thanos"),
-    ([*PRUNE, "--precision", "fp16"], "precision: expected one of fp32, fp64, got 'fp16'"),
+    ([*PRUNE, "--precision", "fp16"], "--precision: expected one of fp32, fp64, got 'fp16'. Choices are: fp32, fp64."),
+    ([*PRUNE, "--seed", "99999999999"], "--seed: expected a seed of 0 to 4294967295, got 99999999999"),
+    ([*PRUNE, "--out", ""], "--out: expected a path, got ''. Write for example ./folder."),
+    ([*PRUNE, "--out", "{w}/train.txt/x"], "--out: expected a folder to write to, {w}/train.txt is none"),
+    ([*PRUNE, "--out", "/proc/x"], "--out: expected a "),
+    ([*LEARN, "--out", "{w}/train.txt/x"], "--out: expected a folder to write to, {w}/train.txt is none"),
+    (["demo", "--out", "{w}/train.txt/x"], "--out: expected a folder to write to, {w}/train.txt is none"),
     ([*PRUNE, "--damping", "-1"], "damping: expected a finite share of the mean diagonal, 0 or more, got -1"),
-    ([*PRUNE, "--block-size", "0"], "block_size: expected an integer >= 1, got 0"),
-    ([*PRUNE, "--block-size", "6"], "block_size: expected a multiple of 4, got 6. Pattern 2:4"),
+    ([*PRUNE, "--block-size", "0"], "--block-size: expected an integer >= 1, got 0"),
+    ([*PRUNE, "--block-size", "6"], "--block-size: expected a multiple of 4, got 6. Pattern 2:4"),
     ([*PRUNE, "--pattern", "4:8"], "pattern: expected one of 2:4, unstructured, got '4:8'"),
     (
         [*PRUNE, "--sparsity", "0.45"],
-        "sparsity: expected 0.5 for pattern 2:4, got 0.45. Use pattern='unstructured'",
+        "--sparsity: expected 0.5 for pattern 2:4, got 0.45. Use --pattern unstructured",
     ),
     (
         [*PRUNE, "--sparsity", "45", "--pattern", "unstructured"],
         "sparsity: expected a share of zeros from 0 to 0.5, got 45",
     ),
-    ([*PRUNE, "--target-sparsity", "0.6"], "target_sparsity: expected a share of zeros from 0 to 0.5"),
+    ([*PRUNE, "--target-sparsity", "0.6"], "--target-sparsity: expected a share of zeros from 0 to 0.5"),
     ([*PRUNE, "--tile", "64,6"], "tile: expected positive rows,columns with columns a multiple of 4, got (64, 6)"),
     ([*PRUNE, "--nsamples", "0"], "nsamples: expected an integer >= 1, got 0"),
     ([*PRUNE, "--nsamples", "many"], "nsamples: expected an integer >= 1, got 'many'"),
@@ -62,12 +70,13 @@ REFUSED = [
     ([*PRUNE, "--exclude", "*.nothing"], "got '*.nothing' which matches none"),
     ([*PRUNE, "--set", "nsample=4"], "got 'nsample'. Did you mean 'nsamples'?"),
     ([*LEARN, "--set", "learn.learning_rate=1"], "got 'learn.learning_rate'. Did you mean 'learn."),
-    ([*LEARN, "--set", "lr=1"], "got 'lr'"),
-    ([*LEARN, "--lr", "-1"], "learn.lr: expected a number > 0, got -1"),
-    ([*LEARN, "--sparsity", "0.7"], "target_sparsity: expected a share of zeros from 0 to 0.5, got 0.7"),
+    ([*LEARN, "--set", "lr=1"], "got 'lr'. Did you mean 'learn.lr'?"),
+    ([*LEARN, "--set", "learn=joint"], "expected 'learn' to hold settings by name, got 'joint'. Write learn.NAME ="),
+    ([*LEARN, "--lr", "-1"], "--lr: expected a number > 0, got -1"),
+    ([*LEARN, "--sparsity", "0.7"], "--sparsity: expected a share of zeros from 0 to 0.5, got 0.7"),
     (LEARN[:7] + LEARN[9:], "--sparsity: expected a target with preset joint, got none"),
     ([*LEARN, "--preset", "both"], "preset: expected one of joint, tile, maskllm, got 'both'"),
-    ([*LEARN, "--preset", "maskllm"], "target_sparsity: expected 0.5 with mode maskllm"),
+    ([*LEARN, "--preset", "maskllm"], "--sparsity: expected 0.5 with mode maskllm"),
     ([*LEARN, "--preset", "tile"], "--prior: expected a folder with 2:4 masks for preset tile, got none"),
     ([*LEARN, "--set", "learn.mode=tile"], "learn.mode: expected the mode of preset joint"),
     ([*LEARN, "--steps", "2", "--blocks", "8"], "--steps and --blocks: expected one of them, got both"),
@@ -77,7 +86,7 @@ REFUSED = [
         [*LEARN, "--steps", "3", "--set", "learn.epochs=2"],
         "--steps: expected a multiple of learn.epochs = 2, got 3",
     ),
-    ([*LEARN, "--local-batch-size", "3"], "global_batch_size: expected a multiple of local_batch_size"),
+    ([*LEARN, "--local-batch-size", "3"], "--global-batch-size: expected a multiple of --local-batch-size"),
     ([*LEARN, "--prior", "{w}/absent"], "--prior: expected a folder made by prune or learn, found none"),
     (
         [*LEARN, "--prior", "{w}/prior"],
@@ -95,12 +104,12 @@ REFUSED = [
     ([*EXPORT, "--model", "{w}/other"], "of LlamaForCausalLM, found Linear ("),
     ([*EVAL, "--window", "1"], "window: expected an integer >= 2, got 1"),
     ([*EVAL, "--window", "4096"], "4096"),
-    ([*EVAL, "--batch-size", "0"], "batch_size: expected an integer >= 1, got 0"),
+    ([*EVAL, "--batch-size", "0"], "--batch-size: expected an integer >= 1, got 0"),
     ([*EVAL, "--data", "wikitext3"], "--data: expected a file"),
     ([*EVAL, "--split", "test"], "expected no split for the local file"),
     ([*EVAL, "--masks", "{w}/absent"], "--masks: expected a folder made by prune or learn"),
     ([*GENERATE, "--prompt", ""], "prompt: expected text, got ''. Give at least one word"),
-    ([*GENERATE, "--max-new-tokens", "0"], "max_new_tokens: expected an integer >= 1, got 0"),
+    ([*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens: expected an integer >= 1, got 0"),
     (
         [*GENERATE, "--max-new-tokens", "500"],
         "expected prompt and new tokens within the model's 128 positions",
@@ -200,6 +209,47 @@ def test_unstructured_prior_is_refused(work, tmp_path, capsys):
     status, _, err = run(capsys, *arguments, "--prior", tmp_path / "p")
     assert status == 2
     assert "was pruned unstructured" in err
+
+
+@pytest.mark.parametrize("arguments", [PRUNE, LEARN, EXPORT, ["demo", "--out", "{t}/o"]])
+def test_a_folder_that_another_run_is_writing_is_refused(work, tmp_path, capsys, arguments):
+    filled = [argument.format(w=work, t=tmp_path) for argument in arguments]
+    with claimed(tmp_path / "o"):
+        status, _, err = run(capsys, *filled)
+    assert status == 2
+    assert f"--out: expected a path that no other run is writing, {tmp_path / 'o'} is being written by process " in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_appears_while_a_command_works_is_kept(work, tmp_path, capsys, monkeypatch):
+    """As when the other run is on a host whose locks are not seen here."""
+    flags = ["prune", "--model", work / "model", "--method", "magnitude", "--out", tmp_path / "p"]
+    load = inputs.load_model
+
+    def and_another_run_ends(*arguments, **settings):
+        shutil.copytree(work / "prior", tmp_path / "p")
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(inputs, "load_model", and_another_run_ends)
+    status, out, _ = run(capsys, *flags)
+    assert status == 0
+    assert f"wrote masks to {tmp_path / 'p-2'}" in out
+    assert (tmp_path / "p" / "masks.safetensors").read_bytes() == (work / "prior" / "masks.safetensors").read_bytes()
+
+
+def test_errors_of_the_file_system_say_what_to_do(work, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("patch.files.folder._seal", full)
+    flags = ["prune", "--model", work / "model", "--method", "magnitude", "--out", tmp_path / "p"]
+    status, _, err = run(capsys, *flags)
+    assert status == 2
+    assert err == (
+        f"patch-llm: error: {tmp_path / 'p'}: expected room on the disk, got 'No space left on device'. "
+        "Free space there or choose another place, then run again.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_errors_of_the_program_and_debug(capsys, monkeypatch):

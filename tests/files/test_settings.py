@@ -12,7 +12,7 @@ import pytest
 from patch import settings
 from patch.files import atomic
 from patch.files.schema import record
-from patch.settings import Names, NewPath, Tile
+from patch.settings import Names, NewPath, Seed, Tile
 
 
 @record
@@ -31,6 +31,7 @@ class Outer:
     exclude: Names = ()
     extra: dict[str, Any] = field(default_factory=dict)
     inner: Inner = field(default_factory=Inner)
+    seed: Seed = 0
 
 
 def load(**sources):
@@ -100,6 +101,10 @@ def test_other_conversions():
         ({"overrides": ["=3"]}, r"expected KEY=VALUE"),
         ({"overrides": ["a..b=3"]}, r"expected KEY=VALUE"),
         ({"overrides": ["steps=[1"]}, r"--set steps: expected a YAML value, got '\[1'"),
+        ({"overrides": ["extra=3"]}, r"expected 'extra' to hold settings by name, got 3. Write extra.NAME = \.\.\."),
+        ({"overrides": ["out=''"]}, r"out: expected a path, got ''. Write for example ./folder."),
+        ({"flags": {"model": "m", "out": " "}}, r"out: expected a path, got ' '. Write for example ./folder."),
+        ({"overrides": ["seed=4294967296"]}, r"seed: expected a seed of 0 to 4294967295, got 4294967296. Choose a sm"),
         ({"overrides": ["steps=1.5"]}, r"steps: expected an integer, got 1.5"),
         ({"overrides": ["steps=true"]}, r"steps: expected an integer, got True"),
         ({"overrides": ["inner.lr=fast"]}, r"inner.lr: expected a number, got 'fast'"),
@@ -149,6 +154,9 @@ def test_record_made_in_python_converts_nothing(make, message):
     [
         ("a.yaml", "a: [1\n", "expected valid YAML"),
         ("a.json", '{"steps": }', "expected valid JSON"),
+        ("a.yaml", "steps: 1\nsteps: 2\n", "expected valid YAML, got an error: the key 'steps' is there twice below"),
+        ("a.yaml", "inner:\n  lr: 1\n  lr: 2\n", "the key 'lr' is there twice below line 2. Correct the file"),
+        ("a.json", '{"steps": 1, "steps": 2}', "expected valid JSON, got an error: a key occurs twice"),
         ("a.yaml", "- 1\n- 2\n", "expected settings by name, got list"),
         ("a.yaml", "1: 2\n", "expected settings by name"),
         ("a.yaml", "stepz: 2\n", r"a.yaml: expected a known setting, got 'stepz'. Did you mean 'steps'\?"),

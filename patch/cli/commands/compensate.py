@@ -91,7 +91,7 @@ def run(options: Options) -> None:
         perplexity_before=result.perplexity_before,
         perplexity_after=result.perplexity_after,
     )
-    save_artifact(
+    out = save_artifact(
         out,
         source.masks,
         meta=source.meta | {"compensation": dict(compensation)},
@@ -99,6 +99,7 @@ def run(options: Options) -> None:
         tile_is_sparse=source.tile_is_sparse,
         weights={name: linears[name].weight for name in source.masks},
         extra={RESOLVED_NAME: dump_yaml(resolved, header="patch-llm compensate --config THIS_FILE")},
+        replace=options.overwrite,
     )
     _print_errors(result.layer_errors)
     print(f"sparsity {measured_sparsity(source.masks):.4f}, as before")

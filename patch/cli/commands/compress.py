@@ -62,7 +62,7 @@ def run(options: Options) -> None:
     if calibration is not None:
         source["compression_data"] = {"data": options.data, "text_sha256": text_sha256, "seqlen": calibration.shape[1]}
     resolved = dataclasses.replace(options, overwrite=False)
-    save_artifact(
+    out = save_artifact(
         out,
         artifact.masks,
         meta=artifact.meta | source,
@@ -71,6 +71,7 @@ def run(options: Options) -> None:
         weights={name: linear_at(model, name).weight for name in artifact.masks},
         adapters=adapters(model),
         extra={RESOLVED_NAME: dump_yaml(resolved, header="patch-llm compress --config THIS_FILE")},
+        replace=options.overwrite,
     )
     mean = sum(errors.values()) / len(errors)
     print(f"compressed {len(errors)} layers: relative error {mean:.4f} on average, {max(errors.values()):.4f} at most")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from patch.cli import outputs
 from patch.cli.inputs import hide_bars_without_terminal
 from patch.demo.settings import DemoSettings
 from patch.files.paths import require_folder, require_place_for_folder
@@ -33,7 +34,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Run all stages that are not finished."""
-    require_place_for_folder("--out", options.out)
+    outputs.claim(require_place_for_folder("--out", options.out))
     if options.text is not None:
         require_folder("--text", options.text, "a folder of .py files")
     from patch.demo.run import run_demo

@@ -61,10 +61,10 @@ def run(options: Options) -> None:
     if options.format == "packed":
         pack_model(model)
         after = sum(layer.payload.numel() + layer.tile_is_sparse.numel() for _, layer in packed_layers(model))
-        save_packed(model, tokenizer, out)
+        out = save_packed(model, tokenizer, out, replace=options.overwrite)
     else:
         after = before
-        save_dense(model, tokenizer, out)
+        out = save_dense(model, tokenizer, out, replace=options.overwrite)
     print(f"sparsity of the {len(masks)} pruned layers: {sparsity:.4f}")
     print(f"bytes of these layers: {before:,} dense -> {after:,} {options.format} ({after / before:.3f}x)")
     outputs.print_written(out, f"the {options.format} model", f"patch-llm generate --model {out} --prompt 'Once'")

@@ -31,8 +31,8 @@ def run(options: Options) -> None:
     from patch.artifacts.foreign import patch_meta, write_masks
     from patch.models.keep_masks import measured_sparsity
 
-    if options.out.exists():  # said before the masks are read; write_masks looks again
-        raise FileExistsError(f"--out: expected a new file, found {options.out}. Choose another --out.")
+    outputs.check_new_file(options.out, "--out")  # before the masks are read; write_masks looks again
+    outputs.claim(options.out)
     artifact = load_artifact(inputs.artifact_folder(options.masks))
     meta = patch_meta(artifact.masks, artifact.meta, options.base_model)
     write_masks(options.out, artifact.masks, meta)

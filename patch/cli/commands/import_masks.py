@@ -61,7 +61,7 @@ def run(options: Options) -> None:
         imported_from=found.provenance,
     )
     resolved = dump_yaml(options, header="patch-llm import-masks --config THIS_FILE")
-    save_artifact(out, found.masks, meta=meta, extra={RESOLVED_NAME: resolved})
+    out = save_artifact(out, found.masks, meta=meta, extra={RESOLVED_NAME: resolved}, replace=options.overwrite)
     print(f"imported {len(found.masks)} layers ({found.pattern}): sparsity {measured:.4f}")
     outputs.print_written(out, "masks", f"patch-llm eval --model {options.model} --masks {out} --data TEXT")
 

@@ -126,7 +126,10 @@ def run(options: Options) -> None:
     )
     # Repeating a run must not replace its result.
     resolved = dump_yaml(dataclasses.replace(options, overwrite=False), header="patch-llm prune --config THIS_FILE")
-    save_artifact(out, masks, meta=meta, tile_scores=scores, weights=weights, extra={RESOLVED_NAME: resolved})
+    extra = {RESOLVED_NAME: resolved}
+    out = save_artifact(
+        out, masks, meta=meta, tile_scores=scores, weights=weights, extra=extra, replace=options.overwrite
+    )
     print(f"pruned {len(masks)} layers with {options.method}: sparsity {measured_sparsity(masks):.4f}")
     outputs.print_written(out, "masks", f"patch-llm eval --model {options.model} --masks {out} --data TEXT")
 

@@ -53,7 +53,7 @@ def run(options: Options) -> None:
         tables.write_csv(folder / NUMBERS, csv_rows(models))
         plots.plot_models(folder / PLOT, [model["label"] for model in models], **_plot(models))
 
-    write_folder(out, write)
+    out = write_folder(out, write, replace=options.overwrite)
     print(text)
     outputs.print_written(out, f"{TABLE}, {NUMBERS} and {PLOT}", f"open {out / TABLE}")
 
