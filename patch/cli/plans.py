@@ -15,7 +15,7 @@ _SAMPLED_BLOCKS = 64
 
 def say_steps(steps: int, blocks: Tensor, batch_size: int, epochs: int, source: str, tokenizer: Any) -> None:
     """Steps, tokens, and the share that they are of the text that blocks (blocks, tokens) were cut from."""
-    from patch.runs.progress import say
+    from patch.files.progress import say
 
     used = blocks[: steps // epochs * batch_size]
     passes = "" if epochs == 1 else f" in {epochs} passes"

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from patch.files.progress import LINE_SECONDS, duration, say
 from patch.runs.arguments import rank
 
 # Fewer optimiser steps than these learn next to nothing.
@@ -18,10 +19,9 @@ FEW_STEPS = 100
 _FIRST_STEPS = (1, 2, 5, 10)
 
 
-def say(text: str) -> None:
-    """Print a line of plan or progress, once for all processes; to stderr, since stdout is for results."""
-    if rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+def say_once(text: str) -> None:
+    """Print a line of plan or progress to stderr, once for all processes that train together."""
+    say(text, show=rank() == 0)
 
 
 def shows_bars() -> bool:
@@ -29,18 +29,10 @@ def shows_bars() -> bool:
     return sys.stderr.isatty()
 
 
-def duration(seconds: float) -> str:
-    """A length of time for people: 45 s, 12 min, 3.4 h, 2.1 days."""
-    for size, unit, digits in ((86400.0, "days", 1), (3600.0, "h", 1), (60.0, "min", 0)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 class StepLines(TrainerCallback):
     """A line with step, loss, sparsity and time left after steps 1, 2, 5 and 10, then every so many seconds."""
 
-    def __init__(self, say: Callable[[str], None] = say, every: float = 30.0) -> None:
+    def __init__(self, say: Callable[[str], None] = say_once, every: float = LINE_SECONDS) -> None:
         self._say, self._every = say, every
         self._logs: dict[str, Any] = {}
         self._is_due = False

@@ -107,7 +107,7 @@ def run(options: Options) -> None:
 
 def _print_plan(options: Options, model: nn.Module, blocks: Tensor, tokenizer: Any) -> None:
     """What will be done, and a warning where it will not lead far."""
-    from patch.runs.progress import say
+    from patch.files.progress import say
     from patch.slim.fine_tune import trained_parameters
 
     steps = options.total_steps(len(blocks))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,8 +51,6 @@ SECTION_FLAGS = {
 }
 DEFAULT_BLOCKS = 512_000
 DEFAULT_SEQLEN = 4096
-# A larger share of zeros among dense weights is no accident.
-MANY_ZEROS = 0.05
 
 
 @record(kw_only=True)
@@ -137,8 +134,9 @@ def run(options: Options) -> None:
 
 def _print_plan(options: Options, plan: LearnPlan, tokenizer: Any) -> None:
     """What will be done, and warnings where it will not lead far."""
-    from patch.runs.progress import say
-    from patch_kernels import TILE
+    from patch.files.progress import say
+    from patch.models.keep_masks import zeros_already
+    from patch.models.packed_size import expected_packed_text
 
     config, blocks = plan.config, plan.train_blocks
     steps = config.total_steps(len(blocks))
@@ -151,19 +149,10 @@ def _print_plan(options: Options, plan: LearnPlan, tokenizer: Any) -> None:
         say(f"plan: going on from {plan.checkpoint.name}")
     batch, epochs = ("--global-batch-size", config.global_batch_size), ("--set learn.epochs=", config.epochs)
     plans.warn_of_few_steps(steps, batch, epochs, steps_flag="" if options.steps is None else "--steps")
-    if config.mode != "maskllm" and any(size % TILE for size in config.tile):
-        logger.warning(
-            "--tile %d,%d: packing makes tiles of 128 x 128 sparse only where all of one is 2:4, so the packed model "
-            "is larger than its sparsity says, by up to all of the gain. Use --tile 128,128 for a model to pack",
-            *config.tile,
-        )
-    zeros = _zeros(plan.linears) / weights
-    if zeros > MANY_ZEROS:
-        logger.warning(
-            "%.1f %% of the weights to mask are zero already: the model was pruned before, and the masks do not know "
-            "of it. Give --model the dense model",
-            100 * zeros,
-        )
+    if config.mode != "maskllm":
+        say(f"plan: {expected_packed_text(config.target_sparsity, config.tile)}")
+    if (already := zeros_already(plan.linears)) is not None:
+        logger.warning("%s. Give --model the dense model", already)
 
 
 def _peak_memory(options: Options, plan: LearnPlan) -> str:
@@ -185,28 +174,17 @@ def _peak_memory(options: Options, plan: LearnPlan) -> str:
 
 
 def _print_result(options: Options, plan: LearnPlan, result: LearnResult) -> None:
-    from patch.models.keep_masks import measured_sparsity
-    from patch_kernels import payload_bytes, tiles_that_are_two_of_four
+    from patch.models.keep_masks import sparsity_text
+    from patch.models.packed_size import packed_text
 
-    sparsity = measured_sparsity(result.masks)
     print(
-        f"learned {len(result.masks)} layers in {plan.config.total_steps(len(plan.train_blocks))} steps: sparsity "
-        f"{sparsity:.4f} (target {plan.config.target_sparsity}, sampled masks {1 - result.soft_density:.4f})"
+        f"learned {len(result.masks)} layers in {plan.config.total_steps(len(plan.train_blocks))} steps: "
+        f"{sparsity_text(result.masks, plan.linears)} (target {plan.config.target_sparsity}, sampled masks "
+        f"{1 - result.soft_density:.4f})"
     )
-    weights = sum(keep.numel() for keep in result.masks.values())
-    zeros = _zeros(plan.linears) / weights
-    if abs(zeros - sparsity) >= 5e-5:
-        print(f"zeros in the masked weights: {zeros:.4f}, more than the masks prune")
-    packed = sum(payload_bytes(tiles_that_are_two_of_four(keep)) for keep in result.masks.values())
-    share = packed / (2 * weights)
-    print(f"packed, these layers will take {packed:,} bytes, {share:.2f} of their {2 * weights:,} in 16 bits")
+    print(packed_text(result.masks))
     next_step = f"patch-llm export --model {options.model} --masks {options.out} --format packed --out packed"
     outputs.print_written(options.folder, "masks, metrics.jsonl and config.resolved.yaml", next_step)
-
-
-def _zeros(linears: Mapping[str, nn.Linear]) -> int:
-    """Weights that are exactly zero."""
-    return sum(linear.weight.numel() - int(linear.weight.count_nonzero()) for linear in linears.values())
 
 
 def print_memory(options: Options, config: LearnConfig) -> None:
