@@ -51,4 +51,4 @@ def _share_of_text(source: str, tokenizer: Any, blocks: Tensor) -> str:
     sample = blocks[:_SAMPLED_BLOCKS].flatten()
     bytes_a_token = len(tokenizer.decode(sample).encode("utf-8", "surrogatepass")) / sample.numel()
     share = min(1.0, blocks.numel() * bytes_a_token / path.stat().st_size)
-    return f", about {share:.0%} of the text"
+    return f", about {share:.0%} of the text" if share >= 0.01 else ", less than 1 % of the text"

@@ -169,7 +169,7 @@ def plan_learning(
     overwrite  an earlier run in output_dir is no reason to refuse: the caller removes it before `LearnPlan.run`
     raises     as `learn`
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or isinstance(model, nn.Linear):
         raise TypeError(f"model: expected a causal language model, got {type(model).__name__}. Load it first.")
     linears = maskable_linears(model, exclude)
     if resume and output_dir is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,9 +48,9 @@ def require_layer(
     return layer
 
 
-def require_layers(given: Collection[str], wanted: Collection[str], what: str) -> None:
+def require_layers(given: Mapping[str, Any], wanted: Collection[str], what: str) -> None:
     """Refuse tensors that are not one for each of the layers `wanted`; `what` names them in the message."""
-    if isinstance(given, str) or not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+    if not isinstance(given, Mapping):
         raise TypeError(f"{what}: expected tensors by layer name, got {type(given).__name__}. {_LAYERS}")
     missing = [name for name in wanted if name not in given]
     extra = [name for name in given if name not in wanted]

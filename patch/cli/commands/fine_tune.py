@@ -57,11 +57,11 @@ def run(options: Options) -> None:
     complete = options.out / RESULT
     if options.resume and complete.exists():
         raise ValueError(f"--resume: expected an unfinished run, {complete} is complete. Use it as --masks.")
-    outputs.check_run_folder(options)
-    inputs.check_text_source(options.data)
     masks = inputs.artifact_folder(options.masks)
     if options.overwrite:
         outputs.check_input_stays(masks, options.out)
+    outputs.check_run_folder(options)
+    inputs.check_text_source(options.data)
     from patch.artifacts.apply import apply_artifact
     from patch.artifacts.artifact import save_artifact
     from patch.models.structure import linear_at

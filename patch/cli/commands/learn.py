@@ -94,12 +94,12 @@ def run(options: Options) -> None:
     if options.dry_run:
         print_memory(options, config)
         return
-    outputs.check_run_folder(options)
-    inputs.check_text_source(options.data)
     if options.prior is not None:
         prior = inputs.artifact_folder(options.prior, "--prior")
         if options.overwrite:
             outputs.check_input_stays(prior, options.folder, "--prior")
+    outputs.check_run_folder(options)
+    inputs.check_text_source(options.data)
     from patch.learn.run import plan_learning
     from patch.runs.arguments import rank, require_trackers
     from patch.runs.progress import StepLines, shows_bars
