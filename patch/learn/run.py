@@ -187,7 +187,8 @@ def plan_learning(
         "tile_scores": _ordered(tile_scores, linears),
     }
     identity = state_files.run_identity(model, train_blocks, config, tensors, world_size())
-    folder, checkpoint, damaged, is_finished = None, None, {}, False
+    folder, checkpoint, is_finished = None, None, False
+    damaged: dict[Path, str] = {}
     if output_dir is not None:
         folder = Path(output_dir).resolve()
         if rank() == 0:

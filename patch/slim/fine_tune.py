@@ -80,8 +80,7 @@ def fine_tune(
                 finite, before the step is made. After an error the model holds what was reached.
     """
     options = FineTuneOptions() if options is None else options
-    arguments = {"output_dir": output_dir, "resume": resume, "report_to": report_to}
-    checkpoint = check_fine_tuning(model, blocks, options, **arguments)
+    checkpoint = check_fine_tuning(model, blocks, options, output_dir=output_dir, resume=resume, report_to=report_to)
     trained, steps = trained_parameters(model), options.total_steps(len(blocks))
     with contextlib.ExitStack() as stack:
         if output_dir is None:

@@ -99,7 +99,8 @@ def run(options: Options) -> None:
         weights={name: linear_at(model, name).weight for name in artifact.masks},
         adapters=adapters(model),
     )
-    losses = f": loss {result.losses[0][1]:.4f} -> {result.losses[-1][1]:.4f}" if result.losses else ""
+    means = [f"{loss:.4f}" for _, loss in result.losses]
+    losses = f": loss {' -> '.join([*means[:1], *means[1:][-1:]])}" if means else ""
     print(f"trained {len(result.trained)} layers for {result.steps} steps{losses}")
     next_step = f"patch-llm eval --model {options.model} --masks {options.out} --data TEXT"
     outputs.print_written(options.out / RESULT, "the trained weights", next_step)
