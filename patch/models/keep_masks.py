@@ -93,20 +93,17 @@ def zeros_already(layers: Mapping[str, nn.Module]) -> str | None:
     sparse = [name for name, layer in layers.items() if zero_share(layer) > _ZEROS_OF_A_DENSE_LAYER]
     if not sparse:
         return None
+    share = f"{100 * zero_share(*layers.values()):.1f} % of the weights to mask are zero already"
     where = f"in {len(sparse)} of {len(layers)} layers, '{sparse[0]}' for example"
-    return (
-        f"{100 * zero_share(*layers.values()):.1f} % of the weights to mask are zero already ({where}): the model was pruned "
-        "before. Masks that are made now count only what they prune themselves"
-    )
+    return f"{share} ({where}): was the model pruned before? New masks count only what they prune themselves."
 
 
 def sparsity_text(masks: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module]) -> str:
     """The sparsity of the masks, and the share of zeros in the masked layers where that is another one."""
     of_masks, of_weights = measured_sparsity(masks), zero_share(*layers.values())
-    text = f"sparsity {of_masks:.4f}"
-    return (
-        text if abs(of_masks - of_weights) <= 0.001 else f"{text} by the masks, {of_weights:.4f} of the weights are 0"
-    )
+    if abs(of_masks - of_weights) <= 0.001:
+        return f"sparsity {of_masks:.4f}"
+    return f"sparsity {of_masks:.4f} by the masks, but {of_weights:.4f} of the weights are 0"
 
 
 def _nonzeros(tensors: Iterable[torch.Tensor]) -> int:
