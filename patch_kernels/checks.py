@@ -15,6 +15,7 @@ from torch import Tensor
 
 _INFINITY = float("inf")
 _SIZES = (int, torch.SymInt, numbers.Integral)  # symbolic under torch.compile; the first is the usual one
+_NUMBERS = (float, *_SIZES, torch.SymFloat, numbers.Real, Tensor)  # a tensor of one number is compared as one
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -58,8 +59,13 @@ def require_number(
     le: float | None = None,
     lt: float | None = None,
     advice: str = "",
+    integer: bool = False,
 ) -> None:
-    """Refuse a number outside its bounds (as in pydantic), infinite or not a number."""
+    """Refuse what is no number (or no integer), and a number outside its bounds (as in pydantic), infinite or NaN."""
+    if not isinstance(value, _SIZES if integer else _NUMBERS):
+        raise ValueError(
+            f"{what}: expected {'an integer' if integer else 'a number'}, got {value!r}. {advice}".rstrip()
+        )
     # Not math.isfinite: torch.compile cannot trace it for a number that changed between two calls.
     if not (
         -_INFINITY < value < _INFINITY
@@ -75,10 +81,18 @@ def require_number(
         raise ValueError(f"{what}: {wanted}, got {value}. {advice}".rstrip())
 
 
-def require_sizes(what: str, sizes: Sequence[Any], advice: str = "") -> None:
+def require_parts(what: str, value: Any, *names: str, advice: str = "") -> None:
+    """Refuse what is no tuple or list with one value for each of these names."""
+    if not isinstance(value, (tuple, list)) or len(value) != len(names):
+        raise ValueError(f"{what}: expected ({', '.join(names)}), got {value!r}. {advice}".rstrip())
+
+
+def require_sizes(what: str, sizes: Any, advice: str = "") -> None:
     """Refuse what is not two integers >= 1."""
-    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, _SIZES) or n < 1 for n in sizes):
-        raise ValueError(f"{what}: expected two integers >= 1, got {tuple(sizes)}. {advice}".rstrip())
+    is_two = isinstance(sizes, (tuple, list)) and len(sizes) == 2
+    if not is_two or any(isinstance(n, bool) or not isinstance(n, _SIZES) or n < 1 for n in sizes):
+        got = tuple(sizes) if isinstance(sizes, (tuple, list)) else repr(sizes)
+        raise ValueError(f"{what}: expected two integers >= 1, got {got}. {advice}".rstrip())
 
 
 def require_multiple(what: str, value: int, of: int, advice: str = "", *, named: str = "") -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from patch.cli import outputs
-from patch.cli.inputs import check_model_path
+from patch.cli.inputs import check_model_path, may_run_code
 from patch.cli.parser import PROGRAM, USAGE_ERROR, build_parser, print_error
 from patch.cli.wording import in_flags
 from patch.files.failures import as_file_error, file_error_text
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             flags=_given_flags(arguments),
             sections={section: kind for kind, section, _ in getattr(command, "SECTION_FLAGS", {}).values()},
         )
-        _check_models(options)
+        may_run_code.set(getattr(options, "trust_remote_code", False))
+        _check_models(options, takes_packed=getattr(command, "TAKES_PACKED", False))
         command.run(options)
     except KeyboardInterrupt:
         kept = command.on_interrupt(options) if options is not None else "nothing was started"
@@ -55,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_models(options: Any) -> None:
-    """Refuse a path without a model at once, before a command imports what loads models."""
+def _check_models(options: Any, *, takes_packed: bool) -> None:
+    """Refuse a path without a usable model at once, before a command imports what loads models."""
     for path in (getattr(options, "model", None), *getattr(options, "compare", ())):
         if path is not None:
-            check_model_path(path)
+            check_model_path(path, packed=takes_packed)
 
 
 def _report(error: Exception, command: ModuleType) -> int:
@@ -84,11 +85,17 @@ def _let_threads_sleep() -> None:
 
 
 def _given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """{dotted key: value} of the flags that were given."""
-    prefix = "setting "
-    values = ((name, value) for name, value in vars(arguments).items() if name.startswith(prefix))
-    given = {name.removeprefix(prefix): value for name, value in values if value is not None}
-    return {key: ",".join(value) if isinstance(value, list) else value for key, value in given.items()}
+    """{dotted key: value} of the flags and plain words that were given."""
+    given: dict[str, Any] = {}
+    for name, value in vars(arguments).items():
+        kind, _, key = name.partition(" ")
+        if kind not in ("setting", "word") or value is None:
+            continue
+        if key in given:
+            got = f"got {given[key]!r} and {value!r}. Leave one out."
+            raise ValueError(f"--{key.replace('_', '-')}: expected it once, as a plain word or as a flag, {got}")
+        given[key] = ",".join(value) if isinstance(value, list) else value
+    return given
 
 
 def _one_line(error: BaseException) -> str:

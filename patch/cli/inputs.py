@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,11 +32,23 @@ MODEL_HELP = "model folder or Hugging Face id"
 DATA_HELP = "text: a .txt, .jsonl or .parquet file, or c4, wikitext2, ptb, slimpajama"
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
+_HUB_SECONDS = 10
 TokensToPredict = Annotated[int, Field(ge=2)] | None
 
 
+# Whether the command that runs may execute code that comes with a model: said once, by main, for all it loads.
+may_run_code: ContextVar[bool] = ContextVar("may_run_code", default=False)
+
+
 @record(kw_only=True)
-class PlacementSettings:
+class ModelSettings:
+    """What every command that loads models has."""
+
+    trust_remote_code: bool = setting(False, "run the Python code that a model brings along; read it before")
+
+
+@record(kw_only=True)
+class PlacementSettings(ModelSettings):
     """Where and in which dtype a command loads models."""
 
     dtype: DtypeName = setting("auto", "dtype to load the model in (default: its own)", metavar="DTYPE")
@@ -94,10 +108,11 @@ def load_model(path: str, *, dtype: DtypeName = "auto", device: str | None = Non
     hide_bars_without_terminal()
 
     check_model_path(path)
+    _check_hub(path)
     where = device_of(device)
     wanted = dtype_of(dtype)
     with _model_errors(path):
-        model: PreTrainedModel = patch.load(path, dtype=wanted)
+        model: PreTrainedModel = patch.load(path, dtype=wanted, trust_remote_code=may_run_code.get())
     return model.to(where).eval()  # type: ignore[arg-type]
 
 
@@ -106,8 +121,9 @@ def load_model_config(path: str, *, packed: bool = False) -> Any:
     from transformers import AutoConfig
 
     check_model_path(path)
+    _check_hub(path)
     with _model_errors(path):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=may_run_code.get())
     if not packed and getattr(config, "quantization_config", None) is not None:
         got = f"{path!r} has a quantization_config in its config.json"
         raise ValueError(f"--model: expected a dense model, {got}. Give the model that it was made from.")
@@ -120,21 +136,46 @@ def load_model_shapes(path: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = load_model_config(path)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    with _model_errors(path), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code.get())
 
 
 @contextlib.contextmanager
 def _model_errors(path: str) -> Iterator[None]:
-    """transformers' errors about a model that is not there, as one sentence that says what to do."""
+    """transformers' errors about a model that it cannot load, as one sentence that says what to do."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        if _is_ours(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        raise _refused_model(path, error) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether our own code raised it, in a full sentence."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return name.partition(".")[0] in ("patch", "patch_kernels")
+
+
+def _refused_model(path: str, error: Exception) -> Exception:
+    """The sentence for transformers' error about a model."""
+    reason = " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
+    if "trust_remote_code" in str(error):
+        got = f"{path!r} brings code of its own that would be run"
+        advice = "Read that code, then give --trust-remote-code if you trust it."
+        return ValueError(f"--model: expected a model whose code is in transformers, {got}. {advice}")
+    if isinstance(error, OSError) and not Path(path).is_dir():
         got = f"got {path!r} which cannot be loaded ({reason}). Check the name, and the network or the cache."
-        raise FileNotFoundError(f"--model: expected a model folder or a Hugging Face id, {got}") from error
+        return FileNotFoundError(f"--model: expected a model folder or a Hugging Face id, {got}")
+    if "out of memory" in reason:
+        return error
+    got = f"got {path!r} which does not load ({type(error).__name__}: {reason})"
+    return ValueError(f"--model: expected a model that transformers loads, {got}. Correct its config.json or files.")
 
 
 def hide_bars_without_terminal() -> None:
@@ -150,9 +191,14 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     check_model_path(path)
+    _check_hub(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=may_run_code.get())
+    except ImportError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise _refused_model(path, error) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         got = f"got none that loads ({reason}). Save the tokenizer into the model's folder."
         raise FileNotFoundError(f"--model: expected a tokenizer in {path!r}, {got}") from error
@@ -184,6 +230,10 @@ def artifact_folder(path: str | os.PathLike, flag: str = "--masks") -> Path:
     folder = require_folder(flag, path, "a folder made by prune or learn")
     if (folder / "result").is_dir():
         return folder / "result"
+    if (folder / "config.json").is_file():
+        got = f"{folder} is a model"
+        advice = "Give masks, and a model as --model (`eval` takes more of them as --compare)."
+        raise ValueError(f"{flag}: expected a folder made by prune or learn, {got}. {advice}")
     if any(folder.glob("checkpoint-*")):
         got = f"{folder} has checkpoints but no result"
         raise ValueError(f"{flag}: expected a finished learning run, {got}. Finish it with `patch-llm ... --resume`.")
@@ -209,8 +259,8 @@ def load_calibration(options: Any, model: nn.Module, tokenizer: Any = None) -> t
     )
 
 
-def check_model_path(path: str) -> None:
-    """Refuse a path that cannot hold a model, before anything is loaded."""
+def check_model_path(path: str, *, packed: bool = True) -> None:
+    """Refuse a path that cannot hold a model, or one that is packed where that is no use, before anything is loaded."""
     folder = Path(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local:
@@ -218,3 +268,38 @@ def check_model_path(path: str) -> None:
     if folder.is_dir() and not (folder / "config.json").is_file():
         advice = "Give the folder of the dense model; folders made by prune or learn belong to --masks."
         raise FileNotFoundError(f"--model: expected a transformers model, {path!r} has no config.json. {advice}")
+    if folder.is_dir() and not packed and _is_packed(folder):
+        got = f"{path!r} has packed layers"
+        raise ValueError(f"--model: expected a dense model, {got}. Give the model that it was made from.")
+
+
+def _is_packed(folder: Path) -> bool:
+    from patch.files.strict_json import read_json
+
+    config = read_json(folder.resolve() / "config.json")
+    method = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(method, dict) and method.get("quant_method") == "patch"
+
+
+def _check_hub(name: str) -> None:
+    """Refuse an id that is not in the cache while the hub does not answer, which libraries retry for minutes."""
+    if Path(name).is_dir():
+        return
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if getproxies() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=_HUB_SECONDS).close()
+    except OSError as error:
+        got = (
+            f"got {name!r}, which is no folder here and not in the cache, and {hub.hostname} does not answer ({error})"
+        )
+        advice = "Check the path, or the network."
+        raise FileNotFoundError(f"--model: expected a model folder or a Hugging Face id, {got}. {advice}") from None

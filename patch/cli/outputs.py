@@ -36,12 +36,23 @@ def check_new_folder(path: str | os.PathLike, *, overwrite: bool, what: str) -> 
     claim(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder
-    is_ours = (folder / MANIFEST).is_file()
-    if not is_ours or not overwrite:
-        advice = "or replace it with --overwrite" if is_ours else "what this program did not write is never replaced"
-        got = f"exists already (a complete {what})" if is_ours else "holds other files"
-        raise ValueError(f"--out: expected a new folder, {folder} {got}. Choose another --out, {advice}.")
+    expected = f"--out: expected a new folder, {folder}"
+    if not (folder / MANIFEST).is_file():
+        advice = "Choose another --out, what this program did not write is never replaced."
+        raise ValueError(f"{expected} holds other files. {advice}")
+    if (kind := _kind_of(folder)) != what:
+        advice = f"Choose another --out, only another {kind} may replace it."
+        raise ValueError(f"{expected} exists already (a complete {kind}). {advice}")
+    if not overwrite:
+        advice = "Choose another --out, or replace it with --overwrite."
+        raise ValueError(f"{expected} exists already (a complete {what}). {advice}")
     return folder
+
+
+def _kind_of(folder: Path) -> str:
+    """What kind of folder of ours it is, by a file that each of that kind has."""
+    kinds = {"masks.safetensors": "result", "config.json": "export", "report.md": "report"}
+    return next((kind for name, kind in kinds.items() if (folder / name).is_file()), "folder of this program")
 
 
 def check_new_file(path: Path | None, flag: str) -> None:

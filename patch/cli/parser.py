@@ -93,7 +93,7 @@ def _add_flag(group: Any, flag: str, key: str, info: FieldInfo) -> None:
     if extra["positional"]:
         # SUPPRESS: an absent word must not hide what --config or the flag gave.
         words = {"nargs": "*" if kind is tuple else "?", "default": argparse.SUPPRESS}
-        group.add_argument(f"setting {key}", **words, **shown)
+        group.add_argument(f"word {key}", **words, **shown)
         if kind is tuple:
             return  # a single word has its flag too, by which messages call it
     options: dict[str, Any] = {"dest": f"setting {key}", "default": None} | shown

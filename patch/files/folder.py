@@ -102,7 +102,10 @@ def write_folder(path: str | os.PathLike, write: Callable[[Path], object], *, re
             with _lock(staging):  # tells other hosts' and containers' writers that this one is alive
                 write(staging)
                 _seal(staging)
-            return _swap_in(staging, target) if replace else _move_to_free_name(staging, target)
+            if replace:
+                _swap_in(staging, target)
+                return Path(path)
+            return Path(path).with_name(_move_to_free_name(staging, target).name)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -271,7 +274,7 @@ def _move_to_free_name(staging: Path, target: Path) -> Path:
     raise FileExistsError(f"expected a free name like {target}, found none; give another one")
 
 
-def _swap_in(staging: Path, target: Path) -> Path:
+def _swap_in(staging: Path, target: Path) -> None:
     aside = target.with_name(f"{target.name}.old-{os.getpid()}")
     with _lock(target.parent):
         replaced = os.path.lexists(target)
@@ -286,7 +289,6 @@ def _swap_in(staging: Path, target: Path) -> Path:
         _fsync(target.parent)
     if replaced:
         shutil.rmtree(aside, ignore_errors=True)
-    return target
 
 
 @contextlib.contextmanager

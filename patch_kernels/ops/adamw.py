@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch_kernels.checks import kind_of, require_number, require_tensor
+from patch_kernels.checks import kind_of, require_number, require_parts, require_tensor
 
 _ops = torch.ops.patch_kernels
 SCALE_BLOCK = 256  # values of an 8-bit moment that share a scale
@@ -61,11 +61,12 @@ def adamw_step(
     """
     moments = (("exp_avg", exp_avg, exp_avg_scale), ("exp_avg_sq", exp_avg_sq, exp_avg_sq_scale))
     _check_tensors(param, grad, moments, grad_scale)
-    require_number("adamw_step, step", step, ge=1, lt=1 << 32, advice="Count steps from 1.")
-    require_number("adamw_step, seed", seed, ge=-(1 << 63), lt=1 << 63, advice="It has 64 bits.")
-    require_number("adamw_step, stream", stream, ge=0, lt=1 << 30, advice="Count parameters from 0.")
+    require_number("adamw_step, step", step, ge=1, lt=1 << 32, advice="Count steps from 1.", integer=True)
+    require_number("adamw_step, seed", seed, ge=-(1 << 63), lt=1 << 63, advice="It has 64 bits.", integer=True)
+    require_number("adamw_step, stream", stream, ge=0, lt=1 << 30, advice="Count parameters from 0.", integer=True)
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         require_number(f"adamw_step, {name}", value, ge=0, advice="Usual are lr=1e-3, eps=1e-8 and weight_decay=0.")
+    require_parts("adamw_step, betas", betas, "beta1", "beta2", advice="Usual are (0.9, 0.95).")
     for beta in betas:
         require_number("adamw_step, betas", beta, ge=0, lt=1, advice="Usual are 0.9 and 0.95.")
     _ops.adamw_step(

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from patch_kernels.checks import FLOATS, kind_of, require_multiple, require_number, require_tensor
+from patch_kernels.checks import (
+    FLOATS,
+    kind_of,
+    require_multiple,
+    require_number,
+    require_parts,
+    require_sizes,
+    require_tensor,
+)
 from patch_kernels.ops.tile_linear import tile_grid
 from patch_kernels.reference import TILE
 
@@ -55,8 +63,11 @@ def mask_sampling(
         least = 0 if name.endswith("temperature") else None
         require_number(f"masked_weight, {name}", value, gt=least, advice="Schedules of a temperature end above 0.")
     if noise is not None:
-        require_number("masked_weight, seed of noise", noise[0], ge=-(1 << 63), lt=1 << 63, advice="It has 64 bits.")
-        require_number("masked_weight, draw of noise", noise[1], ge=0, lt=1 << 32, advice="Count draws from 0.")
+        require_parts("mask_sampling, noise", noise, "seed", "draw")
+        what, advice = "masked_weight, seed of noise", "It has 64 bits."
+        require_number(what, noise[0], ge=-(1 << 63), lt=1 << 63, advice=advice, integer=True)
+        what, advice = "masked_weight, draw of noise", "Count draws from 0."
+        require_number(what, noise[1], ge=0, lt=1 << 32, advice=advice, integer=True)
     factors = torch.tensor(
         [
             1 / pattern_temperature,
@@ -120,6 +131,8 @@ def masked_weight(
         if layer != 0:
             advice = "Pass sampling, or noise=(seed, layer, draw)."
             raise ValueError(f"masked_weight: expected layer with sampling, got layer={layer} alone. {advice}")
+        if noise is not None:
+            require_parts("masked_weight, noise", noise, "seed", "layer", "draw")
         layer = 0 if noise is None else noise[1]
         drawn = None if noise is None else (noise[0], noise[2])
         sampling = mask_sampling(**numbers, noise=drawn, device=weight.device)
@@ -234,8 +247,9 @@ def _check_masked_weight(
     advice = "Exclude this layer from masking."
     require_tensor("masked_weight, weight", weight, dtypes=FLOATS, shape=("N", "K"), advice=advice)
     require_multiple("masked_weight, columns of weight", weight.shape[1], 4, advice)
+    require_sizes("masked_weight, tile (rows, columns)", tile, "Use (128, 128).")
     require_multiple("masked_weight, columns of tile", tile[1], 4, "A group of four may not cross tiles.")
-    require_number("masked_weight, layer", layer, ge=0, lt=1 << 31, advice="Count layers from 0.")
+    require_number("masked_weight, layer", layer, ge=0, lt=1 << 31, advice="Count layers from 0.", integer=True)
     if (pattern_logits is None) == (fixed_pattern is None):
         got = "neither" if pattern_logits is None else "both"
         raise ValueError(f"masked_weight: expected pattern_logits or fixed_pattern, got {got}. Learn or fix it.")

@@ -130,7 +130,11 @@ def unpack_tiles(payload: Tensor, tile_is_sparse: Tensor, shape: tuple[int, int]
     """Inverse of pack_tiles: the dense (N, K) weight, bit for bit, zeros where pruned."""
     if dtype not in BY_TORCH:
         raise ValueError(f"unpack_tiles: expected dtype float16 or bfloat16, got {dtype}. Use that of pack_tiles.")
+    require_sizes("unpack_tiles, shape", shape, "Pass that of the packed weight.")
     _check_grid("unpack_tiles", tile_is_sparse, tuple(shape))
+    size, advice = (payload_bytes(tile_is_sparse),), "Pass what pack_tiles returned, with its flags."
+    like: dict[str, Any] = {"device": tile_is_sparse.device, "contiguous": True, "advice": advice}
+    require_tensor("unpack_tiles, payload", payload, dtypes=(torch.uint8,), shape=size, **like)
     return _ops.unpack_tiles(payload, tile_flags(tile_is_sparse), shape[0], shape[1], dtype)
 
 
@@ -140,6 +144,7 @@ def make_schedule(tile_is_sparse: Tensor) -> Tensor:
     tile_is_sparse  (R, C) bool or uint8 on any device; read on the host, so a GPU tensor is waited for.
     returns         int32 (words,) on the same device. Depends on the flags alone; not part of any file.
     """
+    require_tensor("make_schedule, tile_is_sparse", tile_is_sparse, dtypes=(torch.bool, torch.uint8), shape=("R", "C"))
     words = _ops.make_schedule(tile_flags(tile_is_sparse.cpu()).contiguous())
     return words.to(tile_is_sparse.device)
 

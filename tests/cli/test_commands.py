@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -346,6 +347,29 @@ def test_help_is_fast_and_shows_examples():
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
         assert stopped.value.code == 0
+
+
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "9"}])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(chosen):
+    """Spinning threads make everything ten times slower beside another process; OpenMP reads this once, with torch."""
+    code = "import os, sys; from patch import cli; cli.main('prune --model ./nope --out x'.split()); "
+    code += "print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY'))"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | chosen
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    expected = chosen.get("OMP_WAIT_POLICY") if chosen else "passive"
+    assert result.stdout.split() == ["False", str(expected)]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_help_fits_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        cli.main(["export", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("  patch-llm ")) <= min(columns, 110)
+    assert "  patch-llm export --model ./llama --masks learned --format packed --out packed" in lines  # not wrapped
 
 
 def test_python_dash_m_and_version():

@@ -303,6 +303,15 @@ FLAGS = tile_linear.tile_flags(TILES)
             lambda: tile_linear.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, (130, 300), torch.half),
             r"unpack_tiles, tile_is_sparse: expected torch.bool .*\(2, 3\)",
         ),
+        (
+            lambda: tile_linear.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, (130, 132), torch.half),
+            r"unpack_tiles, payload: expected contiguous torch.uint8 \(\d+,\) on cpu, got torch.uint8 \(1,\)",
+        ),
+        (
+            lambda: tile_linear.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, 130, torch.half),
+            r"unpack_tiles, shape: expected two integers >= 1, got 130",
+        ),
+        (lambda: tile_linear.make_schedule(TILES.int()), "make_schedule, tile_is_sparse: expected torch.bool or torch"),
         (lambda: TiledLinear(0, 5), r"weight shape \(N, K\): expected two integers >= 1, got \(5, 0\)"),
         (lambda: TiledLinear(128, 128, dtype=torch.float32), "dtype float16 or bfloat16, got torch.float32"),
         (lambda: TiledLinear(128, 128, payload_bytes=7), "payload_bytes between 18432 .* and 32768 .* got 7"),

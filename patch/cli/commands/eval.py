@@ -28,6 +28,7 @@ examples:
   patch-llm eval --model ./llama --tasks paper --batch-size 8 --json dense.json   # needs patch-llm[eval]
   patch-llm eval --model ./llama --tasks my_task --task-path ./tasks --markdown -
 """
+TAKES_PACKED = True
 # Tokenizers that disagree on this are not the same; it has what they differ in: case, digits, spaces, non-ASCII.
 _PROBE = "The 17th  probe:\n\tna\u00efve caf\u00e9s paid 3.14 (or 2,718) -- don't they?"
 

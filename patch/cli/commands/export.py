@@ -23,7 +23,7 @@ zeros where weights were pruned and needs no PATCH at all.
 
 
 @record(kw_only=True)
-class Options:
+class Options(inputs.ModelSettings):
     """Settings of `export`."""
 
     model: str = setting(help=inputs.MODEL_HELP + " (the dense model the masks were made from)", metavar="MODEL")

@@ -17,6 +17,7 @@ examples:
   patch-llm generate --model packed --prompt "The capital of France is"
   patch-llm generate --model packed --prompt "Once upon a time" --temperature 0.8 --seed 1
 """
+TAKES_PACKED = True
 
 
 Prompt = Annotated[str, Field(min_length=1), Says("text", "Give at least one word.")]

@@ -20,7 +20,7 @@ The result is used like that of prune or learn: `patch-llm eval --masks maskllm`
 
 
 @record(kw_only=True)
-class Options:
+class Options(inputs.ModelSettings):
     """Settings of `import-masks`."""
 
     source: str = setting(help="mask file, folder with one, or Hugging Face id", metavar="SOURCE", positional=True)
