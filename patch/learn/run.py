@@ -75,13 +75,15 @@ def learn(
     train_blocks  (blocks, tokens) int64 token ids; the labels are the ids themselves. Shuffled by
                   config.seed; what does not fill a global batch is left out.
     prior_masks   keep masks (N, K) bool by layer name, from one-shot 2:4 pruning; required (exactly 2 of 4)
-                  in mode "tile", where they are the fixed patterns.
+                  in mode "tile", where they are the fixed patterns. Elsewhere dense tiles may keep all of theirs.
     tile_scores   (rows, cols) by layer name, from patch.priors.tile_scores of an unstructured mask.
-    output_dir    folder for checkpoints, metrics.jsonl and the result; None keeps nothing.
+    output_dir    folder for checkpoints, metrics.jsonl and the result: a new one, or one of an earlier run; None
+                  keeps nothing.
     resume        go on from the newest complete checkpoint in output_dir (or start, if there is none). A
                   finished run is not trained again, its masks are applied. The result equals an uninterrupted
                   run's bits.
     exclude       fnmatch patterns of layers left dense.
+    progress      a bar where there is a terminal; for lines elsewhere pass patch.runs.progress.StepLines() in callbacks
     callbacks, report_to  passed to transformers' Trainer.
     raises        ValueError or TypeError before any work for bad input; FloatingPointError naming the step
                   when the loss or a gradient is not finite (checkpoints stay).

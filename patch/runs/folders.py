@@ -17,7 +17,7 @@ _BESIDE_IT = (RESOLVED_NAME, IDENTITY, "runs", "damaged-checkpoint-*", "removed-
 
 def earlier_run(folder: Path) -> list[str]:
     """Names in a folder that say that there was a run in it."""
-    return [name for name in _names(folder) if _is_one_of(name, _OF_A_RUN)]
+    return [name for pattern in _OF_A_RUN for name in _names(folder) if fnmatchcase(name, pattern)]
 
 
 def require_run_folder(place: str, folder: Path) -> None:

@@ -14,7 +14,8 @@ SUMMARY = "quantise a masked model (simulated) and add low-rank adapters (SLiM)"
 EXAMPLES = """\
 examples:
   patch-llm compress --model ./llama --masks learned --quantize-weight --out quantised
-  patch-llm compress --model ./llama --masks learned --quantize-weight --lora-rank 0.1 --data calibration.txt --out slim
+  patch-llm compress --model ./llama --masks learned --quantize-weight --lora-rank 0.1 --data text.txt \\
+      --seqlen 256 --nsamples 64 --out slim
   patch-llm eval --model ./llama --masks learned,slim --data heldout.txt
 
 The masks may come from prune (any method) or learn; they do not change.

@@ -19,8 +19,11 @@ NAME = "fine-tune"
 SUMMARY = "train the kept weights and adapters of a masked model; pruned weights stay zero"
 EXAMPLES = """\
 examples:
-  patch-llm fine-tune --model ./llama --masks learned --data slimpajama --out tuned
-  patch-llm fine-tune --model ./llama --masks slim --data train.jsonl --blocks 5000 --lr 5e-5 --out tuned
+  # a small model and a text of 1 MB, minutes on two cores:
+  patch-llm fine-tune --model ./llama --masks learned --data text.txt --seqlen 256 --blocks 800 --batch-size 4 \\
+      --local-batch-size 4 --lr 1e-4 --out tuned
+  # as published, 468 steps of 64 blocks of 1024 tokens, for a GPU:
+  patch-llm fine-tune --model ./llama --masks slim --data slimpajama --out tuned
   patch-llm fine-tune --config tuned/config.resolved.yaml --resume              # go on after an interrupt
   patch-llm eval --model ./llama --masks learned,tuned --data heldout.txt
 """
