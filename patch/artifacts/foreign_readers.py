@@ -146,7 +146,7 @@ def _read_pt(
 
 def _check_names(path: Path, layers: Collection[str], wanted: Collection[str], known: Collection[str]) -> None:
     # Masks of layers that are excluded may be there: they are left out.
-    given = [name for name in layers if name in wanted or name not in known]
+    given = {name: None for name in layers if name in wanted or name not in known}
     require_layers(given, wanted, f"{path}")
 
 

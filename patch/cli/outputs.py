@@ -73,14 +73,20 @@ def refuse_both(options: Any, one: str, other: str, advice: str) -> None:
 
 
 def check_run_folder(options: Any) -> None:
-    """Refuse an --out that is a file, or holds an earlier run without --resume or --overwrite, or is being written."""
+    """Refuse an --out that is a file, holds other things or an earlier run without --resume or --overwrite, or is
+    being written."""
+    from patch.runs.arguments import rank
+    from patch.runs.folders import earlier_run, require_run_folder
+
+    if rank() != 0:
+        return  # the first process may have begun to write
     out = require_place_for_folder("--out", options.out)
     claim(out)
-    earlier = [name for name in ("result", "metrics.jsonl") if (out / name).exists()]
-    earlier += sorted(path.name for path in out.glob("checkpoint-*"))
+    earlier = earlier_run(out)
     if earlier and not (options.resume or options.overwrite):
         advice = "Use --resume, replace it with --overwrite, or choose another --out."
         raise ValueError(f"--out: expected no earlier run, {out} has {', '.join(earlier[:4])}. {advice}")
+    require_run_folder("--out", out)
 
 
 def check_input_stays(path: Path, out: Path, flag: str = "--masks") -> None:

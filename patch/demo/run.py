@@ -26,6 +26,7 @@ from patch.demo.settings import DemoSettings, ModelSettings
 from patch.evaluate import plots, tables
 from patch.evaluate.cross_entropy import perplexity
 from patch.evaluate.results import broken_perplexity
+from patch.files.atomic import write_text_atomic
 from patch.files.folder import write_folder
 from patch.files.strict_json import dump_json, read_json
 from patch.learn.config import LearnConfig
@@ -40,7 +41,10 @@ from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import packed_layers
 from patch.pruning import compensate, get_method, prune_model
 from patch.pruning.tile_scores import reference_tile_scores
+from patch.runs.folders import require_nothing_else
+from patch.runs.progress import StepLines
 from patch.runs.stages import STAGE_FILE, digest, finished
+from patch.settings import RESOLVED_NAME
 from patch_kernels import payload_bytes, tiles_that_are_two_of_four
 from patch_kernels.checks import require_at_least
 
@@ -51,6 +55,12 @@ if TYPE_CHECKING:
 Outcome = tuple[dict[str, Any], Callable[[Path, bytes], None]]
 
 ONE_SHOT = {"magnitude": "magnitude 2:4", "wanda": "Wanda 2:4", "sparsegpt": "SparseGPT 2:4"}
+TEXT, HELDOUT = "text.txt", "heldout.txt"
+# What a demo leaves in its folder.
+_FILES = (
+    *(RESOLVED_NAME, TEXT, HELDOUT, "results.csv", "perplexity.png", "tiles.png"),
+    *("dense", "baseline", *ONE_SHOT, "maskllm", "patch-*", "packed", "pruned", "*.tmp-*", "*.old-*"),
+)
 PROMPT = "def __init__(self"
 NOTES = """
 Perplexity: {tokens} held-out tokens of files that neither training nor pruning saw, windows of {window}, fp32.
@@ -75,23 +85,39 @@ def run_demo(
     text  folder of .py files to use instead of the standard library
     echo  receives each line of output
     """
-    demo = _Demo(Path(out), settings or DemoSettings(), Path(text) if text else None, echo)
-    return demo.run()
+    return Demo(out, settings, text=text, echo=echo).run()
 
 
-class _Demo:
-    """State of one run: the folder, the text, and the results so far."""
+class Demo:
+    """State of one run, arguments as `run_demo`: the folder, the text, and the results so far.
 
-    def __init__(self, out: Path, settings: DemoSettings, text: Path | None, echo: Callable[[str], None]) -> None:
-        self.out, self.settings, self.echo = out, settings, echo
+    Making one reads the text and checks the folder; only `run` writes.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike,
+        settings: DemoSettings | None = None,
+        *,
+        text: str | os.PathLike | None = None,
+        echo: Callable[[str], None] = print,
+    ) -> None:
+        self.out, self.settings, self.echo = Path(out), settings or DemoSettings(), echo
+        settings = self.settings
+        is_ours = (self.out / "dense" / STAGE_FILE).is_file()
+        require_nothing_else("--out", self.out, () if is_ours else _FILES)
         self.clock = demo_model.Stopwatch()
-        self.corpus = corpus_module.load_corpus(text, max_characters=settings.max_characters)
+        self.corpus = corpus_module.load_corpus(Path(text) if text else None, max_characters=settings.max_characters)
         self.key: Any = {"text": self.corpus.sha256, "version": __version__, "torch": torch.__version__}
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> list[dict[str, Any]]:
         settings = self.settings
         self.say(f"text: {self.corpus.describe()} (SHA-256 {self.corpus.sha256[:12]})")
+        self._say_plan()
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name, documents in ((TEXT, self.corpus.learn), (HELDOUT, self.corpus.heldout)):
+            write_text_atomic(self.out / name, "\n\n".join(documents))
         self.stage("dense", dataclasses.asdict(settings.model), self._make_dense)
         self._prepare_text()
         self.key = {
@@ -113,6 +139,19 @@ class _Demo:
         self._show()
         self._packed()
         return self.rows
+
+    def _say_plan(self) -> None:
+        settings, block = self.settings, self.settings.model.block_size
+        dense, learn = (
+            settings.model.steps * settings.model.batch_size,
+            settings.learn.steps * settings.learn.batch_size,
+        )
+        runs = 1 + len(settings.targets)
+        self.say(
+            f"plan: train a model for {settings.model.steps} steps ({dense * block:,} tokens), prune it by "
+            f"{len(ONE_SHOT)} methods, learn {runs} masks for {settings.learn.steps} steps each ({learn * block:,} "
+            "tokens), compensate, compare, pack. By default that takes 7 to 10 minutes on 2 cores"
+        )
 
     # -- stages ---
 
@@ -211,6 +250,7 @@ class _Demo:
             prior_masks=prior,
             tile_scores=None if config.mode == "maskllm" else self._tile_scores(config),
             progress=False,
+            callbacks=[StepLines(lambda text: self.say(f"  {text}"))],
         )
         meta = {
             "model": "dense",

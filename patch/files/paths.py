@@ -30,20 +30,6 @@ def require_place_for_folder(what: str, path: str | os.PathLike[str], advice: st
     return Path(path)
 
 
-def require_model_path(path: str | os.PathLike[str]) -> str:
-    """The folder of a model as text, put back where a replacement of it was cut short; a hub id as it is.
-
-    raises  FileNotFoundError for what is no folder and can be no hub id.
-    """
-    name = os.fspath(path)
-    folder = resolve_folder(name, must_exist=False)
-    if folder.is_dir():
-        return str(folder)
-    if name.startswith((".", "/", "~")) or os.path.lexists(name) or name.count("/") > 1:
-        raise FileNotFoundError(f"expected a folder with a model at {name}, found none; check the path")
-    return name
-
-
 def require_new(
     what: str, path: str | os.PathLike[str], kind: str = "file", advice: str = "Choose another name."
 ) -> Path:
@@ -62,3 +48,17 @@ def require_writable(what: str, path: str | os.PathLike[str], advice: str) -> No
         raise ValueError(f"{what}: expected a folder to write to, {place} is none. {advice}")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{what}: expected a folder to write to, {place} may not be written. {advice}")
+
+
+def require_model_path(path: str | os.PathLike[str]) -> str:
+    """The folder of a model as text, put back where a replacement of it was cut short; a hub id as it is.
+
+    raises  FileNotFoundError for what is no folder and can be no hub id.
+    """
+    name = os.fspath(path)
+    folder = resolve_folder(name, must_exist=False)
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "/", "~")) or os.path.lexists(name) or name.count("/") > 1:
+        raise FileNotFoundError(f"expected a folder with a model at {name}, found none; check the path")
+    return name

@@ -48,6 +48,7 @@ def check_inputs(
             if config.mode == "tile":
                 all_sparse = torch.ones(tile_grid(tuple(keep.shape)), dtype=torch.bool)
                 require_two_of_four(what, keep, all_sparse, "Mode tile keeps them; prune with pattern 2:4.")
+        _require_patterns(prior_masks)
     if tile_scores is not None:
         require_layers(tile_scores, linears, "tile_scores")
         for name, scores in tile_scores.items():
@@ -55,6 +56,17 @@ def check_inputs(
             grid = tile_grid(tuple(linears[name].weight.shape), config.tile)
             require_tensor(what, scores, dtypes=FLOATS, shape=grid, advice=advice)
             require_finite(what, scores, advice)
+
+
+def _require_patterns(prior_masks: Mapping[str, Tensor]) -> None:
+    """Refuse priors that say nothing about 2:4 patterns. Dense tiles may keep all, so not every group has 2 of 4."""
+    advice = "Prune one-shot with pattern 2:4, or leave prior_masks out."
+    for name, keep in prior_masks.items():
+        if not keep.any():
+            expected = "expected a 2:4 keep mask, True where a weight stays"
+            raise ValueError(f"prior_masks['{name}']: {expected}, got one that keeps nothing. {advice}")
+    if not any((keep.reshape(-1, 4).sum(1, dtype=torch.uint8) == 2).any() for keep in prior_masks.values()):
+        raise ValueError(f"prior_masks: expected 2:4 keep masks, got none with 2 of 4 in any group. {advice}")
 
 
 def check_model(linears: Mapping[str, nn.Linear]) -> None:

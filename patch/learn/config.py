@@ -39,7 +39,9 @@ class LearnConfig:
     """
 
     mode: Mode = setting("joint", "joint: 2:4 patterns and tiles; tile: tiles, patterns fixed; maskllm: patterns only")
-    target_sparsity: Share = setting(0.45, "target share of zeros; maskllm: always 0.5", metavar="SHARE")
+    target_sparsity: Share = setting(
+        0.45, "target share of zeros, required but for maskllm, where it is 0.5 (default: none)", metavar="SHARE"
+    )
     tile: Tile = setting((128, 128), "rows,columns of a tile", metavar="R,C")
     lr: Positive = setting(1e-3, "learning rate of AdamW (default of the preset)", metavar="LR")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = setting(0.0, "cosine decay ends at lr * min_lr_ratio")
@@ -102,6 +104,9 @@ class LearnConfig:
         """
         require_choice("preset", name, MODES, "Use 'joint' for best quality.")
         check_keys(cls, overrides, "LearnConfig")
+        if also := [key for key in ("mode", "target_sparsity") if key in overrides]:
+            expected = "expected the mode as the preset's name and the target as sparsity"
+            raise ValueError(f"preset {name}: {expected}, got {', '.join(also)} besides. Leave it out.")
         if sparsity is None:
             if name != "maskllm":
                 raise ValueError(f"preset {name}: expected a target sparsity of 0 to 0.5, got none. 0.45 is common.")

@@ -81,16 +81,16 @@ class MemoryEstimate:
     def text(self, cards_gb: Sequence[int] = CARDS_GB) -> str:
         """Lines to print: bytes by kind, the peak, and whether it fits cards of these sizes in GB (10^9 bytes)."""
         totals = {phase: sum(kinds.values()) for phase, kinds in self.phases.items()}
-        lower = ", ".join(f"{phase} {_gb(totals[phase])}" for phase in totals if phase != self.peak_phase)
+        lower = ", ".join(f"{phase} {gigabytes(totals[phase])}" for phase in totals if phase != self.peak_phase)
         lines = [f"{self.masked_layers} masked layers with {self.masked_elems / 1e9:.3f} billion weights"]
-        lines += [f"  {kind:<16}{_gb(size):>12}" for kind, size in self.by_kind.items()]
-        lines.append(f"  {'peak':<16}{_gb(self.peak):>12}  in phase {self.peak_phase} ({lower})")
+        lines += [f"  {kind:<16}{gigabytes(size):>12}" for kind, size in self.by_kind.items()]
+        lines.append(f"  {'peak':<16}{gigabytes(self.peak):>12}  in phase {self.peak_phase} ({lower})")
         for size in cards_gb:
             left = size * GB - self.peak
-            verdict = f"fits, {_gb(left)} left" if left >= 0 else f"does not fit, {_gb(-left)} too much"
+            verdict = f"fits, {gigabytes(left)} left" if left >= 0 else f"does not fit, {gigabytes(-left)} too much"
             lines.append(f"  {f'{size} GB':<16}{verdict}")
         if self.host_bytes:
-            lines.append(f"note: host memory holds the prior masks besides, {_gb(self.host_bytes)}")
+            lines.append(f"note: host memory holds the prior masks besides, {gigabytes(self.host_bytes)}")
         lines.append("note: not in these figures: CUDA context (0.5 to 1 GB), fragmentation of torch's allocator")
         if self.device_type == "cpu":
             lines.append("note: walked with the kernels of a CPU; a GPU may choose another attention kernel")
@@ -297,5 +297,6 @@ class _Ledger(TorchDispatchMode):
             self._total -= size
 
 
-def _gb(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """A number of bytes for people."""
     return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / 1e6:.2f} MB"

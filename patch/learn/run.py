@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from patch.artifacts.artifact import load_artifact, save_artifact
-from patch.files.folder import resolve_folder
 from patch.learn import state as state_files
 from patch.learn.checks import check_inputs
 from patch.learn.config import LearnConfig
@@ -29,9 +28,12 @@ from patch.models.modes import prepared
 from patch.models.structure import maskable_linears
 from patch.runs import checkpoints as run_checkpoints
 from patch.runs import metrics as run_metrics
-from patch.runs.arguments import rank, trainer_arguments, world_size
+from patch.runs.arguments import rank, require_trackers, trainer_arguments, world_size
+from patch.runs.folders import require_run_folder
 
 logger = logging.getLogger(__name__)
+# Sparsity further than this from the target is reported.
+MISSED = 0.02
 
 
 @dataclass
@@ -75,17 +77,108 @@ def learn(
     train_blocks  (blocks, tokens) int64 token ids; the labels are the ids themselves. Shuffled by
                   config.seed; what does not fill a global batch is left out.
     prior_masks   keep masks (N, K) bool by layer name, from one-shot 2:4 pruning; required (exactly 2 of 4)
-                  in mode "tile", where they are the fixed patterns.
+                  in mode "tile", where they are the fixed patterns. Elsewhere dense tiles may keep all of theirs.
     tile_scores   (rows, cols) by layer name, from patch.priors.tile_scores of an unstructured mask.
-    output_dir    folder for checkpoints, metrics.jsonl and the result; None keeps nothing.
+    output_dir    folder for checkpoints, metrics.jsonl and the result: a new one, or one of an earlier run; None
+                  keeps nothing.
     resume        go on from the newest complete checkpoint in output_dir (or start, if there is none). A
                   finished run is not trained again, its masks are applied. The result equals an uninterrupted
                   run's bits.
     exclude       fnmatch patterns of layers left dense.
+    progress      a bar where there is a terminal; for lines elsewhere pass patch.runs.progress.StepLines() in callbacks
     callbacks, report_to  passed to transformers' Trainer.
     raises        ValueError or TypeError before any work for bad input; FloatingPointError naming the step
                   when the loss or a gradient is not finite (checkpoints stay).
     """
+    plan = plan_learning(
+        model,
+        train_blocks,
+        config,
+        prior_masks=prior_masks,
+        tile_scores=tile_scores,
+        output_dir=output_dir,
+        resume=resume,
+        exclude=exclude,
+        report_to=report_to,
+    )
+    return plan.run(progress=progress, callbacks=callbacks)
+
+
+@dataclass(frozen=True)
+class LearnPlan:
+    """A call of `learn` that passed every check and has changed nothing yet.
+
+    made_from    what the result says of the dense model, {} where no result is kept
+    checkpoint   what it goes on from, None for a start
+    damaged      newer checkpoints that cannot be read, and why
+    is_finished  there is a result, which `run` only applies
+    """
+
+    model: nn.Module
+    train_blocks: Tensor
+    config: LearnConfig
+    linears: Mapping[str, nn.Linear]
+    prior_masks: Mapping[str, Tensor] | None
+    tile_scores: Mapping[str, Tensor] | None
+    output_dir: Path | None
+    exclude: tuple[str, ...]
+    report_to: tuple[str, ...]
+    identity: dict[str, Any]
+    made_from: dict[str, Any]
+    checkpoint: Path | None
+    damaged: Mapping[Path, str]
+    is_finished: bool
+
+    def run(self, *, progress: bool = True, callbacks: Sequence[TrainerCallback] = ()) -> LearnResult:
+        """Learn; see `learn`."""
+        with contextlib.ExitStack() as stack:
+            if self.output_dir is None:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patch-learn-")))
+            else:
+                folder = self.output_dir
+                folder.mkdir(parents=True, exist_ok=True)
+            if self.is_finished:
+                return _finished_result(self.model, folder, self.exclude)
+            if rank() == 0:
+                run_checkpoints.tidy_up(folder, self.damaged)
+            if self.checkpoint is not None:
+                logger.info("resuming from %s", self.checkpoint)
+            saves = self.output_dir is not None
+            run = Run(folder, self.identity, self.checkpoint, saves, rank(), progress, tuple(callbacks), self.report_to)
+            masks, grids, log, soft = _train(
+                self.model, self.train_blocks, self.config, self.linears, self.prior_masks, self.tile_scores, run
+            )
+            masks = {name: mask.to(self.linears[name].weight.device) for name, mask in masks.items()}
+            grids = {name: grid.to(self.linears[name].weight.device) for name, grid in grids.items()}
+            apply_keep_masks(self.model, masks, exclude=self.exclude)
+            result = _result(masks, grids, log, soft, self.config)
+            if saves and rank() == 0:
+                covered = coverage(self.model, result.masks).as_dict()
+                facts = self.made_from | {"coverage": covered, "run": self.identity}
+                _save_result(folder, result, self.config, facts)
+            return result
+
+
+def plan_learning(
+    model: nn.Module,
+    train_blocks: Tensor,
+    config: LearnConfig,
+    *,
+    prior_masks: Mapping[str, Tensor] | None = None,
+    tile_scores: Mapping[str, Tensor] | None = None,
+    output_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    exclude: Sequence[str] = (),
+    report_to: Sequence[str] = (),
+) -> LearnPlan:
+    """Check everything that `learn` is given, and what is in output_dir; nothing is changed or written.
+
+    overwrite  an earlier run in output_dir is no reason to refuse: the caller removes it before `LearnPlan.run`
+    raises     as `learn`
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, nn.Linear):
+        raise TypeError(f"model: expected a causal language model, got {type(model).__name__}. Load it first.")
     linears = maskable_linears(model, exclude)
     if resume and output_dir is None:
         raise ValueError("resume: expected an output_dir to resume from, got none; pass the folder of the earlier run")
@@ -93,7 +186,7 @@ def learn(
     config.accumulation_steps(world_size())
     if rank() == 0:
         warn_of_dense_rest(model, linears)
-    made_from = {} if output_dir is None else {"model": model_name(model), "versions": versions()} | fingerprints(model)
+    require_trackers("report_to", report_to)
     if prior_masks is None and config.pattern_prior_strength > 0:
         logger.info("no prior_masks given: the 2:4 logits start from the random draw alone")
     if tile_scores is None and config.mode != "maskllm" and config.tile_prior_strength > 0:
@@ -104,40 +197,33 @@ def learn(
         "tile_scores": _ordered(tile_scores, linears),
     }
     identity = state_files.run_identity(model, train_blocks, config, tensors, world_size())
-    with contextlib.ExitStack() as stack:
-        if output_dir is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patch-learn-")))
-        else:
-            folder = Path(output_dir).resolve()
-            if not resume and rank() == 0:
-                state_files.refuse_used_folder(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-        result_dir = resolve_folder(folder / run_checkpoints.RESULT, must_exist=False)
-        if resume and result_dir.exists():
-            return _finished_result(model, folder, identity, exclude)
-        checkpoint = run_checkpoints.newest_checkpoint(folder, may_rename=rank() == 0) if resume else None
-        if checkpoint is not None:
-            state_files.check_identity(checkpoint, state_files.read_identity(checkpoint), identity)
-            logger.info("resuming from %s", checkpoint)
-        run = Run(
-            folder,
-            identity,
-            checkpoint,
-            output_dir is not None,
-            rank(),
-            progress,
-            tuple(callbacks),
-            tuple(report_to),
-        )
-        masks, grids, log, soft = _train(model, train_blocks, config, linears, prior_masks, tile_scores, run)
-        masks = {name: mask.to(linears[name].weight.device) for name, mask in masks.items()}
-        grids = {name: grid.to(linears[name].weight.device) for name, grid in grids.items()}
-        apply_keep_masks(model, masks, exclude=exclude)
-        result = _result(masks, grids, log, soft, config)
-        if output_dir is not None and rank() == 0:
-            covered = coverage(model, result.masks).as_dict()
-            _save_result(folder, result, config, made_from | {"coverage": covered, "run": identity})
-        return result
+    folder, checkpoint, is_finished = None, None, False
+    damaged: dict[Path, str] = {}
+    if output_dir is not None:
+        folder = Path(output_dir).resolve()
+        if rank() == 0:
+            require_run_folder("output_dir", folder)
+        if resume:
+            checkpoint, damaged, is_finished = state_files.run_to_resume(model, folder, identity)
+        elif rank() == 0 and not overwrite:
+            state_files.refuse_used_folder(folder)
+    named = {"model": model_name(model), "versions": versions()}
+    return LearnPlan(
+        model,
+        train_blocks,
+        config,
+        linears,
+        prior_masks,
+        tile_scores,
+        folder,
+        tuple(exclude),
+        tuple(report_to),
+        identity,
+        {} if folder is None else named | fingerprints(model),
+        checkpoint,
+        damaged,
+        is_finished,
+    )
 
 
 @dataclass(frozen=True)
@@ -215,10 +301,9 @@ def training_arguments(config: LearnConfig, total_steps: int, run: Run) -> Train
     )
 
 
-def _finished_result(model: nn.Module, folder: Path, identity: dict[str, Any], exclude: Sequence[str]) -> LearnResult:
+def _finished_result(model: nn.Module, folder: Path, exclude: Sequence[str]) -> LearnResult:
     path = folder / run_checkpoints.RESULT
     artifact = load_artifact(path, model=model)
-    state_files.check_identity(path, artifact.meta.get("run"), identity)
     logger.info("%s is finished already, applying its masks", path)
     apply_keep_masks(model, artifact.masks, exclude=exclude)
     metrics_path = folder / run_metrics.METRICS
@@ -243,9 +328,14 @@ def _result(
     hard = 1.0 - measured_sparsity(masks)
     if soft is None:  # resumed after the last step: nothing was sampled in this call
         soft = metrics[-1]["soft_density"] if metrics else hard
-    target = 1.0 - config.target_sparsity
-    level = logging.WARNING if abs(hard - target) > 0.02 else logging.INFO
-    logger.log(level, "density: target %.4f, sampled masks %.4f, final masks %.4f", target, soft, hard)
+    if abs(1 - hard - config.target_sparsity) > MISSED:
+        logger.warning(
+            "the target sparsity %.4f was missed: the masks have %.4f (sampled ones %.4f). Use exact_budget "
+            "(--exact-budget), which meets it, or more steps (--steps)",
+            config.target_sparsity,
+            1 - hard,
+            1 - soft,
+        )
     return LearnResult(masks, grids, metrics, hard, soft)
 
 

@@ -18,16 +18,24 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from patch.files.folder import write_folder
+from patch.artifacts.artifact import load_artifact
+from patch.files.folder import resolve_folder, write_folder
 from patch.files.strict_json import dump_json, read_json
 from patch.learn.config import LearnConfig
 from patch.learn.optimizer import moment_state
 from patch.models.facts import model_fingerprint
-from patch.runs.checkpoints import RESULT, TRAINER_STATE, checkpoints, load_tensors, remove_checkpoint
+from patch.runs.checkpoints import (
+    RESULT,
+    TRAINER_STATE,
+    checkpoints,
+    load_tensors,
+    newest_checkpoint,
+    remove_checkpoint,
+)
+from patch.runs.folders import IDENTITY
 from patch.runs.identity import FREE_SETTINGS, data_fingerprint, plain, tensors_fingerprint
 from patch.runs.metrics import METRICS
 
-IDENTITY = "run.json"
 LOGITS = "logits.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
@@ -78,6 +86,23 @@ def refuse_used_folder(output_dir: Path) -> None:
     if present:
         found, advice = ", ".join(sorted(present)), "Pass resume=True to go on with it, or choose another folder."
         raise ValueError(f"output_dir {output_dir}: expected no earlier learning run, found {found}. {advice}")
+
+
+def run_to_resume(
+    model: nn.Module, output_dir: Path, identity: Mapping[str, Any]
+) -> tuple[Path | None, dict[Path, str], bool]:
+    """(checkpoint to go on from, damaged newer ones with reasons, whether the run is finished); nothing is changed.
+
+    raises  ValueError when what is there belongs to another run.
+    """
+    result = resolve_folder(output_dir / RESULT, must_exist=False)
+    if result.exists():
+        check_identity(result, load_artifact(result, model=model).meta.get("run"), identity)
+        return None, {}, True
+    checkpoint, damaged = newest_checkpoint(output_dir)
+    if checkpoint is not None:
+        check_identity(checkpoint, read_identity(checkpoint), identity)
+    return checkpoint, damaged, False
 
 
 def save_checkpoint(

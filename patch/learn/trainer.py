@@ -8,7 +8,6 @@ with a new mask per micro-batch. Source: PATCH (Hourri, Mozaffari, Mehri Dehnavi
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from patch.learn.optimizer import make_optimizer, scale_gradients
 from patch.learn.schedules import Schedule, learning_rate_factor
 from patch.runs import checkpoints as run_checkpoints
 from patch.runs.metrics import MetricsLog
+from patch.runs.progress import StepBar, shows_bars
 
 
 class MaskTrainer(Trainer):
@@ -75,8 +75,8 @@ class MaskTrainer(Trainer):
         self._devices = {layer.weight.device for layer in layers.layers.values()}
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        if progress and sys.stderr.isatty():
-            self.add_callback(_Progress())
+        if progress and shows_bars():
+            self.add_callback(StepBar())
         self.add_callback(_Guard(self))
 
     def compute_loss(
@@ -301,17 +301,6 @@ class _Guard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.check_finite()
-
-
-class _Progress(ProgressCallback):
-    """Trainer's progress bar with the last values behind it instead of one printed line per step."""
-
-    training_bar: Any
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "lm_loss" in logs:
-            shown = {key: f"{logs[key]:.3f}" for key in ("lm_loss", "soft_density", "hard_density")}
-            self.training_bar.set_postfix(shown, refresh=False)
 
 
 def _collate(blocks: list[Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +54,10 @@ def require_layer(
     return layer
 
 
-def require_layers(given: Collection[str], wanted: Collection[str], what: str) -> None:
+def require_layers(given: Mapping[str, Any], wanted: Collection[str], what: str) -> None:
     """Refuse tensors that are not one for each of the layers `wanted`; `what` names them in the message."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}: expected tensors by layer name, got {type(given).__name__}. {_LAYERS}")
     missing = [name for name in wanted if name not in given]
     extra = [name for name in given if name not in wanted]
     if missing or extra:

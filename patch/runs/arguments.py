@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,15 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+
+from patch.files.schema import require_choice
+
+# Packages that can take a run's metrics, by the name that transformers has for them: any one of each is enough.
+_TRACKER_PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
 
 
 def world_size() -> int:
@@ -20,6 +30,18 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process among them; the first one, 0, writes what they share."""
     return int(os.environ.get("RANK", "0"))
+
+
+def require_trackers(place: str, names: Sequence[str]) -> None:
+    """Refuse trackers that transformers does not know or that are not installed; `place` names them in the message."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        require_choice(place, name, sorted(INTEGRATION_TO_CALLBACK))
+        packages = _TRACKER_PACKAGES.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            advice = f"Run `pip install {packages[0]}`, or leave it out."
+            raise ImportError(f"{place}: expected the package {packages[0]} to be installed, it is not. {advice}")
 
 
 def trainer_arguments(

@@ -18,25 +18,33 @@ logger = logging.getLogger(__name__)
 RESULT = "result"
 TRAINER_STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
+_REMOVED = re.compile(r"removed-checkpoint-\d{1,12}(\.\d+)?")
 
 
-def newest_checkpoint(output_dir: Path, *, may_rename: bool = True) -> Path | None:
-    """Newest checkpoint that verifies. Damaged newer ones are renamed to damaged-* and reported.
-
-    may_rename  False on all but the first of several processes.
-    """
+def newest_checkpoint(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that verifies, and newer ones that do not with the reasons; nothing is changed."""
+    damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(output_dir)):
         try:
             verify_folder(path)
         except (ValueError, OSError) as error:
-            if not may_rename:
-                continue
-            aside = _free_name(path.with_name(f"damaged-{path.name}"))
-            os.rename(path, aside)
-            logger.warning("ignoring an unusable checkpoint (kept as %s): %s", aside.name, error)
+            damaged[path] = str(error)
         else:
-            return path
-    return None
+            return path, damaged
+    return None, damaged
+
+
+def tidy_up(output_dir: Path, damaged: Mapping[Path, str]) -> None:
+    """Rename damaged checkpoints to damaged-*, with a report, and remove those whose removal was interrupted."""
+    import shutil
+
+    for path, reason in damaged.items():
+        aside = _free_name(path.with_name(f"damaged-{path.name}"))
+        os.rename(path, aside)
+        logger.warning("ignoring an unusable checkpoint (kept as %s): %s", aside.name, reason)
+    for path in output_dir.iterdir():
+        if _REMOVED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def load_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

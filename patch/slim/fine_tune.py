@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from patch.files.strict_json import dump_json, read_json
 from patch.models.adapted_linear import AdaptedLinear
@@ -31,15 +31,16 @@ from patch.models.facts import model_fingerprint
 from patch.models.keep_masks import check_masks_hold, keep_mask_of, keep_masks
 from patch.models.modes import prepared
 from patch.models.structure import linear_at
-from patch.runs.arguments import rank, trainer_arguments, world_size
+from patch.runs.arguments import rank, require_trackers, trainer_arguments, world_size
 from patch.runs.checkpoints import TRAINER_STATE, checkpoints
+from patch.runs.folders import IDENTITY, require_run_folder
 from patch.runs.identity import FREE_SETTINGS, data_fingerprint, tensors_fingerprint
+from patch.runs.progress import StepBar, shows_bars
 from patch.slim.options import FineTuneOptions
 from patch_kernels.checks import require_finite
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.json"
 _UNHARMED = "The weights of the step before are unharmed; lower lr, or check the data and weights."
 
 
@@ -70,7 +71,7 @@ def fine_tune(
                 requires_grad flags that it had. 16-bit parameters are trained as fp32 copies under bf16
                 autocast: steps of 1e-5 would vanish in bf16.
     blocks      (blocks, tokens) int64 token ids; the labels are the ids themselves
-    output_dir  folder of Trainer's checkpoints; None keeps none
+    output_dir  folder of Trainer's checkpoints, new or of an earlier run; None keeps none
     resume      go on from the newest complete checkpoint in output_dir (or start, if there is none); one of another
                 model, masks, blocks or settings is refused
     callbacks, report_to  passed to transformers' Trainer
@@ -79,25 +80,16 @@ def fine_tune(
                 finite, before the step is made. After an error the model holds what was reached.
     """
     options = FineTuneOptions() if options is None else options
-    trained = trained_parameters(model)
-    check_masks_hold(model)
-    require_tokens(model, blocks, "blocks", least=2)
-    steps = options.total_steps(len(blocks))
-    options.accumulation_steps(world_size())
-    if resume and output_dir is None:
-        raise ValueError("resume: expected an output_dir to resume from, got none. Pass the folder of the earlier run.")
+    checkpoint = check_fine_tuning(model, blocks, options, output_dir=output_dir, resume=resume, report_to=report_to)
+    trained, steps = trained_parameters(model), options.total_steps(len(blocks))
     with contextlib.ExitStack() as stack:
         if output_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="patch-fine-tune-")))
         else:
             folder = Path(output_dir)
-            if not resume and any(folder.glob("checkpoint-*")):
-                advice = "Pass resume=True to go on, or choose another folder."
-                raise ValueError(f"output_dir: expected no earlier run, {folder} has checkpoints. {advice}")
             folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = checkpoint_to_resume(model, blocks, options, folder) if resume else None
         if checkpoint is None and rank() == 0:
-            (folder / RUN).write_bytes(dump_json(_identity(model, blocks, options)))
+            (folder / IDENTITY).write_bytes(dump_json(_identity(model, blocks, options)))
         stack.enter_context(prepared(model, grad_checkpoint=options.grad_checkpoint))
         mixed = stack.enter_context(_trainable(model, trained))
         trainer = _MaskedTrainer(
@@ -106,7 +98,10 @@ def fine_tune(
             train_dataset=_Blocks(blocks[: len(blocks) // options.batch_size * options.batch_size]),
             callbacks=[_ZerosAgain(model, trained), *callbacks],
         )
-        trainer.remove_callback(PrinterCallback)
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        if progress and shows_bars():
+            trainer.add_callback(StepBar())
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # After the callbacks of the last step, which the one that sets zeros came before.
         check_masks_hold(model)
@@ -114,14 +109,47 @@ def fine_tune(
     return FineTuneResult(trainer.state.global_step, tuple(trained), losses)
 
 
-def checkpoint_to_resume(
-    model: nn.Module, blocks: Tensor, options: FineTuneOptions, output_dir: str | os.PathLike
+def check_fine_tuning(
+    model: nn.Module,
+    blocks: Tensor,
+    options: FineTuneOptions,
+    *,
+    output_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    report_to: Sequence[str] = (),
 ) -> Path | None:
-    """The newest complete checkpoint in output_dir, None if there is none; the model as `fine_tune` takes it.
+    """Check everything that `fine_tune` is given, and what is in output_dir; nothing is changed or written.
+
+    overwrite  an earlier run in output_dir is no reason to refuse: the caller removes it before `fine_tune`
+    returns    the checkpoint to go on from, None for a start
+    raises     as `fine_tune`
+    """
+    trained_parameters(model)
+    check_masks_hold(model)
+    require_tokens(model, blocks, "blocks", least=2)
+    options.total_steps(len(blocks))
+    options.accumulation_steps(world_size())
+    require_trackers("report_to", report_to)
+    if output_dir is None:
+        if resume:
+            expected = "expected an output_dir to resume from, got none"
+            raise ValueError(f"resume: {expected}. Pass the folder of the earlier run.")
+        return None
+    folder = Path(output_dir)
+    if rank() == 0:
+        require_run_folder("output_dir", folder)
+        if not resume and not overwrite and any(folder.glob("checkpoint-*")):
+            advice = "Pass resume=True to go on, or choose another folder."
+            raise ValueError(f"output_dir: expected no earlier run, {folder} has checkpoints. {advice}")
+    return _checkpoint_to_resume(model, blocks, options, folder) if resume else None
+
+
+def _checkpoint_to_resume(model: nn.Module, blocks: Tensor, options: FineTuneOptions, folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder, None if there is none; the model as `fine_tune` takes it.
 
     raises  ValueError when it belongs to a run with another model, masks, blocks or settings.
     """
-    folder = Path(output_dir)
     for path in reversed(checkpoints(folder)):
         try:
             json.loads((path / TRAINER_STATE).read_bytes())  # Trainer writes it last
@@ -132,7 +160,7 @@ def checkpoint_to_resume(
     else:
         return None
     expected = _identity(model, blocks, options)
-    found = read_json(folder / RUN) if (folder / RUN).is_file() else None
+    found = read_json(folder / IDENTITY) if (folder / IDENTITY).is_file() else None
     found = found if isinstance(found, dict) else {}
     if differing := [key for key in expected if found.get(key) != expected[key]]:
         got = f"got another {', '.join(differing)}. Resume with the same ones, or choose another folder."

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from patch.files.schema import Says, record
+from patch.files.schema import Says, default_of, fields_of, record
 from patch.runs.batches import accumulation_steps, total_steps
 from patch.settings import AtLeastOne, NotNegative, Positive, Seed, setting
 
@@ -26,6 +26,14 @@ _NEEDS = {
     "prune_lora": "lora_rank",
     "quantize_lora": "lora_rank",
     "pad_lora": "lora_rank",
+}
+
+
+# Likewise for settings that always have a value: what reads each of them.
+_READERS = {
+    "bitwidth": ("quantize_weight", "quantize_lora"),
+    "weight_tile_size": ("weight_tiled_quantization",),
+    "lora_tile_size": ("quantize_lora", "pad_lora"),
 }
 
 
@@ -72,6 +80,15 @@ class CompressOptions:
             if getattr(self, name) and not got:
                 raise ValueError(f"{name}: expected {needed} to be set as well, got {got!r}. Set both.")
         return self
+
+    def refuse_unread(self) -> None:
+        """Refuse settings that nothing reads. Not part of the record's own checks: published callers give them all."""
+        for name, readers in _READERS.items():
+            value = getattr(self, name)
+            is_default = value == default_of(fields_of(CompressOptions)[name])
+            if not is_default and not any(getattr(self, reader) for reader in readers):
+                expected = f"expected {' or '.join(readers)} to be set as well, without which it has no effect"
+                raise ValueError(f"{name}: {expected}, got {value!r} alone. Set both.")
 
     @property
     def is_active(self) -> bool:

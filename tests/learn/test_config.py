@@ -173,6 +173,11 @@ def test_bad_settings_are_refused(settings, message):
         (lambda: LearnConfig.from_preset("dense", 0.4), "preset: expected one of .* got 'dense'"),
         (lambda: LearnConfig.from_preset("joint"), "expected a target sparsity"),
         (
+            lambda: LearnConfig.from_preset("joint", sparsity=0.4, target_sparsity=0.3),
+            "preset joint: expected the mode as .* and the target as sparsity, got target_sparsity besides. Leave it",
+        ),
+        (lambda: LearnConfig.from_preset("joint", 0.4, mode="tile"), "preset joint: expected .*, got mode besides"),
+        (
             lambda: LearnConfig.from_preset("joint", 0.4, learning_rate=1e-3),
             "LearnConfig: expected a known setting, got 'learning_rate'. Settings are: mode, .* lr, ",
         ),

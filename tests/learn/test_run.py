@@ -547,6 +547,27 @@ def test_used_folder_is_refused_without_resume(tiny_model, uninterrupted):
         learn(tiny_model("opt"), BLOCKS, resumable(), output_dir=uninterrupted[0])
 
 
+def test_folders_of_something_else_are_refused(tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"output_dir: expected a new folder .* holds other files \(config.json\)"):
+        learn(tiny_model(), BLOCKS, config(), output_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_a_killed_removal_left_is_swept(tiny_model, tmp_path, uninterrupted):
+    (tmp_path / "removed-checkpoint-2").mkdir()
+    (tmp_path / "removed-checkpoint-2" / "logits.safetensors").touch()
+    result = learn(tiny_model("opt"), BLOCKS, resumable(), output_dir=tmp_path, resume=True)
+    assert not (tmp_path / "removed-checkpoint-2").exists()
+    check_equal_to(uninterrupted, tmp_path, result)
+
+
+def test_a_missed_target_is_said_as_sparsity(tiny_model, caplog):
+    learn(tiny_model(), BLOCKS, config(sparsity=0.1))
+    assert "the target sparsity 0.1000 was missed: the masks have 0." in caplog.text
+    assert "Use exact_budget (--exact-budget)" in caplog.text
+
+
 def test_changed_save_interval_may_resume(tiny_model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         learn(tiny_model(), BLOCKS, resumable(), output_dir=tmp_path, callbacks=[StopAt(3)])
@@ -671,6 +692,34 @@ BAD = [
         lambda m: learn(m, BLOCKS, config(), prior_masks={n: k[1:] for n, k in full_masks(m).items()}),
         ValueError,
         r"prior_masks\['model.*q_proj'\]: expected torch.bool \(128, 128\), got torch.bool \(127, 128\)",
+    ),
+    (
+        lambda m: learn(m, BLOCKS, config(), prior_masks=full_masks(m)),
+        ValueError,
+        "prior_masks: expected 2:4 keep masks, got none with 2 of 4 in any group. Prune one-shot with pattern 2:4",
+    ),
+    (
+        lambda m: learn(m, BLOCKS, config("maskllm"), prior_masks=full_masks(m, value=False)),
+        ValueError,
+        r"prior_masks\['model.*q_proj'\]: expected a 2:4 keep mask, True where .*, got one that keeps nothing",
+    ),
+    (
+        lambda m: learn(m, BLOCKS, config(), prior_masks=list(full_masks(m).values())),
+        TypeError,
+        "prior_masks: expected tensors by layer name, got list. Use the masks of this model",
+    ),
+    (lambda m: learn(m, BLOCKS, config(), prior_masks="prior"), TypeError, "expected tensors by layer name, got str"),
+    (lambda m: learn(m.lm_head, BLOCKS, config()), TypeError, "model: expected a causal language model, got Linear"),
+    (
+        lambda m: learn("model", BLOCKS, config()),
+        TypeError,
+        "model: expected a causal language model, got str. Load it first.",
+    ),
+    (lambda m: learn(m, BLOCKS, config(), report_to=["none-such"]), ValueError, "report_to: expected one of .*wandb"),
+    (
+        lambda m: learn(m, BLOCKS, config(), tile_scores=list(full_masks(m))),
+        TypeError,
+        "tile_scores: expected tensors by layer name, got list",
     ),
     (
         lambda m: learn(m, BLOCKS, config(tile=(64, 64)), tile_scores=priors(m)["tile_scores"]),

@@ -152,6 +152,20 @@ def test_a_perplexity_that_exploded_is_said(finished):
     assert len(lines) == 4 and "WARNING" not in lines[-1]
 
 
+def test_the_plan_comes_first_and_texts_are_left_for_other_commands(finished):
+    out, _, lines = finished
+    assert "plan: train a model for" in lines[1] and "learn 2 masks for" in lines[1]
+    assert any("step 1/" in line and "left of" in line for line in lines)
+    assert all((out / name).stat().st_size > 0 for name in ("text.txt", "heldout.txt"))
+
+
+def test_folders_of_something_else_are_refused(sources, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"--out: expected a new folder .* holds other files \(config.json\)"):
+        demo_run.run_demo(tmp_path, SETTINGS, text=sources)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_second_run_reuses_every_stage(finished, sources):
     out, rows, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/stage.json")}

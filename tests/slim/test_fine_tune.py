@@ -259,6 +259,13 @@ def test_wrong_arguments_are_refused_before_any_work(tiny_model, change, argumen
     assert all(torch.equal(before[name], tensor) for name, tensor in state(model).items())
 
 
+def test_folders_of_something_else_are_refused(tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"output_dir: expected a new folder .* holds other files \(config.json\)"):
+        fine_tune(masked(tiny_model), blocks(), FineTuneOptions(**QUICK), output_dir=tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_batch_must_divide_among_the_processes(tiny_model, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"batch_size: expected a multiple of local_batch_size \* processes = 4 \* 3"):

@@ -14,7 +14,8 @@ SUMMARY = "quantise a masked model (simulated) and add low-rank adapters (SLiM)"
 EXAMPLES = """\
 examples:
   patch-llm compress --model ./llama --masks learned --quantize-weight --out quantised
-  patch-llm compress --model ./llama --masks learned --quantize-weight --lora-rank 0.1 --data calibration.txt --out slim
+  patch-llm compress --model ./llama --masks learned --quantize-weight --lora-rank 0.1 --data text.txt \\
+      --seqlen 256 --nsamples 64 --out slim
   patch-llm eval --model ./llama --masks learned,slim --data heldout.txt
 
 The masks may come from prune (any method) or learn; they do not change.
@@ -43,12 +44,17 @@ def run(options: Options) -> None:
     if settings.needs_calibration:
         inputs.check_text_source(options.data)
     from patch.artifacts.artifact import save_artifact
+    from patch.files.progress import say
+    from patch.models.keep_masks import measured_sparsity
     from patch.models.structure import linear_at
     from patch.slim.compress import adapters, compress_model
 
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     artifact = inputs.load_masks(options, options.masks, model)
     inputs.refuse_further_steps(artifact.meta, options.masks, {"compression": "compress"})
+    ranks = f", adapters of rank {settings.lora_rank:g} of the smaller size" if settings.lora_rank else ""
+    bits = f", {settings.bitwidth} bits a kept weight (simulated)" if settings.quantize_weight else ""
+    say(f"plan: {len(artifact.masks)} layers, sparsity {measured_sparsity(artifact.masks):.4f} stays{bits}{ranks}")
     calibration, text_sha256 = inputs.load_calibration(options, model) if settings.needs_calibration else (None, None)
     errors = compress_model(
         model,
@@ -90,4 +96,5 @@ def _settings(options: Options) -> CompressOptions:
     settings = part_of(CompressOptions, options)
     if not settings.is_active:
         raise ValueError("expected --quantize-weight or --lora-rank, got neither. Give at least one of them.")
+    settings.refuse_unread()
     return settings

@@ -19,7 +19,8 @@ examples:
   patch-llm demo --out demo --set settings.learn.steps=500
 
 Run the same command again after an interrupt: finished stages are reused. --out holds results.csv, perplexity.png,
-tiles.png and one folder per stage; demo/dense, demo/packed and demo/pruned are models for the other commands.
+tiles.png and one folder per stage; demo/dense, demo/packed and demo/pruned are models for the other commands,
+demo/text.txt and demo/heldout.txt texts for them.
 """
 
 
@@ -37,11 +38,12 @@ def run(options: Options) -> None:
     outputs.claim(require_place_for_folder("--out", options.out))
     if options.text is not None:
         require_folder("--text", options.text, "a folder of .py files")
-    from patch.demo.run import run_demo
+    from patch.demo.run import Demo
 
     hide_bars_without_terminal()
+    demo = Demo(options.out, options.settings, text=options.text)
     save_resolved(options, options.out, header="patch-llm demo --config THIS_FILE")
-    run_demo(options.out, options.settings, text=options.text)
+    demo.run()
 
 
 def on_interrupt(options: Options) -> str:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import model_validator
 
 from patch import settings
-from patch.cli import inputs, outputs
+from patch.cli import inputs, outputs, plans
 from patch.files.schema import record
 from patch.learn.config import LearnConfig, Mode
-from patch.settings import AtLeastOne, Names, NewPath, setting
+from patch.settings import AtLeastOne, DistinctNames, Names, NewPath, setting
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from patch.learn.run import LearnPlan, LearnResult
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +27,14 @@ NAME = "learn"
 SUMMARY = "learn a PATCH (or MaskLLM) mask on the frozen weights"
 EXAMPLES = """\
 examples:
-  patch-llm prune --model ./llama --method sparsegpt --data c4 --target-sparsity 0.35 --out prior
-  patch-llm learn --model ./llama --prior prior --data slimpajama --sparsity 0.35 --out learned
+  # a small model and a text of 1 MB, minutes on two cores:
+  patch-llm prune --model ./llama --data text.txt --seqlen 256 --nsamples 64 --target-sparsity 0.45 --out prior
+  patch-llm learn --model ./llama --prior prior --data text.txt --sparsity 0.45 --seqlen 256 --steps 200 \\
+      --local-batch-size 4 --global-batch-size 4 --exact-budget --out learned
+  # as published, 2000 steps of 256 blocks of 4096 tokens, for a GPU:
+  patch-llm learn --model ./llama --prior prior --data slimpajama --sparsity 0.45 --steps 2000 --out learned
   patch-llm learn --config learned/config.resolved.yaml --resume        # go on after an interrupt
   patch-llm learn --model ./llama --sparsity 0.45 --set learn.grad_checkpoint=true --dry-run    # how much memory
-  patch-llm learn --model ./llama --preset tile --prior prior --data text.jsonl --sparsity 0.45 \\
-      --steps 200 --set learn.lr=5e-4 --out short
 
 --preset joint learns tiles and 2:4 patterns, tile learns tiles over the fixed patterns of --prior, maskllm learns
 2:4 patterns everywhere. All hyper-parameters are settings learn.NAME for --set and --config; the resolved
@@ -65,6 +69,7 @@ class Options(inputs.MaskSettings, inputs.PlacementSettings):
     seqlen: AtLeastOne | None = setting(None, "tokens per block (default 4096, or what the model allows)")
     text_field: str | None = setting(None, inputs.FIELD_HELP, metavar="NAME")
     exclude: Names = setting((), inputs.EXCLUDE_HELP, metavar="A,B")
+    report_to: DistinctNames = setting((), "send metrics to wandb, tensorboard or trackio", metavar="A,B")
     resume: bool = setting(False, "go on from the newest complete checkpoint in --out")
     overwrite: bool = setting(False, "remove an earlier learning run in --out and start anew")
     dry_run: bool = setting(False, "print the memory that learning needs, from the model's config.json alone")
@@ -89,22 +94,22 @@ def run(options: Options) -> None:
     if options.dry_run:
         print_memory(options, config)
         return
-    outputs.check_run_folder(options)
-    inputs.check_text_source(options.data)
     if options.prior is not None:
         prior = inputs.artifact_folder(options.prior, "--prior")
         if options.overwrite:
             outputs.check_input_stays(prior, options.folder, "--prior")
-    from patch.learn.run import learn
+    outputs.check_run_folder(options)
+    inputs.check_text_source(options.data)
+    from patch.learn.run import plan_learning
+    from patch.runs.arguments import rank, require_trackers
+    from patch.runs.progress import StepLines, shows_bars
 
+    require_trackers("--report-to", options.report_to)
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     masks, scores = _prior(options, config, model)
-    blocks = _blocks(options, config, model)
-    if options.overwrite:
-        outputs.clear_learning_run(options.folder)
-    resolved = dataclasses.replace(options, learn=settings.to_dict(config), resume=False, overwrite=False)
-    settings.save_resolved(resolved, options.folder, header="patch-llm learn --config THIS_FILE --resume")
-    result = learn(
+    tokenizer = inputs.load_tokenizer(options.model)
+    blocks = _blocks(options, config, model, tokenizer)
+    plan = plan_learning(
         model,
         blocks,
         config,
@@ -112,13 +117,71 @@ def run(options: Options) -> None:
         tile_scores=scores,
         output_dir=options.out,
         resume=options.resume,
+        overwrite=options.overwrite,
         exclude=options.exclude,
+        report_to=options.report_to,
     )
+    if rank() == 0 and not plan.is_finished:
+        _print_plan(options, plan, tokenizer)
+        if options.overwrite:
+            outputs.clear_learning_run(options.folder)
+        resolved = dataclasses.replace(options, learn=settings.to_dict(config), resume=False, overwrite=False)
+        settings.save_resolved(resolved, options.folder, header="patch-llm learn --config THIS_FILE --resume")
+    result = plan.run(callbacks=() if shows_bars() else (StepLines(),))
+    if rank() == 0:
+        _print_result(options, plan, result)
+
+
+def _print_plan(options: Options, plan: LearnPlan, tokenizer: Any) -> None:
+    """What will be done, and warnings where it will not lead far."""
+    from patch.files.progress import say
+    from patch.models.keep_masks import zeros_already
+    from patch.models.packed_size import expected_packed_text
+
+    config, blocks = plan.config, plan.train_blocks
+    steps = config.total_steps(len(blocks))
+    plans.say_steps(steps, blocks, config.global_batch_size, config.epochs, cast(str, options.data), tokenizer)
+    weights = sum(linear.weight.numel() for linear in plan.linears.values())
+    target = "2:4 everywhere, sparsity 0.5" if config.mode == "maskllm" else f"target sparsity {config.target_sparsity}"
+    say(f"plan: masks for {len(plan.linears)} linear layers with {weights / 1e6:,.2f} M weights, {target}")
+    say(f"plan: {_peak_memory(options, plan)}; a checkpoint every {config.save_steps} steps in {options.out}")
+    if plan.checkpoint is not None:
+        say(f"plan: going on from {plan.checkpoint.name}")
+    batch, epochs = ("--global-batch-size", config.global_batch_size), ("--set learn.epochs=", config.epochs)
+    plans.warn_of_few_steps(steps, batch, epochs, steps_flag="" if options.steps is None else "--steps")
+    if config.mode != "maskllm":
+        say(f"plan: {expected_packed_text(config.target_sparsity, config.tile)}")
+    if (already := zeros_already(plan.linears)) is not None:
+        logger.warning("%s. Give --model the dense model", already)
+
+
+def _peak_memory(options: Options, plan: LearnPlan) -> str:
+    """The estimate of --dry-run in one line; no model is refused for want of it."""
+    from patch.learn.memory import gigabytes, learning_memory
+    from patch.runs.arguments import world_size
+
+    if world_size() > 1:
+        return "peak memory as --dry-run without torchrun says, in each process"
+    dtype = next(iter(plan.linears.values())).weight.dtype
+    with_prior = plan.prior_masks is not None
+    sizes: dict[str, Any] = {"seqlen": plan.train_blocks.shape[1], "dtype": dtype, "with_prior": with_prior}
+    try:
+        estimate = learning_memory(plan.model.config, plan.config, exclude=plan.exclude, **sizes)
+    except Exception as error:  # of whatever code a model brings, run on tensors without contents
+        logger.info("no estimate of memory: %s", error)
+        return "peak memory not known"
+    return f"about {gigabytes(estimate.peak)} of tensors at the peak"
+
+
+def _print_result(options: Options, plan: LearnPlan, result: LearnResult) -> None:
+    from patch.models.packed_size import packed_text
+
     print(
-        f"learned {len(result.masks)} layers in {config.total_steps(len(blocks))} steps: target sparsity "
-        f"{config.target_sparsity}, sampled masks {1 - result.soft_density:.4f}"
+        f"learned {len(result.masks)} layers in {plan.config.total_steps(len(plan.train_blocks))} steps: target sparsity "
+        f"{plan.config.target_sparsity}, sampled masks {1 - result.soft_density:.4f}"
     )
-    outputs.print_sparsity(model, result.masks)
+    outputs.print_sparsity(plan.model, result.masks)
+    print(packed_text(result.masks))
     next_step = f"patch-llm export --model {options.model} --masks {options.out} --format packed --out packed"
     outputs.print_written(options.folder, "masks, metrics.jsonl and config.resolved.yaml", next_step)
 
@@ -213,7 +276,7 @@ def _seqlen(options: Options, model: Any) -> int:
     return options.seqlen or within_context(model, DEFAULT_SEQLEN)
 
 
-def _blocks(options: Options, config: LearnConfig, model: nn.Module) -> Tensor:
+def _blocks(options: Options, config: LearnConfig, model: nn.Module, tokenizer: Any) -> Tensor:
     """Packed training blocks, as many as --steps or --blocks ask for."""
     from patch.data.tokens import training_blocks
     from patch_kernels.checks import require_multiple
@@ -223,7 +286,6 @@ def _blocks(options: Options, config: LearnConfig, model: nn.Module) -> Tensor:
     if options.steps is not None:
         require_multiple("--steps", options.steps, config.epochs, "Change one.", named="learn.epochs = ")
         wanted = options.steps // config.epochs * config.global_batch_size
-    tokenizer = inputs.load_tokenizer(options.model)
     blocks, _ = training_blocks(
         tokenizer, cast(str, options.data), seqlen, max_blocks=wanted or DEFAULT_BLOCKS, text_field=options.text_field
     )
