@@ -252,7 +252,7 @@ class Demo:
             progress=False,
             callbacks=[StepLines(lambda text: self.say(f"  {text}"))],
         )
-        meta = {
+        meta: dict[str, Any] = {
             "model": "dense",
             "method": config.mode,
             "pattern": "patch",

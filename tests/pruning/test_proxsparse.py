@@ -602,6 +602,18 @@ def command(folder, *flags):
     return cli.main([str(item) for item in ["prune", *shared, *flags]])
 
 
+def test_the_plan_is_said_before_training(capsys):
+    model = build_tiny_model(**SMALL)
+    weights = sum(linear.weight.numel() for linear in maskable_linears(model).values())
+    learn_masks(model, ids(), ProxSparseConfig(steps=2, batch_size=2))
+    samples, seqlen = ids().shape
+    assert capsys.readouterr().err == (
+        "learning the masks of 14 layers with prox_sparse: 2 steps, each of 2 of "
+        f"{samples} samples of {seqlen} tokens ({samples * seqlen} tokens); "
+        f"{weights * 20 / 1e9:.1f} GB for the weights in training, and the activations of a step\n"
+    )
+
+
 def test_command(folder, capsys):
     flags = ["--method", "prox_sparse", "--prox-lambda", 1.0, "--prox-lr", 2e-3, "--prox-steps", 3]
     flags += ["--set", "prox.batch_size=2", "--target-sparsity", 0.35, "--tile", "16,16"]

@@ -176,10 +176,9 @@ def _peak_memory(options: Options, plan: LearnPlan) -> str:
 def _print_result(options: Options, plan: LearnPlan, result: LearnResult) -> None:
     from patch.models.packed_size import packed_text
 
-    print(
-        f"learned {len(result.masks)} layers in {plan.config.total_steps(len(plan.train_blocks))} steps: target sparsity "
-        f"{plan.config.target_sparsity}, sampled masks {1 - result.soft_density:.4f}"
-    )
+    steps, target = plan.config.total_steps(len(plan.train_blocks)), plan.config.target_sparsity
+    sampled = 1 - result.soft_density
+    print(f"learned {len(result.masks)} layers in {steps} steps: target sparsity {target}, sampled masks {sampled:.4f}")
     outputs.print_sparsity(plan.model, result.masks)
     print(packed_text(result.masks))
     next_step = f"patch-llm export --model {options.model} --masks {options.out} --format packed --out packed"
