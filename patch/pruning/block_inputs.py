@@ -51,11 +51,14 @@ class BlockInputs:
 
     def run(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Yield the block's output (1, seqlen, hidden) for each sample in turn."""
-        device = block_device(block)
         for sample, hidden in enumerate(self.hidden):
-            call = self.call(index, sample)
-            output = block(_moved(hidden, device), *_moved(call.args, device), **_moved(call.kwargs, device))
-            yield _hidden_of(output)
+            yield self.output(index, block, sample, hidden)
+
+    def output(self, index: int, block: nn.Module, sample: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output (1, seqlen, hidden) for a sample's hidden states."""
+        device = block_device(block)
+        call = self.call(index, sample)
+        return _hidden_of(block(_moved(hidden, device), *_moved(call.args, device), **_moved(call.kwargs, device)))
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the block's outputs, sample by sample."""

@@ -25,6 +25,7 @@ from patch.models.keep_masks import check_keep_masks, set_keep_mask
 from patch.models.structure import decoder_blocks
 from patch.pruning.hessian import Statistics, damped_until, eliminate, full_precision, inverse_factor, inverse_of
 from patch.pruning.options import Precision, PruneOptions
+from patch.pruning.plan import say_plan
 from patch.pruning.selection import Pruned, check_updated, check_weight, working_dtype
 from patch.pruning.sequential import update_blocks
 from patch.pruning.sparsegpt import sweep
@@ -84,6 +85,7 @@ def compensate(
     block_size   columns "sparsegpt" treats at once; no influence on the result but rounding
     exclude      patterns of layers that were left dense
     device       where each block is put while it is worked on; None: where it is
+    progress     say on stderr what will be done, and how far it is: a bar on a terminal, otherwise a line now and then
     raises       ValueError or TypeError before any work; ValueError naming the layer when its update fails
                  (layers before it are then updated already; it and those after it are dense, without a mask)
 
@@ -104,6 +106,11 @@ def compensate(
     if pruned and all(not linear.weight[~masks[name]].any() for name, linear in pruned.items()):
         got = "a model in which everything the masks prune is 0 already"
         raise ValueError(f"model: expected its dense weights, got {got}. Load the dense model and pass the masks.")
+
+    def new_statistics(weight: Tensor) -> Statistics:
+        return Statistics(weight.shape[1], dtype=working_dtype(weight, precision), device=weight.device)
+
+    say_plan("compensating", method, model, linears, calibration, new_statistics, show=progress)
     before = None
     if heldout is not None:
         with _masked(linears, masks):
@@ -128,10 +135,11 @@ def compensate(
             model,
             pruned,
             calibration,
-            lambda weight: Statistics(weight.shape[1], dtype=working_dtype(weight, precision), device=weight.device),
+            new_statistics,
             update,
             device=device,
-            bar_options={"desc": f"compensate ({method})", "disable": None if progress else True},
+            what=f"compensating ({method})",
+            progress=progress,
         )
     result = Compensation(errors, before, None if heldout is None else _perplexity(model, heldout, progress))
     if result.is_worse:

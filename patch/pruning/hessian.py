@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from patch_kernels.checks import all_finite
+
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
@@ -76,7 +78,7 @@ def inverse_factor(damped: Tensor) -> Tensor | None:
     if inverse is None:
         return None
     upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if failed or not torch.isfinite(upper).all() else upper
+    return None if failed or not all_finite(upper) else upper
 
 
 def inverse_of(damped: Tensor) -> Tensor | None:
@@ -85,7 +87,7 @@ def inverse_of(damped: Tensor) -> Tensor | None:
     if failed:
         return None
     inverse = torch.cholesky_inverse(lower)
-    return inverse if torch.isfinite(inverse).all() else None
+    return inverse if all_finite(inverse) else None
 
 
 def eliminate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor | None:

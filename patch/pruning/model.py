@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from patch.files.progress import tracked
 from patch.models.checks import check_device, require_tokens
 from patch.models.keep_masks import apply_keep_masks, keep_mask_of, set_keep_mask
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, maskable_linears
 from patch.pruning.options import Pattern, Precision, PruneOptions
+from patch.pruning.plan import say_plan
 from patch.pruning.proxsparse.config import ProxSparseConfig
 from patch.pruning.registry import Method, get_method, make_options
 from patch.pruning.selection import check_weight
@@ -48,6 +50,7 @@ def prune_model(
     prox         how prox_sparse trains; None: the published defaults.
     exclude      fnmatch patterns over names of layers that stay dense.
     device       where each block (prox_sparse: the model) is put while it is worked on; None: where it is.
+    progress     say on stderr what will be done, and how far it is: a bar on a terminal, otherwise a line now and then.
     Other arguments as in `prune_weight`. Arguments, weights and token ids are checked before any work.
     Train/eval state, `use_cache` and hooks are as before afterwards, also after an exception; layers that
     were pruned by then stay pruned and have their mask. Source: the sequential scheme of SparseGPT and Wanda.
@@ -65,23 +68,27 @@ def prune_model(
         raise ValueError(f"prox: expected None for method '{method}', got settings of prox_sparse. Leave it out.")
     linears = check_prunable(model, chosen, options, calibration, exclude=exclude, device=device)
 
+    how = f"{method}, {pattern}" if pattern == "2:4" else f"{method}, {pattern} {sparsity:g}"
     if options.sparsity == 0:
         for linear in linears.values():
             set_keep_mask(linear, torch.ones_like(linear.weight, dtype=torch.bool))
         return {name: keep_mask_of(linear) for name, linear in linears.items()}
-    # tqdm: None hides the bar when stderr is not a terminal.
-    bar_options = {"desc": f"prune ({method})", "disable": None if progress else True}
     if not chosen.reads_inputs:
-        _prune_layers(chosen, linears, options, device, bar_options)
+        say_plan("pruning", how, model, linears, show=progress)
+        _prune_layers(chosen, linears, options, device, f"pruning ({method})", progress)
     else:
+        calibration = cast(torch.Tensor, calibration)
+        new_statistics = partial(chosen.new_statistics, options=options)
+        say_plan("pruning", how, model, linears, calibration, new_statistics, show=progress)
         update_blocks(
             model,
             linears,
-            cast(torch.Tensor, calibration),
-            lambda weight: chosen.new_statistics(weight, options),
+            calibration,
+            new_statistics,
             lambda name, linear, statistics: chosen.prune(linear.weight, statistics, options),
             device=device,
-            bar_options=bar_options,
+            what=f"pruning ({method})",
+            progress=progress,
         )
     return {name: keep_mask_of(linear) for name, linear in linears.items()}
 
@@ -114,9 +121,10 @@ def _prune_layers(
     linears: Mapping[str, nn.Linear],
     options: PruneOptions,
     device: torch.device | str | None,
-    bar_options: Mapping[str, Any],
+    what: str,
+    progress: bool,
 ) -> None:
     """Prune each layer on its own, for a method without calibration."""
-    for linear in tqdm(linears.values(), unit="layer", **bar_options):
+    for linear in tracked(linears.values(), what, "layer", show=progress):
         with placed(linear, device):
             store(linear, chosen.prune(linear.weight, None, options))

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from patch.files.progress import tracked
 from patch.models.adapted_linear import AdaptedLinear, adapted_layers, attach_adapter
 from patch.models.checks import check_device, require_tokens
 from patch.models.keep_masks import check_keep_masks
@@ -146,8 +146,6 @@ def compress_model(
         errors[name] = made.error
         return Pruned(made.weight, keep)
 
-    # tqdm: None hides the bar when stderr is not a terminal.
-    bar_options = {"desc": "compress", "disable": None if progress else True}
     if options.needs_calibration:
         update_blocks(
             model,
@@ -156,11 +154,12 @@ def compress_model(
             lambda weight: Statistics(weight.shape[1], dtype=working_dtype(weight), device=weight.device),
             update,
             device=device,
-            bar_options=bar_options,
+            what="compressing",
+            progress=progress,
         )
         return errors
     with torch.no_grad():
-        for name, linear in tqdm(linears.items(), unit="layer", **bar_options):
+        for name, linear in tracked(linears.items(), "compressing", "layer", show=progress):
             with placed(linear, device):
                 store(linear, update(name, linear, None))
     return errors

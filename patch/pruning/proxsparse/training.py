@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from patch.files.progress import Progress, say
 from patch.models.checks import check_device, require_tokens, require_trained_dtype
 from patch.models.modes import placed
 from patch.models.structure import input_embeddings, maskable_linears
 from patch.pruning.options import GROUP, PruneOptions
+from patch.pruning.plan import samples_text
 from patch.pruning.proxsparse.config import ProxSparseConfig
 from patch.pruning.proxsparse.proximal import frozen_weight_gradient, prox
 from patch.pruning.selection import check_weight, keep_two_of_four, working_dtype
@@ -28,6 +29,8 @@ from patch_kernels.checks import require_finite
 
 logger = logging.getLogger(__name__)
 _BAR_INTERVAL = 10
+# Weight, original, master weight, gradient and the two moments of AdamW.
+_WEIGHT_BYTES = 20
 _UNHARMED = "The model's weights are as before; lower lr, or check the model and the calibration text."
 
 
@@ -59,6 +62,7 @@ def learn_masks(
     if not isinstance(config, ProxSparseConfig):
         raise TypeError(f"config: expected a ProxSparseConfig, got {type(config).__name__}. Make one.")
     linears = check_learnable(model, calibration, exclude=exclude, device=device)
+    say(_plan(linears, calibration, config), show=progress)
     # Here because transformers' Trainer, behind it, takes seconds to import and no other method needs it.
     from patch.models.modes import prepared
 
@@ -78,6 +82,13 @@ def learn_masks(
                     weight.grad = gradient
         masks = {name: keep[linear.weight] for name, linear in linears.items()}
     return {name: mask.to(linears[name].weight.device) for name, mask in masks.items()}
+
+
+def _plan(linears: Mapping[str, nn.Linear], calibration: Tensor, config: ProxSparseConfig) -> str:
+    weights = sum(weight.numel() for weight in {linear.weight for linear in linears.values()})
+    steps = f"{config.steps} steps, each of {config.batch_size} of {samples_text(calibration)}"
+    memory = f"{weights * _WEIGHT_BYTES / 1e9:.1f} GB for the weights in training, and the activations of a step"
+    return f"learning the masks of {len(linears)} layers with prox_sparse: {steps}; {memory}"
 
 
 def check_learnable(
@@ -111,7 +122,8 @@ def _train(
     batches = _batches(len(calibration), config)
     home = input_embeddings(model).weight.device
     share = 1.0
-    with tqdm(total=config.steps, desc="ProxSparse", unit="step", disable=None if progress else True) as bar:
+    note = ""
+    with Progress(config.steps, "learning masks (prox_sparse)", "step", show=progress) as bar:
         for step, batch in enumerate(batches):
             ids = calibration[batch].to(home)
             loss = model(input_ids=ids, labels=ids).loss
@@ -129,8 +141,8 @@ def _train(
                     weight.copy_(master)
             if step % _BAR_INTERVAL == 0 or step + 1 == config.steps:
                 share = _violations(masters)
-                bar.set_postfix(loss=f"{loss.item():.4f}", violations=f"{share:.4f}", refresh=False)
-            bar.update()
+                note = f"loss {loss.item():.4f}, violations {share:.4f}"
+            bar.update(note=note)
     for master, name in zip(masters, weights.values(), strict=True):
         if master not in optimizer.state:
             wanted = "expected to see calibration inputs, got none"
