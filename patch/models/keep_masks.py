@@ -5,7 +5,7 @@ A keep mask is a bool tensor of the weight's shape, True where a weight stays; i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -75,9 +75,40 @@ def measured_sparsity(masks: Mapping[str, torch.Tensor]) -> float:
     for name, keep in masks.items():
         require_mask(keep, ("N", "K"), f"layer '{name}'")
     total = sum(keep.numel() for keep in masks.values())
+    return 1 - _nonzeros(masks.values()) / total
+
+
+# Dense models have next to none; a layer with more was pruned before.
+_ZEROS_OF_A_DENSE_LAYER = 0.05
+
+
+def zero_share(*layers: nn.Module) -> float:
+    """Share of the weights of layers that are exactly 0, whatever their masks say."""
+    weights = [cast(torch.Tensor, layer.weight) for layer in layers]
+    return 1 - _nonzeros(weights) / sum(weight.numel() for weight in weights)
+
+
+def zeros_already(layers: Mapping[str, nn.Module]) -> str | None:
+    """What to say of a model that is to be masked and whose layers hold many zeros already, None for a dense one."""
+    sparse = [name for name, layer in layers.items() if zero_share(layer) > _ZEROS_OF_A_DENSE_LAYER]
+    if not sparse:
+        return None
+    share = f"{100 * zero_share(*layers.values()):.1f} % of the weights to mask are zero already"
+    where = f"in {len(sparse)} of {len(layers)} layers, '{sparse[0]}' for example"
+    return f"{share} ({where}): was the model pruned before? New masks count only what they prune themselves."
+
+
+def sparsity_text(masks: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module]) -> str:
+    """The sparsity of the masks, and the share of zeros in the masked layers where that is another one."""
+    of_masks, of_weights = measured_sparsity(masks), zero_share(*layers.values())
+    if abs(of_masks - of_weights) <= 0.001:
+        return f"sparsity {of_masks:.4f}"
+    return f"sparsity {of_masks:.4f} by the masks, but {of_weights:.4f} of the weights are 0"
+
+
+def _nonzeros(tensors: Iterable[torch.Tensor]) -> int:
     # By parts: torch turns what it counts into int64 first, which for a whole mask is 8 times the mask.
-    kept = sum(int(torch.count_nonzero(rows)) for keep in masks.values() for rows in keep.split(1024))
-    return 1 - kept / total
+    return sum(int(torch.count_nonzero(rows)) for tensor in tensors for rows in tensor.split(1024))
 
 
 def check_masks_hold(model: nn.Module) -> None:

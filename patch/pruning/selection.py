@@ -59,6 +59,20 @@ def working_dtype(weight: torch.Tensor, precision: str = "fp32") -> torch.dtype:
     return torch.float64 if precision == "fp64" or weight.dtype == torch.float64 else torch.float32
 
 
+def zeros_first(score: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """The scores (N, K) with weights that are 0 already below all others, so that they are pruned first.
+
+    Their own score may not say so: weights on inputs that are always zero have the score 0 too, and updates of other
+    weights change them.
+    """
+    return score.masked_fill(zeros, -1)
+
+
+def whole_pattern(keep: torch.Tensor, pattern: str) -> torch.Tensor:
+    """The mask (N, K), for 2:4 with two of every four where a group has fewer weights that are not 0."""
+    return keep_two_of_four(keep.to(torch.uint8)) if pattern == "2:4" else keep
+
+
 def keep_two_of_four(score: torch.Tensor) -> torch.Tensor:
     """Keep the two largest of every four consecutive columns of score (N, K); exactly two, also with ties."""
     columns = score.reshape(-1, GROUP).unbind(-1)

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from patch.pruning.hessian import Statistics, damped_until, full_precision, inverse_factor
 from patch.pruning.options import GROUP, PruneOptions
-from patch.pruning.selection import Pruned, check_updated, keep_above_threshold, keep_two_of_four
+from patch.pruning.selection import (
+    Pruned,
+    check_updated,
+    keep_above_threshold,
+    keep_two_of_four,
+    whole_pattern,
+    zeros_first,
+)
 
 __all__ = ["Statistics", "prune", "sweep"]
 
@@ -24,18 +31,19 @@ __all__ = ["Statistics", "prune", "sweep"]
 def prune(weight: Tensor, statistics: Statistics, options: PruneOptions) -> Pruned:
     """Prune weight (N, K) and update what is kept.
 
-    Columns whose input was always zero are set to zero. Raises ValueError when the Hessian cannot be inverted
-    even with much more damping, or the updated weights leave the range of the weight's dtype.
+    Columns whose input was always zero are set to zero. Weights that are 0 already go first and none becomes another
+    value. Raises ValueError when the Hessian cannot be inverted even with much more damping, or the updated weights
+    leave the range of the weight's dtype.
     """
     dead = statistics.hessian.diagonal() == 0
     current = weight.detach().to(statistics.hessian.dtype).masked_fill(dead, 0)
-    keep = torch.empty_like(current, dtype=torch.bool)
+    keep = weight.detach() != 0
     with full_precision():
         factor = damped_until(statistics.hessian, options.damping, inverse_factor)
         sweep(current, keep, factor, options.block_size, partial(_choose, options=options))
     result = current.to(weight.dtype)
     check_updated(result)
-    return Pruned(result, keep)
+    return Pruned(result, whole_pattern(keep, options.pattern))
 
 
 def sweep(
@@ -44,7 +52,7 @@ def sweep(
     """Zero what is not kept, column by column in place, the columns to the right making up for the error.
 
     weight  (N, K) in the precision of factor (K, K), the U of `inverse_factor`
-    keep    (N, K) bool; given, or filled as the columns are reached by
+    keep    (N, K) bool; given, or what may be kept, of which is chosen as the columns are reached by
             choose(block (N, B), keep (N, B), diagonal of U (B,), column in the block)
     """
     for start in range(0, weight.shape[1], block_size):
@@ -70,6 +78,7 @@ def _choose(block: Tensor, keep: Tensor, diagonal: Tensor, column: int, options:
     """Choose what to keep: of a whole block at its first column, or of each group of four at its first."""
     if options.pattern == "2:4" and column % GROUP == 0:
         group = slice(column, column + GROUP)
-        keep[:, group] = keep_two_of_four(block[:, group].square() / diagonal[group].square())
+        score = block[:, group].square() / diagonal[group].square()
+        keep[:, group] &= keep_two_of_four(zeros_first(score, ~keep[:, group]))
     elif options.pattern == "unstructured" and column == 0:
-        keep.copy_(keep_above_threshold(block.square() / diagonal.square(), options.sparsity))
+        keep &= keep_above_threshold(zeros_first(block.square() / diagonal.square(), ~keep), options.sparsity)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patch.pruning.hessian import Statistics, damped_until, eliminate, full_precision, inverse_factor
 from patch.pruning.options import PruneOptions
-from patch.pruning.selection import Pruned, check_updated, keep_two_of_four, smallest_of_all
+from patch.pruning.selection import Pruned, check_updated, keep_two_of_four, smallest_of_all, whole_pattern, zeros_first
 
 __all__ = ["Statistics", "prune"]
 
@@ -26,23 +26,30 @@ def prune(weight: Tensor, statistics: Statistics, options: PruneOptions) -> Prun
 
     2:4: two of every four. Unstructured: int(sparsity * N * K) weights of the whole matrix; a block prunes
     those of the smallest scores of all remaining columns that lie in it. Columns whose input was always zero
-    are set to zero. Raises ValueError when the Hessian cannot be inverted even with much more damping, or the
-    updated weights leave the range of the weight's dtype.
+    are set to zero. Weights that are 0 already go first and none becomes another value. Raises ValueError when the
+    Hessian cannot be inverted even with much more damping, or the updated weights leave the range of the weight's
+    dtype.
     """
     # The diagonal is twice Wanda's channel energy; a common factor changes no order.
     norm = statistics.hessian.diagonal().sqrt()
     start = weight.detach().to(norm.dtype).masked_fill(norm == 0, 0)
+    zeros = weight.detach() == 0
     with full_precision():
         result, keep = damped_until(
-            statistics.hessian, options.damping, lambda damped: _prune(start, norm, damped, options)
+            statistics.hessian, options.damping, lambda damped: _prune(start, zeros, norm, damped, options)
         )
     result = result.to(weight.dtype)
     check_updated(result)
-    return Pruned(result, keep)
+    return Pruned(result, whole_pattern(keep, options.pattern))
 
 
-def _prune(weight: Tensor, norm: Tensor, damped: Tensor, options: PruneOptions) -> tuple[Tensor, Tensor] | None:
-    """New weight and keep (N, K); None when H or a row's system is not positive definite in this precision."""
+def _prune(
+    weight: Tensor, zeros: Tensor, norm: Tensor, damped: Tensor, options: PruneOptions
+) -> tuple[Tensor, Tensor] | None:
+    """New weight and what of it is not 0 (N, K); None when a system is not positive definite in this precision.
+
+    zeros  (N, K): what was 0 before
+    """
     factor = inverse_factor(damped)
     if factor is None:
         return None
@@ -53,10 +60,12 @@ def _prune(weight: Tensor, norm: Tensor, damped: Tensor, options: PruneOptions) 
         block = slice(start, min(start + options.block_size, weight.shape[1]))
         width = block.stop - start
         if options.pattern == "2:4":
-            pruned = ~keep_two_of_four(weight[:, block].abs() * norm[block])
+            pruned = ~keep_two_of_four(zeros_first(weight[:, block].abs() * norm[block], zeros[:, block]))
         else:
-            pruned = smallest_of_all(weight[:, start:].abs() * norm[start:], left)[:, :width]
+            score = zeros_first(weight[:, start:].abs() * norm[start:], zeros[:, start:])
+            pruned = smallest_of_all(score, left)[:, :width]
             left -= int(pruned.sum())
+        pruned |= zeros[:, block]
         # With inverse(H) = U^T U, inverse(H[b:, b:]) is U[b:, b:]^T U[b:, b:] as U is upper triangular. These
         # are its first rows, so one factorization serves all blocks.
         inverse = factor[block, block].T @ factor[block, start:]

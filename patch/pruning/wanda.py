@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from patch.pruning.options import PruneOptions
-from patch.pruning.selection import Pruned, keep_in_rows, keep_two_of_four, select
+from patch.pruning.selection import Pruned, keep_in_rows, keep_two_of_four, select, zeros_first
 
 
 class Statistics:
@@ -32,7 +32,7 @@ def prune(weight: torch.Tensor, statistics: Statistics, options: PruneOptions) -
     energy = statistics.channel_energy
     if options.shift_zero_metrics:
         energy = shifted(energy)
-    score = weight.detach().to(energy.dtype).abs() * energy.sqrt()
+    score = zeros_first(weight.detach().to(energy.dtype).abs() * energy.sqrt(), weight == 0)
     keep = keep_two_of_four(score) if options.pattern == "2:4" else keep_in_rows(score, options.sparsity)
     return select(weight, keep)
 

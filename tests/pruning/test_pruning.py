@@ -513,3 +513,48 @@ def test_all_inputs_are_checked_before_any_is_used(monkeypatch):
     monkeypatch.setattr(wanda.Statistics, "add", add)
     with pytest.raises(ValueError, match=r"inputs\[1\]"):
         prune_weight(W, "wanda", inputs=[X[0], INF])
+
+
+# Weights that are zero already.
+
+
+def sparse_base(shape=(16, 32), share=0.5, seed=4):
+    """(weight with a share of exact zeros, inputs); in column 3 the input is always zero."""
+    weight, inputs = make_case(*shape)
+    weight[torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share] = 0
+    for x in inputs:
+        x[:, 3] = 0
+    return weight, inputs
+
+
+@pytest.mark.parametrize("method", ONE_WEIGHT_METHODS)
+@pytest.mark.parametrize("pattern, sparsity", [("2:4", 0.5), ("unstructured", 0.25), ("unstructured", 0.7)])
+def test_zeros_stay_zero_and_go_first(method, pattern, sparsity):
+    weight, inputs = sparse_base()
+    zeros = weight == 0
+    pruned = prune_weight(weight, method, pattern=pattern, sparsity=sparsity, inputs=inputs)
+    assert not pruned.weight[zeros].any()
+    assert not pruned.weight[~pruned.keep].any()
+    if pattern == "2:4":
+        assert (pruned.keep.reshape(-1, 4).sum(1) == 2).all()
+        # A weight that is not zero goes only where the group had no zero left to prune.
+        spare = (pruned.keep & zeros).reshape(-1, 4).any(1)
+        assert not ((~pruned.keep & ~zeros).reshape(-1, 4).any(1) & spare).any()
+    elif sparsity < 0.5 and method != "thanos":  # which prunes by columns: the zeros to the right come too late
+        assert not (~pruned.keep & ~zeros & (torch.arange(32) != 3)).any()
+
+
+@pytest.mark.parametrize("method", ONE_WEIGHT_METHODS)
+def test_pruning_a_pruned_weight_again_keeps_its_mask(method):
+    weight, inputs = make_case(16, 32)
+    first = prune_weight(weight, "magnitude")
+    again = prune_weight(first.weight, method, inputs=inputs)
+    assert torch.equal(again.keep, first.keep)
+
+
+def test_zeros_go_before_weights_on_dead_inputs():
+    """Both have the score 0 in Wanda; the weight may be needed on other text, the zero is not."""
+    weight = torch.tensor([[0.5, 0.6, 0.0, 0.0], [0.5, 0.0, 0.7, 0.0]])
+    x = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    keep = prune_weight(weight, "wanda", inputs=[x]).keep
+    assert keep.tolist() == [[True, True, False, False], [True, False, True, False]]
