@@ -22,7 +22,9 @@ from patch.artifacts.artifact import load_artifact
 from patch.evaluate.protocol import perplexity_report
 from patch.evaluate.zero_shot import ZERO_SHOT_TASKS, zero_shot
 from patch.models.facts import config_fingerprint
+from patch.models.structure import decoder_of
 from patch.pruning.options import DEFAULT_SEQLEN
+from patch.published.arguments import path_of
 from patch.published.llm import load_llm
 from patch.published.prepare import load_prepared, prepare
 from patch.published.prune_args import read_target
@@ -67,8 +69,9 @@ def load_compressed_model(
     raises  FileNotFoundError; ValueError when the tile size, the config, a layer or a shape differs.
     """
     tile = read_target(mask_tile_size, 0.5).mask_tile_size
+    decoder_of(model)  # refuses what is no model
     expect = {"tile": list(tile), "config_fingerprint": config_fingerprint(model.config)}
-    return load_prepared(model, load_artifact(checkpoint_name, expect=expect, model=model))
+    return load_prepared(model, load_artifact(path_of(checkpoint_name, "checkpoint_name"), expect=expect, model=model))
 
 
 def evaluate(

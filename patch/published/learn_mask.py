@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from patch.data.tokens import training_blocks
 from patch.evaluate.zero_shot import lm_eval_model
+from patch.files.paths import require_model_path
 from patch.learn.config import LearnConfig
 from patch.learn.run import learn
 from patch.models.keep_masks import keep_masks
+from patch.packed.load import load
+from patch.published.arguments import path_of, require_dtype, require_tokenizer
 from patch.published.mask_args import config_fields, config_from_mask_args, read_mask_args
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,9 @@ def learn_from(
     hub: Mapping[str, Any],
 ) -> tuple[nn.Module, Any]:
     """The work of patch.fine_tune_mask.learn_mask, see there; hub goes to from_pretrained."""
+    name = require_model_path(path_of(model_name, "model_name"))
+    if dtype is not None:
+        require_dtype(dtype)
     config_options = {key: value for key, value in options.items() if key in config_fields()}
     known = (*config_fields(), *_DATA_OPTIONS, *_LEARN_OPTIONS)
     unknown = sorted(set(options) - set(known))
@@ -52,14 +58,14 @@ def learn_from(
     masks, scores = _read_compressed(compressed_model, config)
     if wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb: expected the package to be installed, it is not; pip install wandb or pass False")
+    if not isinstance(train_data, Tensor):
+        require_tokenizer(tokenizer)
     blocks = _blocks(tokenizer, train_data, sequence_length, {k: v for k, v in options.items() if k in _DATA_OPTIONS})
     config.total_steps(blocks.shape[0])
 
-    from transformers import AutoModelForCausalLM
-
     if dtype is None:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, **hub)
+    model = load(name, dtype=dtype, **hub)
     result = learn(
         model,
         blocks,

@@ -27,6 +27,7 @@ from patch.models.structure import linear_at, maskable_linears
 from patch.pruning.model import check_prunable, prune_model
 from patch.pruning.options import DEFAULT_SEQLEN
 from patch.pruning.tile_scores import reference_tile_scores
+from patch.published.arguments import path_of, require_tokenizer
 from patch.published.prune_args import PruneArgs, Target, read_prune_args, read_target
 from patch.slim.compress import adapters, compress_model
 from patch.slim.fine_tune import fine_tune
@@ -47,10 +48,10 @@ def prepare(
     """The work of patch.utils.prepare_pruned_model; see there."""
     args = read_prune_args(prune_args)
     target = read_target(mask_tile_size, target_sparsity_ratio)
-    meta = _meta(model, args, target, seed)
     compress = args.compression()
     _check_further_steps(model, args, compress)
-    folder = resolve_folder(checkpoint_name, must_exist=False)
+    meta = _meta(model, args, target, seed)
+    folder = resolve_folder(path_of(checkpoint_name, "checkpoint_name"), must_exist=False)
     require_place_for_folder("checkpoint_name", folder, "Choose another.")
     if folder.is_dir() and os.listdir(folder):
         logger.info("loading the pruned model from %s", folder)
@@ -61,6 +62,8 @@ def prepare(
                 raise ValueError(f"{folder}: expected a result without {key}, {got}; use another checkpoint_name")
         return load_prepared(model, artifact)
 
+    if args.fine_tune or args.is_calibrated:
+        require_tokenizer(tokenizer)
     stored = _stored_masks(model, args) if args.is_stored else None
     blocks = _fine_tuning_blocks(model, tokenizer, args, seed) if args.fine_tune else None
     calibration, text_hash = None, None

@@ -188,17 +188,24 @@ def test_bad_mask_args_are_refused(arguments, error, message):
         ({"max_blocks": 3}, ValueError, "expected only with text, got packed blocks"),
         ({"train_data": "/no/such/file.txt"}, FileNotFoundError, "file.txt"),
         ({"global_batch_size": 64}, ValueError, "at least global_batch_size = 64, got 8"),
+        ({"model_name": "./no-model"}, FileNotFoundError, "expected a folder with a model at ./no-model, found none"),
+        ({"model_name": 3}, TypeError, "model_name: expected a name or path, got int"),
+        ({"dtype": "bf16"}, ValueError, "dtype: expected a floating torch.dtype or 'auto', got 'bf16'"),
+        ({"dtype": torch.int8}, ValueError, "dtype: expected a floating torch.dtype or 'auto', got torch.int8"),
+        ({"tokenizer": None, "train_data": "text.txt"}, TypeError, "tokenizer: expected the model's .* got NoneType"),
     ],
 )
 def test_bad_calls_are_refused_before_the_model_is_loaded(tiny_model, tokenizer, change, error, message):
     arguments = {
+        "model_name": "no/model",  # may be one of the hub, so that only loading it would tell
+        "tokenizer": tokenizer,
         "compressed_model": compressed(tiny_model()),
         "mask_args": EXAMPLE,
         "train_data": torch.zeros(8, 16, dtype=torch.int64),
         "global_batch_size": 4,
     } | change
     with pytest.raises(error, match=message):
-        learn_mask("/no/such/model", tokenizer=tokenizer, **arguments)
+        learn_mask(**arguments)
 
 
 def test_half_prepared_model_and_missing_wandb_are_refused(tiny_model, tokenizer, monkeypatch):
@@ -206,7 +213,7 @@ def test_half_prepared_model_and_missing_wandb_are_refused(tiny_model, tokenizer
     blocks = torch.zeros(8, 16, dtype=torch.int64)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb: expected the package to be installed"):
-        learn_mask("/none", model, tokenizer, EXAMPLE, wandb=True, train_data=blocks, global_batch_size=4)
+        learn_mask("no/model", model, tokenizer, EXAMPLE, wandb=True, train_data=blocks, global_batch_size=4)
     del model.model.layers[1].mlp.up_proj.distribution_scores
     with pytest.raises(ValueError, match=r"distribution_scores on every pruned layer, .*up_proj has none"):
-        learn_mask("/none", model, tokenizer, EXAMPLE, train_data=blocks, global_batch_size=4)
+        learn_mask("no/model", model, tokenizer, EXAMPLE, train_data=blocks, global_batch_size=4)

@@ -271,3 +271,31 @@ def test_get_llm_keeps_the_dtype_of_the_checkpoint(tmp_path, tiny_model, tokeniz
     for bad in (0, True, "2048"):
         with pytest.raises(ValueError, match="seqlen: expected an integer >= 1, got"):
             get_llm(tmp_path / "m", seqlen=bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "./llama"}, TypeError, "expected a torch.nn.Module, got str. Load the model first"),
+        ({"tokenizer": None}, TypeError, "tokenizer: expected the model's tokenizer, got NoneType"),
+        ({"tokenizer": "./llama"}, TypeError, "tokenizer: expected the model's tokenizer, got str"),
+        ({"checkpoint_name": None}, TypeError, "checkpoint_name: expected a name or path, got NoneType"),
+    ],
+)
+def test_what_is_no_model_tokenizer_or_path_is_refused(tmp_path, model, tokenizer, arguments, change, error, message):
+    given = {"model": model, "tokenizer": tokenizer, "checkpoint_name": tmp_path / "c", "prune_args": arguments}
+    with pytest.raises(error, match=message):
+        prepare_pruned_model(**given | {"mask_tile_size": TILE, "target_sparsity_ratio": 0.35} | change)
+    assert keep_masks(model) == {} and not (tmp_path / "c").exists()
+
+
+def test_get_llm_and_load_compressed_model_refuse_what_cannot_be_loaded(tmp_path):
+    for name, dtype, error, message in (
+        ("./no-model", "auto", FileNotFoundError, "expected a folder with a model at ./no-model, found none"),
+        (None, "auto", TypeError, "model_name: expected a name or path, got NoneType"),
+        ("./no-model", "bf16", ValueError, "dtype: expected a floating torch.dtype or 'auto', got 'bf16'"),
+    ):
+        with pytest.raises(error, match=message):
+            get_llm(name, dtype=dtype)
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got str"):
+        load_compressed_model("./llama", TILE, tmp_path)
