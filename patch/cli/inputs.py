@@ -77,7 +77,9 @@ def device_of(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}. Use --device cpu.") from None
+        device = torch.device("meta")  # refused too: it holds no values
+    if device.type == "meta":
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}. Use --device cpu.")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         got = f"got {name!r} with {count} GPUs visible to torch"

@@ -99,5 +99,7 @@ def check_device(device: torch.device | str | None) -> None:
         kind = None if device is None else torch.device(device).type
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: expected a torch device such as 'cuda' or 'cpu', {got}. {_DEVICE}") from error
+    if kind == "meta":
+        raise ValueError(f"device: expected a device that holds values, {got}. {_DEVICE}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected a device of this machine, {got} but torch sees no GPU. {_DEVICE}")

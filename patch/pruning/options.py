@@ -16,6 +16,7 @@ CompensationMethod = Literal["least_squares", "sparsegpt"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 COMPENSATIONS: tuple[CompensationMethod, ...] = get_args(CompensationMethod)
 DEFAULT_BLOCK_SIZE = 128
+DEFAULT_DAMPING = 0.01
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048
 
@@ -34,7 +35,7 @@ class PruneOptions:
     pattern: Pattern = "2:4"
     sparsity: ShareBelowOne = 0.5
     block_size: AtLeastOne = setting(DEFAULT_BLOCK_SIZE, "columns treated at once")
-    damping: Damping = 0.01
+    damping: Damping = DEFAULT_DAMPING
     shift_zero_metrics: bool = False
     precision: Precision = "fp32"
 

@@ -37,6 +37,7 @@ class Method:
     updates_weights         whether kept weights change, so that a mask alone is not the result
     learns                  masks are learned for the whole model at once
     patterns                what it can prune to
+    options                 fields of PruneOptions that it reads besides pattern and sparsity
     nsamples                calibration samples that are usual for it
     block_size              columns treated at once unless the caller says otherwise
     two_of_four_block_size  the same for pattern 2:4
@@ -51,6 +52,7 @@ class Method:
     updates_weights: bool = False
     learns: bool = False
     patterns: tuple[Pattern, ...] = PATTERNS
+    options: tuple[str, ...] = ("precision",)
     nsamples: int = DEFAULT_NSAMPLES
     block_size: int = DEFAULT_BLOCK_SIZE
     two_of_four_block_size: int = DEFAULT_BLOCK_SIZE
@@ -89,17 +91,28 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "magnitude": Method("magnitude", "patch.pruning.magnitude"),
-    "wanda": Method("Wanda", "patch.pruning.wanda", reads_inputs=True),
-    "sparsegpt": Method("SparseGPT", "patch.pruning.sparsegpt", reads_inputs=True, updates_weights=True),
-    # Block sizes of the paper.
+    "wanda": Method("Wanda", "patch.pruning.wanda", reads_inputs=True, options=("precision", "shift_zero_metrics")),
+    "sparsegpt": Method(
+        "SparseGPT",
+        "patch.pruning.sparsegpt",
+        reads_inputs=True,
+        updates_weights=True,
+        options=("precision", "damping", "block_size"),
+    ),
     "thanos": Method(
-        "Thanos", "patch.pruning.thanos", reads_inputs=True, updates_weights=True, two_of_four_block_size=512
+        "Thanos",
+        "patch.pruning.thanos",
+        reads_inputs=True,
+        updates_weights=True,
+        options=("precision", "damping", "block_size"),
+        two_of_four_block_size=512,  # of the paper
     ),
     "prox_sparse": Method(
         "ProxSparse",
         "patch.pruning.proxsparse.training",
         learns=True,
         patterns=("2:4",),
+        options=(),
         nsamples=400,  # one for each step of the published settings
         section="prox",
         settings="patch.pruning.proxsparse.config:ProxSparseConfig",

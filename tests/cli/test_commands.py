@@ -98,6 +98,46 @@ def test_pruning_flags_reach_the_method(work, tmp_path):
                 assert torch.equal(artifact.weights[name], model.get_submodule(name).weight)
 
 
+def test_prune_says_what_it_will_do_and_what_packing_will_take(work, tmp_path, capsys):
+    flags = ["--model", work / "model", "--method", "magnitude", "--target-sparsity", 0.45, "--tile", "64,64"]
+    status, out, err = run(capsys, "prune", *flags, "--out", tmp_path / "p")
+    assert status == 0
+    plan = [line for line in err.splitlines() if "tiles" in line or "pruning" in line]
+    assert plan == [
+        "first the unstructured reference that scores the tiles, then the 2:4 masks",
+        "at sparsity 0.45 on 64x64 tiles, packing will take about 0.71 of dense bytes: it stores tiles of 128x128, "
+        "with which it would take 0.61",
+        "pruning 14 layers with magnitude, unstructured 0.45; peak memory about 0.5 GB",
+        "pruning 14 layers with magnitude, 2:4; peak memory about 0.5 GB",
+    ]
+    assert "pruned 14 layers with magnitude: sparsity 0.5000\n" in out
+    assert "of dense\n" in out.split("packed: ")[1]
+    # The configuration that was written can be run again: it holds nothing that the method does not read.
+    resolved = tmp_path / "p" / "config.resolved.yaml"
+    assert run(capsys, "prune", "--config", resolved, "--out", tmp_path / "q")[0] == 0
+
+
+def test_pruning_a_pruned_export_tells_the_zeros_that_are_there(work, tmp_path, capsys):
+    from patch.artifacts.artifact import load_artifact
+    from patch.models.keep_masks import measured_sparsity
+
+    export = ["export", "--model", work / "model", "--masks", work / "prior", "--format", "dense"]
+    assert run(capsys, *export, "--out", tmp_path / "dense")[0] == 0
+    flags = ["--pattern", "unstructured", "--sparsity", 0.25, "--seqlen", 32, "--data", work / "train.txt"]
+    shares = {
+        "wanda": "sparsity 0.2500 by the masks, but 0.5000 of the weights are 0",
+        "sparsegpt": "sparsity 0.5000\n",
+    }
+    for method, said in shares.items():
+        out = tmp_path / method
+        command = ["prune", "--model", tmp_path / "dense", "--method", method, "--nsamples", 8, *flags, "--out", out]
+        status, printed, err = run(capsys, *command)
+        assert status == 0
+        assert "WARNING: 50.0 % of the weights to mask are zero already (in 14 of 14 layers, 'model.layers.0." in err
+        assert f"pruned 14 layers with {method}: {said}" in printed
+    assert measured_sparsity(load_artifact(tmp_path / "sparsegpt").masks) == 0.5
+
+
 def test_the_default_block_size_of_the_method_is_recorded(work, tmp_path):
     from patch.artifacts.artifact import load_artifact
 

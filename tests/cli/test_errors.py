@@ -57,6 +57,24 @@ REFUSED = [
         [*PRUNE, "--dtype", "int8"],
         "dtype: expected one of auto, float32, bfloat16, float16, bf16, fp16, fp32, got 'int8'",
     ),
+    (
+        [*PRUNE, "--damping", "0.1"],
+        "damping: expected none with method wanda, got 0.1. Leave it out, or use --method sparsegpt, thanos.",
+    ),
+    (
+        [*PRUNE, "--method", "sparsegpt", "--shift-zero-metrics"],
+        "shift_zero_metrics: expected none with method sparsegpt, got True. Leave it out, or use --method wanda.",
+    ),
+    ([*PRUNE, "--method", "magnitude"], "data: expected none with method magnitude, got '"),
+    (
+        ["prune", "--model", "{w}/model", "--method", "magnitude", "--nsamples", "8", "--out", "{t}/o"],
+        "nsamples: expected none with method magnitude, got 8. Leave it out.",
+    ),
+    (
+        [*PRUNE, "--method", "prox_sparse", "--precision", "fp64"],
+        "precision: expected none with method prox_sparse, got 'fp64'. Leave it out",
+    ),
+    ([*PRUNE, "--device", "meta"], "--device: expected cpu, cuda or cuda:N, got 'meta'. Use --device cpu."),
     ([*PRUNE, "--device", "cuda:99"], "--device: expected a GPU that is there, got 'cuda:99'"),
     ([*PRUNE, "--device", "abacus"], "--device: expected cpu, cuda or cuda:N, got 'abacus'"),
     ([*PRUNE, "--exclude", "*.nothing"], "got '*.nothing' which matches none"),

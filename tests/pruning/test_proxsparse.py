@@ -596,8 +596,22 @@ def folder(tmp_path, text_file):
 
 
 def command(folder, *flags):
-    shared = ["--model", folder / "model", "--data", folder / "corpus.txt", "--seqlen", 24]
+    shared = ["--model", folder / "model"]
+    if "magnitude" not in flags:
+        shared += ["--data", folder / "corpus.txt", "--seqlen", 24]
     return cli.main([str(item) for item in ["prune", *shared, *flags]])
+
+
+def test_the_plan_is_said_before_training(capsys):
+    model = build_tiny_model(**SMALL)
+    weights = sum(linear.weight.numel() for linear in maskable_linears(model).values())
+    learn_masks(model, ids(), ProxSparseConfig(steps=2, batch_size=2))
+    samples, seqlen = ids().shape
+    assert capsys.readouterr().err == (
+        "learning the masks of 14 layers with prox_sparse: 2 steps, each of 2 of "
+        f"{samples} samples of {seqlen} tokens ({samples * seqlen} tokens); "
+        f"{weights * 20 / 1e9:.1f} GB for the weights in training, and the activations of a step\n"
+    )
 
 
 def test_command(folder, capsys):
@@ -618,8 +632,8 @@ def test_command(folder, capsys):
 def test_command_refuses_before_it_scores_tiles(folder, capsys, monkeypatch):
     scoring = "patch.pruning.tile_scores.reference_tile_scores"
     monkeypatch.setattr(scoring, lambda *args, **kwargs: pytest.fail("tiles were scored"))
-    flags = ["--target-sparsity", 0.35, "--tile", "16,16", "--nsamples", 2, "--out", folder / "o"]
-    assert command(folder, "--method", "prox_sparse", "--dtype", "float16", *flags) == 2
+    flags = ["--target-sparsity", 0.35, "--tile", "16,16", "--out", folder / "o"]
+    assert command(folder, "--method", "prox_sparse", "--nsamples", 2, "--dtype", "float16", *flags) == 2
     assert "got torch.float16, in which gradients overflow" in capsys.readouterr().err
     build_tiny_model(**SMALL | {"intermediate_size": 50}).save_pretrained(folder / "model")
     for method in ("magnitude", "wanda"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch.cli import inputs, outputs
+from patch.files.progress import say
 from patch.files.schema import record
 from patch.pruning.options import CompensationMethod, Damping, Precision
 from patch.settings import RESOLVED_NAME, AtLeastOne, NewPath, dump_yaml, setting
@@ -52,7 +53,7 @@ def run(options: Options) -> None:
     if options.overwrite:
         outputs.check_input_stays(masks, out)
     from patch.artifacts.artifact import save_artifact
-    from patch.models.keep_masks import measured_sparsity
+    from patch.models.keep_masks import measured_sparsity, zeros_already
     from patch.models.structure import maskable_linears
     from patch.pruning import compensate
 
@@ -65,6 +66,8 @@ def run(options: Options) -> None:
     seqlen = calibration.shape[1]
     heldout = _heldout_windows(options, tokenizer, heldout_source, seqlen)
     linears = maskable_linears(model)
+    if found := zeros_already(linears):
+        say(f"WARNING: {found}")
     result = compensate(
         model,
         source.masks,

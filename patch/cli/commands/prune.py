@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from patch import settings
 from patch.cli import inputs, outputs
-from patch.files.schema import record
-from patch.pruning.options import Damping, Pattern, Precision
-from patch.pruning.registry import METHODS, Method, get_method, make_options, method_names
+from patch.files.progress import say
+from patch.files.schema import default_of, fields_of, record
+from patch.pruning.options import DEFAULT_DAMPING, Damping, Pattern, Precision, PruneOptions
+from patch.pruning.registry import METHODS, Method, get_method, make_options, method_names, reference_method
 from patch.settings import RESOLVED_NAME, AtLeastOne, Names, NewPath, Share, Tile, dump_yaml, setting
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ examples:
   patch-llm prune --model ./llama --method prox_sparse --prox-lambda 0.25 --data c4 --seqlen 4096 --out prox
       trains a copy of the weights for 400 steps to choose the masks; settings prox.NAME for --set and --config
 """
+_TEXT_SETTINGS = {"data", "text_field", "nsamples", "seqlen"}
 SECTION_FLAGS = {
     flag: (method.settings_type, method.section, name) for method in METHODS.values() for flag, name in method.flags
 }
@@ -49,8 +51,8 @@ class Options(inputs.CalibrationSettings, inputs.PlacementSettings):
     tile: Tile = setting((128, 128), "rows,columns of a scored tile", metavar="R,C")
     shift_zero_metrics: bool = setting(False, "Wanda: raise the statistics of inputs that are always zero")
     precision: Precision = setting("fp32", "fp32 or fp64, of scores, statistics and updates", metavar="P")
-    damping: Damping = setting(
-        0.01, "SparseGPT, Thanos: share of the mean diagonal added to the Hessian", metavar="SHARE"
+    damping: Damping | None = setting(
+        None, "SparseGPT, Thanos: share of the mean diagonal added to the Hessian (default 0.01)", metavar="SHARE"
     )
     block_size: AtLeastOne | None = setting(
         None, "SparseGPT, Thanos: columns treated at once (default 128; 512 for Thanos 2:4)"
@@ -65,7 +67,8 @@ def run(options: Options) -> None:
     out = outputs.check_new_folder(options.out, overwrite=options.overwrite, what="result")
     from patch.artifacts.artifact import save_artifact
     from patch.models.facts import config_fingerprint
-    from patch.models.keep_masks import measured_sparsity
+    from patch.models.keep_masks import sparsity_text, zeros_already
+    from patch.models.packed_size import expected_packed_text, packed_text
     from patch.models.structure import maskable_linears
     from patch.pruning.model import check_prunable, prune_model
     from patch.pruning.tile_scores import reference_tile_scores
@@ -76,23 +79,30 @@ def run(options: Options) -> None:
         options.pattern,
         options.sparsity,
         options.block_size,
-        options.damping,
+        DEFAULT_DAMPING if options.damping is None else options.damping,
         options.shift_zero_metrics,
         options.precision,
     )
+    _refuse_ignored(options, method)
     own = _own_settings(options, method)
     section: dict[str, Any] = {} if own is None else {method.section: settings.to_dict(own)}
-    options = dataclasses.replace(options, nsamples=options.nsamples or method.nsamples, **section)
+    options = dataclasses.replace(options, **section)
     if method.needs_calibration:
+        options = dataclasses.replace(options, nsamples=options.nsamples or method.nsamples)
         inputs.check_text_source(options.data)
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     calibration, text_sha256 = inputs.load_calibration(options, model) if method.needs_calibration else (None, None)
+    linears = maskable_linears(model, options.exclude)
+    if found := zeros_already(linears):
+        say(f"WARNING: {found}")
     # The reference is made from the dense model, so before that is pruned.
     scores = None
     if options.target_sparsity is not None:
+        say(f"first the unstructured reference that scores the tiles, then the {options.pattern} masks")
+        say(expected_packed_text(options.target_sparsity, options.tile))
         check_prunable(model, method, pruning, calibration, exclude=options.exclude)
         scores = reference_tile_scores(
-            model, options.method, options.target_sparsity, options.tile, **_shared(options, calibration)
+            model, options.method, options.target_sparsity, options.tile, **_shared(options, pruning, calibration)
         )
     masks = prune_model(
         model,
@@ -100,9 +110,8 @@ def run(options: Options) -> None:
         pattern=options.pattern,
         sparsity=options.sparsity,
         prox=own,
-        **_shared(options, calibration),
+        **_shared(options, pruning, calibration),
     )
-    linears = maskable_linears(model, options.exclude)
     weights = {name: linear.weight for name, linear in linears.items()} if method.updates_weights else None
     meta = outputs.provenance(
         options.data if calibration is not None else None,
@@ -119,7 +128,7 @@ def run(options: Options) -> None:
         seqlen=None if calibration is None else calibration.shape[1],
         shift_zero_metrics=options.shift_zero_metrics,
         precision=options.precision,
-        damping=options.damping,
+        damping=pruning.damping,
         block_size=pruning.block_size,
         exclude=options.exclude,
         **section,
@@ -127,13 +136,30 @@ def run(options: Options) -> None:
     # Repeating a run must not replace its result.
     resolved = dump_yaml(dataclasses.replace(options, overwrite=False), header="patch-llm prune --config THIS_FILE")
     save_artifact(out, masks, meta=meta, tile_scores=scores, weights=weights, extra={RESOLVED_NAME: resolved})
-    print(f"pruned {len(masks)} layers with {options.method}: sparsity {measured_sparsity(masks):.4f}")
+    print(f"pruned {len(masks)} layers with {options.method}: {sparsity_text(masks, linears)}")
+    print(packed_text(masks))
     outputs.print_written(out, "masks", f"patch-llm eval --model {options.model} --masks {out} --data TEXT")
 
 
 def on_interrupt(options: Options) -> str:
     """Pruning keeps nothing of a part."""
     return f"nothing was written to {options.out}; run the same command again"
+
+
+def _refuse_ignored(options: Options, method: Method) -> None:
+    """Refuse settings that were given and that neither the method nor the reference of the tile scores reads."""
+    read = {*method.options}
+    if options.target_sparsity is not None:
+        read |= {*get_method(reference_method(options.method)).options}
+    if method.needs_calibration:
+        read |= _TEXT_SETTINGS
+    able = {"precision", "damping", "block_size", "shift_zero_metrics"} | _TEXT_SETTINGS
+    for name in sorted(able - read):
+        value = getattr(options, name)
+        if value != default_of(fields_of(Options)[name]):
+            users = ", ".join(key for key, other in METHODS.items() if name in other.options)
+            advice = f"Leave it out, or use --method {users}." if users else "Leave it out."
+            raise ValueError(f"{name}: expected none with method {options.method}, got {value!r}. {advice}")
 
 
 def _own_settings(options: Options, method: Method) -> Any:
@@ -147,12 +173,12 @@ def _own_settings(options: Options, method: Method) -> Any:
     return settings.build(method.settings_type, getattr(options, method.section), prefix=f"{method.section}.")
 
 
-def _shared(options: Options, calibration: Tensor | None) -> dict[str, Any]:
+def _shared(options: Options, pruning: PruneOptions, calibration: Tensor | None) -> dict[str, Any]:
     return {
         "calibration": calibration,
         "shift_zero_metrics": options.shift_zero_metrics,
         "precision": options.precision,
-        "damping": options.damping,
+        "damping": pruning.damping,
         "block_size": options.block_size,
         "exclude": options.exclude,
     }
