@@ -8,6 +8,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
+from types import FunctionType
 
 from torch import nn
 
@@ -43,16 +44,20 @@ def router_linears(root: nn.Module) -> set[str]:
 
 
 def directly_read_linears(root: nn.Module) -> set[str]:
-    """Names, from `root` on, of the layers past which their parent computes with weight or bias (Mamba's dt_proj).
+    """Names, from `root` on, of the layers past which code computes with their weight or bias (Mamba's dt_proj).
 
     A mask learned in the layer has no effect there, hooks see no inputs, and a packed layer has no such weight. Read
-    from the source of the parent's methods, where there is one. What only a setting of the parent turns on, as
+    from the source of the methods of all modules, where there is one. What only a setting of the module turns on, as
     `if self.training:` with a fused kernel, does not count: there the run itself tells.
     """
     names = set()
     for path, module in root.named_modules():
-        own = {key for key, child in module.named_children() if isinstance(child, nn.Linear)}
-        names |= {f"{path}.{key}" if path else key for key in own and own & _keys_read_by(type(module))}
+        reads = [read for method in _methods(type(module)) for read in _reads_of(method)]
+        own = {name for owner, name in reads if owner == "self"}
+        below = tuple(f".{name}" for owner, name in reads if owner != "self")
+        for name, layer in module.named_modules() if reads else ():
+            if isinstance(layer, nn.Linear) and (name in own or name.endswith(below)):
+                names.add(f"{path}.{name}" if path else name)
     return names
 
 
@@ -69,38 +74,33 @@ def _expert_count(module: nn.Module) -> int:
 
 
 @functools.cache
-def _keys_read_by(kind: type[nn.Module]) -> frozenset[str]:
-    """Attributes KEY such that the methods of a class compute with self.KEY.weight or self.KEY.bias."""
-    methods = (
-        inspect.unwrap(method)
-        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
-        for name, method in vars(base).items()
-        if inspect.isfunction(method) and "init" not in name
-    )
-    keys: set[str] = set()
-    for method in methods:
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, TypeError, SyntaxError):  # made at run time, or the source is not installed
-            continue
-        keys.update(_reads(tree))
-    return frozenset(keys)
+def _methods(kind: type[nn.Module]) -> tuple[FunctionType, ...]:
+    """The methods of a class that run when it computes."""
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    members = ((name, member) for base in bases for name, member in vars(base).items() if "init" not in name)
+    return tuple(inspect.unwrap(member) for _, member in members if inspect.isfunction(member))
 
 
-def _reads(node: ast.AST) -> Iterator[str]:
+@functools.cache
+def _reads_of(method: FunctionType) -> tuple[tuple[str, str], ...]:
+    """(owner, name) of what a function reads as owner.name.weight or owner.name.bias; none without its source."""
+    try:
+        return tuple(_reads(ast.parse(textwrap.dedent(inspect.getsource(method)))))
+    except (OSError, TypeError, SyntaxError):  # made at run time, or the source is not installed
+        return ()
+
+
+def _reads(node: ast.AST) -> Iterator[tuple[str, str]]:
     match node:
-        case ast.If(test=test) if any(_is_self(part) for part in ast.walk(test)):
+        case ast.If(test=test) if any(isinstance(part, ast.Name) and part.id == "self" for part in ast.walk(test)):
             parts: Iterator[ast.AST] = iter(node.orelse)
         case ast.Attribute(attr=fact) if fact in _FACTS:
             return
-        case ast.Attribute(attr="weight" | "bias", value=ast.Attribute(attr=key, value=owner)) if _is_self(owner):
-            yield key
+        case ast.Attribute(attr="weight" | "bias", value=ast.Attribute() as layer):
+            owner, _, name = ast.unparse(layer).partition(".")
+            yield owner, name
             return
         case _:
             parts = ast.iter_child_nodes(node)
     for part in parts:
         yield from _reads(part)
-
-
-def _is_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"

@@ -49,8 +49,8 @@ def maskable_linears(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
     exclude  fnmatch patterns over the names, such as "*.k_proj"; each must match a layer of the model.
     Raises ValueError when no layer is found or left, or a pattern matches nothing.
     """
-    prefix, blocks = _blocks_or_body(model)
-    stay_dense = {_join(prefix, name) for name in router_linears(blocks) | directly_read_linears(blocks)}
+    prefix, decoder = _decoder(model)
+    stay_dense = {_join(prefix, name) for name in router_linears(decoder) | directly_read_linears(decoder)}
     found = {name: layer for name, layer in block_linears(model).items() if name not in stay_dense}
     if not found:
         got = f"{type(model).__name__} with none in its decoder{_why_no_linear(model)}"

@@ -104,6 +104,20 @@ def test_layers_that_their_model_reads_itself_are_found_in_its_source():
     assert directly_read_linears(made) == set()  # no source to read
 
 
+def test_layers_that_a_module_further_up_reads_are_found():
+    class Rescaled(Decoder):
+        def forward(self, x):
+            for block in self.layers:
+                block.shared.weight.div_(2)
+                x = block(x)
+            return x.to(self.layers[0].conv.weight.dtype)
+
+        def names(self):
+            return "layers.0.attention.k_proj.weight"
+
+    assert directly_read_linears(Rescaled(Mixture(nn.Linear(8, 4), Fused(4)))) == {"layers.0.shared"}
+
+
 def test_a_linear_by_name_only_is_left_dense():
     class Grouped(nn.Linear):
         def __init__(self, groups):

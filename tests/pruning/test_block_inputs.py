@@ -109,7 +109,7 @@ def test_equals_pruning_by_whole_model_runs(tiny_model, arch, method, pattern, s
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "GPT-2"])
 def test_every_family_equals_pruning_by_whole_model_runs(name):
-    """State spaces, shared keys and values, mixtures, wrappers for images: blocks get what the model gives them."""
+    """State spaces, shared keys, mixtures, wrappers for images: blocks get what the model would give them."""
     model = build_family(FAMILIES[name])
     ids = token_ids() % 60
     expected = prune_reference(model, "wanda", ids)
