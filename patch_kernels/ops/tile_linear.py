@@ -171,6 +171,10 @@ def tile_linear(
     Gradients reach x and bias; the weight is frozen: on Hopper it is read before the kernel ahead of this call on the
     stream has ended (docs/inside/gemm.md), so do not write payload or schedule by a kernel directly before.
     """
+    given: Any = bias
+    if not isinstance(x, Tensor) or not (given is None or isinstance(given, Tensor)):
+        require_tensor("tile_linear, x", x)
+        require_tensor("tile_linear, bias", given, advice="Pass None for none.")
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     op = _ops.tile_linear_train if needs_grad else _ops.tile_linear
     y = op(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,9 @@ def test_export_eval_and_generate(work, tmp_path, capsys):
     assert "sparsity 0.3500 in the masked layers" in exported["packed"]
     assert "dense -> " in exported["packed"]
     assert "(1.000x)" in exported["dense"]
+    # Learned at --tile 64: few of the tiles that are packed are 2:4 throughout.
+    assert re.search(r"stored 2:4: \d of 20; zeros in the others .*--tile 128,128 pack smaller", exported["packed"])
+    assert "stored 2:4" not in exported["dense"]
     # The model is fp32: said where it cannot stay so, kept where it can.
     assert "weights cast from float32 to bfloat16 (the packed format holds 16-bit weights)" in exported["packed"]
     assert "weights cast from float32 to bfloat16\n" in exported["dense"]

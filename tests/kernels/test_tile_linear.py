@@ -339,6 +339,14 @@ TILED = TiledWeight.pack(W, KEEP, TILES)
             r"x: expected torch.float16 \(\.\.\., 132\), got torch.float16 \(130, 131\)",
         ),
         (lambda: TILED.matmul(None), "x: expected torch.float16 .*, got NoneType. Convert it, or pack the weight"),
+        (
+            lambda: tile_linear.tile_linear(None, TILED.payload, FLAGS, 130, None),
+            "tile_linear, x: expected a tensor, got No",
+        ),
+        (
+            lambda: tile_linear.tile_linear(W, TILED.payload, FLAGS, 130, 1.0),
+            "tile_linear, bias: .* tensor, got float. Pass",
+        ),
         (lambda: TILED.matmul(W, 1.0), r"bias: expected torch.float16 \(130,\), got float"),
         (
             lambda: TILED.matmul(W, W[:, 0].float()),
