@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from patch.artifacts.apply import apply_artifact
 from patch.artifacts.artifact import load_artifact, save_artifact
+from patch.models.facts import fingerprints
 from patch.models.keep_masks import apply_keep_masks, keep_masks
 from patch.models.stay_dense import directly_read_linears, router_linears
 from patch.models.structure import block_linears, maskable_linears
@@ -139,7 +140,7 @@ def test_masks_that_hold_a_router_still_apply(tmp_path):
     model = Decoder(Mixture(nn.Linear(8, 4), Fused(4)))
     masks = {name: torch.rand(layer.weight.shape) < 0.5 for name, layer in block_linears(model).items()}
     assert "layers.0.gate" in masks
-    save_artifact(tmp_path / "old", masks, meta={})
+    save_artifact(tmp_path / "old", masks, meta=fingerprints(model))
     apply_artifact(model, load_artifact(tmp_path / "old", model=model))
     assert keep_masks(model).keys() == masks.keys()
     assert not model.layers[0].gate.weight[~masks["layers.0.gate"]].any()
