@@ -91,7 +91,7 @@ def warn_of_few_tokens(tokens: Mapping[str, int], linears: Mapping[str, nn.Linea
         worst = max(few, key=lambda name: linears[name].in_features / max(1, tokens[name]))
         logger.warning(
             "%d of %d layers have more inputs than calibration has tokens for them, '%s' %d for %d tokens: only "
-            "damping makes such a Hessian invertible. Give more text: raise nsamples or seqlen (--nsamples, --seqlen)",
+            "damping makes such a Hessian invertible. Give more text (--nsamples, --seqlen)",
             len(few),
             len(linears),
             worst,

@@ -92,7 +92,7 @@ def _require_reached(
 
 def _refuse_unreached(names: list[str]) -> None:
     got = f"got none in {len(names)}: {','.join(names)}"
-    advice = "Give more calibration text (nsamples, seqlen), or leave these layers dense with exclude."
+    advice = "Give more text (--nsamples, --seqlen), or leave these layers dense with exclude (--exclude)."
     raise ValueError(f"calibration: expected inputs in every layer to prune, {got}. {advice}")
 
 

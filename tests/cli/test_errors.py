@@ -63,7 +63,7 @@ REFUSED = [
     ),
     (
         [*PRUNE, "--method", "sparsegpt", "--shift-zero-metrics"],
-        "shift_zero_metrics: expected none with method sparsegpt, got True. Leave it out, or use --method wanda.",
+        "expected none with method sparsegpt, got True. Leave it out, or use --method wanda.",
     ),
     ([*PRUNE, "--method", "magnitude"], "data: expected none with method magnitude, got '"),
     (
