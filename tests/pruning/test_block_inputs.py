@@ -514,6 +514,7 @@ BAD = {
     "sparsity": ({"sparsity": 0.25}, ValueError, "expected 0.5 for pattern 2:4"),
     "exclude": ({"exclude": ["*.qproj"]}, ValueError, "matches none of the 15"),
     "device name": ({"device": "gpu"}, ValueError, "a torch device such as 'cuda' or 'cpu', got 'gpu'"),
+    "device meta": ({"device": "meta"}, ValueError, "expected a device that holds values, got 'meta'. Pass None"),
     "device kind": ({"device": 1.5}, ValueError, "got 1.5. Pass None"),
 }
 
