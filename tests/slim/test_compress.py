@@ -153,7 +153,7 @@ LEARN = ["learn", "--model", "{w}/model", "--prior", "{w}/wanda", "--data", "{w}
 REFUSED = [
     (COMPRESS, "expected --quantize-weight or --lora-rank, got neither"),
     ([*COMPRESS, "--lora-rank", "0.1"], "--data: expected a text, got none"),
-    ([*COMPRESS, "--lora-rank", "2"], "lora_rank: expected a share of the layer's smaller size, 0 to 1, got 2"),
+    ([*COMPRESS, "--lora-rank", "2"], "--lora-rank: expected a share of the layer's smaller size, 0 to 1, got 2"),
     ([*COMPRESS, "--quantize-weight", "--nsamples", "0"], "nsamples: expected an integer >= 1, got 0"),
     ([*COMPRESS, "--quantize-weight", "--seed", "-1"], "seed: expected an integer >= 0, got -1"),
     ([*COMPRESS, "--quantize-weight", "--masks", "{w}/absent"], "--masks: expected a folder made by"),
@@ -171,7 +171,7 @@ REFUSED = [
     ([*TUNE, "--lr", "0"], "lr: expected a number > 0, got 0"),
     ([*TUNE, "--out", "{w}/train.txt"], "--out: expected a folder, "),
     ([*TUNE, "--data", "{w}/none.txt"], "--data: expected a file"),
-    ([*TUNE, "--batch-size", "1000", "--seqlen", "64"], "blocks: expected at least batch_size = 1000, got"),
+    ([*TUNE, "--batch-size", "1000", "--seqlen", "64"], "blocks: expected at least --batch-size = 1000, got"),
 ]
 
 
