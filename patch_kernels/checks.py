@@ -21,7 +21,7 @@ _NUMBERS: tuple[Any, ...] = (
     torch.SymFloat,
     numbers.Real,
     Tensor,
-)  # a tensor of one number is compared as one
+)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
