@@ -15,7 +15,13 @@ from torch import Tensor
 
 _INFINITY = float("inf")
 _SIZES = (int, torch.SymInt, numbers.Integral)  # symbolic under torch.compile; the first is the usual one
-_NUMBERS = (float, *_SIZES, torch.SymFloat, numbers.Real, Tensor)  # a tensor of one number is compared as one
+_NUMBERS: tuple[Any, ...] = (
+    float,
+    *_SIZES,
+    torch.SymFloat,
+    numbers.Real,
+    Tensor,
+)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -654,8 +654,8 @@ def test_repeating_a_run_replaces_nothing(folder, capsys):
     ("flags", "message"),
     [
         (["--method", "wanda", "--prox-lambda", "1"], "prox: expected no settings with method wanda, got lam."),
-        (["--method", "prox_sparse", "--prox-lambda", "many"], "prox.lam: expected a number >= 0, got 'many'"),
-        (["--method", "prox_sparse", "--prox-lambda", "-1"], "prox.lam: expected a number >= 0, got -1"),
+        (["--method", "prox_sparse", "--prox-lambda", "many"], "--prox-lambda: expected a number >= 0, got 'many'"),
+        (["--method", "prox_sparse", "--prox-lambda", "-1"], "--prox-lambda: expected a number >= 0, got -1"),
         (["--method", "prox_sparse", "--set", "prox.lamda=1"], "got 'prox.lamda'. Did you mean 'prox.lam'?"),
         (
             ["--method", "prox_sparse", "--pattern", "unstructured"],
