@@ -73,7 +73,6 @@ def _expert_count(module: nn.Module) -> int:
     return sizes.pop() if len(sizes) == 1 else 0
 
 
-@functools.cache
 def _methods(kind: type[nn.Module]) -> tuple[FunctionType, ...]:
     """The methods of a class that run when it computes."""
     bases = kind.__mro__[: kind.__mro__.index(nn.Module)]

@@ -11,6 +11,7 @@ from support.families import FAMILIES
 from support.families import build as build_family
 from support.methods import ONE_WEIGHT_METHODS
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from patch.models.keep_masks import keep_masks, measured_sparsity
 from patch.models.modes import calibration_mode
@@ -589,3 +590,16 @@ def test_failure_inside_a_method_names_the_layer(tiny_model, monkeypatch):
     monkeypatch.setattr(wanda, "prune", failing)
     with pytest.raises(ValueError, match=r"layer 'model.layers.0.self_attn.q_proj': expected something"):
         prune_model(tiny_model("llama"), "wanda", calibration=IDS)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+def test_what_is_kept_does_not_grow_with_the_context_of_the_config(tiny_model, arch):
+    def kept_bytes(positions):
+        model = build(tiny_model, arch, max_position_embeddings=positions)
+        with calibration_mode(model):
+            inputs = capture_block_inputs(model, token_ids())
+        calls = [[(call.args, call.kwargs) for call in sample] for sample in inputs._calls]
+        tensors = [leaf for leaf in tree_leaves([inputs.hidden, calls]) if isinstance(leaf, torch.Tensor)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    assert kept_bytes(1 << 20) == kept_bytes(64) > 0
