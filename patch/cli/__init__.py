@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_models(options: Any, *, takes_packed: bool) -> None:
     """Refuse a path without a usable model at once, before a command imports what loads models."""
-    for path in (getattr(options, "model", None), *getattr(options, "compare", ())):
+    paths = [("--model", getattr(options, "model", None)), *(("--compare", p) for p in getattr(options, "compare", ()))]
+    for flag, path in paths:
         if path is not None:
-            check_model_path(path, packed=takes_packed)
+            check_model_path(path, flag, packed=takes_packed)
 
 
 def _report(error: Exception, command: ModuleType) -> int:

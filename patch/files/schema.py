@@ -234,18 +234,8 @@ def require_integer(what: str, value: Any, least: int = 1, advice: str = "", *, 
 
 def require_seed(what: str, value: Any) -> None:
     """raises ValueError for what some generator of random numbers does not take as its seed."""
-    require_integer(what, value, 0)
-    try:
-        seed_for_all(int(value))
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-
-
-def seed_for_all(value: int) -> int:
-    """The seed if all generators take it: those of NumPy, which training seeds too, have 32 bits."""
-    if value > MAX_SEED:
-        raise ValueError(f"expected a seed of 0 to {MAX_SEED}, got {shown(value)}. Choose a smaller one.")
-    return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) <= MAX_SEED:
+        raise ValueError(f"{what}: expected an integer from 0 to {MAX_SEED}, got {shown(value)}. Choose another seed.")
 
 
 def _located(cls: type, location: tuple[int | str, ...]) -> tuple[list[int | str], str, FieldInfo | None]:

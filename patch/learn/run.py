@@ -204,7 +204,7 @@ def plan_learning(
         if rank() == 0:
             require_run_folder("output_dir", folder)
         if resume:
-            checkpoint, damaged, is_finished = state_files.run_to_resume(model, folder, identity)
+            checkpoint, damaged, is_finished = state_files.run_to_resume(folder, identity)
         elif rank() == 0 and not overwrite:
             state_files.refuse_used_folder(folder)
     named = {"model": model_name(model), "versions": versions()}

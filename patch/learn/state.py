@@ -88,16 +88,14 @@ def refuse_used_folder(output_dir: Path) -> None:
         raise ValueError(f"output_dir {output_dir}: expected no earlier learning run, found {found}. {advice}")
 
 
-def run_to_resume(
-    model: nn.Module, output_dir: Path, identity: Mapping[str, Any]
-) -> tuple[Path | None, dict[Path, str], bool]:
+def run_to_resume(output_dir: Path, identity: Mapping[str, Any]) -> tuple[Path | None, dict[Path, str], bool]:
     """(checkpoint to go on from, damaged newer ones with reasons, whether the run is finished); nothing is changed.
 
     raises  ValueError when what is there belongs to another run.
     """
     result = resolve_folder(output_dir / RESULT, must_exist=False)
     if result.exists():
-        check_identity(result, load_artifact(result, model=model).meta.get("run"), identity)
+        check_identity(result, load_artifact(result).meta.get("run"), identity)
         return None, {}, True
     checkpoint, damaged = newest_checkpoint(output_dir)
     if checkpoint is not None:

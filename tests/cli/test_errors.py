@@ -119,7 +119,10 @@ REFUSED = [
     ([*EXPORT, "--dtype", "fp32"], "--dtype: expected bf16 or fp16 with --format packed"),
     ([*EXPORT, "--masks", "{w}/absent"], "--masks: expected a folder made by prune or learn, found none"),
     ([*EXPORT, "--masks", "{w}/model"], "{w}/model"),
-    ([*EXPORT, "--model", "{w}/other"], "layer 'model.layers.0.mlp.gate_proj': expected torch.bool (256, 128), got"),
+    (
+        [*EXPORT, "--model", "{w}/other"],
+        ": expected torch.bool (128, 256), got torch.bool (128, 192). Pass",
+    ),
     ([*EVAL, "--window", "1"], "window: expected an integer >= 2, got 1"),
     ([*EVAL, "--window", "4096"], "4096"),
     ([*EVAL, "--batch-size", "0"], "--batch-size: expected an integer >= 1, got 0"),
@@ -131,7 +134,10 @@ REFUSED = [
     ([*EVAL, "--compare", "no-such-model-anywhere"], "--compare: expected a model folder or a Hugging Face id"),
     ([*GENERATE, "--seed", "1e23"], "seed: expected an integer from 0 to 4294967295, got 1e+23"),
     ([*GENERATE, "--seed", "1" * 30], "seed: expected an integer from 0 to 4294967295, got 1111"),
-    ([*GENERATE, "--max-new-tokens", "1" * 30], "max_new_tokens: expected an integer >= 1 and < 2147483648, got 1111"),
+    (
+        [*GENERATE, "--max-new-tokens", "1" * 30],
+        "--max-new-tokens: expected an integer >= 1 and < 2147483648",
+    ),
     ([*GENERATE, "--prompt", ""], "prompt: expected text, got ''. Give at least one word"),
     ([*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens: expected an integer >= 1 and < 2147483648, got 0"),
     (
@@ -269,7 +275,7 @@ def test_errors_of_the_file_system_say_what_to_do(work, tmp_path, capsys, monkey
     flags = ["prune", "--model", work / "model", "--method", "magnitude", "--out", tmp_path / "p"]
     status, _, err = run(capsys, *flags)
     assert status == 2
-    assert err == (
+    assert err.splitlines(keepends=True)[-1] == (
         f"patch-llm: error: {tmp_path / 'p'}: expected room on the disk, got 'No space left on device'. "
         "Free space there or choose another place, then run again.\n"
     )

@@ -150,7 +150,7 @@ def test_the_file_holds_what_repeats_the_run(work, everything):
 def test_markdown_has_every_model_and_set(work, everything, capsys):
     lines = (work / "everything.md").read_text().splitlines()
     sets = "held.txt perplexity | held.txt bits/byte | other.txt perplexity | other.txt bits/byte"
-    assert lines[0].split() == f"| model | sparsity | {sets} |".split()
+    assert lines[0].split() == f"| model | sparsity | of the decoder | in masked layers | {sets} |".split()
     assert [line.split()[1] for line in lines[2:5]] == ["dense", "masks", "packed"]
     assert "0.0%" in lines[2] and "50.0%" in lines[3] and "50.0%" in lines[4]
     assert lines[6].startswith("* held.txt: ") and "text SHA-256" in lines[6]
@@ -226,7 +226,7 @@ REFUSED = [
     ([*EVAL, "--tasks", "t", "--split", "test"], "--split: expected --data with it, got none"),
     ([*EVAL, "--tasks", "t", "--text-field", "body"], "--text-field: expected --data with it, got none"),
     ([*EVAL, "--tasks", "t", "--window-bos", "every"], "--window-bos: expected --data with it, got none"),
-    ([*DATA, "--window-bos", "all"], "window_bos: expected one of tokenizer, every, got 'all'"),
+    ([*DATA, "--window-bos", "all"], "--window-bos: expected one of tokenizer, every, got 'all'"),
     ([*DATA, "--compare", "{w}/masks"], "--compare: expected a transformers model, '{w}/masks' has no config.json"),
     (
         ["eval", "--model", "{w}/no_bos", "--data", "{w}/held.txt", "--window-bos", "every"],

@@ -142,7 +142,7 @@ def test_a_mask_that_compensation_made_worse_is_named():
 
 def test_a_perplexity_that_exploded_is_said(finished):
     lines: list[str] = []
-    demo = demo_run._Demo.__new__(demo_run._Demo)
+    demo = demo_run.Demo.__new__(demo_run.Demo)
     demo.rows, demo.tokenizer, demo.say = [], range(300), lines.append
     result = {"perplexity": 290.0, "compensated": 17000.0, "sparsity": 0.5, "packed_bytes": 1, "dense_bytes": 2}
     demo.row("Wanda 2:4", result, 0.5, 0)
