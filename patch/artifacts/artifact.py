@@ -198,14 +198,14 @@ def load_artifact(
     *,
     expect: Mapping[str, Any] | None = None,
     model: nn.Module | None = None,
-    another_model: bool = False,
+    masks_of_another_model: bool = False,
 ) -> Artifact:
     """Read an artifact folder after verifying all of it.
 
     expect   values that meta must have, e.g. {"model": ..., "method": ..., "sparsity": 0.5, "tile": (64, 64)}
     model    the dense model it was made from: layers and shapes, configuration and weights are checked (of a model on
              the meta device all but the weights)
-    another_model  also take masks, without weights, that were made from another model; recorded in meta
+    masks_of_another_model  also take masks, without weights, that were made from another model; recorded in meta
     raises   FileNotFoundError, or ValueError naming the file and rule, before any tensor is allocated; the
              contents of the masks (padding bits, counts) are checked right after reading them.
     """
@@ -223,7 +223,9 @@ def load_artifact(
     if model is not None:
         for name, shape in shapes.items():
             require_layer(model, name, str(folder), "Load it with the model it was made from.", shape, kind=nn.Module)
-        meta = require_made_from(model, meta, str(folder), has_weights=has_weights, another_model=another_model)
+        meta = require_made_from(
+            model, meta, str(folder), has_weights=has_weights, masks_of_another_model=masks_of_another_model
+        )
     has_adapters = ADAPTERS in manifest.files
     if has_adapters != (description.version == ADAPTER_VERSION):
         got = f"version {description.version} {'with' if has_adapters else 'without'} it"
@@ -257,13 +259,13 @@ def load_artifact(
 
 
 def require_made_from(
-    model: nn.Module, meta: dict[str, Any], what: str, *, has_weights: bool, another_model: bool = False
+    model: nn.Module, meta: dict[str, Any], what: str, *, has_weights: bool, masks_of_another_model: bool = False
 ) -> dict[str, Any]:
     """Refuse an artifact that was made from another dense model, by the fingerprints in its meta; returns the meta.
 
     what           place of the artifact in messages
     has_weights    whether it holds weights or adapters, which fit no other model
-    another_model  take masks of another model; what is returned says so, and has the fingerprints of `model`
+    masks_of_another_model  take masks of another model; what is returned says so, and has the fingerprints of `model`
     """
     if meta.get("weights_fingerprint") is None:
         logger.warning("%s does not say which weights it was made from: whether they are these was not checked", what)
@@ -280,12 +282,12 @@ def require_made_from(
     if not differs:
         return meta
     source = meta.get("model", "another model")
-    if has_weights or not another_model:
+    if has_weights or not masks_of_another_model:
         changed = "settings in config.json" if differs[0] == "config_fingerprint" else "weights"
         if has_weights:
             advice = "It holds weights, which fit no other model: give the model it was made from, or make it again."
         else:
-            advice = "Give that model, or accept them with --masks-of-another-model (another_model=True)."
+            advice = "Give that model, or accept them with masks_of_another_model=True."
         if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
             advice += " A float32 model must be loaded in the dtype that it was pruned in."
         expected = f"expected an artifact made from {model_name(model)}"

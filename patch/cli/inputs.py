@@ -233,7 +233,7 @@ def load_masks(options: Any, path: str | os.PathLike, model: nn.Module, flag: st
     from patch.artifacts.artifact import load_artifact
 
     folder = artifact_folder(path, flag)
-    return load_artifact(folder, model=model, another_model=options.masks_of_another_model)
+    return load_artifact(folder, model=model, masks_of_another_model=options.masks_of_another_model)
 
 
 def put_masks(options: Any, path: str | os.PathLike, model: nn.Module) -> Artifact:
@@ -242,7 +242,7 @@ def put_masks(options: Any, path: str | os.PathLike, model: nn.Module) -> Artifa
     from patch.artifacts.artifact import load_artifact
 
     artifact = load_artifact(artifact_folder(path))
-    apply_artifact(model, artifact, another_model=options.masks_of_another_model)
+    apply_artifact(model, artifact, masks_of_another_model=options.masks_of_another_model)
     return artifact
 
 

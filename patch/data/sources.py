@@ -198,7 +198,7 @@ def _check_limit(limit: int | None) -> None:
 
 
 def _no_text(name: str) -> ValueError:
-    return ValueError(f"{name}: expected text, found only empty documents; check the file and its text field")
+    return ValueError(f"{name}: expected text, found only empty documents; check the file and text_field")
 
 
 def _refuse_empty(name: str, documents: Iterator[str]) -> Iterator[str]:

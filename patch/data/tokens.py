@@ -86,7 +86,7 @@ def sample_windows(
     while len(windows) < nsamples:
         if len(too_short) == len(token_ids_per_doc):
             expected = f"expected at least one document of more than {seqlen} tokens"
-            raise ValueError(f"{expected}, got {len(token_ids_per_doc)} shorter ones; use a smaller sequence length")
+            raise ValueError(f"{expected}, got {len(token_ids_per_doc)} shorter ones; use a smaller seqlen")
         index = draw.randint(0, len(token_ids_per_doc) - 1)
         if index in too_short:
             continue
@@ -104,7 +104,7 @@ def sample_joined(token_ids: Sequence[int], nsamples: int, seqlen: int, seed: in
     _check_sampling(nsamples, seqlen, seed)
     if len(token_ids) <= seqlen:
         expected = f"expected a text of more than {seqlen} tokens"
-        raise ValueError(f"{expected}, got {len(token_ids)}; give more text or a smaller sequence length")
+        raise ValueError(f"{expected}, got {len(token_ids)}; give more text or a smaller seqlen")
     draw = random.Random(seed)
     ids = torch.as_tensor(token_ids, dtype=torch.long)
     starts = [draw.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]

@@ -329,13 +329,11 @@ def _result(
     if soft is None:  # resumed after the last step: nothing was sampled in this call
         soft = metrics[-1]["soft_density"] if metrics else hard
     if abs(1 - hard - config.target_sparsity) > MISSED:
-        logger.warning(
-            "the target sparsity %.4f was missed: the masks have %.4f (sampled ones %.4f). Use exact_budget "
-            "(--exact-budget), which meets it, or more steps (--steps)",
-            config.target_sparsity,
-            1 - hard,
-            1 - soft,
-        )
+        advice = "Use exact_budget (--exact-budget), which meets it, or more steps (--steps)"
+        if config.exact_budget:
+            advice = "The next tile was too large: a smaller tile (--tile) comes nearer"
+        said = "the target sparsity %.4f was missed: the masks have %.4f (sampled ones %.4f). %s"
+        logger.warning(said, config.target_sparsity, 1 - hard, 1 - soft, advice)
     return LearnResult(masks, grids, metrics, hard, soft)
 
 

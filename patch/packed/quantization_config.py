@@ -81,6 +81,7 @@ class Description:
         Says(f"1 to {MAX_LAYERS} layers by name"),
     ]
     other_sha256: Sha256 | None = None
+    config_sha256: Sha256 | None = None
 
 
 @register_quantization_config(METHOD)
@@ -91,6 +92,7 @@ class PatchConfig(QuantizationConfigMixin):
     tile            [128, 128]
     layers          {module path: {out_features, in_features, bias, dtype, payload_bytes, sha256}}
     other_sha256    checksum of every other tensor of the files (headers.other_sha256); None: they are not checked
+    config_sha256   patch.models.facts.config_fingerprint of config.json as it was written; None: it is not checked
     Everything is checked on construction; raises ValueError naming the layer and the rule.
     """
 
@@ -100,14 +102,16 @@ class PatchConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         tile: Sequence[int] = (TILE, TILE),
         other_sha256: str | None = None,
+        config_sha256: str | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ):
         given = {"quant_method": quant_method, "format_version": format_version, "tile": tile, "layers": layers}
-        given["other_sha256"] = other_sha256
+        given |= {"other_sha256": other_sha256, "config_sha256": config_sha256}
         parse(Description, given | unknown, "quantization_config: ", _ADVICE)
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.tile = [TILE, TILE]
         self.other_sha256 = other_sha256
+        self.config_sha256 = config_sha256
         self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}

@@ -20,7 +20,9 @@ from torch import nn
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from patch.files.strict_json import read_json
 from patch.models.checks import require_layer
+from patch.models.facts import config_fingerprint
 from patch.packed.headers import check_files, other_sha256
 from patch.packed.quantization_config import FORMAT_VERSION, METHOD, PAYLOAD_NAMES, PatchConfig
 from patch.packed.swap import layer_sha256, packed_layers, unpack_layers
@@ -161,8 +163,15 @@ def _keep_names(model: Any) -> None:
 
 
 def _check_others(files: Sequence[str], config: PatchConfig) -> None:
+    """Compare config.json and the tensors beside the packed layers with what was saved, where the folder says it."""
+    if not _verify.get():
+        return
+    file, wanted = Path(files[0]).parent / "config.json", config.config_sha256
+    if wanted is not None and file.is_file() and config_fingerprint(read_json(file.resolve())) != wanted:
+        advice = "Copy or export the folder again; patch.load(..., verify=False) opens it as it is."
+        raise ValueError(f"{file}: expected the settings that the weights were saved with, got others. {advice}")
     wanted = config.other_sha256
-    if _verify.get() and wanted is not None and (found := other_sha256(files)) != wanted:
+    if wanted is not None and (found := other_sha256(files)) != wanted:
         raise ValueError(
             f"{Path(files[0]).parent}: expected tensors beside the packed layers (embeddings, norms, output head) of "
             f"SHA-256 {wanted}, got {found}. {_DAMAGED}"

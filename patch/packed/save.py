@@ -16,6 +16,7 @@ from patch.files.folder import write_folder
 from patch.files.schema import listed
 from patch.files.strict_json import read_json
 from patch.models.adapted_linear import refuse_adapters
+from patch.models.facts import config_fingerprint
 from patch.models.keep_masks import check_masks_hold
 from patch.packed.convert import unpack_model
 from patch.packed.headers import other_sha256
@@ -80,6 +81,7 @@ def save_packed(
         _save(model, tokenizer, directory, max_shard_size)
         path = directory / "config.json"
         config = read_json(path)
+        config["quantization_config"]["config_sha256"] = config_fingerprint(config)
         config["quantization_config"]["other_sha256"] = other_sha256(sorted(directory.glob("*.safetensors")))
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _check_written(model, directory)

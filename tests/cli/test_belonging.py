@@ -75,13 +75,13 @@ def test_masks_alone_are_put_on_another_model_when_asked(work, twin, tmp_path, c
 def test_python_refuses_them_too(work, twin):
     model = inputs.load_model(str(twin))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"whose weights differ.*another_model=True"):
+    with pytest.raises(ValueError, match=r"whose weights differ.*masks_of_another_model=True"):
         load_artifact(work / "prior", model=model)
     artifact = load_artifact(work / "prior")
     with pytest.raises(ValueError, match=r"prior: expected an artifact made from .*twin, got one made from .*model"):
         apply_artifact(model, artifact)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    apply_artifact(model, artifact, another_model=True)
+    apply_artifact(model, artifact, masks_of_another_model=True)
     # Pruned weights are not those it was made from: putting further masks on them is refused.
     model = inputs.load_model(str(work / "model"))
     apply_artifact(model, load_artifact(work / "prior"))

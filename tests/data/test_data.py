@@ -93,7 +93,10 @@ def test_sample_joined_draws_as_the_published_samplers_do():
         (lambda: tokens.sample_windows([], 1, 2, 0), "got 0 shorter ones"),
         (lambda: tokens.sample_windows([[1, 2, 3]], 0, 2, 0), "nsamples: expected an integer >= 1, got 0"),
         (lambda: tokens.sample_windows([[1, 2, 3]], 1, 0, 0), "seqlen: expected an integer >= 1, got 0"),
-        (lambda: tokens.sample_windows([[1, 2, 3]], 1, 2, -1), "seed: expected an integer from 0 to 4294967295, got -1"),
+        (
+            lambda: tokens.sample_windows([[1, 2, 3]], 1, 2, -1),
+            "seed: expected an integer from 0 to 4294967295, got -1",
+        ),
         (lambda: tokens.sample_joined([1, 2], 1, 2, 0), "more than 2 tokens, got 2"),
     ],
 )

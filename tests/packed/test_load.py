@@ -328,12 +328,16 @@ DAMAGES = [
         flip_byte("model.embed_tokens.weight"),
         r"model: expected tensors beside the packed layers .* of SHA-256 .*, got .*\. The file was changed",
     ),
+    (edit_top(rms_norm_eps=0.5), r"config\.json: expected the settings that the weights were saved with, got others"),
     (edit_top(hidden_size=130), "expected a config.json that describes the model of its tensors, got one that transf"),
     (
         edit_top(num_attention_heads="four"),
         "expected a config.json that describes .* got one that .*num_attention_heads",
     ),
-    (edit_top(num_hidden_layers=5), r"expected every tensor of LlamaForCausalLM, found missing keys: 27 \("),
+    (
+        lambda f: (edit_config(lambda q: q.pop("config_sha256"))(f), edit_top(num_hidden_layers=5)(f)),
+        r"expected every tensor of LlamaForCausalLM, found missing keys: 27 \(",
+    ),
     (truncate, "model.safetensors: expected the end of the file at byte"),
     (outside_index, "plain names of safetensors files, got '../model.safetensors'. Do not load it"),
     (missing_shard, "model-00002-of-00002.safetensors: expected a file of the model, found none"),

@@ -233,6 +233,8 @@ def _models(options: Options) -> Iterator[tuple[dict[str, Any], nn.Module]]:
     taken.add(first)
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
     # Masks are put on dense models only. Without any, nothing says whether the model is dense or was pruned.
+    for path in options.masks:
+        inputs.load_masks(options, path, model)  # masks of other weights cost no evaluation of this model
     described = _description(first, options.model, model, covered=_packed_coverage(model))
     yield described | ({"sparsity": 0.0} if options.masks else {}), model
     del model  # or it would stay while the next one is loaded
