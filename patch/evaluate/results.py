@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from patch.evaluate.tables import format_table
 from patch.files.paths import require_file
@@ -59,6 +59,13 @@ class SetResult:
     bos: str | None = None
     vocabulary: Count | None = None
 
+    @model_validator(mode="after")
+    def _of_the_loss(self) -> SetResult:
+        if self.perplexity is not None and not math.isclose(math.log(self.perplexity), self.loss, abs_tol=1e-6):
+            expected = f"expected the exponential of the loss {self.loss} as perplexity"
+            raise ValueError(f"{expected}, got {self.perplexity}. Evaluate again with `patch-llm eval --json`.")
+        return self
+
 
 @record(others=True)
 class TaskResult:
@@ -89,6 +96,7 @@ class CoverageResult:
     """What is needed of patch.models.coverage."""
 
     share: _Share
+    sparsity: _Share
     decoder_sparsity: _Share
 
 
@@ -104,6 +112,13 @@ class ModelResult:
     perplexity: dict[str, SetResult]
     zero_shot: ZeroShotResult | None
     coverage: CoverageResult | None = None
+
+    @model_validator(mode="after")
+    def _of_the_coverage(self) -> ModelResult:
+        if self.coverage is not None and self.sparsity != self.coverage.sparsity:
+            got = f"got {self.sparsity}. Evaluate again with `patch-llm eval --json`."
+            raise ValueError(f"expected the sparsity of its coverage, {self.coverage.sparsity}, {got}")
+        return self
 
 
 @record(others=True)

@@ -39,13 +39,20 @@ from patch.runs.metrics import METRICS
 LOGITS = "logits.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
-# What must agree beside the settings, in the words of messages.
+# What must agree beside the settings, in the words of messages, with the settings that it follows from.
 _MUST_AGREE = {
-    "model": "the model's weights",
-    "data": "the training blocks",
-    "layers_and_priors": "the masked layers, prior masks or tile scores",
-    "world_size": "the number of processes",
+    "model": ("the model's weights", "Give the same model (--model, --dtype)"),
+    "data": (
+        "the training blocks",
+        "Give the same text and number of blocks (--data, --seqlen, --steps)",
+    ),
+    "layers_and_priors": (
+        "the masked layers, prior masks or tile scores",
+        "Give the same prior and exclude (--prior, --exclude)",
+    ),
+    "world_size": ("the number of processes", "Start as many"),
 }
+_ANOTHER = "or choose another output folder (--out)."
 
 
 def run_identity(
@@ -69,14 +76,16 @@ def check_identity(folder: Path, found: Any, expected: Mapping[str, Any]) -> Non
     """raises ValueError naming what differs between the stored run and the one asked for."""
     if not isinstance(found, dict) or set(found) != set(expected) or not isinstance(found["config"], dict):
         raise ValueError(f"{folder}: expected the identity of a learning run, got something else. Use another folder.")
-    rows = [(label, _short(found[key]), _short(expected[key])) for key, label in _MUST_AGREE.items()]
+    for key, (label, advice) in _MUST_AGREE.items():
+        if found[key] != expected[key]:
+            got = f"{found[key]}, got {expected[key]}" if key == "world_size" else "got others"
+            raise ValueError(f"{folder}: expected {label} of the run that wrote it, {got}. {advice}, {_ANOTHER}")
     # A setting that did not exist yet had what is now its default.
     before = _settings(LearnConfig()) | found["config"]
-    rows += [(key, repr(before[key]), repr(value)) for key, value in expected["config"].items()]
-    for label, was, now in rows:
-        if was != now:
-            wanted = f"expected {label} of the run that wrote it, {was}, got {now}"
-            raise ValueError(f"{folder}: {wanted}. Resume with the same, or choose another output_dir.")
+    for key, value in expected["config"].items():
+        if before[key] != value:
+            wanted = f"expected {key} of the run that wrote it, {before[key]!r}, got {value!r}"
+            raise ValueError(f"{folder}: {wanted}. Resume with the same, {_ANOTHER}")
 
 
 def refuse_used_folder(output_dir: Path) -> None:
@@ -151,7 +160,3 @@ def read_identity(folder: Path) -> Any:
 def _settings(config: LearnConfig) -> dict[str, Any]:
     """The settings that the trajectory depends on, as JSON gives them back."""
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in FREE_SETTINGS}))
-
-
-def _short(value: Any) -> str:
-    return str(value)[:12]
