@@ -24,7 +24,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     dense_bytes = model.get_memory_footprint()
-    apply_artifact(model, load_artifact(options.masks, model=model))
+    apply_artifact(model, load_artifact(options.masks))
     pack_model(model)
     save_packed(model, tokenizer, options.out)
 

@@ -64,14 +64,14 @@ def prepare_pruned_model(
 def load_compressed_model(
     model: nn.Module, mask_tile_size: tuple[int, int], checkpoint_name: str | os.PathLike
 ) -> nn.Module:
-    """Put the result of prepare_pruned_model into a dense model of the same architecture, in place.
+    """Put the result of prepare_pruned_model on the dense model it was made from, in place.
 
-    raises  FileNotFoundError; ValueError when the tile size, the config, a layer or a shape differs.
+    raises  FileNotFoundError; ValueError when the tile size, the config, the weights, a layer or a shape differs.
     """
     tile = read_target(mask_tile_size, 0.5).mask_tile_size
     decoder_of(model)  # refuses what is no model
     expect = {"tile": list(tile), "config_fingerprint": config_fingerprint(model.config)}
-    return load_prepared(model, load_artifact(path_of(checkpoint_name, "checkpoint_name"), expect=expect, model=model))
+    return load_prepared(model, load_artifact(path_of(checkpoint_name, "checkpoint_name"), expect=expect))
 
 
 def evaluate(

@@ -119,8 +119,6 @@ def load_model(
 
     hide_bars_without_terminal()
 
-    check_model_path(path, flag)
-    _check_hub(path, flag)
     where = device_of(device)
     wanted = dtype_of(dtype)
     load_model_config(path, packed=True, flag=flag)

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from patch.files.claim import claimed
 from patch.files.paths import require_new, require_place_for_folder
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 # What the command that runs will write, from its checks on; the command line ends it with the command.
 claims = contextlib.ExitStack()
 
@@ -20,10 +23,6 @@ def claim(path: str | os.PathLike, flag: str = "--out") -> None:
     """Refuse a path that another run is writing, and hold it until the command ends."""
     if os.environ.get("RANK", "0") == "0":  # processes that train together write one folder
         claims.enter_context(claimed(path, flag))
-
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 def check_new_folder(path: str | os.PathLike, *, overwrite: bool, what: str) -> Path:

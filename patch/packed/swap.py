@@ -28,12 +28,6 @@ def packed_zeros(model: nn.Module) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def packed_sparsity(model: nn.Module) -> float | None:
-    """Share of zeros in the packed layers of a model, None when it has none."""
-    counts = packed_zeros(model).values()
-    return sum(zeros for zeros, _ in counts) / sum(weights for _, weights in counts) if counts else None
-
-
 def unpack_layers(model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
     """Replace every packed layer by nn.Linear with zeros where pruned, in place; see convert.unpack_model."""
     names = [name for name, _ in packed_layers(model)]

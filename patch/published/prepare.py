@@ -58,7 +58,7 @@ def prepare(
     require_place_for_folder("checkpoint_name", folder, "Choose another.")
     if folder.is_dir() and os.listdir(folder):
         logger.info("loading the pruned model from %s", folder)
-        artifact = load_artifact(folder, expect=meta, model=model)
+        artifact = load_artifact(folder, expect=meta)
         for key in ("compression", "fine_tune"):
             if key in artifact.meta and key not in meta:
                 got = f"the artifact was made with {key} = {artifact.meta[key]!r}"

@@ -163,8 +163,6 @@ def _check(options: Options) -> None:
     outputs.check_new_file(options.markdown, "--markdown")
     for folder in options.masks:
         inputs.artifact_folder(folder)
-    for flag, path in _model_paths(options):
-        inputs.check_model_path(path, flag)
 
 
 def _model_paths(options: Options) -> list[tuple[str, str]]:
