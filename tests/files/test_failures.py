@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -17,15 +18,20 @@ from patch.files.folder import write_folder
 from patch.files.paths import require_place_for_folder
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """Writing beyond 4 KiB fails with EFBIG, as a full disk does with ENOSPC."""
+    """Writing beyond 4 KiB fails with EFBIG in the body, as a full disk does with ENOSPC.
+
+    No fixture: pytest itself writes between a test and the end of its fixtures, perhaps to a long file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 WRITERS = {
@@ -35,8 +41,8 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_a_folder_that_does_not_fit_leaves_nothing(tmp_path, small_files, write):
-    with pytest.raises(OSError, match="File too large") as caught:
+def test_a_folder_that_does_not_fit_leaves_nothing(tmp_path, write):
+    with small_files(), pytest.raises(OSError, match="File too large") as caught:
         write_folder(tmp_path / "out", write)
     text = file_error_text(as_file_error(caught.value))
     assert text == (
@@ -46,8 +52,8 @@ def test_a_folder_that_does_not_fit_leaves_nothing(tmp_path, small_files, write)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_does_not_fit_leaves_nothing(tmp_path, small_files):
-    with pytest.raises(OSError, match="File too large") as caught:
+def test_a_file_that_does_not_fit_leaves_nothing(tmp_path):
+    with small_files(), pytest.raises(OSError, match="File too large") as caught:
         atomic.write_text_atomic(tmp_path / "a.txt", "x" * 9000)
     assert caught.value.filename == str(tmp_path / "a.txt")
     assert list(tmp_path.iterdir()) == []
