@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace patch_kernels {
 
@@ -22,7 +23,8 @@ struct TileLinearArgs {
   void* y;           // (tokens, rows)
   int64_t tokens;
   TiledMatrix weight;
-  DType dtype;  // of x, weight, bias and y; fp16 or bf16
+  DType dtype;                   // of x, weight, bias and y; fp16 or bf16
+  bool batch_invariant = false;  // row i of y has the same bits for any number of tokens
 };
 
 // See patch_kernels.masked_weight in Python for the mathematics.
@@ -89,7 +91,8 @@ using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
 // The CPU ops that are compiled once per instruction set: name, parameters, arguments. cpu/isa.h declares each of them
 // for every set and cpu/dispatch.cpp picks one.
 #define PK_CPU_OPS(OP)                                                                                             \
-  OP(tile_linear, (const TileLinearArgs& args, ParallelFor parallel), (args, parallel))                            \
+  /* weights that share x, tokens, cols, dtype and batch_invariant */                                              \
+  OP(tile_linear, (const TileLinearArgs* calls, int count, ParallelFor parallel), (calls, count, parallel))        \
   /* masked like weight; sums (2) fp64 */                                                                          \
   OP(masked_weight, (const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel),              \
      (args, masked, sums, parallel))                                                                               \
@@ -105,7 +108,8 @@ PackError pack_tiles(const uint16_t* weight, const bool* keep, const uint8_t* ti
                      int64_t cols, uint8_t* payload, ParallelFor parallel);
 void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, ParallelFor parallel);
 PK_CPU_OPS(PK_DECLARE_OP)
-const char* instruction_set();
+const char* instruction_set();   // in use
+std::string instruction_sets();  // that this CPU has, least first, with spaces between
 }  // namespace cpu
 
 namespace cuda {

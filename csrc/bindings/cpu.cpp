@@ -57,12 +57,13 @@ Tensor schedule_of(const Tensor& tile_is_sparse) {
   return words;
 }
 
-// The schedule is for GPUs; rows of y are independent here anyway.
+// The schedule is for GPUs.
 Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor&,
-                   int64_t out_features, const OptionalTensor& bias, bool) {
-  const LinearCall call = linear_call(x, payload, tile_is_sparse, out_features, bias, "tile_linear");
+                   int64_t out_features, const OptionalTensor& bias, bool batch_invariant) {
+  LinearCall call = linear_call(x, payload, tile_is_sparse, out_features, bias, "tile_linear");
   check_payload_on_host(payload, tile_is_sparse, "tile_linear");
-  cpu::tile_linear(call.args, torch_parallel);
+  call.args.batch_invariant = batch_invariant;
+  cpu::tile_linear(&call.args, 1, torch_parallel);
   return call.y;
 }
 
@@ -137,6 +138,7 @@ extern "C" __attribute__((visibility("default"))) const char* patch_kernels_buil
       std::string("{\"build_id\": \"" PK_BUILD_ID "\", \"cuda_architectures\": \"" PK_CUDA_ARCHITECTURES
                   "\", \"cuda_version\": \"" PK_CUDA_VERSION
                   "\", \"torch_target\": \"2.11\", \"cpu_instruction_set\": \"") +
-      patch_kernels::cpu::instruction_set() + "\"}";
+      patch_kernels::cpu::instruction_set() + "\", \"cpu_instruction_sets\": \"" +
+      patch_kernels::cpu::instruction_sets() + "\"}";
   return info.c_str();
 }

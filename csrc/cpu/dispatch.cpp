@@ -1,66 +1,68 @@
-// Picks the best instruction set that this CPU has; PATCH_KERNELS_ISA=generic|avx2|avx512 asks for a lesser one.
+// Picks the best instruction set that this CPU has, or the one that PATCH_KERNELS_CPU_ISA names if it has it.
 #include <cstdlib>
-#include <cstring>
+#include <string>
 
 #include "isa.h"
 
 namespace patch_kernels::cpu {
 namespace {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+#define PK_ENUMERATE(name) name##_isa,
+enum Isa { PK_ISAS(PK_ENUMERATE) kIsas };
 
-Isa detect() {
+#define PK_NAME(name) #name,
+constexpr const char* kNames[kIsas] = {PK_ISAS(PK_NAME)};
+
+bool has(Isa isa) {
 #if defined(PK_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512cd");
-  const char* asked = std::getenv("PATCH_KERNELS_ISA");
-  if (asked && !std::strcmp(asked, "generic")) return Isa::kGeneric;
-  if (asked && !std::strcmp(asked, "avx2") && avx2) return Isa::kAvx2;
-  return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kGeneric;
-#else
-  return Isa::kGeneric;
+  if (isa == avx2_isa) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+  if (isa == avx512_isa) {
+    return has(avx2_isa) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512cd");
+  }
+  if (isa == avx512_bf16_isa) return has(avx512_isa) && __builtin_cpu_supports("avx512bf16");
 #endif
+  return true;
 }
 
-Isa isa() {
-  static const Isa chosen = detect();
-  return chosen;
+Isa choose() {
+  const char* asked = std::getenv("PATCH_KERNELS_CPU_ISA");
+  Isa best = generic_isa;
+  for (int i = 0; i < kIsas; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (!has(isa)) continue;
+    if (asked && kNames[i] == std::string(asked)) return isa;
+    best = isa;
+  }
+  return best;
+}
+
+Isa chosen() {
+  static const Isa isa = choose();
+  return isa;
 }
 
 }  // namespace
 
-#if defined(PK_X86)
-#define PK_DISPATCH(name, parameters, arguments) \
-  void name parameters {                         \
-    switch (isa()) {                             \
-      case Isa::kAvx512:                         \
-        return avx512::name arguments;           \
-      case Isa::kAvx2:                           \
-        return avx2::name arguments;             \
-      case Isa::kGeneric:                        \
-        return generic::name arguments;          \
-    }                                            \
-  }
-#else
-#define PK_DISPATCH(name, parameters, arguments) \
-  void name parameters { return generic::name arguments; }
-#endif
+#define PK_OPS(isa) &isa::kOps,
+constexpr const Ops* kOps[kIsas] = {PK_ISAS(PK_OPS)};
 
+#define PK_DISPATCH(name, parameters, arguments) \
+  void name parameters { kOps[chosen()]->name arguments; }
 PK_CPU_OPS(PK_DISPATCH)
 
-const char* instruction_set() {
-  switch (isa()) {
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAvx2:
-      return "avx2";
-    case Isa::kGeneric:
-      return "generic";
+const char* instruction_set() { return kNames[chosen()]; }
+
+std::string instruction_sets() {
+  std::string names;
+  for (int i = 0; i < kIsas; ++i) {
+    if (has(static_cast<Isa>(i))) names += (names.empty() ? "" : " ") + std::string(kNames[i]);
   }
-  return "generic";
+  return names;
 }
 
 }  // namespace patch_kernels::cpu

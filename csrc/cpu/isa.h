@@ -3,14 +3,31 @@
 
 #include "../ops.h"
 
+// From the least to the best. OP(name)
+#if defined(PK_X86)
+#define PK_ISAS(OP) OP(generic) OP(avx2) OP(avx512) OP(avx512_bf16)
+#elif defined(PK_ARM64)
+#define PK_ISAS(OP) OP(generic) OP(neon)
+#else
+#define PK_ISAS(OP) OP(generic)
+#endif
+
 namespace patch_kernels::cpu {
-namespace generic {
-PK_CPU_OPS(PK_DECLARE_OP)
-}
-namespace avx2 {
-PK_CPU_OPS(PK_DECLARE_OP)
-}
-namespace avx512 {
-PK_CPU_OPS(PK_DECLARE_OP)
-}
+
+#define PK_POINTER(name, parameters, arguments) void(*name) parameters;
+struct Ops {
+  PK_CPU_OPS(PK_POINTER)
+};
+#undef PK_POINTER
+
+#define PK_ADDRESS(name, parameters, arguments) name,
+#define PK_DECLARE_ISA(isa)                      \
+  namespace isa {                                \
+  PK_CPU_OPS(PK_DECLARE_OP)                      \
+  constexpr Ops kOps = {PK_CPU_OPS(PK_ADDRESS)}; \
+  }
+PK_ISAS(PK_DECLARE_ISA)
+#undef PK_DECLARE_ISA
+#undef PK_ADDRESS
+
 }  // namespace patch_kernels::cpu

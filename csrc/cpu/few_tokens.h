@@ -1,0 +1,141 @@
+// A few tokens: time is the bytes of the weight over the memory's bandwidth. A vector holds weights of one row,
+// straight from the packed bytes; x comes to them: in the order of the row's 16-byte units, and for a sparse row only
+// the columns that it kept. The sums of a row and a token are a vector to the end, so a result does not depend on how
+// many tokens there are, nor on how rows are dealt out.
+//
+// Lanes is how an instruction set does a row (lanes_*.h):
+//   Sum                        a vector of partial sums
+//   XTile<T>                   128 columns of T tokens, made from T pointers
+//   sparse_row<T>(tile, r, x, sums), dense_row<T>(...)     row r of a tile times T tokens, added to T sums
+//   total(sum)                 of all lanes
+#pragma once
+
+#include "tile_linear.h"
+
+namespace patch_kernels::cpu {
+namespace {
+
+constexpr int kFewTokensAtOnce = 64;   // tokens of an item
+constexpr int kSumsInL1 = 256;         // rows x tokens of an item that is chosen by cache alone
+constexpr int kTokensInRegisters = 4;  // of x, whose 128 columns are four vectors of 512 bits a token
+constexpr int kBlocksAhead = 2;        // prefetched, 4 to 8 KB: measured on Zen 4, flat from 2 to 8
+
+inline int few_tokens_rows(int64_t tokens) {
+  const int64_t rows = kSumsInL1 / (tokens < kFewTokensAtOnce ? tokens : kFewTokensAtOnce);
+  return rows >= kTile ? kTile : rows >= 64 ? 64 : rows >= 32 ? 32 : kBlockRows;
+}
+
+// The bytes of a block of rows that will be worked on: values, and the second slot or the metadata.
+struct Ahead {
+  const uint8_t *values, *second;
+  int second_step;
+
+  Ahead(const TileCursor& tile, int row)
+      : values(tile.at + 128 * row),
+        second(tile.at + kSlotBytes + (tile.is_sparse() ? 16 : 128) * row),
+        second_step(tile.is_sparse() ? 16 : 128) {}
+  void fetch(int r) const {
+    prefetch(values + 128 * r);
+    prefetch(values + 128 * r + 64);
+    prefetch(second + second_step * r);
+    prefetch(second + second_step * r + 64);
+  }
+};
+
+template <class Lanes, class Value>
+class FewTokens {
+  using Sum = typename Lanes::Sum;
+
+ public:
+  FewTokens(const Tokens& x, ParallelFor) : x_(x) {}
+
+  class Worker {
+   public:
+    explicit Worker(const FewTokens& kernel) : x_(kernel.x_) {}
+    void run(const Item& item) const { multiply(item, x_); }
+
+   private:
+    const Tokens& x_;
+  };
+
+ private:
+  const Tokens& x_;
+
+  static void multiply(const Item& item, const Tokens& x) {
+    constexpr int kSums = kFewTokensAtOnce * kBlockRows > kSumsInL1 ? kFewTokensAtOnce * kBlockRows : kSumsInL1;
+    alignas(64) Sum sums[kSums];
+    memset(static_cast<void*>(sums), 0, sizeof(Sum) * item.rows * item.tokens);
+    const Matrix& matrix = *item.matrix;
+    TileCursor tile(matrix, item.tile_row);
+    for (int64_t c = 0; c < matrix.tile_cols; ++c) {
+      TileCursor next = tile;
+      if (c + 1 < matrix.tile_cols) next.next();
+      for (int row = 0; row < item.rows; row += kBlockRows) {
+        // The block that is kBlocksAhead later in this walk: further down, or in the next tile.
+        const int later = row + kBlocksAhead * kBlockRows;
+        const Ahead ahead(later < item.rows ? tile : next, item.row + later % item.rows);
+        block(tile, item.row + row, ahead, x, item, c, sums + row * item.tokens);
+      }
+      tile.next();
+    }
+    for (int r = 0; r < item.rows; ++r) {
+      const int64_t row = item.tile_row * kTile + item.row + r;
+      if (row >= matrix.rows) break;
+      for (int t = 0; t < item.tokens; ++t) {
+        store<Value>(matrix, row, item.token + t, Lanes::total(sums[r * item.tokens + t]));
+      }
+    }
+  }
+
+  static void block(const TileCursor& tile, int row, const Ahead& ahead, const Tokens& x, const Item& item, int64_t c,
+                    Sum* sums) {
+    for (int t = 0; t < item.tokens; t += kTokensInRegisters) {
+      const uint16_t* tokens[kTokensInRegisters];
+      const int count = item.tokens - t < kTokensInRegisters ? item.tokens - t : kTokensInRegisters;
+      for (int i = 0; i < count; ++i) tokens[i] = x.tile(item.token + t + i, c);
+      switch (count) {
+        case 1:
+          rows<1>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
+          break;
+        case 2:
+          rows<2>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
+          break;
+        case 3:
+          rows<3>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
+          break;
+        default:
+          rows<4>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
+      }
+    }
+  }
+
+  template <int T>
+  static void rows(const TileCursor& tile, int row, bool fetch, const Ahead& ahead, const uint16_t* const* tokens,
+                   Sum* sums, int stride) {
+    const typename Lanes::template XTile<T> x(tokens);
+    if (tile.is_sparse()) {
+      each_row<T, true>(tile.at, row, fetch, ahead, x, sums, stride);
+    } else {
+      each_row<T, false>(tile.at, row, fetch, ahead, x, sums, stride);
+    }
+  }
+
+  template <int T, bool kSparse>
+  static void each_row(const uint8_t* tile, int row, bool fetch, const Ahead& ahead,
+                       const typename Lanes::template XTile<T>& x, Sum* sums, int stride) {
+    for (int r = 0; r < kBlockRows; ++r) {
+      if (fetch) ahead.fetch(r);
+      Sum sum[T];
+      for (int t = 0; t < T; ++t) sum[t] = sums[r * stride + t];
+      if constexpr (kSparse) {
+        Lanes::template sparse_row<T>(tile, row + r, x, sum);
+      } else {
+        Lanes::template dense_row<T>(tile, row + r, x, sum);
+      }
+      for (int t = 0; t < T; ++t) sums[r * stride + t] = sum[t];
+    }
+  }
+};
+
+}  // namespace
+}  // namespace patch_kernels::cpu

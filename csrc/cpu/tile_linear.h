@@ -1,0 +1,108 @@
+// What the kernels of tile_linear share: the matrix as they walk it, and the rows and tokens of one piece of work.
+// Compiled once per instruction set: everything here has internal linkage.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../format/layout.h"
+#include "../math/elements.h"
+#include "parallel.h"
+
+namespace patch_kernels::cpu {
+namespace {
+
+constexpr int kBlockRows = 16;  // the least piece of a tile row that is worked on: its metadata are one block
+
+// A packed weight with where its tile rows begin, its bias and its part of y.
+struct Matrix {
+  const uint8_t* payload;
+  const uint8_t* tile_is_sparse;
+  int64_t rows, tile_rows, tile_cols;
+  const void* bias;
+  void* y;
+  std::vector<int64_t> row_begin;  // byte of the first tile of each tile row
+
+  explicit Matrix(const TileLinearArgs& args)
+      : payload(args.weight.payload),
+        tile_is_sparse(args.weight.tile_is_sparse),
+        rows(args.weight.rows),
+        tile_rows(ceil_div(args.weight.rows, kTile)),
+        tile_cols(ceil_div(args.weight.cols, kTile)),
+        bias(args.bias),
+        y(args.y),
+        row_begin(tile_rows) {
+    int64_t begin = 0;
+    for (int64_t r = 0; r < tile_rows; ++r) {
+      row_begin[r] = begin;
+      const uint8_t* flags = tile_is_sparse + r * tile_cols;
+      int64_t sparse = 0;
+      for (int64_t c = 0; c < tile_cols; ++c) sparse += flags[c] != 0;
+      begin += tile_cols * kDenseTileBytes - sparse * (kDenseTileBytes - kSparseTileBytes);
+    }
+  }
+
+  // Rows of a tile row that are in the matrix.
+  int rows_of(int64_t tile_row) const {
+    const int64_t left = rows - tile_row * kTile;
+    return static_cast<int>(left < kTile ? left : kTile);
+  }
+};
+
+// Walks the tiles of a tile row.
+struct TileCursor {
+  const uint8_t* at;
+  const uint8_t* flag;
+
+  TileCursor(const Matrix& matrix, int64_t tile_row)
+      : at(matrix.payload + matrix.row_begin[tile_row]), flag(matrix.tile_is_sparse + tile_row * matrix.tile_cols) {}
+  bool is_sparse() const { return *flag != 0; }
+  void next() {
+    at += tile_bytes(is_sparse());
+    ++flag;
+  }
+};
+
+// x as it came, (tokens, cols) of 16-bit values, and its last columns padded with zeros to a whole tile.
+struct Tokens {
+  const uint16_t* x;
+  int64_t count, cols;
+  std::vector<uint16_t> tail;  // (count, 128), where cols is no multiple of 128
+
+  Tokens(const void* values, int64_t tokens, int64_t columns)
+      : x(static_cast<const uint16_t*>(values)), count(tokens), cols(columns) {
+    const int64_t left = cols % kTile;
+    if (left == 0) return;
+    tail.resize(count * kTile, 0);
+    for (int64_t t = 0; t < count; ++t) {
+      memcpy(tail.data() + t * kTile, x + t * cols + cols - left, left * sizeof(uint16_t));
+    }
+  }
+
+  // Columns [128c, 128c + 128) of token t.
+  const uint16_t* tile(int64_t t, int64_t c) const {
+    return (c + 1) * kTile <= cols ? x + t * cols + c * kTile : tail.data() + t * kTile;
+  }
+};
+
+// Rows [row, row + rows) of a tile row against tokens [token, token + tokens).
+struct Item {
+  const Matrix* matrix;
+  int64_t tile_row;
+  int row, rows;
+  int64_t token;
+  int tokens;
+};
+
+// Rounds the finished sum of a row and a token, with the bias, into y.
+template <class T>
+void store(const Matrix& matrix, int64_t row, int64_t token, float sum) {
+  const T* bias = static_cast<const T*>(matrix.bias);
+  store_as(bias ? sum + load_as<float>(bias[row]) : sum, static_cast<T*>(matrix.y)[token * matrix.rows + row]);
+}
+
+inline void prefetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }  // into L2: L1 has too few miss buffers
+
+}  // namespace
+}  // namespace patch_kernels::cpu
