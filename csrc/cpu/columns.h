@@ -9,13 +9,19 @@
 namespace patch_kernels::cpu {
 namespace {
 
-constexpr int kVector = 16;        // tokens in a SIMD vector
-constexpr int kPanel = 64;         // tokens in a panel: at most four vectors of accumulators per weight row
-constexpr int kPanelsPerPass = 4;  // a decoded tile is used for this many panels, 4 x 128 x 64 accumulators = 128 KB
+// Tokens in a vector, and vectors of sums that the registers hold beside a column and a weight.
+#if defined(__AVX512F__)
+constexpr int kVector = 16, kSumVectors = 16;
+#else
+constexpr int kVector = 8, kSumVectors = 8;
+#endif
+constexpr int kPanel = 4 * kVector;  // tokens in a panel: at most four vectors of sums for a row
+constexpr int kColumnTokens = 256;   // a decoded tile is used for as many: 256 x 128 sums are 128 KB
 
 typedef float Vec __attribute__((vector_size(4 * kVector)));
 
-// x as panels of fp32, token fastest: panel p, column k, token t at ((p*cols + k)*width + t). width = 16, 32, 48 or 64.
+// x as panels of fp32, token fastest: panel p, column k, token t at ((p*cols + k)*width + t). width is
+// one to four vectors.
 struct ColumnPanels {
   std::unique_ptr<float[]> storage;
   float* data;
@@ -64,74 +70,58 @@ void decode(const uint8_t* tile, bool is_sparse, DecodedTile& out) {
   }
 }
 
-// acc[row][token] += values[row][k] * x[k][token], kRows rows and kVectors vectors of tokens at a time.
-template <int kVectors, int kRows>
-void multiply_dense(const DecodedTile& tile, const float* x, int depth, float* accumulators) {
-  constexpr int kWidth = kVectors * kVector;
-  for (int r = 0; r < kTile; r += kRows) {
-    Vec sum[kRows][kVectors];
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) memcpy(&sum[i][v], accumulators + (r + i) * kWidth + v * kVector, sizeof(Vec));
-    }
-    for (int k = 0; k < depth; ++k) {
-      Vec column[kVectors];
-      for (int v = 0; v < kVectors; ++v) memcpy(&column[v], x + k * kWidth + v * kVector, sizeof(Vec));
-      for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) sum[i][v] += tile.values[(r + i) * kTile + k] * column[v];
-      }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) memcpy(accumulators + (r + i) * kWidth + v * kVector, &sum[i][v], sizeof(Vec));
-    }
-  }
+inline Vec load_vector(const float* from) {
+  Vec vector;
+  memcpy(&vector, from, sizeof(vector));
+  return vector;
 }
 
-template <int kVectors, int kRows>
-void multiply_sparse(const DecodedTile& tile, const float* x, float* accumulators) {
-  constexpr int kWidth = kVectors * kVector;
+// sums[row][token] += values[row][k] * x[k][token], kRows rows and kVectors vectors of tokens at a time.
+template <int kVectors, int kRows, bool kSparse>
+void multiply(const DecodedTile& tile, const float* x, float* sums) {
+  constexpr int kWidth = kVectors * kVector, kDepth = kSparse ? kKeptPerRow : kTile;
   for (int r = 0; r < kTile; r += kRows) {
     Vec sum[kRows][kVectors];
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) memcpy(&sum[i][v], accumulators + (r + i) * kWidth + v * kVector, sizeof(Vec));
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      sum[i / kVectors][i % kVectors] = load_vector(sums + r * kWidth + i * kVector);
     }
-    for (int p = 0; p < kKeptPerRow; ++p) {
+    for (int k = 0; k < kDepth; ++k) {
+#pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
-        const int kept = (r + i) * kKeptPerRow + p;
-        const float* column = x + tile.columns[kept] * kWidth;
-        for (int v = 0; v < kVectors; ++v) {
-          Vec tokens;
-          memcpy(&tokens, column + v * kVector, sizeof(Vec));
-          sum[i][v] += tile.values[kept] * tokens;
-        }
+        const float value = tile.values[(r + i) * kDepth + k];
+        const float* column = x + (kSparse ? tile.columns[(r + i) * kKeptPerRow + k] : k) * kWidth;
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += value * load_vector(column + v * kVector);
       }
     }
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) memcpy(accumulators + (r + i) * kWidth + v * kVector, &sum[i][v], sizeof(Vec));
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      memcpy(sums + r * kWidth + i * kVector, &sum[i / kVectors][i % kVectors], sizeof(Vec));
     }
   }
 }
 
 template <int kVectors>
-void multiply(const DecodedTile& tile, bool is_sparse, const float* x, int depth, float* accumulators) {
-  // 8 to 16 vector accumulators hide the latency of the multiply-adds and still fit the registers.
-  constexpr int kRows = kVectors >= 3 ? 4 : 8;
+void multiply(const DecodedTile& tile, bool is_sparse, const float* x, float* sums) {
+  constexpr int kRows = kSumVectors / (kVectors == 3 ? 4 : kVectors);
   if (is_sparse) {
-    multiply_sparse<kVectors, kRows>(tile, x, accumulators);
+    multiply<kVectors, kRows, true>(tile, x, sums);
   } else {
-    multiply_dense<kVectors, kRows>(tile, x, depth, accumulators);
+    multiply<kVectors, kRows, false>(tile, x, sums);
   }
 }
 
-void multiply(int vectors, const DecodedTile& tile, bool is_sparse, const float* x, int depth, float* accumulators) {
+inline void multiply(int vectors, const DecodedTile& tile, bool is_sparse, const float* x, float* sums) {
   switch (vectors) {
     case 1:
-      return multiply<1>(tile, is_sparse, x, depth, accumulators);
+      return multiply<1>(tile, is_sparse, x, sums);
     case 2:
-      return multiply<2>(tile, is_sparse, x, depth, accumulators);
+      return multiply<2>(tile, is_sparse, x, sums);
     case 3:
-      return multiply<3>(tile, is_sparse, x, depth, accumulators);
+      return multiply<3>(tile, is_sparse, x, sums);
     default:
-      return multiply<4>(tile, is_sparse, x, depth, accumulators);
+      return multiply<4>(tile, is_sparse, x, sums);
   }
 }
 
@@ -161,7 +151,7 @@ ColumnPanels column_panels(const Tokens& x, ParallelFor parallel) {
 template <class T>
 class Columns {
  public:
-  static constexpr int kTokensOfItem = kPanelsPerPass * kPanel;
+  static constexpr int kTokensOfItem = kColumnTokens;
   static constexpr int64_t kScratchOfValue = sizeof(float);  // bytes for each value of x
 
   Columns(const Tokens& x, ParallelFor parallel) : panels_(column_panels<T>(x, parallel)) {}
@@ -180,7 +170,7 @@ class Columns {
         decode<T>(cursor.at, cursor.is_sparse(), *tile_);
         for (int64_t p = first; p < last; ++p) {
           multiply(static_cast<int>(width / kVector), *tile_, cursor.is_sparse(),
-                   panels_.data + (p * matrix.tile_cols + c) * kTile * width, kTile,
+                   panels_.data + (p * matrix.tile_cols + c) * kTile * width,
                    sums_.data() + (p - first) * kTile * width);
         }
       }

@@ -12,15 +12,17 @@ namespace patch_kernels::cpu {
 namespace {
 
 constexpr int kPairs = 6;
-constexpr int kHalfGroups = kGroupsPerRow / 2;  // groups of half a tile: 64 columns
 constexpr int kVectorTokens = 16;
 
+// Groups whose pairs are in L1 at a time, 12 KB: with two vectors of tokens those of half a sparse tile.
+constexpr int groups_of_pass(int vectors) { return kGroupsPerRow / vectors; }
+
 struct PairTables {
-  alignas(64) uint16_t take[kPairs][32];     // words of the pair, from 16 tokens x 4 columns in two vectors
-  alignas(64) uint16_t pick[8][2][2][32];    // [s][upper row][half]: half-word of the metadata for groups 0..15
-  alignas(64) uint16_t shift[32];            // of a group's nibble
-  alignas(64) uint16_t offset[2][32];        // [vectors of tokens - 1]: bytes to the pair of a nibble
-  alignas(64) uint16_t group_offset[2][32];  // the same: bytes to a group
+  alignas(64) uint16_t take[kPairs][32];                // words of the pair, from 16 tokens x 4 columns in two vectors
+  alignas(64) uint16_t pick[8][2][kGroupsPerRow];       // [s][upper row]: half-word of the metadata of a group
+  alignas(64) uint16_t shift[kGroupsPerRow];            // of its nibble in there
+  alignas(64) uint16_t offset[2][32];                   // [vectors of tokens - 1]: bytes to the pair of a nibble
+  alignas(64) uint16_t group_offset[2][kGroupsPerRow];  // the same: bytes to a group, from the first of its pass
 
   constexpr PairTables() : take(), pick(), shift(), offset(), group_offset() {
     int pair = 0;
@@ -33,16 +35,15 @@ struct PairTables {
         for (int v = 0; v < 2; ++v) offset[v][i | j << 2] = static_cast<uint16_t>(pair * 64 * (v + 1));
       }
     }
-    for (int g = 0; g < kHalfGroups; ++g) {
+    for (int g = 0; g < kGroupsPerRow; ++g) {
       shift[g] = static_cast<uint16_t>(4 * (g & 3));
-      for (int v = 0; v < 2; ++v) group_offset[v][g] = static_cast<uint16_t>(g * kPairs * 64 * (v + 1));
+      for (int v = 0; v < 2; ++v) {
+        group_offset[v][g] = static_cast<uint16_t>(g % groups_of_pass(v + 1) * kPairs * 64 * (v + 1));
+      }
       for (int s = 0; s < 8; ++s) {
         for (int upper = 0; upper < 2; ++upper) {
-          for (int half = 0; half < 2; ++half) {
-            const int c = kHalfGroups * half + g, row = s + 8 * upper;
-            const int word = meta_word(row, c) - meta_word(s & 6, 0);
-            pick[s][upper][half][g] = static_cast<uint16_t>(2 * word + meta_shift(row, c) / 16);
-          }
+          const int row = s + 8 * upper, word = meta_word(row, g) - meta_word(s & 6, 0);
+          pick[s][upper][g] = static_cast<uint16_t>(2 * word + meta_shift(row, g) / 16);
         }
       }
     }
@@ -51,38 +52,35 @@ struct PairTables {
 constexpr PairTables kPair;
 constexpr int kFirstPair = 0, kLastPair = 5;  // columns 0, 1 and columns 2, 3: all that a dense tile needs
 
-// x with four columns of a token side by side, groups of columns apart: [block of 32 or 16 tokens][group][token][4].
+// x with four columns of a token side by side, groups of columns apart: [block of 16 tokens][group][token][4].
 class GroupedTokens {
  public:
-  GroupedTokens(const Tokens& x, ParallelFor parallel)
-      : vectors_(x.count > kVectorTokens ? 2 : 1), tile_cols_(ceil_div(x.cols, kTile)) {
-    const int64_t width = vectors_ * kVectorTokens, blocks = ceil_div(x.count, width);
-    storage_.reset(new uint16_t[blocks * tile_cols_ * kTile * width + 32]);
-    const uintptr_t address = reinterpret_cast<uintptr_t>(storage_.get());
-    data_ = reinterpret_cast<uint16_t*>((address + 63) / 64 * 64);
-    parallel_over(parallel, blocks * tile_cols_, [&](int64_t begin, int64_t end) {
+  static constexpr int kTile16 = kTile * kVectorTokens;  // values of a block in a tile
+
+  GroupedTokens(const Tokens& x, ParallelFor parallel) : tile_cols_(ceil_div(x.cols, kTile)) {
+    const int64_t items = ceil_div(x.count, kVectorTokens) * tile_cols_;
+    storage_.reset(new uint16_t[items * kTile16 + 32]);
+    data_ = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(storage_.get()) + 63) / 64 * 64);
+    parallel_over(parallel, items, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        uint16_t* to = data_ + item * kTile * width;
-        for (int64_t t = 0; t < width; ++t) {
-          const int64_t token = item / tile_cols_ * width + t;
+        uint16_t* to = data_ + item * kTile16;
+        for (int t = 0; t < kVectorTokens; ++t) {
+          const int64_t token = item / tile_cols_ * kVectorTokens + t;
           const uint16_t* from = token < x.count ? x.tile(token, item % tile_cols_) : nullptr;
           for (int g = 0; g < kGroupsPerRow; ++g) {
             uint64_t columns = 0;
             if (from) memcpy(&columns, from + kGroup * g, sizeof(columns));
-            memcpy(to + (g * width + t) * kGroup, &columns, sizeof(columns));
+            memcpy(to + (g * kVectorTokens + t) * kGroup, &columns, sizeof(columns));
           }
         }
       }
     });
   }
 
-  int vectors() const { return vectors_; }
-  const uint16_t* half_tile(int64_t block, int64_t c, int half) const {
-    return data_ + ((block * tile_cols_ + c) * kTile + half * kTile / 2) * vectors_ * kVectorTokens;
-  }
+  const uint16_t* tile(int64_t block, int64_t c) const { return data_ + (block * tile_cols_ + c) * kTile16; }
+  int64_t stride() const { return tile_cols_ * kTile16; }  // from a block to the next
 
  private:
-  int vectors_;
   int64_t tile_cols_;
   std::unique_ptr<uint16_t[]> storage_;
   uint16_t* data_;
@@ -90,7 +88,7 @@ class GroupedTokens {
 
 class Pairs {
  public:
-  static constexpr int kTokensOfItem = 64;
+  static constexpr int kTokensOfItem = 256;
   static constexpr int64_t kScratchOfValue = sizeof(uint16_t);
 
   Pairs(const Tokens& x, ParallelFor parallel) : x_(x, parallel) {}
@@ -100,99 +98,108 @@ class Pairs {
     explicit Worker(const Pairs& pairs) : x_(pairs.x_) {}
 
     void run(const Item& item) {
-      if (x_.vectors() == 1) {
-        multiply<1>(item);
-      } else {
-        multiply<2>(item);
+      const Matrix& matrix = *item.matrix;
+      const int blocks = static_cast<int>(ceil_div(item.tokens, kVectorTokens));
+      memset(sums_, 0, sizeof(float) * kTile * kVectorTokens * blocks);
+      TileCursor tile(matrix, item.tile_row);
+      for (int64_t c = 0; c < matrix.tile_cols; ++c) {
+        TileCursor next = tile;
+        if (c + 1 < matrix.tile_cols) next.next();
+        for (int block = 0; block < blocks; block += 2) {
+          const uint16_t* x = x_.tile(item.token / kVectorTokens + block, c);
+          float* sums = sums_ + block * kTile * kVectorTokens;
+          const TileCursor* after = block == 0 ? &next : nullptr;
+          if (block + 1 < blocks) {
+            multiply<2>(tile, x, sums, after);
+          } else {
+            multiply<1>(tile, x, sums, after);
+          }
+        }
+        tile.next();
+      }
+      for (int t = 0; t < item.tokens; ++t) {
+        const float* sums = sums_ + t / kVectorTokens * kTile * kVectorTokens + t % kVectorTokens;
+        for (int r = 0; r < matrix.rows_of(item.tile_row); ++r) {
+          store<BFloat16>(matrix, item.tile_row * kTile + r, item.token + t, sums[r * kVectorTokens]);
+        }
       }
     }
 
    private:
     template <int V>
-    void multiply(const Item& item) {
-      const Matrix& matrix = *item.matrix;
-      const int width = V * kVectorTokens, blocks = static_cast<int>(ceil_div(item.tokens, width));
-      memset(sums_, 0, sizeof(float) * kTile * width * blocks);
-      TileCursor tile(matrix, item.tile_row);
-      for (int64_t c = 0; c < matrix.tile_cols; ++c) {
-        TileCursor next = tile;
-        if (c + 1 < matrix.tile_cols) next.next();
-        for (int half = 0; half < 2; ++half) {
-          for (int block = 0; block < blocks; ++block) {
-            const uint16_t* x = x_.half_tile(item.token / width + block, c, half);
-            float* sums = sums_ + block * kTile * width;
-            if (tile.is_sparse()) {
-              make_pairs<V, true>(x);
-              for (int r = 0; r < kTile; r += kRows) {
-                if (block == 0) fetch(next, r, half);
-                sparse_rows<V>(tile.at, r, half, sums + r * width);
-              }
-            } else {
-              make_pairs<V, false>(x);
-              for (int r = 0; r < kTile; r += kRows) {
-                if (block == 0) fetch(next, r, half);
-                dense_rows<V>(tile.at, r, half, sums + r * width);
-              }
-            }
-          }
-        }
-        tile.next();
-      }
-      const int rows = matrix.rows_of(item.tile_row);
-      for (int t = 0; t < item.tokens; ++t) {
-        const float* sums = sums_ + t / width * kTile * width + t % width;
-        for (int r = 0; r < rows; ++r) {
-          store<BFloat16>(matrix, item.tile_row * kTile + r, item.token + t, sums[r * width]);
-        }
+    void multiply(const TileCursor& tile, const uint16_t* x, float* sums, const TileCursor* after) {
+      if (tile.is_sparse()) {
+        sparse<V>(tile.at, x, sums, after);
+      } else {
+        dense<V>(tile.at, x, sums, after);
       }
     }
 
-    // A share of the next tile's bytes, into L2.
-    static void fetch(const TileCursor& next, int row, int half) {
-      const int bytes = (next.is_sparse() ? kSparseTileBytes : kDenseTileBytes) / (2 * kTile / kRows);
-      const uint8_t* at = next.at + (half * (kTile / kRows) + row / kRows) * bytes;
+    // The share of a tile's bytes that goes with kRows of its rows, into L2.
+    static void fetch(const TileCursor& tile, int row) {
+      const int bytes = tile_bytes(tile.is_sparse()) / (kTile / kRows);
+      const uint8_t* at = tile.at + row / kRows * bytes;
       for (int i = 0; i < bytes; i += 64) prefetch(at + i);
     }
 
-    template <int V, bool kAll>
-    void make_pairs(const uint16_t* x) {
-      for (int g = 0; g < kHalfGroups; ++g) {
-        for (int v = 0; v < V; ++v) {
-          const uint16_t* from = x + (g * V + v) * kVectorTokens * kGroup;
-          const __m512i low = load512(from), high = load512(from + 32);
-          for (int pair = 0; pair < kPairs; pair += kAll ? 1 : kLastPair) {
-            const __m512i taken = _mm512_permutex2var_epi16(low, load512(kPair.take[pair]), high);
-            _mm512_store_si512(pairs_ + 64 * ((g * kPairs + pair) * V + v), taken);
+    template <int V>
+    void sparse(const uint8_t* tile, const uint16_t* x, float* sums, const TileCursor* after) {
+      constexpr int kGroups = groups_of_pass(V);
+      for (int first = 0; first < kGroupsPerRow; first += kGroups) {
+        make_pairs<V, 1>(x + first * kGroup * kVectorTokens, kGroups);
+        for (int r = 0; r < kTile; r += kRows) {
+          if (after && first == 0) fetch(*after, r);
+          sparse_rows<V>(tile, r, first, sums + r * kVectorTokens);
+        }
+      }
+    }
+
+    template <int V>
+    void dense(const uint8_t* tile, const uint16_t* x, float* sums, const TileCursor* after) {
+      make_pairs<V, kLastPair - kFirstPair>(x, kGroupsPerRow);
+      for (int r = 0; r < kTile; r += kRows) {
+        if (after) fetch(*after, r);
+        dense_rows<V>(tile, r, sums + r * kVectorTokens);
+      }
+    }
+
+    // Every kStep-th of the pairs, those of a group side by side.
+    template <int V, int kStep>
+    void make_pairs(const uint16_t* x, int groups) {
+      uint8_t* to = pairs_;
+      for (int g = 0; g < groups; ++g) {
+        for (int pair = 0; pair < kPairs; pair += kStep) {
+          for (int v = 0; v < V; ++v, to += 64) {
+            const uint16_t* from = x + v * x_.stride() + g * kVectorTokens * kGroup;
+            const __m512i taken =
+                _mm512_permutex2var_epi16(load512(from), load512(kPair.take[pair]), load512(from + 32));
+            _mm512_store_si512(to, taken);
           }
         }
       }
     }
 
-    // Eight rows of half a sparse tile: with the swizzle undone, four groups of a row are 16 bytes of values and 8 of
-    // offsets.
+    // Eight rows, which begin at a multiple of eight: their swizzles are 0 to 7.
     template <int V>
-    void sparse_rows(const uint8_t* tile, int row, int half, float* sums) {
-      alignas(64) uint8_t values[kRows][64];
-      alignas(64) uint16_t offsets[kRows][32];
+    void sparse_rows(const uint8_t* tile, int row, int first_group, float* sums) {
+      alignas(64) uint16_t offsets[kRows][kGroupsPerRow];
       for (int i = 0; i < kRows; ++i) {
-        const int r = row + i, s = r & 7;
-        const __m512i words = _mm512_permutexvar_epi16(load512(kPair.pick[s][r >> 3 & 1][half]), row_metadata(tile, r));
+        const __m512i words =
+            _mm512_permutexvar_epi16(load512(kPair.pick[i][row >> 3 & 1]), row_metadata(tile, row + i));
         const __m512i nibbles = _mm512_and_si512(_mm512_srlv_epi16(words, load512(kPair.shift)), _mm512_set1_epi16(15));
         const __m512i pair = _mm512_permutexvar_epi16(nibbles, load512(kPair.offset[V - 1]));
         _mm512_store_si512(offsets[i], _mm512_add_epi16(pair, load512(kPair.group_offset[V - 1])));
-        const __m512i stored = load512(tile + 128 * r + 64 * (half ^ s >> 2));
-        _mm512_store_si512(values[i], _mm512_permutexvar_epi64(load512(kRow.order[s & 3]), stored));
       }
       Sums<V> sum(sums);
-#pragma GCC unroll 1
-      for (int quad = 0; quad < kHalfGroups / 4; ++quad) {
+      const uint8_t* rows = tile + 128 * row;
+      for (int unit = first_group / 4; unit < first_group / 4 + groups_of_pass(V) / 4; ++unit) {
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
           // One load of four groups and shuffles: a load for each group would compete with the pairs for the ports.
-          const __m128i four = _mm_load_si128(reinterpret_cast<const __m128i*>(values[i] + 16 * quad));
-          const __m512i weights = _mm512_broadcast_i32x4(four);
+          const uint8_t* four = rows + 128 * i + 16 * (unit ^ i);
+          const __m512i weights = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(four)));
           uint64_t where;
-          memcpy(&where, offsets[i] + 4 * quad, sizeof(where));
+          memcpy(&where, offsets[i] + 4 * unit, sizeof(where));
           const uint8_t *pair0 = pairs_ + (where & 0xFFFF), *pair1 = pairs_ + (where >> 16 & 0xFFFF);
           const uint8_t *pair2 = pairs_ + (where >> 32 & 0xFFFF), *pair3 = pairs_ + (where >> 48);
           sum.add(i, pair0, _mm512_shuffle_epi32(weights, _MM_PERM_AAAA));
@@ -205,25 +212,21 @@ class Pairs {
     }
 
     template <int V>
-    void dense_rows(const uint8_t* tile, int row, int half, float* sums) {
-      alignas(64) uint8_t values[kRows][128];
-      for (int i = 0; i < kRows; ++i) {
-        const int r = row + i, s = r & 7;
-        for (int j = 0; j < 2; ++j) {
-          const __m512i stored = load512(tile + kSlotBytes * half + 128 * r + 64 * (j ^ s >> 2));
-          _mm512_store_si512(values[i] + 64 * j, _mm512_permutexvar_epi64(load512(kRow.order[s & 3]), stored));
-        }
-      }
+    void dense_rows(const uint8_t* tile, int row, float* sums) {
       Sums<V> sum(sums);
-      for (int g = 0; g < kHalfGroups; ++g) {
-#pragma GCC unroll 2
-        for (int two = 0; two < 2; ++two) {
-          const uint8_t* pair = pairs_ + 64 * (g * kPairs + (two ? kLastPair : kFirstPair)) * V;
+      const uint8_t* pair = pairs_;
+      for (int slot = 0; slot < 2; ++slot) {
+        const uint8_t* rows = tile + kSlotBytes * slot + 128 * row;
+#pragma GCC unroll 1
+        for (int unit = 0; unit < 8; ++unit) {
+#pragma GCC unroll 4
+          for (int two = 0; two < 4; ++two, pair += 64 * V) {
 #pragma GCC unroll 8
-          for (int i = 0; i < kRows; ++i) {
-            int weights;
-            memcpy(&weights, values[i] + 8 * g + 4 * two, sizeof(weights));
-            sum.add(i, pair, _mm512_set1_epi32(weights));
+            for (int i = 0; i < kRows; ++i) {
+              int weights;
+              memcpy(&weights, rows + 128 * i + 16 * (unit ^ i) + 4 * two, sizeof(weights));
+              sum.add(i, pair, _mm512_set1_epi32(weights));
+            }
           }
         }
       }
@@ -235,8 +238,11 @@ class Pairs {
     template <int V>
     struct Sums {
       __m512 of[kRows][V];
+
       explicit Sums(const float* from) {
-        for (int i = 0; i < kRows * V; ++i) of[i / V][i % V] = _mm512_load_ps(from + 16 * i);
+        for (int v = 0; v < V; ++v) {
+          for (int i = 0; i < kRows; ++i) of[i][v] = _mm512_load_ps(from + (v * kTile + i) * kVectorTokens);
+        }
       }
       void add(int i, const uint8_t* pair, __m512i weights) {
         for (int v = 0; v < V; ++v) {
@@ -244,13 +250,15 @@ class Pairs {
         }
       }
       void store(float* to) const {
-        for (int i = 0; i < kRows * V; ++i) _mm512_store_ps(to + 16 * i, of[i / V][i % V]);
+        for (int v = 0; v < V; ++v) {
+          for (int i = 0; i < kRows; ++i) _mm512_store_ps(to + (v * kTile + i) * kVectorTokens, of[i][v]);
+        }
       }
     };
 
     const GroupedTokens& x_;
-    alignas(64) uint8_t pairs_[kHalfGroups * kPairs * 2 * 64];  // [group][pair][vector]
-    alignas(64) float sums_[kTile * kTokensOfItem];             // [block of tokens][row][token]
+    alignas(64) uint8_t pairs_[kGroupsPerRow * kPairs * 64];  // [group][pair][vector]; a dense tile needs less
+    alignas(64) float sums_[kTile * kTokensOfItem];             // [block of 16 tokens][row][token]
   };
 
  private:
