@@ -84,6 +84,9 @@ struct PackError {
   int64_t col;
 };
 
+// The kernels of tile_linear on a CPU. kTorch: unpacked block by block and multiplied by torch (bindings/cpu.cpp).
+enum class CpuKernel { kFew, kMany, kTorch };
+
 // Runs body(begin, end, context) over [0, n) on the threads of the host application.
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
@@ -92,7 +95,9 @@ using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
 // for every set and cpu/dispatch.cpp picks one.
 #define PK_CPU_OPS(OP)                                                                                             \
   /* weights that share x, tokens, cols, dtype and batch_invariant */                                              \
-  OP(tile_linear, (const TileLinearArgs* calls, int count, ParallelFor parallel), (calls, count, parallel))        \
+  OP(choose_kernel, (const TileLinearArgs* calls, int count, CpuKernel& kernel), (calls, count, kernel))           \
+  OP(tile_linear, (const TileLinearArgs* calls, int count, CpuKernel kernel, ParallelFor parallel),                \
+     (calls, count, kernel, parallel))                                                                             \
   /* masked like weight; sums (2) fp64 */                                                                          \
   OP(masked_weight, (const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel),              \
      (args, masked, sums, parallel))                                                                               \
@@ -108,6 +113,8 @@ PackError pack_tiles(const uint16_t* weight, const bool* keep, const uint8_t* ti
                      int64_t cols, uint8_t* payload, ParallelFor parallel);
 void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, ParallelFor parallel);
 PK_CPU_OPS(PK_DECLARE_OP)
+// The one that PATCH_KERNELS_CPU_KERNEL names, or that costs least (cpu/costs.h).
+CpuKernel kernel_of(const TileLinearArgs* calls, int count);
 const char* instruction_set();   // in use
 std::string instruction_sets();  // that this CPU has, least first, with spaces between
 }  // namespace cpu

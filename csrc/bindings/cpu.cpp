@@ -1,4 +1,5 @@
 // CPU implementations of the ops: check, allocate, call csrc/cpu with torch's threads.
+#include <array>
 #include <cmath>
 
 #include "../gemm/plan.h"
@@ -57,13 +58,51 @@ Tensor schedule_of(const Tensor& tile_is_sparse) {
   return words;
 }
 
+Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+constexpr int64_t kScratchBytes = 6 << 20;  // of unpacked weight and its part of y
+
+// y from tile rows that are unpacked block by block: the memory of a call stays bounded, and a block is in cache when
+// torch reads it.
+void multiply_unpacked(const LinearCall& call) {
+  const TiledMatrix& all = call.args.weight;
+  const int64_t tokens = call.args.tokens, tile_cols = ceil_div(all.cols, kTile);
+  const Tensor x = torch::stable::view(call.x, {tokens, all.cols});
+  Tensor y = torch::stable::view(call.y, {tokens, all.rows});
+  int64_t step = kScratchBytes / (kValueBytes * (all.cols + tokens)) / kTile * kTile;
+  step = step < kTile ? kTile : step;
+  TiledMatrix part = all;
+  for (int64_t row = 0; row < all.rows; row += step) {
+    part.rows = all.rows - row < step ? all.rows - row : step;
+    const Tensor weight = torch::stable::new_empty(x, {part.rows, all.cols});
+    cpu::unpack_tiles(part, static_cast<uint16_t*>(weight.mutable_data_ptr()), torch_parallel);
+    OptionalTensor bias = call.bias;
+    if (bias) bias = torch::stable::narrow(*bias, 0, row, part.rows);
+    Tensor rows_of_y = torch::stable::narrow(y, 1, row, part.rows);
+    torch::stable::copy_(rows_of_y, torch_linear(x, weight, bias));
+    const int64_t tiles = ceil_div(part.rows, kTile) * tile_cols;
+    part.payload += cpu::payload_bytes(part.tile_is_sparse, tiles);
+    part.tile_is_sparse += tiles;
+  }
+}
+
 // The schedule is for GPUs.
 Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor&,
                    int64_t out_features, const OptionalTensor& bias, bool batch_invariant) {
   LinearCall call = linear_call(x, payload, tile_is_sparse, out_features, bias, "tile_linear");
   check_payload_on_host(payload, tile_is_sparse, "tile_linear");
   call.args.batch_invariant = batch_invariant;
-  cpu::tile_linear(&call.args, 1, torch_parallel);
+  const CpuKernel kernel = cpu::kernel_of(&call.args, 1);
+  if (kernel == CpuKernel::kTorch && call.args.tokens > 0) {
+    multiply_unpacked(call);
+  } else {
+    cpu::tile_linear(&call.args, 1, kernel, torch_parallel);
+  }
   return call.y;
 }
 

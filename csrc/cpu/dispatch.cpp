@@ -1,4 +1,5 @@
-// Picks the best instruction set that this CPU has, or the one that PATCH_KERNELS_CPU_ISA names if it has it.
+// Picks the best instruction set that this CPU has, or the one that PATCH_KERNELS_CPU_ISA names, and the kernel. What the
+// variables may say is checked in Python (patch_kernels/_library.py).
 #include <cstdlib>
 #include <string>
 
@@ -54,6 +55,19 @@ constexpr const Ops* kOps[kIsas] = {PK_ISAS(PK_OPS)};
 #define PK_DISPATCH(name, parameters, arguments) \
   void name parameters { kOps[chosen()]->name arguments; }
 PK_CPU_OPS(PK_DISPATCH)
+
+CpuKernel kernel_of(const TileLinearArgs* calls, int count) {
+  static const std::string asked = [] {
+    const char* name = std::getenv("PATCH_KERNELS_CPU_KERNEL");
+    return std::string(name ? name : "");
+  }();
+  if (asked == "few") return CpuKernel::kFew;
+  if (asked == "many") return CpuKernel::kMany;
+  if (asked == "torch") return CpuKernel::kTorch;
+  CpuKernel kernel;
+  choose_kernel(calls, count, kernel);
+  return kernel;
+}
 
 const char* instruction_set() { return kNames[chosen()]; }
 

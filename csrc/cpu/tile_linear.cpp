@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "columns.h"
+#include "costs.h"
 #include "few_tokens.h"
 #include "isa.h"
 
@@ -44,6 +45,9 @@ struct Kernels<Half> {
   using Many = Columns<Half>;
 };
 #endif
+
+template <class T>
+constexpr bool kHasFew = !std::is_void_v<typename Kernels<T>::Few>;
 
 // All items of the matrices, tile rows cut into pieces of `rows`, tokens into pieces of `tokens`.
 class Items {
@@ -100,14 +104,16 @@ void run_many(const std::vector<Matrix>& matrices, const Tokens& x, ParallelFor 
 constexpr int64_t kScratchBytes = 4 << 20;  // for x in the order of a kernel
 
 template <class T>
-void run(const TileLinearArgs* calls, int count, ParallelFor parallel) {
+void run(const TileLinearArgs* calls, int count, bool few, ParallelFor parallel) {
   using Kernel = Kernels<T>;
   const TileLinearArgs& first = calls[0];
   const int64_t cols = first.weight.cols;
-  bool few = false;
-  if constexpr (!std::is_void_v<typename Kernel::Few>) few = first.tokens <= 8 || first.batch_invariant;
-  int64_t at_once = few ? first.tokens : kScratchBytes / (Kernel::Many::kScratchOfValue * cols) / 64 * 64;
-  at_once = at_once < 64 ? 64 : at_once;
+  constexpr int64_t kBlock = Kernel::Many::kTokensOfItem;
+  int64_t at_once = first.tokens;
+  if (!few) {
+    at_once = kScratchBytes / (Kernel::Many::kScratchOfValue * cols);
+    at_once = at_once > kBlock ? at_once / kBlock * kBlock : at_once < 64 ? 64 : at_once / 64 * 64;
+  }
   for (int64_t token = 0; token < first.tokens; token += at_once) {
     const int64_t tokens = first.tokens - token < at_once ? first.tokens - token : at_once;
     std::vector<Matrix> matrices;
@@ -118,7 +124,7 @@ void run(const TileLinearArgs* calls, int count, ParallelFor parallel) {
       matrices.emplace_back(part);
     }
     const Tokens x(static_cast<const T*>(first.x) + token * cols, tokens, cols);
-    if constexpr (!std::is_void_v<typename Kernel::Few>) {
+    if constexpr (kHasFew<T>) {
       if (few) {
         run_few<T>(matrices, x, parallel);
         continue;
@@ -128,11 +134,55 @@ void run(const TileLinearArgs* calls, int count, ParallelFor parallel) {
   }
 }
 
+float time(const TileCost& cost, CpuKernel kernel, int64_t tokens) {
+  switch (kernel) {
+    case CpuKernel::kFew:
+      return cost.few + cost.few_token * static_cast<float>(tokens);
+    case CpuKernel::kMany:
+      return cost.many + cost.many_16 * static_cast<float>(ceil_div(tokens, 16));
+    default:
+      return cost.torch + cost.torch_token * static_cast<float>(tokens);
+  }
+}
+
+template <class T>
+CpuKernel cheapest(const TileLinearArgs* calls, int count) {
+  if (!kHasFew<T>) return CpuKernel::kMany;
+  if (calls[0].batch_invariant || calls[0].tokens <= kTokensInRegisters) return CpuKernel::kFew;
+  int64_t tiles = 0, sparse = 0;
+  for (int i = 0; i < count; ++i) {
+    const TiledMatrix& weight = calls[i].weight;
+    const int64_t of_weight = ceil_div(weight.rows, kTile) * ceil_div(weight.cols, kTile);
+    for (int64_t t = 0; t < of_weight; ++t) sparse += weight.tile_is_sparse[t] != 0;
+    tiles += of_weight;
+  }
+  constexpr Costs costs = CostsOf<T>::kCosts;
+  CpuKernel best = CpuKernel::kFew;
+  float least = kNever;
+  for (const CpuKernel kernel : {CpuKernel::kFew, CpuKernel::kMany, CpuKernel::kTorch}) {
+    const float of_all = static_cast<float>(tiles - sparse) * time(costs.dense, kernel, calls[0].tokens) +
+                         static_cast<float>(sparse) * time(costs.sparse, kernel, calls[0].tokens);
+    if (kernel == CpuKernel::kFew || of_all < least) {
+      best = kernel;
+      least = of_all;
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
-void tile_linear(const TileLinearArgs* calls, int count, ParallelFor parallel) {
+void choose_kernel(const TileLinearArgs* calls, int count, CpuKernel& kernel) {
+  with_packed(calls[0].dtype,
+              [&](auto packed) { kernel = cheapest<typename decltype(packed)::Storage>(calls, count); });
+}
+
+// Where a dtype has no kernel for few tokens, the one for many takes all.
+void tile_linear(const TileLinearArgs* calls, int count, CpuKernel kernel, ParallelFor parallel) {
   if (count == 0 || calls[0].tokens == 0) return;
-  with_packed(calls[0].dtype, [&](auto packed) { run<typename decltype(packed)::Storage>(calls, count, parallel); });
+  with_packed(calls[0].dtype, [&](auto packed) {
+    run<typename decltype(packed)::Storage>(calls, count, kernel == CpuKernel::kFew, parallel);
+  });
 }
 
 }  // namespace patch_kernels::cpu::PK_ISA
