@@ -65,6 +65,10 @@ Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+OptionalTensor narrow_rows(OptionalTensor tensor, int64_t row, int64_t rows) {
+  return tensor.has_value() ? OptionalTensor(torch::stable::narrow(*tensor, 0, row, rows)) : std::nullopt;
+}
+
 constexpr int64_t kScratchBytes = 6 << 20;  // of unpacked weight and its part of y
 
 // y from tile rows that are unpacked block by block: the memory of a call stays bounded, and a block is in cache when
@@ -81,10 +85,8 @@ void multiply_unpacked(const LinearCall& call) {
     part.rows = all.rows - row < step ? all.rows - row : step;
     const Tensor weight = torch::stable::new_empty(x, {part.rows, all.cols});
     cpu::unpack_tiles(part, static_cast<uint16_t*>(weight.mutable_data_ptr()), torch_parallel);
-    OptionalTensor bias = call.bias;
-    if (bias) bias = torch::stable::narrow(*bias, 0, row, part.rows);
     Tensor rows_of_y = torch::stable::narrow(y, 1, row, part.rows);
-    torch::stable::copy_(rows_of_y, torch_linear(x, weight, bias));
+    torch::stable::copy_(rows_of_y, torch_linear(x, weight, narrow_rows(call.bias, row, part.rows)));
     const int64_t tiles = ceil_div(part.rows, kTile) * tile_cols;
     part.payload += cpu::payload_bytes(part.tile_is_sparse, tiles);
     part.tile_is_sparse += tiles;

@@ -48,6 +48,19 @@ void pack_dense(const uint16_t* weight, const bool* keep, int64_t cols, const Ti
   }
 }
 
+void unpack_row(const uint8_t* tile, bool is_sparse, int r, uint16_t* row) {
+  if (!is_sparse) {  // whole 16-byte units in another order
+    for (int k = 0; k < kTile; k += 8) memcpy(row + k, tile + dense_offset(r, k), 8 * sizeof(uint16_t));
+    return;
+  }
+  for (int c = 0; c < kGroupsPerRow; ++c) {
+    const int nibble = load_u32(tile + kSlotBytes + 4 * meta_word(r, c)) >> meta_shift(r, c) & 15;
+    const uint64_t first = load_u16(tile + value_offset(r, 2 * c)), second = load_u16(tile + value_offset(r, 2 * c + 1));
+    const uint64_t group = first << 16 * (nibble & 3) | second << 16 * (nibble >> 2);
+    memcpy(row + kGroup * c, &group, sizeof(group));
+  }
+}
+
 PackError pack_sparse(const uint16_t* weight, const bool* keep, int64_t cols, const TileView& view, uint8_t* tile) {
   PackError error{0, -1, -1};
   for (int r = 0; r < kTile; ++r) {
@@ -119,20 +132,10 @@ void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, ParallelFor paral
   parallel_over(parallel, tiles, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const TileView view = tile_view(t, tile_cols, matrix.rows, matrix.cols);
-      const uint8_t* tile = matrix.payload + offsets[t];
       for (int r = 0; r < view.rows; ++r) {
-        uint16_t* row = weight + (view.row0 + r) * matrix.cols + view.col0;
-        if (!matrix.tile_is_sparse[t]) {
-          for (int k = 0; k < view.cols; ++k) row[k] = load_u16(tile + dense_offset(r, k));
-          continue;
-        }
-        for (int k = 0; k < view.cols; ++k) row[k] = 0;
-        for (int c = 0; c * kGroup < view.cols; ++c) {
-          const int nibble = load_u32(tile + kSlotBytes + 4 * meta_word(r, c)) >> meta_shift(r, c) & 15;
-          const int first = c * kGroup + (nibble & 3), second = c * kGroup + (nibble >> 2);
-          if (first < view.cols) row[first] = load_u16(tile + value_offset(r, 2 * c));
-          if (second < view.cols) row[second] = load_u16(tile + value_offset(r, 2 * c + 1));
-        }
+        uint16_t row[kTile];
+        unpack_row(matrix.payload + offsets[t], matrix.tile_is_sparse[t], r, row);
+        memcpy(weight + (view.row0 + r) * matrix.cols + view.col0, row, view.cols * sizeof(uint16_t));
       }
     }
   });

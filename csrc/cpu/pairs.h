@@ -117,11 +117,8 @@ class Pairs {
         }
         tile.next();
       }
-      for (int t = 0; t < item.tokens; ++t) {
-        const float* sums = sums_ + t / kVectorTokens * kTile * kVectorTokens + t % kVectorTokens;
-        for (int r = 0; r < matrix.rows_of(item.tile_row); ++r) {
-          store<BFloat16>(matrix, item.tile_row * kTile + r, item.token + t, sums[r * kVectorTokens]);
-        }
+      for (int t = 0; t < item.tokens; t += kVectorTokens) {
+        store_block(item, t, item.tokens - t < kVectorTokens ? item.tokens - t : kVectorTokens);
       }
     }
 
@@ -132,6 +129,24 @@ class Pairs {
         sparse<V>(tile.at, x, sums, after);
       } else {
         dense<V>(tile.at, x, sums, after);
+      }
+    }
+
+    // Rounds a vector of tokens at a time, and turns rows of tokens into tokens of rows.
+    void store_block(const Item& item, int first, int tokens) {
+      const Matrix& matrix = *item.matrix;
+      const BFloat16* bias = static_cast<const BFloat16*>(matrix.bias);
+      const int64_t row0 = item.tile_row * kTile;
+      const int rows = matrix.rows_of(item.tile_row);
+      BFloat16 rounded[kTile * kVectorTokens];
+      for (int r = 0; r < rows; ++r) {
+        const float* sums = sums_ + (first / kVectorTokens * kTile + r) * kVectorTokens;
+        const float added = bias ? load_as<float>(bias[row0 + r]) : 0.0f;
+        for (int t = 0; t < kVectorTokens; ++t) store_as(sums[t] + added, rounded[r * kVectorTokens + t]);
+      }
+      for (int t = 0; t < tokens; ++t) {
+        BFloat16* y = static_cast<BFloat16*>(matrix.y) + (item.token + first + t) * matrix.rows + row0;
+        for (int r = 0; r < rows; ++r) y[r] = rounded[r * kVectorTokens + t];
       }
     }
 
