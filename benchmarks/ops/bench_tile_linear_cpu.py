@@ -323,7 +323,7 @@ def plot(rows: list[dict], path: Path) -> None:
     panels = ratios | {"geometric mean of the shapes": means}
     tiles = sorted(method for method in means if method != LLAMA)
     colours = dict(
-        zip(tiles, matplotlib.colormaps["viridis"](torch.linspace(0.9, 0, len(tiles)).tolist()), strict=True)
+        zip(tiles, matplotlib.colormaps["viridis"](torch.linspace(0.85, 0, len(tiles)).tolist()), strict=True)
     )
     ticks = sorted({count for points in means.values() for count in points})
     columns = min(4, len(panels))
@@ -339,11 +339,11 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.set_xticks(ticks, [str(count) for count in ticks], fontsize=8)
         axis.minorticks_off()
         axis.set_title(title, fontsize=10)
+        axis.set_xlabel("tokens M", fontsize=8)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     facts = harness.environment() | rows[0]
-    figure.supxlabel("tokens M", fontsize=10)
     figure.supylabel("F.linear's time over the method's", fontsize=10)
     figure.suptitle(
         f"tile_linear, {facts['dtype']}, over torch's F.linear: {facts['device']}, {facts['threads']} threads, "
