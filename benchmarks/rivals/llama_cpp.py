@@ -46,7 +46,8 @@ CPU_FUNCTIONS = {
 class Ggml:
     """ggml's CPU backend with torch's number of threads, from the folder of its libraries.
 
-    torch has loaded a libgomp.so.1 already, and the loader gives the same one to ggml: both use one pool of threads.
+    torch 2.13 has loaded its libgomp.so.1 already, and the loader gives the same one to ggml: one pool of threads, of
+    which none spins while the other library works.
     raises  OSError or AttributeError for libraries that are missing or lack a function.
     """
 
@@ -82,7 +83,10 @@ class MatMul:
         self._context, self._buffers = None, []
         for tensor in (weight, x):
             if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
-                raise ValueError(f"llama.cpp: expected contiguous tensors from a multiple of {ALIGNMENT} bytes on.")
+                raise ValueError(
+                    f"llama.cpp: expected contiguous tensors from a multiple of {ALIGNMENT} bytes on, got strides "
+                    f"{tuple(tensor.stride())} at {tensor.data_ptr():#x}. Use clone(memory_format=contiguous_format)."
+                )
         if x.dtype != torch.float32:
             raise ValueError(f"llama.cpp: expected x in float32, got {x.dtype}. Use x.float().")
         self._ggml = ggml
@@ -93,10 +97,9 @@ class MatMul:
         places = [base.ggml_new_tensor_2d(self._context, TYPES[t.dtype], *reversed(t.shape)) for t in (weight, x)]
         places.append(base.ggml_mul_mat(self._context, *places))
         for place, tensor in zip(places, self._tensors, strict=True):
-            self._buffers.append(base.ggml_backend_cpu_buffer_from_ptr(tensor.data_ptr(), tensor.nbytes))
-            _check(
-                "ggml_backend_tensor_alloc", base.ggml_backend_tensor_alloc(self._buffers[-1], place, tensor.data_ptr())
-            )
+            address = tensor.data_ptr()
+            self._buffers.append(base.ggml_backend_cpu_buffer_from_ptr(address, tensor.nbytes))
+            _check("ggml_backend_tensor_alloc", base.ggml_backend_tensor_alloc(self._buffers[-1], place, address))
         self._graph = base.ggml_new_graph(self._context)
         base.ggml_build_forward_expand(self._graph, places[-1])
 
