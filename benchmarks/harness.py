@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 GRAPH_SECONDS = 0.002  # of one sample
-LEAST_ROUNDS = 3  # of rotating_times
+LEAST_ROUNDS = 5  # of rotating_times
 ROTATION_BYTES = 16 << 30  # most that the copies of one weight may take
 
 

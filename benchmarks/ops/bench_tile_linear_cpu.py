@@ -304,7 +304,7 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     ratios: dict[str, dict[str, dict[int, float]]] = {}  # shape, method, tokens
     for row in rows:
@@ -337,6 +337,9 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [str(count) for count in ticks], fontsize=8)
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_locator(ticker.LogLocator(2, subs=(1, 1.5), numticks=20))
+        axis.yaxis.set_major_formatter("{x:.3g}")
         axis.minorticks_off()
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("tokens M", fontsize=8)
