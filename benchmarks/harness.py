@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 GRAPH_SECONDS = 0.002  # of one sample
+LEAST_ROUNDS = 5  # of rotating_times
 ROTATION_BYTES = 16 << 30  # most that the copies of one weight may take
 
 
@@ -57,6 +58,40 @@ def interleaved_times(functions: dict[str, Callable[[], object]], repeats: int) 
             if round_index > 0:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def rotating_times(
+    calls: dict[str, Sequence[Callable[[], object]]], repeats: int, seconds: float, clock=time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each call; calls holds one for each copy of a method's weight, and a round takes the next copy.
+
+    Rounds run the methods forwards and backwards in turn, after a warm-up round; they end after `repeats`, or after
+    LEAST_ROUNDS once `seconds` have passed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    begin = clock()
+    for round_index in range(repeats + 1):
+        if round_index > LEAST_ROUNDS and clock() - begin > seconds:
+            break
+        for name in order if round_index % 2 else order[::-1]:
+            call = calls[name][round_index % len(calls[name])]
+            start = clock()
+            call()
+            if round_index > 0:
+                times[name].append(clock() - start)
+    return times
+
+
+def l3_bytes(caches: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of all last-level caches of this machine; raises OSError where Linux does not say."""
+    levels: dict[int, dict[str, int]] = {}
+    for index in caches.glob("cpu[0-9]*/cache/index*"):
+        size, level, shared = ((index / name).read_text().strip() for name in ("size", "level", "shared_cpu_list"))
+        levels.setdefault(int(level), {})[shared] = int(size.removesuffix("K")) << 10
+    if not levels:
+        raise OSError(f"expected the sizes of caches in {caches}, found none. Pass --l3-mib.")
+    return sum(levels[max(levels)].values())
 
 
 def copies_to_exceed_l2(nbytes: int, l2_bytes: int, memory_bytes: int) -> int:

@@ -243,11 +243,13 @@ def timing(options) -> dict:
 
     from benchmarks import shapes
     from benchmarks.ops import bench_tile_linear as bench
+    from benchmarks.ops import bench_tile_linear_cpu
     from benchmarks.rivals import peer_cutlass
 
     if options.dry_run:
-        rows = bench.cpu_rows(1, [(256, 256)], [1, 9], (0.0, 0.5))
-        return {"rows": rows, "summary": f"{len(rows)} rows on the CPU"}
+        dry = bench_tile_linear_cpu.CpuRun([(256, 256)], [1, 9], (0.0, 0.5), repeats=1, l3_bytes=1 << 20)
+        dry.run()
+        return {"rows": dry.rows, "summary": f"{len(dry.rows)} rows on the CPU"}
     library = options.bin / "libcutlass_sparse_gemm.so" if options.bin else None
     run = bench.GpuRun(
         models=["llama-2-7b", "llama-3-8b"],

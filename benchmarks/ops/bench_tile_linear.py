@@ -1,8 +1,7 @@
-"""tile_linear against its rivals: every shape, wins and losses.
+"""tile_linear on a GPU against its rivals: every shape, wins and losses. bench_tile_linear_cpu has those of a CPU.
 
-CPU  python -m benchmarks.ops.bench_tile_linear --csv benchmarks/results/tile_linear_cpu.csv
-GPU  python -m benchmarks.ops.bench_tile_linear --csv out.csv --plot out.png --peer build/gpu/libcutlass_sparse_gemm.so
-     layers of Llama-2-7B, Llama-3-8B and 70B; rivals F.linear (cuBLAS), cuSPARSELt and CUTLASS where all tiles are 2:4
+python -m benchmarks.ops.bench_tile_linear --csv out.csv --plot out.png --peer build/gpu/libcutlass_sparse_gemm.so
+    layers of Llama-2-7B, Llama-3-8B and 70B; rivals F.linear (cuBLAS), cuSPARSELt and CUTLASS where all tiles are 2:4
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ from benchmarks.rivals import peer_cutlass
 from patch_kernels import PATTERNS, TiledWeight, ops, reference
 from patch_kernels._library import gemm_status
 
-CPU_SHAPES = [(4096, 4096), (11008, 4096)]
-CPU_TOKENS = [1, 16, 64, 512]
 BASELINE = "F.linear"
 CHECKED_TOKENS = 64  # rows of y compared with fp64: the first and the last 32
 
@@ -48,29 +45,6 @@ def fallback_reason() -> str | None:
     if status["state"] == "works" and not status["reason"]:
         return None
     return f"{status['family']} kernels {status['state']}: {status['reason'] or 'no reason given'}"
-
-
-def cpu_rows(repeats: int, cpu_shapes=CPU_SHAPES, tokens_list=CPU_TOKENS, sparsities=shapes.SPARSITIES) -> list[dict]:
-    rows = []
-    for shape in cpu_shapes:
-        weight = torch.randn(shape).bfloat16()
-        packed = {f"tiles {s:.0%}": packed_weight(weight, s) for s in sparsities}
-        weight_fp32 = weight.float()
-        for tokens in tokens_list:
-            x = torch.randn(tokens, shape[1]).bfloat16()
-            x_fp32 = x.float()
-            functions = {name: functools.partial(t.matmul, x) for name, t in packed.items()}
-            functions["F.linear bf16"] = functools.partial(F.linear, x, weight)
-            functions["F.linear fp32"] = functools.partial(F.linear, x_fp32, weight_fp32)
-            times = harness.interleaved_times(functions, repeats)
-            baseline = harness.summary(times["F.linear bf16"])["median_ms"]
-            for name in functions:
-                row = {"shape": f"{shape[0]}x{shape[1]}", "tokens": tokens, "method": name}
-                row |= harness.summary(times[name])
-                row["vs_bf16"] = baseline / row["median_ms"]
-                row["weight_MB"] = packed[name].nbytes / 1e6 if name in packed else 2e-6 * weight.numel()
-                rows.append(row)
-    return rows
 
 
 @dataclasses.dataclass
@@ -296,10 +270,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = parser().parse_args()
+    flags = parser()
+    options = flags.parse_args()
     if options.from_csv is None and not torch.cuda.is_available():
-        harness.show(cpu_rows(options.repeats), options.csv)
-        return
+        flags.exit(
+            2,
+            "bench_tile_linear: needs an NVIDIA GPU that torch can use, found none. "
+            "python -m benchmarks.ops.bench_tile_linear_cpu measures the CPU.\n",
+        )
     wrong: list[str] = []
     if options.from_csv is not None:
         with options.from_csv.open(encoding="utf-8", newline="") as file:

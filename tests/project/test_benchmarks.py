@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -20,8 +24,8 @@ from benchmarks.card import build as card_build
 from benchmarks.card import checks as card_checks
 from benchmarks.card import mask_checks, stages
 from benchmarks.card import run as card_run
-from benchmarks.ops import bench_adamw, bench_learn_step, bench_masked_weight, bench_tile_linear
-from benchmarks.rivals import eager_masks
+from benchmarks.ops import bench_adamw, bench_learn_step, bench_masked_weight, bench_tile_linear, bench_tile_linear_cpu
+from benchmarks.rivals import eager_masks, llama_cpp
 from benchmarks.studies import memory_table
 from patch.learn.masked_linear import MaskedLinear
 from patch_kernels import masked_weight, payload_bytes
@@ -193,14 +197,170 @@ def test_copies_exceed_twice_l2_within_memory():
     assert harness.copies_to_exceed_l2(34_000_000, 60_000_000, 0) == 1
 
 
-def test_cpu_table_has_every_method(tmp_path):
-    rows = bench_tile_linear.cpu_rows(1, [(128, 256)], [2], (0.0, 0.5))
-    assert [row["method"] for row in rows] == ["tiles 0%", "tiles 50%", "F.linear bf16", "F.linear fp32"]
-    harness.save_csv(tmp_path / "t.csv", rows)
+NO_LLAMA = "needs the package llama-cpp-python, found none; pip install llama-cpp-python."
+TINY_CPU_RUN = ["--shapes", "128x256", "--tokens", "2", "--sparsity", "0.5", "--repeats", "1", "--l3-mib", "1"]
+
+
+@pytest.fixture
+def no_llama(monkeypatch):
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+
+
+def cpu_run(**changes):
+    settings = dict(shapes=[(256, 384)], tokens=[2], sparsities=(0.0, 0.5), repeats=1, l3_bytes=1 << 17)
+    run = bench_tile_linear_cpu.CpuRun(**settings | changes)
+    run.run()
+    return run
+
+
+@pytest.mark.usefixtures("no_llama")
+def test_cpu_rows_by_hand(tmp_path):
+    run = cpu_run(shapes=[(256, 384), (128, 128)], csv=tmp_path / "t.csv")
+    assert run.missing == {"llama.cpp": NO_LLAMA} and run.wrong == [] and run.not_run == []
     with (tmp_path / "t.csv").open() as file:
-        saved = list(csv.DictReader(file))
-    assert float(saved[1]["weight_MB"]) == pytest.approx((2 * 18432 + 2) / 1e6)
-    assert float(saved[2]["vs_bf16"]) == 1.0
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["tiles 0%", "tiles 50%", "F.linear", "F.linear fp32", "read"] * 2
+    packed, dense, wide, read = rows[1:5]
+    # 524288 bytes of 4x L3 to exceed by copies of 6 * 18432 + 6, 196608 and 393216 bytes.
+    assert [row["copies"] for row in rows[1:5]] == ["5", "3", "2", "1"]
+    assert float(packed["weight_MB"]) == pytest.approx(6 * 18432e-6 + 6e-6)
+    assert float(dense["over_torch"]) == 1 and dense["over_llama_cpp"] == ""
+    for row, item in ((packed, 2), (dense, 2), (wide, 4)):
+        moved = 1e6 * float(row["weight_MB"]) + item * 2 * (256 + 384)
+        assert float(row["GB_per_s"]) == pytest.approx(1e-6 * moved / float(row["median_ms"]))
+        assert float(row["of_read"]) == pytest.approx(float(row["GB_per_s"]) / float(read["GB_per_s"]))
+    assert float(read["GB_per_s"]) == pytest.approx(1e-6 * (8 << 17) / float(read["median_ms"]))
+
+
+@pytest.mark.usefixtures("no_llama")
+def test_cpu_run_without_llama_and_compiler_says_so_and_goes_on(monkeypatch, tmp_path, capsys):
+    def fails(*_):
+        raise RuntimeError("\nNo working C++ compiler found\nmore")
+
+    monkeypatch.setattr(bench_tile_linear_cpu, "compiled_calls", fails)
+    drawn = tmp_path / "a.png"
+    bench_tile_linear_cpu.main([*TINY_CPU_RUN, "--compiled-tokens", "2", "--plot", str(drawn)])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"llama.cpp is not measured: {NO_LLAMA}" in lines
+    assert "torch.compile was not measured: No working C++ compiler found" in lines
+    assert any(line.startswith("over_torch below 1 in ") for line in lines)
+    assert drawn.stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("no_llama")
+def test_cpu_run_names_what_is_wrong_and_does_not_time_it(monkeypatch):
+    monkeypatch.setattr(bench_tile_linear.TiledWeight, "matmul", lambda self, x: x @ self.unpack().T + 1)
+    with pytest.raises(SystemExit, match=r"^wrong, not timed: 128x256 M=2: tiles 50% misses the two-times rule$"):
+        bench_tile_linear_cpu.main([*TINY_CPU_RUN, "--compiled-tokens"])
+
+
+@pytest.mark.usefixtures("no_llama")
+def test_cpu_run_ends_with_its_budget():
+    run = cpu_run(tokens=[1, 2], budget_seconds=0)
+    assert run.rows == [] and [str(cell) for cell in run.not_run] == ["256x384 M=1", "256x384 M=2"]
+
+
+@pytest.mark.usefixtures("no_llama")
+def test_scratch_is_what_a_call_takes_besides_y(monkeypatch):
+    monkeypatch.setattr(bench_tile_linear_cpu, "SCRATCH_SHAPE", (256, 384))
+    monkeypatch.setattr(bench_tile_linear_cpu, "SCRATCH_TOKENS", (2,))
+    monkeypatch.setattr(harness, "peak_bytes", lambda prepare: 1_000_000 + prepare()().nbytes)
+    scratch = {row["method"]: row["scratch_MB"] for row in cpu_run().rows}
+    assert scratch == {"tiles 0%": 1.0, "tiles 50%": "", "F.linear": 1.0, "F.linear fp32": 1.0, "read": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_rival_is_measured(capfd):
+    run = cpu_run(compiled_tokens=[2])
+    (row,) = [row for row in run.rows if row["method"] == "torch.compile"]
+    assert "torch.compile" not in run.missing and run.wrong == [] and row["copies"] == 2
+    assert "AUTOTUNE" not in capfd.readouterr().err
+
+
+def test_cpu_tables_by_hand(tmp_path, capsys):
+    rows = [
+        dict(shape=shape, tokens=tokens, method=method, dtype="bfloat16", over_torch=torch_ratio, over_llama_cpp=ratio)
+        for shape, tokens, method, torch_ratio, ratio in (
+            ("a", 16, "tiles 45%", 2.0, 0.5),
+            ("b", 16, "tiles 45%", 0.5, ""),
+            ("a", 1, "tiles 45%", 3.0, 1.5),
+            ("a", 1, "llama.cpp", 0.9, 1.0),
+        )
+    ]
+    one, sixteen = bench_tile_linear_cpu.over_shapes(rows)
+    assert (one["tokens"], one["shapes"], one["worst_over_torch"]) == (1, 1, "3.00 a")
+    assert sixteen["over_torch"] == pytest.approx(1) and sixteen["worst_over_torch"] == "0.50 b"
+    assert sixteen["over_llama_cpp"] == pytest.approx(0.5) and sixteen["worst_over_llama_cpp"] == "0.50 a"
+    harness.save_csv(tmp_path / "a.csv", rows)
+    bench_tile_linear_cpu.main(["--from-csv", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.png")])
+    out = capsys.readouterr().out
+    assert "over_torch below 1 in 1 of 3 cells:\n  b M=16 tiles 45%: 0.50\n" in out
+    assert "over_llama_cpp below 1 in 1 of 2 cells:\n  a M=16 tiles 45%: 0.50\n" in out
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_plot_of_nothing_says_so(tmp_path, capsys):
+    bench_tile_linear_cpu.plot([dict(method="tiles 0%", over_torch="")], tmp_path / "a.png")
+    assert capsys.readouterr().out == "plot: no row has a ratio over F.linear; nothing to draw.\n"
+
+
+@pytest.mark.parametrize("shape", ["4096", "128x", "0x128", "100x128"])
+def test_shapes_of_the_cpu_run_are_whole_tiles(shape, capsys):
+    with pytest.raises(SystemExit):
+        bench_tile_linear_cpu.main(["--shapes", shape])
+    assert f"expected NxK, both multiples of 128, got '{shape}'; pass 4096x4096 or alike" in capsys.readouterr().err
+
+
+def test_llama_cpp_says_what_it_cannot_use(monkeypatch, tmp_path):
+    package = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: package)
+    with pytest.raises(RuntimeError, match=r"needs ggml as .* builds it, in .*lib got: .*; reinstall llama-cpp-python"):
+        llama_cpp.load()
+    x = torch.zeros(2, 256)
+    with pytest.raises(ValueError, match=r"from a multiple of 64 bytes on, got strides \(256, 1\) at 0x.* Use clone"):
+        llama_cpp.MatMul(None, x.bfloat16(), x[:, 1:])
+    with pytest.raises(ValueError, match=r"expected x in float32, got torch.bfloat16. Use x.float\(\)."):
+        llama_cpp.MatMul(None, x.bfloat16(), x.bfloat16())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_llama_cpp_multiplies(dtype):
+    weight, x = torch.randn(128, 256).to(dtype), torch.randn(3, 256).to(dtype)
+    call = llama_cpp.MatMul(llama_cpp.load(), weight, x.float())
+    for _ in range(2):
+        torch.testing.assert_close(call(), x.float() @ weight.float().T, rtol=1e-4, atol=1e-4)
+
+
+def test_rotation_takes_copies_in_turn_and_ends_in_time():
+    clock, done = Clock(), []
+
+    def call(name, seconds):
+        done.append(name)
+        clock.now += seconds
+
+    calls = {"a": [functools.partial(call, f"a{i}", 1) for i in range(2)], "b": [functools.partial(call, "b", 2)]}
+    times = harness.rotating_times(calls, 2, float("inf"), clock)
+    assert done == ["b", "a0", "a1", "b", "b", "a0"] and times == {"a": [1, 1], "b": [2, 2]}
+    assert len(harness.rotating_times(calls, 100, 15, clock)["a"]) == 5  # 18 s after the warm-up and five rounds
+    assert len(harness.rotating_times(calls, 100, 0, clock)["a"]) == harness.LEAST_ROUNDS
+
+
+def test_last_level_caches_are_added_up(tmp_path):
+    for cpu, index, level, size, shared in (
+        (0, 2, 2, "1024K", "0"),
+        (0, 3, 3, "32768K", "0-1"),
+        (1, 3, 3, "32768K", "0-1"),
+        (2, 3, 3, "16384K", "2"),
+    ):
+        folder = tmp_path / f"cpu{cpu}/cache/index{index}"
+        folder.mkdir(parents=True)
+        for name, value in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+            (folder / name).write_text(f"{value}\n")
+    assert harness.l3_bytes(tmp_path) == 48 << 20
+    with pytest.raises(OSError, match=r"expected the sizes of caches in .*none, found none. Pass --l3-mib."):
+        harness.l3_bytes(tmp_path / "none")
 
 
 def test_two_times_rule_catches_errors_and_nan():
@@ -696,10 +856,17 @@ def test_micro_programs_compile_clean(source, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_bench_plans_needs_a_gpu():
-    run = subprocess.run([sys.executable, "-m", "benchmarks.ops.bench_plans"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("bench_plans", ""),
+        ("bench_tile_linear", " python -m benchmarks.ops.bench_tile_linear_cpu measures the CPU."),
+    ],
+)
+def test_benchmarks_that_need_a_gpu_say_so(name, advice):
+    run = subprocess.run([sys.executable, "-m", f"benchmarks.ops.{name}"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
-    assert run.stderr == "bench_plans: needs an NVIDIA GPU that torch can use, found none.\n"
+    assert run.stderr == f"{name}: needs an NVIDIA GPU that torch can use, found none.{advice}\n"
 
 
 def test_memory_table(tmp_path, monkeypatch):
