@@ -42,11 +42,26 @@ def load_library() -> Path:
             f"patch_kernels: {path} does not load into torch {torch.__version__}: {error}. It was probably built for "
             f"another system; rebuild it here: {_BUILD_COMMAND}."
         ) from error
+    _check_environment(build_info(path)["cpu_instruction_sets"].split())
     return path
 
 
+def _check_environment(instruction_sets: list[str]) -> None:
+    """Refuse what csrc/cpu/dispatch.cpp would overlook."""
+    for name, known in (
+        ("PATCH_KERNELS_CPU_ISA", instruction_sets),
+        ("PATCH_KERNELS_CPU_KERNEL", ["few", "many", "torch"]),
+    ):
+        if (value := os.environ.get(name)) is not None and value not in known:
+            raise ImportError(
+                f"patch_kernels: expected {name} to be one of {', '.join(known)} on this CPU, got {value!r}. Unset it."
+            )
+
+
 def build_info(path: Path) -> dict[str, str]:
-    """What the library was built from and for: build_id, cuda_architectures, cuda_version, cpu_instruction_set."""
+    """What the library was built from and for: build_id, cuda_architectures, cuda_version, cpu_instruction_set (in use)
+    and cpu_instruction_sets (all that this CPU has, least first).
+    """
     function = ctypes.CDLL(str(path)).patch_kernels_build_info
     function.restype = ctypes.c_char_p
     return json.loads(function())

@@ -183,7 +183,7 @@ def test_threads_do_not_change_the_result(dtype, moments):
 def test_every_instruction_set_gives_the_same_bits(isa):
     paths = [str(ROOT), str(ROOT / "tests")]
     script = f"import sys; sys.path[:0] = {paths!r}; from support import adamw as t; print(t.digest())"
-    environment = dict(os.environ, PATCH_KERNELS_ISA=isa)
+    environment = dict(os.environ, PATCH_KERNELS_CPU_ISA=isa)
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [digest()]

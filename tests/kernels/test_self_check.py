@@ -77,7 +77,7 @@ def test_every_instruction_set_gives_the_same_mask_and_exact_products(isa, tmp_p
         "torch.set_printoptions(precision=10);"
         "import hashlib; print(hashlib.sha256(m.numpy().tobytes()).hexdigest(), ok)"
     )
-    environment = dict(os.environ, PATCH_KERNELS_ISA=isa)
+    environment = dict(os.environ, PATCH_KERNELS_CPU_ISA=isa)
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     torch.manual_seed(0)
     weight, logits, tiles = torch.randn(130, 260), torch.randn(130 * 65, 6), torch.randn(3, 3)
