@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(patch_kernels, m) {
       "tile_linear_train(Tensor x, Tensor payload, Tensor tile_is_sparse, Tensor? schedule, int out_features, "
       "Tensor? bias, bool batch_invariant) -> Tensor");
   m.def(
+      "tile_linear_group(Tensor x, Tensor[] payloads, Tensor[] tile_is_sparse, Tensor?[] schedules, "
+      "int[] out_features, Tensor?[] biases, bool batch_invariant) -> Tensor[]");
+  m.def(
       "masked_weight(Tensor weight, Tensor? pattern_logits, Tensor? fixed_pattern, Tensor? tile_logits, "
       "Tensor factors, Tensor? key, int tile_rows, int tile_cols, bool hard_pattern, bool hard_tile, int layer) "
       "-> (Tensor, Tensor)");

@@ -121,26 +121,38 @@ class TiledLinear(nn.Module):
             self._schedule_is_current = False
         super().__setattr__(name, value)
 
-    def _current_schedule(self) -> Tensor | None:
+    def _current_schedule(self, weight: Tensor) -> Tensor | None:
         """The schedule for this call: a CPU needs none."""
-        if not self.weight.is_cuda:
+        if not weight.is_cuda:
             return None
-        if not self._schedule_is_current or self.schedule.device != self.weight.device:
+        if not self._schedule_is_current or self.schedule.device != weight.device:
             self.refresh_schedule()
         return self.schedule
 
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Payload, flags and bias as they are now; read where they lie, as nn.Module's attributes take half a us each.
+
+        Nothing may keep them: .to(), functional_call and offloading put others in their place.
+        """
+        try:
+            buffers = self._buffers
+            return buffers["weight"], buffers["tile_is_sparse"], self._parameters["bias"]  # type: ignore[return-value]
+        except KeyError:  # made plain attributes, as pruning and parametrizations of torch do
+            return self.weight, self.tile_is_sparse, self.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or x.dtype != self.weight_dtype or x.shape[-1:] != (self.in_features,):
+        if not (
+            isinstance(x, Tensor)
+            and x.dtype == self.weight_dtype
+            and x.dim() > 0
+            and x.shape[-1] == self.in_features
+        ):
             wanted = f"{self.weight_dtype} (..., {self.in_features})"
             raise ValueError(f"TiledLinear, x: expected {wanted}, got {kind_of(x)}. Convert x, or pack in its dtype.")
+        weight, tile_is_sparse, bias = self._tensors()
+        schedule = self._current_schedule(weight) if weight.is_cuda else None
         return tile_linear.tile_linear(
-            x,
-            self.weight,
-            self.tile_is_sparse,
-            self.out_features,
-            self.bias,
-            self._current_schedule(),
-            self.batch_invariant,
+            x, weight, tile_is_sparse, self.out_features, bias, schedule, self.batch_invariant
         )
 
     def extra_repr(self) -> str:

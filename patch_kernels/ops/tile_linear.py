@@ -23,6 +23,10 @@ from patch_kernels.packed_dtype import BY_TORCH
 from patch_kernels.reference import TILE
 
 _ops = torch.ops.patch_kernels
+# Overloads, found once: looking them up takes as long as a check of x.
+_tile_linear = _ops.tile_linear.default
+_tile_linear_train = _ops.tile_linear_train.default
+_tile_linear_group = _ops.tile_linear_group.default
 
 DENSE_TILE_BYTES = 32768
 SPARSE_TILE_BYTES = 18432
@@ -175,12 +179,33 @@ def tile_linear(
     if not isinstance(x, Tensor) or not (given is None or isinstance(given, Tensor)):
         require_tensor("tile_linear, x", x)
         require_tensor("tile_linear, bias", given, advice="Pass None for none.")
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    op = _ops.tile_linear_train if needs_grad else _ops.tile_linear
+    op = _tile_linear_train if needs_grad(x, bias) else _tile_linear
     y = op(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
     if x.is_cuda and schedule is not None and not torch.compiler.is_compiling():
         _say_if_dense(x.device.index)
     return y
+
+
+def tile_linear_group(
+    x: Tensor,
+    payloads: Sequence[Tensor],
+    tile_is_sparse: Sequence[Tensor],
+    schedules: Sequence[Tensor | None],
+    out_features: Sequence[int],
+    biases: Sequence[Tensor | None],
+    batch_invariant: bool = False,
+) -> list[Tensor]:
+    """tile_linear of one x (..., K) and several weights of the same K and dtype, in one call: item i is that of weight i,
+    bit for bit. No gradients.
+
+    raises  RuntimeError for lists of different lengths, and for what tile_linear refuses.
+    """
+    return _tile_linear_group(x, payloads, tile_is_sparse, schedules, out_features, biases, batch_invariant)
+
+
+def needs_grad(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd has to see this call."""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 @functools.cache
@@ -221,10 +246,23 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _fake_linear_group(
+    x: Tensor,
+    payloads: Sequence[Tensor],
+    tile_is_sparse: Sequence[Tensor],
+    schedules: Sequence[Tensor | None],
+    out_features: Sequence[int],
+    biases: Sequence[Tensor | None],
+    batch_invariant: bool,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], rows)) for rows in out_features]
+
+
 def _register_fakes() -> None:
     fake = torch.library.register_fake
     fake("patch_kernels::tile_linear", _fake_linear)
     fake("patch_kernels::tile_linear_train", _fake_linear)
+    fake("patch_kernels::tile_linear_group", _fake_linear_group)
     fake(
         "patch_kernels::unpack_tiles",
         lambda payload, tile_is_sparse, rows, cols, dtype: payload.new_empty((rows, cols), dtype=dtype),
