@@ -195,8 +195,9 @@ def tile_linear_group(
     biases: Sequence[Tensor | None],
     batch_invariant: bool = False,
 ) -> list[Tensor]:
-    """tile_linear of one x (..., K) and several weights of the same K and dtype, in one call: item i is that of weight i,
-    bit for bit. No gradients.
+    """tile_linear of one x (..., K) and several weights of the same K and dtype, in one call. No gradients.
+
+    returns  a list: item i is what tile_linear returns for weight i, bit for bit
 
     raises  RuntimeError for lists of different lengths, and for what tile_linear refuses.
     """

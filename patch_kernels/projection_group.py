@@ -1,0 +1,149 @@
+"""ProjectionGroup: layers that are called with the same x in turn (q, k, v of attention), computed in one op call."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from patch_kernels.ops import tile_linear
+
+# With more tokens the multiplications take the time, and results that wait for their layers take memory.
+_MOST_TOKENS = 64
+# Rounds that may pass before all members were seen together; then a group does not look any more.
+_MOST_ROUNDS = 32
+
+Operands = tuple[Tensor, Tensor, Tensor | None]  # payload, tile flags, bias
+
+
+class Member(Protocol):
+    """What a group needs of a layer (TiledLinear)."""
+
+    out_features: int
+    in_features: int
+    batch_invariant: bool
+
+    def operands(self) -> Operands: ...
+
+    def current_schedule(self, weight: Tensor) -> Tensor | None: ...
+
+
+class ProjectionGroup:
+    """Computes `size` layers in one op call when the first of them is called, and hands the others what is theirs.
+
+    It begins by observing. When all its layers were called with the same x, unmodified, one after another, that is
+    taken for the rule: from then on a call of the first one computes all of them, and each other one takes its result
+    if it is called with that x, still unmodified, and still has the tensors that the result was made from. Results that
+    one does not take are dropped, and the group is over: its layers compute for themselves. So it is where a group does
+    not see its layers together for long (cross attention: q sees another tensor than k and v).
+
+    Layers hold the group; it knows them by weak references. So a copy of a model has groups of its own, and a copy of a
+    layer brings no other along. Threads that share a model get right results, but soon one by one.
+    Writes that torch does not count (through .data) between two calls of a round are not seen.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.is_over = False
+        self._rounds = 0
+        # What was seen of a round: x, its version and the layers so far; weak references.
+        self._seen: tuple[Any, int, tuple[Any, ...]] | None = None
+        self._members: tuple[Any, ...] = ()  # in the order of their calls; none while observing
+        # Results that wait for their layers: x and {id(layer): (operands, versions, result)}. One tuple, which threads
+        # see whole; a dict's pop is atomic, so that none gets a result that another one has.
+        self._stash: tuple[Tensor, dict[int, tuple[Operands, int, Tensor]]] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what is unpickled, observes for itself."""
+        return ProjectionGroup, (self.size,)
+
+    def result(self, layer: Member, x: Tensor, operands: Operands) -> Tensor | None:
+        """The layer's result for x where the group has it or computes it, else None. For calls without gradients."""
+        members = self._members
+        if members and members[0]() is not layer:
+            return self._take(layer, x, operands)
+        # Tensors of inference mode count no versions; subclasses (fake tensors) may be anything.
+        if type(x) is not Tensor or x.is_inference() or torch.is_inference_mode_enabled():
+            return None
+        if members:
+            return self._compute(members, layer, x)
+        if not self.is_over:
+            self._observe(layer, x)
+        return None
+
+    def _observe(self, layer: Member, x: Tensor) -> None:
+        seen, this = self._seen, weakref.ref(layer)
+        if seen is not None and seen[0]() is x and seen[1] == x._version and this not in seen[2]:
+            layers = (*seen[2], this)
+            if len(layers) == self.size:
+                self._members, self._seen = layers, None
+            else:
+                self._seen = (*seen[:2], layers)
+            return
+        self._rounds += 1
+        self._seen = weakref.ref(x), x._version, (this,)
+        if self._rounds == _MOST_ROUNDS:
+            self._end()
+
+    def _compute(self, members: tuple[Any, ...], first: Member, x: Tensor) -> Tensor | None:
+        if self._stash is not None:
+            self._end()
+            return None
+        if x.numel() > _MOST_TOKENS * first.in_features:
+            return None
+        device, exact = x.device, first.batch_invariant
+        layers: list[Member] = []
+        weights, flags, biases, rows = [], [], [], []
+        for member in members:
+            layer = member()
+            if layer is None or layer.batch_invariant != exact:
+                self._end()
+                return None
+            weight, tile_is_sparse, bias = layer.operands()
+            if weight.device != device:  # offloaded until it is called
+                self._end()
+                return None
+            layers.append(layer)
+            weights.append(weight)
+            flags.append(tile_is_sparse)
+            biases.append(bias)
+            rows.append(layer.out_features)
+        schedules = [layer.current_schedule(weight) for layer, weight in zip(layers, weights, strict=True)]
+        try:
+            versions = [_version(x, *operands) for operands in zip(weights, flags, biases, strict=True)]
+            results = tile_linear.tile_linear_group(x, weights, flags, schedules, rows, biases, exact)
+        except RuntimeError:  # the layer that it is about says it
+            self._end()
+            return None
+        waiting = zip(zip(weights, flags, biases, strict=True), versions, results, strict=True)
+        stash = dict(zip(map(id, layers), waiting, strict=True))
+        result = stash.pop(id(first))[-1]
+        self._stash = x, stash
+        return result
+
+    def _take(self, layer: Member, x: Tensor, operands: Operands) -> Tensor | None:
+        stash = self._stash
+        if stash is None:
+            return None
+        made_of, version, result = stash[1].pop(id(layer), (None, 0, None))
+        if made_of is None or stash[0] is not x or not _is_same(made_of, operands) or version != _version(x, *operands):
+            self._end()
+            return None
+        if not stash[1] and self._stash is stash:
+            self._stash = None
+        return result
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._seen, self._members, self._stash = None, (), None
+
+
+def _version(x: Tensor, weight: Tensor, tile_is_sparse: Tensor, bias: Tensor | None) -> int:
+    """A number that grows when one of these tensors is changed in place. RuntimeError for tensors of inference mode."""
+    return x._version + weight._version + tile_is_sparse._version + (0 if bias is None else bias._version)
+
+
+def _is_same(one: Operands, other: Operands) -> bool:
+    return one[0] is other[0] and one[1] is other[1] and one[2] is other[2]
