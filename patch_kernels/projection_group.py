@@ -51,9 +51,9 @@ class ProjectionGroup:
         # What was seen of a round: x, its version and the layers so far; weak references.
         self._seen: tuple[Any, int, tuple[Any, ...]] | None = None
         self._members: tuple[Any, ...] = ()  # in the order of their calls; none while observing
-        # Results that wait for their layers: x and {id(layer): (operands, versions, result)}. One tuple, which threads
-        # see whole; a dict's pop is atomic, so that none gets a result that another one has.
-        self._stash: tuple[Tensor, dict[int, tuple[Operands, int, Tensor]]] | None = None
+        # Results that wait for their layers: x and {id(layer): ((id, operands, version), result)}. One tuple, which
+        # threads see whole; a dict's pop is atomic, so that none gets a result that another one has.
+        self._stash: tuple[Tensor, dict[int, tuple[tuple[int, Operands, int], Tensor]]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, observes for itself."""
@@ -65,7 +65,7 @@ class ProjectionGroup:
         if members and members[0]() is not layer:
             return self._take(layer, x, operands)
         # Tensors of inference mode count no versions; subclasses (fake tensors) may be anything.
-        if type(x) is not Tensor or x.is_inference() or torch.is_inference_mode_enabled():
+        if type(x) is not Tensor or torch.is_inference_mode_enabled() or x.is_inference():
             return None
         if members:
             return self._compute(members, layer, x)
@@ -93,57 +93,52 @@ class ProjectionGroup:
             return None
         if x.numel() > _MOST_TOKENS * first.in_features:
             return None
-        device, exact = x.device, first.batch_invariant
-        layers: list[Member] = []
-        weights, flags, biases, rows = [], [], [], []
-        for member in members:
-            layer = member()
-            if layer is None or layer.batch_invariant != exact:
-                self._end()
-                return None
-            weight, tile_is_sparse, bias = layer.operands()
-            if weight.device != device:  # offloaded until it is called
-                self._end()
-                return None
-            layers.append(layer)
-            weights.append(weight)
-            flags.append(tile_is_sparse)
-            biases.append(bias)
-            rows.append(layer.out_features)
-        schedules = [layer.current_schedule(weight) for layer, weight in zip(layers, weights, strict=True)]
+        device, exact, needs_schedule = x.device, first.batch_invariant, x.is_cuda
+        weights: list[Any] = []
+        made_of = []
         try:
-            versions = [_version(x, *operands) for operands in zip(weights, flags, biases, strict=True)]
-            results = tile_linear.tile_linear_group(x, weights, flags, schedules, rows, biases, exact)
+            for member in members:
+                layer = member()
+                if layer is None:
+                    self._end()
+                    return None
+                weight, tile_is_sparse, bias = operands = layer.operands()
+                # Another device: offloaded until the layer is called.
+                if weight.device != device or layer.batch_invariant != exact:
+                    self._end()
+                    return None
+                schedule = layer.current_schedule(weight) if needs_schedule else None
+                weights += weight, tile_is_sparse, schedule, layer.out_features, bias
+                made_of.append((id(layer), operands, _version(x, weight, bias)))
+            results = tile_linear.tile_linear_group(x, weights, exact)
         except RuntimeError:  # the layer that it is about says it
             self._end()
             return None
-        waiting = zip(zip(weights, flags, biases, strict=True), versions, results, strict=True)
-        stash = dict(zip(map(id, layers), waiting, strict=True))
-        result = stash.pop(id(first))[-1]
-        self._stash = x, stash
-        return result
+        self._stash = x, {made[0]: (made, y) for made, y in zip(made_of[1:], results[1:], strict=True)}
+        return results[0]
 
     def _take(self, layer: Member, x: Tensor, operands: Operands) -> Tensor | None:
         stash = self._stash
         if stash is None:
             return None
-        made_of, version, result = stash[1].pop(id(layer), (None, 0, None))
-        if made_of is None or stash[0] is not x or not _is_same(made_of, operands) or version != _version(x, *operands):
-            self._end()
-            return None
-        if not stash[1] and self._stash is stash:
-            self._stash = None
-        return result
+        waiting = stash[1].pop(id(layer), None)
+        if waiting is not None and stash[0] is x:
+            (_, made_of, version), result = waiting
+            weight, tile_is_sparse, bias = operands
+            is_same = made_of[0] is weight and made_of[1] is tile_is_sparse and made_of[2] is bias
+            if is_same and version == _version(x, weight, bias):
+                if not stash[1] and self._stash is stash:
+                    self._stash = None
+                return result
+        self._end()
+        return None
 
     def _end(self) -> None:
         self.is_over = True
         self._seen, self._members, self._stash = None, (), None
 
 
-def _version(x: Tensor, weight: Tensor, tile_is_sparse: Tensor, bias: Tensor | None) -> int:
-    """A number that grows when one of these tensors is changed in place. RuntimeError for tensors of inference mode."""
-    return x._version + weight._version + tile_is_sparse._version + (0 if bias is None else bias._version)
-
-
-def _is_same(one: Operands, other: Operands) -> bool:
-    return one[0] is other[0] and one[1] is other[1] and one[2] is other[2]
+def _version(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """A number that grows when one of these is changed in place. RuntimeError for tensors of inference mode."""
+    version = x._version + weight._version
+    return version if bias is None else version + bias._version

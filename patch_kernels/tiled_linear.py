@@ -146,8 +146,7 @@ class TiledLinear(nn.Module):
             return self.weight, self.tile_is_sparse, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        is_right = isinstance(x, Tensor) and x.dtype == self.weight_dtype and x.dim() > 0
-        if not is_right or x.shape[-1] != self.in_features:
+        if not (isinstance(x, Tensor) and x.dtype == self.weight_dtype and x.dim() and x.shape[-1] == self.in_features):
             wanted = f"{self.weight_dtype} (..., {self.in_features})"
             raise ValueError(f"TiledLinear, x: expected {wanted}, got {kind_of(x)}. Convert x, or pack in its dtype.")
         weight, tile_is_sparse, bias = operands = self.operands()

@@ -25,6 +25,9 @@ using Tensor = torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using ScalarType = torch::headeronly::ScalarType;
 
+// Weights of a tile_linear_group op (schema.cpp): there is one for each number.
+constexpr int kLeastInGroup = 2, kMostInGroup = 4;
+
 inline std::optional<DType> find_dtype(ScalarType type) {
   switch (type) {
     case ScalarType::Half:
@@ -153,21 +156,36 @@ inline LinearCall linear_call(const Tensor& x_in, const Tensor& payload, const T
   return {x, bias, y, args};
 }
 
-// Inputs of the tile_linear_group schema that are lists, one item a weight.
-struct LinearGroup {
-  const std::vector<Tensor>&payloads, &tile_is_sparse;
-  const std::vector<OptionalTensor>& schedules;
-  const std::vector<int64_t>& out_features;
-  const std::vector<OptionalTensor>& biases;
+// What the tile_linear_group schemas have of every weight, in their order.
+struct GroupItem {
+  Tensor payload, tile_is_sparse;
+  OptionalTensor schedule;
+  int64_t out_features;
+  OptionalTensor bias;
 };
+constexpr uint64_t kGroupItemArgs = 5;
+using GroupFunction = std::vector<Tensor>(const Tensor& x, const std::vector<GroupItem>& items, bool batch_invariant);
 
-inline void check_group(const LinearGroup& group, const char* op) {
-  const size_t count = group.payloads.size();
-  STD_TORCH_CHECK(group.tile_is_sparse.size() == count && group.schedules.size() == count &&
-                      group.out_features.size() == count && group.biases.size() == count,
-                  op, ": expected one payload, tile_is_sparse, schedule, out_features and bias a weight, got lists of ",
-                  count, ", ", group.tile_is_sparse.size(), ", ", group.schedules.size(), ", ",
-                  group.out_features.size(), " and ", group.biases.size());
+// TORCH_BOX for any number of weights: x, the arguments of each weight, batch_invariant.
+template <GroupFunction* kFunction>
+void boxed_group(StableIValue* stack, uint64_t args, uint64_t outputs) {
+  using torch::stable::detail::to;
+  const Tensor x = to<Tensor>(stack[0]);
+  std::vector<GroupItem> items;
+  items.reserve(outputs);
+  for (uint64_t i = 1; i + 1 < args; i += kGroupItemArgs) {
+    items.push_back({to<Tensor>(stack[i]), to<Tensor>(stack[i + 1]), to<OptionalTensor>(stack[i + 2]),
+                     to<int64_t>(stack[i + 3]), to<OptionalTensor>(stack[i + 4])});
+  }
+  const std::vector<Tensor> results = kFunction(x, items, to<bool>(stack[args - 1]));
+  for (uint64_t i = 0; i < outputs; ++i) stack[i] = torch::stable::detail::from(results[i]);
+}
+
+template <GroupFunction* kFunction>
+void register_group(torch::stable::detail::StableLibrary& m) {
+  for (int count = kLeastInGroup; count <= kMostInGroup; ++count) {
+    m.impl(("tile_linear_group" + std::to_string(count)).c_str(), boxed_group<kFunction>);
+  }
 }
 
 struct MaskCall {

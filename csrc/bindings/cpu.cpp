@@ -71,20 +71,16 @@ void run_group(const std::vector<TileLinearArgs>& calls) {
   for (const TileLinearArgs& call : calls) cpu::tile_linear(call, torch_parallel);
 }
 
-std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<Tensor>& payloads,
-                                      const std::vector<Tensor>& tile_is_sparse,
-                                      const std::vector<OptionalTensor>& schedules,
-                                      const std::vector<int64_t>& out_features,
-                                      const std::vector<OptionalTensor>& biases, bool) {
+std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<GroupItem>& items, bool) {
   const char* op = "tile_linear_group";
-  check_group({payloads, tile_is_sparse, schedules, out_features, biases}, op);
   const Tensor x = as_contiguous(x_in);
-  std::vector<LinearCall> calls;  // keep what the pointers of args point to
+  std::vector<LinearCall> calls;  // keep alive what args point to
   std::vector<TileLinearArgs> args;
   std::vector<Tensor> results;
-  for (size_t i = 0; i < payloads.size(); ++i) {
-    calls.push_back(linear_call(x, payloads[i], tile_is_sparse[i], out_features[i], biases[i], op));
-    check_payload_on_host(payloads[i], tile_is_sparse[i], op);
+  calls.reserve(items.size());
+  for (const GroupItem& item : items) {
+    calls.push_back(linear_call(x, item.payload, item.tile_is_sparse, item.out_features, item.bias, op));
+    check_payload_on_host(item.payload, item.tile_is_sparse, op);
     args.push_back(calls.back().args);
     results.push_back(calls.back().y);
   }
@@ -148,7 +144,7 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CPU, m) {
   m.impl("make_schedule", TORCH_BOX(&patch_kernels::schedule_of));
   m.impl("tile_linear", TORCH_BOX(&patch_kernels::tile_linear));
   m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear));
-  m.impl("tile_linear_group", TORCH_BOX(&patch_kernels::tile_linear_group));
+  patch_kernels::register_group<patch_kernels::tile_linear_group>(m);
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
   m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
   m.impl("adamw_step", TORCH_BOX(&patch_kernels::adamw_step));

@@ -132,17 +132,12 @@ Tensor tile_linear_train(const Tensor& x, const Tensor& payload, const Tensor& t
 }
 
 // One launch a weight; only the step from Python to here is shared.
-std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<Tensor>& payloads,
-                                      const std::vector<Tensor>& tile_is_sparse,
-                                      const std::vector<OptionalTensor>& schedules,
-                                      const std::vector<int64_t>& out_features,
-                                      const std::vector<OptionalTensor>& biases, bool batch_invariant) {
-  check_group({payloads, tile_is_sparse, schedules, out_features, biases}, "tile_linear_group");
+std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<GroupItem>& items, bool batch_invariant) {
   const Tensor x = as_contiguous(x_in);
   std::vector<Tensor> results;
-  for (size_t i = 0; i < payloads.size(); ++i) {
-    results.push_back(
-        tile_linear(x, payloads[i], tile_is_sparse[i], schedules[i], out_features[i], biases[i], batch_invariant));
+  for (const GroupItem& item : items) {
+    results.push_back(tile_linear(x, item.payload, item.tile_is_sparse, item.schedule, item.out_features, item.bias,
+                                  batch_invariant));
   }
   return results;
 }
@@ -205,7 +200,7 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CUDA, m) {
   m.impl("unpack_tiles", TORCH_BOX(&patch_kernels::unpack_tiles));
   m.impl("tile_linear", TORCH_BOX(&patch_kernels::tile_linear));
   m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear_train));
-  m.impl("tile_linear_group", TORCH_BOX(&patch_kernels::tile_linear_group));
+  patch_kernels::register_group<patch_kernels::tile_linear_group>(m);
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
   m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
   m.impl("adamw_step", TORCH_BOX(&patch_kernels::adamw_step));

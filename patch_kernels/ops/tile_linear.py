@@ -26,7 +26,7 @@ _ops = torch.ops.patch_kernels
 # Overloads, found once: looking them up takes as long as a check of x.
 _tile_linear = _ops.tile_linear.default
 _tile_linear_train = _ops.tile_linear_train.default
-_tile_linear_group = _ops.tile_linear_group.default
+_tile_linear_groups = {n: getattr(_ops, f"tile_linear_group{n}").default for n in (2, 3, 4)}
 
 DENSE_TILE_BYTES = 32768
 SPARSE_TILE_BYTES = 18432
@@ -186,22 +186,20 @@ def tile_linear(
     return y
 
 
-def tile_linear_group(
-    x: Tensor,
-    payloads: Sequence[Tensor],
-    tile_is_sparse: Sequence[Tensor],
-    schedules: Sequence[Tensor | None],
-    out_features: Sequence[int],
-    biases: Sequence[Tensor | None],
-    batch_invariant: bool = False,
-) -> list[Tensor]:
-    """tile_linear of one x (..., K) and several weights of the same K and dtype, in one call. No gradients.
+def tile_linear_group(x: Tensor, weights: Sequence[Any], batch_invariant: bool = False) -> Sequence[Tensor]:
+    """tile_linear of one x (..., K) and two to four weights of the same K and dtype, in one call. No gradients.
 
-    returns  a list: item i is what tile_linear returns for weight i, bit for bit
-
-    raises  RuntimeError for lists of different lengths, and for what tile_linear refuses.
+    weights  payload, tile_is_sparse, schedule, out_features, bias of each weight in turn, in one flat list
+    returns  item i is what tile_linear returns for weight i, bit for bit
+    raises   ValueError for another number of weights, RuntimeError for what tile_linear's op refuses
     """
-    return _tile_linear_group(x, payloads, tile_is_sparse, schedules, out_features, biases, batch_invariant)
+    count, rest = divmod(len(weights), 5)
+    op = None if rest else _tile_linear_groups.get(count)
+    if op is None:
+        raise ValueError(
+            f"tile_linear_group, weights: expected 5 values for each of 2 to 4, got {len(weights)} values."
+        )
+    return op(x, *weights, batch_invariant)
 
 
 def needs_grad(x: Tensor, bias: Tensor | None) -> bool:
@@ -247,23 +245,16 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _fake_linear_group(
-    x: Tensor,
-    payloads: Sequence[Tensor],
-    tile_is_sparse: Sequence[Tensor],
-    schedules: Sequence[Tensor | None],
-    out_features: Sequence[int],
-    biases: Sequence[Tensor | None],
-    batch_invariant: bool,
-) -> list[Tensor]:
-    return [x.new_empty((*x.shape[:-1], rows)) for rows in out_features]
+def _fake_linear_group(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty((*x.shape[:-1], rows)) for rows in weights[3::5])
 
 
 def _register_fakes() -> None:
     fake = torch.library.register_fake
     fake("patch_kernels::tile_linear", _fake_linear)
     fake("patch_kernels::tile_linear_train", _fake_linear)
-    fake("patch_kernels::tile_linear_group", _fake_linear_group)
+    for count in _tile_linear_groups:
+        fake(f"patch_kernels::tile_linear_group{count}", _fake_linear_group)
     fake(
         "patch_kernels::unpack_tiles",
         lambda payload, tile_is_sparse, rows, cols, dtype: payload.new_empty((rows, cols), dtype=dtype),

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from patch_kernels import TiledLinear
 from patch_kernels.projection_group import ProjectionGroup
 
-ONE, GROUP = "patch_kernels.tile_linear.default", "patch_kernels.tile_linear_group.default"
+ONE, GROUP = "patch_kernels.tile_linear.default", "patch_kernels.tile_linear_group3.default"
 
 
 class Calls(TorchDispatchMode):

@@ -143,46 +143,51 @@ def test_opcheck_linear(index):
     torch.library.opcheck(torch.ops.patch_kernels.tile_linear_train.default, (x.clone().requires_grad_(), *rest))
 
 
-def group_sample(tokens, with_bias):
-    """Arguments of tile_linear_group for three weights of 132 columns, and those of tile_linear for each of them."""
+def group_sample(tokens, with_bias, count=3):
+    """x and the arguments of tile_linear's op behind it for weights of 132 columns."""
     x = torch.randn(tokens, 132, generator=torch.Generator().manual_seed(tokens)).bfloat16()
-    singles = []
-    for seed, rows in enumerate((130, 64, 1)):
+    weights = []
+    for seed, rows in enumerate((130, 64, 1, 300)[:count]):
         weight, keep, tiles, _, bias = integer_case(rows, 132, 1, 0.5, torch.bfloat16, seed)
         tiled = TiledWeight.pack(weight, keep, tiles)
-        flags, used = tile_linear.tile_flags(tiles), bias if with_bias and seed != 1 else None
-        singles.append((x, tiled.payload, flags, tiled.schedule, rows, used, False))
-    return (x, *map(list, zip(*(single[1:6] for single in singles), strict=True)), False), singles
+        used = bias if with_bias and seed != 1 else None
+        weights.append((tiled.payload, tile_linear.tile_flags(tiles), tiled.schedule, rows, used))
+    return x, weights
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 70])
-def test_a_group_is_its_weights_one_by_one(tokens, with_bias):
-    group, singles = group_sample(tokens, with_bias)
-    results = tile_linear.tile_linear_group(*group)
-    assert len(results) == 3 and len({y.untyped_storage().data_ptr() for y in results if tokens}) == 3 * (tokens > 0)
-    for y, single in zip(results, singles, strict=True):
-        assert torch.equal(y, torch.ops.patch_kernels.tile_linear(*single))
-    x, *rest = group
-    strided = x.T.contiguous().T
-    assert all(map(torch.equal, tile_linear.tile_linear_group(strided, *rest), results))
-    torch.library.opcheck(torch.ops.patch_kernels.tile_linear_group.default, group)
-    assert tile_linear.tile_linear_group(x, [], [], [], [], []) == []
+def test_a_group_is_its_weights_one_by_one(tokens, with_bias, count):
+    x, weights = group_sample(tokens, with_bias, count)
+    flat = [value for weight in weights for value in weight]
+    results = tile_linear.tile_linear_group(x, flat)
+    assert len(results) == count
+    assert not tokens or len({y.untyped_storage().data_ptr() for y in results}) == count
+    for y, weight in zip(results, weights, strict=True):
+        assert torch.equal(y, torch.ops.patch_kernels.tile_linear(x, *weight, False))
+    assert all(map(torch.equal, tile_linear.tile_linear_group(x.T.contiguous().T, flat, True), results))
+    op = getattr(torch.ops.patch_kernels, f"tile_linear_group{count}").default
+    torch.library.opcheck(op, (x, *flat, False))
 
 
 def test_a_group_keeps_memory_safe():
-    (x, payloads, flags, schedules, rows, biases, _), _ = group_sample(3, True)
-    op = torch.ops.patch_kernels.tile_linear_group
+    x, (one, two) = group_sample(3, True, 2)
+    payload, flags, _, rows, bias = one
+    op = torch.ops.patch_kernels.tile_linear_group2
     for arguments, message in (
-        ((x, payloads[:2], flags, schedules, rows, biases), "expected one payload, .* a weight, got lists of 2, 3, 3"),
-        ((x, payloads, flags, schedules, rows[:1], biases), "got lists of 3, 3, 3, 1 and 3"),
-        ((x, [payloads[0]] * 3, flags, schedules, rows, biases), "tile_linear_group: payload has .* bytes, but its"),
-        ((x, payloads, flags, schedules, [130, 64, 900], biases), "contiguous uint8 of shape"),
-        ((x.float(), payloads, flags, schedules, rows, biases), "tile_linear_group: x must be float16 or bfloat16"),
-        ((x, payloads, flags, schedules, rows, [biases[2]] * 3), "bias must have"),
+        ((x, *two, two[0], *one[1:]), "tile_linear_group: payload has .* bytes, but its"),
+        ((x, *two, payload, flags, None, 900, bias), "contiguous uint8 of shape"),
+        ((x, *two, payload, flags.bool(), None, rows, bias), "contiguous uint8 of shape"),
+        ((x.float(), *one, *two), "tile_linear_group: x must be float16 or bfloat16"),
+        ((x, *two, payload, flags, None, rows, bias[:1]), "bias must have"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*arguments, False)
+    for weights in ([], one, (*one, *two)[:9], one * 5):
+        message = rf"expected 5 values for each of 2 to 4, got {len(weights)} values"
+        with pytest.raises(ValueError, match=message):
+            tile_linear.tile_linear_group(x, weights)
 
 
 def test_opcheck_pack_and_unpack():
