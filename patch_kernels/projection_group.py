@@ -16,6 +16,8 @@ _MOST_TOKENS = 64
 _MOST_ROUNDS = 32
 
 Operands = tuple[Tensor, Tensor, Tensor | None]  # payload, tile flags, bias
+# x and {id(layer): what its result was made from, the version of that, the result}
+_Stash = tuple[Tensor, dict[int, tuple[Operands, int, Tensor]]]
 
 
 class Member(Protocol):
@@ -51,9 +53,9 @@ class ProjectionGroup:
         # What was seen of a round: x, its version and the layers so far; weak references.
         self._seen: tuple[Any, int, tuple[Any, ...]] | None = None
         self._members: tuple[Any, ...] = ()  # in the order of their calls; none while observing
-        # Results that wait for their layers: x and {id(layer): ((id, operands, version), result)}. One tuple, which
-        # threads see whole; a dict's pop is atomic, so that none gets a result that another one has.
-        self._stash: tuple[Tensor, dict[int, tuple[tuple[int, Operands, int], Tensor]]] | None = None
+        # Results that wait for their layers. One tuple, which threads see whole; a dict's pop is atomic, so that none
+        # gets a result that another one has.
+        self._stash: _Stash | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or what is unpickled, observes for itself."""
@@ -63,7 +65,8 @@ class ProjectionGroup:
         """The layer's result for x where the group has it or computes it, else None. For calls without gradients."""
         members = self._members
         if members and members[0]() is not layer:
-            return self._take(layer, x, operands)
+            stash = self._stash
+            return None if stash is None else self._take(stash, layer, x, operands)
         # Tensors of inference mode count no versions; subclasses (fake tensors) may be anything.
         if type(x) is not Tensor or torch.is_inference_mode_enabled() or x.is_inference():
             return None
@@ -114,16 +117,16 @@ class ProjectionGroup:
         except RuntimeError:  # the layer that it is about says it
             self._end()
             return None
-        self._stash = x, {made[0]: (made, y) for made, y in zip(made_of[1:], results[1:], strict=True)}
+        waiting = zip(made_of, results, strict=True)
+        self._stash = x, {key: (operands, version, y) for (key, operands, version), y in waiting if key != id(first)}
+        if self.is_over:  # by another thread, meanwhile
+            self._stash = None
         return results[0]
 
-    def _take(self, layer: Member, x: Tensor, operands: Operands) -> Tensor | None:
-        stash = self._stash
-        if stash is None:
-            return None
+    def _take(self, stash: _Stash, layer: Member, x: Tensor, operands: Operands) -> Tensor | None:
         waiting = stash[1].pop(id(layer), None)
         if waiting is not None and stash[0] is x:
-            (_, made_of, version), result = waiting
+            made_of, version, result = waiting
             weight, tile_is_sparse, bias = operands
             is_same = made_of[0] is weight and made_of[1] is tile_is_sparse and made_of[2] is bias
             if is_same and version == _version(x, weight, bias):

@@ -147,12 +147,9 @@ inline LinearCall linear_call(const Tensor& x_in, const Tensor& payload, const T
     bias = as_contiguous(*bias_in);
   }
   const Tensor y = new_output(x, out_features);
-  const TileLinearArgs args{x.const_data_ptr(),
-                            bias ? bias->const_data_ptr() : nullptr,
-                            y.mutable_data_ptr(),
-                            x.numel() / cols,
-                            weight,
-                            to_dtype(type, op)};
+  const TileLinearArgs args{
+      x.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), x.numel() / cols, weight,
+      to_dtype(type, op)};
   return {x, bias, y, args};
 }
 

@@ -179,7 +179,7 @@ def tile_linear(
     if not isinstance(x, Tensor) or not (given is None or isinstance(given, Tensor)):
         require_tensor("tile_linear, x", x)
         require_tensor("tile_linear, bias", given, advice="Pass None for none.")
-    op = _tile_linear_train if needs_grad(x, bias) else _tile_linear
+    op = _tile_linear_train if torch.is_grad_enabled() and needs_grad(x, bias) else _tile_linear
     y = op(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
     if x.is_cuda and schedule is not None and not torch.compiler.is_compiling():
         _say_if_dense(x.device.index)
@@ -203,8 +203,8 @@ def tile_linear_group(x: Tensor, weights: Sequence[Any], batch_invariant: bool =
 
 
 def needs_grad(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether autograd has to see this call."""
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    """Whether autograd has to see a call where gradients are enabled."""
+    return x.requires_grad or (bias is not None and bias.requires_grad)
 
 
 @functools.cache
