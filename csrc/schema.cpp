@@ -1,6 +1,28 @@
 // Schemas of all ops. Implementations: bindings/cpu.cpp and bindings/cuda.cpp; fakes and autograd:
 // patch_kernels/ops. No default arguments: Python passes everything, so autograd sees every input at its place.
-#include <torch/csrc/stable/library.h>
+#include <string>
+
+#include "bindings/common.h"
+
+namespace patch_kernels {
+namespace {
+
+// Several weights of the same K and dtype times one x. An op for each number of them and no lists: every list takes
+// half a microsecond on its way through torch, as long as a small layer.
+std::string group_schema(int count) {
+  std::string inputs, outputs;
+  for (int i = 0; i < count; ++i) {
+    const std::string n = std::to_string(i);
+    inputs += "Tensor payload" + n + ", Tensor tile_is_sparse" + n + ", Tensor? schedule" + n + ", int out_features" +
+              n + ", Tensor? bias" + n + ", ";
+    outputs += i == 0 ? "Tensor" : ", Tensor";
+  }
+  return "tile_linear_group" + std::to_string(count) + "(Tensor x, " + inputs + "bool batch_invariant) -> (" + outputs +
+         ")";
+}
+
+}  // namespace
+}  // namespace patch_kernels
 
 STABLE_TORCH_LIBRARY(patch_kernels, m) {
   m.def("pack_tiles(Tensor weight, Tensor keep, Tensor tile_is_sparse) -> Tensor");
@@ -12,6 +34,9 @@ STABLE_TORCH_LIBRARY(patch_kernels, m) {
   m.def(
       "tile_linear_train(Tensor x, Tensor payload, Tensor tile_is_sparse, Tensor? schedule, int out_features, "
       "Tensor? bias, bool batch_invariant) -> Tensor");
+  for (int count = patch_kernels::kLeastInGroup; count <= patch_kernels::kMostInGroup; ++count) {
+    m.def(patch_kernels::group_schema(count).c_str());
+  }
   m.def(
       "masked_weight(Tensor weight, Tensor? pattern_logits, Tensor? fixed_pattern, Tensor? tile_logits, "
       "Tensor factors, Tensor? key, int tile_rows, int tile_cols, bool hard_pattern, bool hard_tile, int layer) "

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from patch_kernels.checks import kind_of
 from patch_kernels.ops import tile_linear
 from patch_kernels.packed_dtype import BY_TORCH
+from patch_kernels.projection_group import Operands, ProjectionGroup
 from patch_kernels.tiled_weight import TiledWeight
 
 
@@ -21,6 +23,7 @@ class TiledLinear(nn.Module):
     dtype                       fp16 or bf16: of the weight, the bias, x and y
 
     batch_invariant             row i of y does not depend on the number of rows, bit for bit; may be set at any time
+    group                       a ProjectionGroup that computes this layer with others, or None; changes no result
 
     Buffers: weight, the payload (payload_bytes,) uint8, and tile_is_sparse (ceil(N/128), ceil(K/128)) uint8 of 0 and 1;
     and schedule (int32, ops.make_schedule), which follows from the flags and is not part of the state.
@@ -33,6 +36,7 @@ class TiledLinear(nn.Module):
     tile_is_sparse: Tensor
     schedule: Tensor
     bias: nn.Parameter | None
+    group: ProjectionGroup | None = None  # layers that are computed with this one
 
     def __init__(
         self,
@@ -121,26 +125,42 @@ class TiledLinear(nn.Module):
             self._schedule_is_current = False
         super().__setattr__(name, value)
 
-    def _current_schedule(self) -> Tensor | None:
-        """The schedule for this call: a CPU needs none."""
-        if not self.weight.is_cuda:
+    def current_schedule(self, weight: Tensor) -> Tensor | None:
+        """The schedule for a call with this payload: a CPU needs none."""
+        if not weight.is_cuda:
             return None
-        if not self._schedule_is_current or self.schedule.device != self.weight.device:
+        if not self._schedule_is_current or self.schedule.device != weight.device:
             self.refresh_schedule()
         return self.schedule
 
+    def operands(self) -> Operands:
+        """Payload, flags and bias as they are now.
+
+        Nothing may keep them: .to(), functional_call and offloading put others in their place. They are read where they
+        lie: an attribute of nn.Module takes half a microsecond.
+        """
+        try:
+            buffers = self._buffers
+            return buffers["weight"], buffers["tile_is_sparse"], self._parameters["bias"]  # type: ignore[return-value]
+        except KeyError:  # plain attributes or properties, as torch's parametrizations make them
+            return self.weight, self.tile_is_sparse, self.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or x.dtype != self.weight_dtype or x.shape[-1:] != (self.in_features,):
+        if not (isinstance(x, Tensor) and x.dtype == self.weight_dtype and x.dim() and x.shape[-1] == self.in_features):
             wanted = f"{self.weight_dtype} (..., {self.in_features})"
             raise ValueError(f"TiledLinear, x: expected {wanted}, got {kind_of(x)}. Convert x, or pack in its dtype.")
+        weight, tile_is_sparse, bias = operands = self.operands()
+        if not is_compiling():
+            group = self.group
+            if group is not None and not (is_grad_enabled() and tile_linear.needs_grad(x, bias)):
+                y = group.result(self, x, operands)
+                if y is not None:
+                    return y
+                if group.is_over:
+                    self.group = None
+        schedule = self.current_schedule(weight)
         return tile_linear.tile_linear(
-            x,
-            self.weight,
-            self.tile_is_sparse,
-            self.out_features,
-            self.bias,
-            self._current_schedule(),
-            self.batch_invariant,
+            x, weight, tile_is_sparse, self.out_features, bias, schedule, self.batch_invariant
         )
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "../format/layout.h"
 #include "../format/packed_dtype.h"
@@ -23,6 +24,9 @@ namespace patch_kernels {
 using Tensor = torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using ScalarType = torch::headeronly::ScalarType;
+
+// Weights of a tile_linear_group op (schema.cpp): there is one for each number.
+constexpr int kLeastInGroup = 2, kMostInGroup = 4;
 
 inline std::optional<DType> find_dtype(ScalarType type) {
   switch (type) {
@@ -77,11 +81,45 @@ inline TiledMatrix tiled_matrix(const Tensor& payload, const Tensor& tile_is_spa
           static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr()), rows, cols};
 }
 
+// A loop that compilers vectorise: it runs at every call, and a large layer has thousands of tiles.
 inline void check_payload_on_host(const Tensor& payload, const Tensor& tile_is_sparse, const char* op) {
-  const int64_t expected =
-      cpu::payload_bytes(static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr()), tile_is_sparse.numel());
+  const auto* flags = static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr());
+  const int64_t tiles = tile_is_sparse.numel();
+  int64_t sparse = 0;
+  for (int64_t first = 0; first < tiles; first += 128) {
+    const int count = static_cast<int>(tiles - first < 128 ? tiles - first : 128);
+    uint8_t in_block = 0;  // at most 128
+    for (int i = 0; i < count; ++i) in_block = static_cast<uint8_t>(in_block + (flags[first + i] != 0));
+    sparse += in_block;
+  }
+  const int64_t expected = sparse * kSparseTileBytes + (tiles - sparse) * kDenseTileBytes;
   STD_TORCH_CHECK(payload.numel() == expected, op, ": payload has ", payload.numel(),
                   " bytes, but its tile flags need ", expected);
+}
+
+// Asks first: the call through torch's dispatcher takes half a microsecond even where nothing is to do.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// y (..., rows) for x (..., cols). By the C function, again for the dispatcher's time.
+inline Tensor new_output(const Tensor& x, int64_t rows) {
+  const int64_t dims = x.dim();
+  std::vector<int64_t> sizes(2 * dims);
+  int64_t* strides = sizes.data() + dims;
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    sizes[i] = i == dims - 1 ? rows : x.size(i);
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  int32_t dtype, device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle y;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, device_type, x.get_device_index(), &y));
+  return Tensor(y);
 }
 
 struct LinearCall {
@@ -93,30 +131,58 @@ struct LinearCall {
 
 inline LinearCall linear_call(const Tensor& x_in, const Tensor& payload, const Tensor& tile_is_sparse,
                               int64_t out_features, const OptionalTensor& bias_in, const char* op) {
-  STD_TORCH_CHECK(is_packed(x_in.scalar_type()), op, ": x must be ", packed_names());
-  STD_TORCH_CHECK(x_in.dim() >= 1, op, ": x needs at least one dimension");
+  const ScalarType type = x_in.scalar_type();
+  STD_TORCH_CHECK(is_packed(type), op, ": x must be ", packed_names());
+  const int64_t dims = x_in.dim();
+  STD_TORCH_CHECK(dims >= 1, op, ": x needs at least one dimension");
   check_same_device(x_in, payload, op, "payload");
-  const int64_t cols = x_in.size(x_in.dim() - 1);
-  TiledMatrix weight = tiled_matrix(payload, tile_is_sparse, out_features, cols, op);
-  Tensor x = torch::stable::contiguous(x_in);
+  const int64_t cols = x_in.size(dims - 1);
+  const TiledMatrix weight = tiled_matrix(payload, tile_is_sparse, out_features, cols, op);
+  const Tensor x = as_contiguous(x_in);
   std::optional<Tensor> bias;
   if (bias_in.has_value()) {
-    STD_TORCH_CHECK(bias_in->scalar_type() == x.scalar_type() && bias_in->numel() == out_features, op,
+    STD_TORCH_CHECK(bias_in->scalar_type() == type && bias_in->numel() == out_features, op,
                     ": bias must have x's dtype and out_features elements");
     check_same_device(x, *bias_in, op, "bias");
-    bias = torch::stable::contiguous(*bias_in);
+    bias = as_contiguous(*bias_in);
   }
-  std::vector<int64_t> sizes(x.dim());
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes[i] = x.size(i);
-  sizes.back() = out_features;
-  Tensor y = torch::stable::new_empty(x, sizes);
-  const TileLinearArgs args{x.const_data_ptr(),
-                            bias ? bias->const_data_ptr() : nullptr,
-                            y.mutable_data_ptr(),
-                            x.numel() / cols,
-                            weight,
-                            to_dtype(x.scalar_type(), op)};
+  const Tensor y = new_output(x, out_features);
+  const TileLinearArgs args{
+      x.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), x.numel() / cols, weight,
+      to_dtype(type, op)};
   return {x, bias, y, args};
+}
+
+// What the tile_linear_group schemas have of every weight, in their order.
+struct GroupItem {
+  Tensor payload, tile_is_sparse;
+  OptionalTensor schedule;
+  int64_t out_features;
+  OptionalTensor bias;
+};
+constexpr uint64_t kGroupItemArgs = 5;
+using GroupFunction = std::vector<Tensor>(const Tensor& x, const std::vector<GroupItem>& items, bool batch_invariant);
+
+// TORCH_BOX for any number of weights: x, the arguments of each weight, batch_invariant.
+template <GroupFunction* kFunction>
+void boxed_group(StableIValue* stack, uint64_t args, uint64_t outputs) {
+  using torch::stable::detail::to;
+  const Tensor x = to<Tensor>(stack[0]);
+  std::vector<GroupItem> items;
+  items.reserve(outputs);
+  for (uint64_t i = 1; i + 1 < args; i += kGroupItemArgs) {
+    items.push_back({to<Tensor>(stack[i]), to<Tensor>(stack[i + 1]), to<OptionalTensor>(stack[i + 2]),
+                     to<int64_t>(stack[i + 3]), to<OptionalTensor>(stack[i + 4])});
+  }
+  const std::vector<Tensor> results = kFunction(x, items, to<bool>(stack[args - 1]));
+  for (uint64_t i = 0; i < outputs; ++i) stack[i] = torch::stable::detail::from(results[i]);
+}
+
+template <GroupFunction* kFunction>
+void register_group(torch::stable::detail::StableLibrary& m) {
+  for (int count = kLeastInGroup; count <= kMostInGroup; ++count) {
+    m.impl(("tile_linear_group" + std::to_string(count)).c_str(), boxed_group<kFunction>);
+  }
 }
 
 struct MaskCall {

@@ -1,6 +1,7 @@
 // CPU implementations of the ops: check, allocate, call csrc/cpu with torch's threads.
 #include <array>
 #include <cmath>
+#include <vector>
 
 #include "../gemm/plan.h"
 #include "adamw.h"
@@ -108,6 +109,27 @@ Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is
   return call.y;
 }
 
+void run_group(const std::vector<TileLinearArgs>& calls) {
+  for (const TileLinearArgs& call : calls) cpu::tile_linear(call, torch_parallel);
+}
+
+std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<GroupItem>& items, bool) {
+  const char* op = "tile_linear_group";
+  const Tensor x = as_contiguous(x_in);
+  std::vector<LinearCall> calls;  // keep alive what args point to
+  std::vector<TileLinearArgs> args;
+  std::vector<Tensor> results;
+  calls.reserve(items.size());
+  for (const GroupItem& item : items) {
+    calls.push_back(linear_call(x, item.payload, item.tile_is_sparse, item.out_features, item.bias, op));
+    check_payload_on_host(item.payload, item.tile_is_sparse, op);
+    args.push_back(calls.back().args);
+    results.push_back(calls.back().y);
+  }
+  run_group(args);
+  return results;
+}
+
 // They can be read here without waiting for a device.
 void check_factors(const MaskCall& call) {
   const double* f = call.args.factors;
@@ -164,6 +186,7 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CPU, m) {
   m.impl("make_schedule", TORCH_BOX(&patch_kernels::schedule_of));
   m.impl("tile_linear", TORCH_BOX(&patch_kernels::tile_linear));
   m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear));
+  patch_kernels::register_group<patch_kernels::tile_linear_group>(m);
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
   m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
   m.impl("adamw_step", TORCH_BOX(&patch_kernels::adamw_step));

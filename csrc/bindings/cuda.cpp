@@ -131,6 +131,17 @@ Tensor tile_linear_train(const Tensor& x, const Tensor& payload, const Tensor& t
   return gemm(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant, false);
 }
 
+// One launch a weight; only the step from Python to here is shared.
+std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<GroupItem>& items, bool batch_invariant) {
+  const Tensor x = as_contiguous(x_in);
+  std::vector<Tensor> results;
+  for (const GroupItem& item : items) {
+    results.push_back(tile_linear(x, item.payload, item.tile_is_sparse, item.schedule, item.out_features, item.bias,
+                                  batch_invariant));
+  }
+  return results;
+}
+
 // Without tile logits a tile is only a CTA's share of the work.
 MaskInputs with_work_tiles(MaskInputs inputs) {
   if (!inputs.tile_logits.has_value()) inputs.tile_rows = inputs.tile_cols = kTile;
@@ -189,6 +200,7 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CUDA, m) {
   m.impl("unpack_tiles", TORCH_BOX(&patch_kernels::unpack_tiles));
   m.impl("tile_linear", TORCH_BOX(&patch_kernels::tile_linear));
   m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear_train));
+  patch_kernels::register_group<patch_kernels::tile_linear_group>(m);
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
   m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
   m.impl("adamw_step", TORCH_BOX(&patch_kernels::adamw_step));

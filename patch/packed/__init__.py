@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from patch.packed.convert import pack_model, unpack_model
 from patch.packed.load import load
+from patch.packed.projections import fuse_projections, unfuse_projections
 from patch.packed.save import save_dense, save_packed
 
-__all__ = ["load", "pack_model", "save_dense", "save_packed", "unpack_model"]
+__all__ = [
+    "fuse_projections",
+    "load",
+    "pack_model",
+    "save_dense",
+    "save_packed",
+    "unfuse_projections",
+    "unpack_model",
+]

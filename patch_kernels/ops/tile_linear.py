@@ -23,6 +23,10 @@ from patch_kernels.packed_dtype import BY_TORCH
 from patch_kernels.reference import TILE
 
 _ops = torch.ops.patch_kernels
+# Overloads, found once: looking them up takes as long as a check of x.
+_tile_linear = _ops.tile_linear.default
+_tile_linear_train = _ops.tile_linear_train.default
+_tile_linear_groups = {n: getattr(_ops, f"tile_linear_group{n}").default for n in (2, 3, 4)}
 
 DENSE_TILE_BYTES = 32768
 SPARSE_TILE_BYTES = 18432
@@ -176,12 +180,32 @@ def tile_linear(
     if not isinstance(x, Tensor) or not (given is None or isinstance(given, Tensor)):
         require_tensor("tile_linear, x", x)
         require_tensor("tile_linear, bias", given, advice="Pass None for none.")
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    op = _ops.tile_linear_train if needs_grad else _ops.tile_linear
+    op = _tile_linear_train if torch.is_grad_enabled() and needs_grad(x, bias) else _tile_linear
     y = op(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
     if x.is_cuda and schedule is not None and not torch.compiler.is_compiling():
         _say_if_dense(x.device.index)
     return y
+
+
+def tile_linear_group(x: Tensor, weights: Sequence[Any], batch_invariant: bool = False) -> Sequence[Tensor]:
+    """tile_linear of one x (..., K) and two to four weights of the same K and dtype, in one call. No gradients.
+
+    weights  payload, tile_is_sparse, schedule, out_features, bias of each weight in turn, in one flat list
+    returns  item i is what tile_linear returns for weight i, bit for bit
+    raises   ValueError for another number of weights, RuntimeError for what tile_linear's op refuses
+    """
+    count, rest = divmod(len(weights), 5)
+    op = None if rest else _tile_linear_groups.get(count)
+    if op is None:
+        raise ValueError(
+            f"tile_linear_group, weights: expected 5 values for each of 2 to 4, got {len(weights)} values."
+        )
+    return op(x, *weights, batch_invariant)
+
+
+def needs_grad(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd has to see a call where gradients are enabled."""
+    return x.requires_grad or (bias is not None and bias.requires_grad)
 
 
 @functools.cache
@@ -222,10 +246,16 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _fake_linear_group(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty((*x.shape[:-1], rows)) for rows in weights[3::5])
+
+
 def _register_fakes() -> None:
     fake = torch.library.register_fake
     fake("patch_kernels::tile_linear", _fake_linear)
     fake("patch_kernels::tile_linear_train", _fake_linear)
+    for count in _tile_linear_groups:
+        fake(f"patch_kernels::tile_linear_group{count}", _fake_linear_group)
     fake(
         "patch_kernels::unpack_tiles",
         lambda payload, tile_is_sparse, rows, cols, dtype: payload.new_empty((rows, cols), dtype=dtype),

@@ -45,6 +45,19 @@ def test_linear_is_exact_on_integers(shape, tokens, dtype):
         assert torch.equal(y.cpu(), expected)
 
 
+def test_a_group_is_its_weights_one_by_one():
+    x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).half().cuda()
+    weights = []
+    for seed, rows in enumerate((256, 130, 64)):
+        weight, keep, tiles, _, bias = integer_case(rows, 300, 1, 0.5, torch.float16, seed)
+        tiled = TiledWeight.pack(weight.cuda(), keep.cuda(), tiles.cuda())
+        weights.append((tiled.payload, tile_linear.tile_flags(tiles.cuda()), tiled.schedule, rows, bias.cuda()))
+    for batch_invariant in (False, True):
+        results = tile_linear.tile_linear_group(x, [value for w in weights for value in w], batch_invariant)
+        for y, weight in zip(results, weights, strict=True):
+            assert torch.equal(y, torch.ops.patch_kernels.tile_linear(x, *weight, batch_invariant))
+
+
 def test_sparse_kernels_passed_their_self_check():
     """Else the tests above looked at unpack + cuBLAS."""
     if torch.cuda.get_device_capability() not in [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)]:

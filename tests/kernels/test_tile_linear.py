@@ -143,6 +143,53 @@ def test_opcheck_linear(index):
     torch.library.opcheck(torch.ops.patch_kernels.tile_linear_train.default, (x.clone().requires_grad_(), *rest))
 
 
+def group_sample(tokens, with_bias, count=3):
+    """x and the arguments of tile_linear's op behind it for weights of 132 columns."""
+    x = torch.randn(tokens, 132, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    weights = []
+    for seed, rows in enumerate((130, 64, 1, 300)[:count]):
+        weight, keep, tiles, _, bias = integer_case(rows, 132, 1, 0.5, torch.bfloat16, seed)
+        tiled = TiledWeight.pack(weight, keep, tiles)
+        used = bias if with_bias and seed != 1 else None
+        weights.append((tiled.payload, tile_linear.tile_flags(tiles), tiled.schedule, rows, used))
+    return x, weights
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 70])
+def test_a_group_is_its_weights_one_by_one(tokens, with_bias, count):
+    x, weights = group_sample(tokens, with_bias, count)
+    flat = [value for weight in weights for value in weight]
+    results = tile_linear.tile_linear_group(x, flat)
+    assert len(results) == count
+    assert not tokens or len({y.untyped_storage().data_ptr() for y in results}) == count
+    for y, weight in zip(results, weights, strict=True):
+        assert torch.equal(y, torch.ops.patch_kernels.tile_linear(x, *weight, False))
+    assert all(map(torch.equal, tile_linear.tile_linear_group(x.T.contiguous().T, flat, True), results))
+    op = getattr(torch.ops.patch_kernels, f"tile_linear_group{count}").default
+    torch.library.opcheck(op, (x, *flat, False))
+
+
+def test_a_group_keeps_memory_safe():
+    x, (one, two) = group_sample(3, True, 2)
+    payload, flags, _, rows, bias = one
+    op = torch.ops.patch_kernels.tile_linear_group2
+    for arguments, message in (
+        ((x, *two, two[0], *one[1:]), "tile_linear_group: payload has .* bytes, but its"),
+        ((x, *two, payload, flags, None, 900, bias), "contiguous uint8 of shape"),
+        ((x, *two, payload, flags.bool(), None, rows, bias), "contiguous uint8 of shape"),
+        ((x.float(), *one, *two), "tile_linear_group: x must be float16 or bfloat16"),
+        ((x, *two, payload, flags, None, rows, bias[:1]), "bias must have"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments, False)
+    for weights in ([], one, (*one, *two)[:9], one * 5):
+        message = rf"expected 5 values for each of 2 to 4, got {len(weights)} values"
+        with pytest.raises(ValueError, match=message):
+            tile_linear.tile_linear_group(x, weights)
+
+
 def test_opcheck_pack_and_unpack():
     weight, keep, tiles, *_ = integer_case(130, 132, 6, 0.5, torch.float16, 6)
     flags = tile_linear.tile_flags(tiles)
