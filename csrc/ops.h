@@ -94,8 +94,8 @@ using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
 // The CPU ops that are compiled once per instruction set: name, parameters, arguments. cpu/isa.h declares each of them
 // for every set and cpu/dispatch.cpp picks one.
 #define PK_CPU_OPS(OP)                                                                                             \
+  OP(choose_kernel, (const TileLinearArgs& call, CpuKernel& kernel), (call, kernel))                               \
   /* weights that share x, tokens, cols, dtype and batch_invariant */                                              \
-  OP(choose_kernel, (const TileLinearArgs* calls, int count, CpuKernel& kernel), (calls, count, kernel))           \
   OP(tile_linear, (const TileLinearArgs* calls, int count, CpuKernel kernel, ParallelFor parallel),                \
      (calls, count, kernel, parallel))                                                                             \
   /* masked like weight; sums (2) fp64 */                                                                          \
@@ -114,7 +114,7 @@ PackError pack_tiles(const uint16_t* weight, const bool* keep, const uint8_t* ti
 void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, ParallelFor parallel);
 PK_CPU_OPS(PK_DECLARE_OP)
 // The one that PATCH_KERNELS_CPU_KERNEL names, or that costs least (cpu/costs.h).
-CpuKernel kernel_of(const TileLinearArgs* calls, int count);
+CpuKernel kernel_of(const TileLinearArgs& call);
 const char* instruction_set();   // in use
 std::string instruction_sets();  // that this CPU has, least first, with spaces between
 }  // namespace cpu

@@ -94,39 +94,50 @@ void multiply_unpacked(const LinearCall& call) {
   }
 }
 
+// Calls that share x. Each takes the kernel that it takes alone, and so has the same bits; those of one kernel share a
+// parallel region.
+void run(const LinearCall* calls, size_t count) {
+  std::vector<TileLinearArgs> few, many;
+  for (const LinearCall* call = calls; call < calls + count; ++call) {
+    if (call->args.tokens == 0) continue;
+    switch (cpu::kernel_of(call->args)) {
+      case CpuKernel::kFew:
+        few.push_back(call->args);
+        break;
+      case CpuKernel::kMany:
+        many.push_back(call->args);
+        break;
+      case CpuKernel::kTorch:
+        multiply_unpacked(*call);
+    }
+  }
+  cpu::tile_linear(few.data(), static_cast<int>(few.size()), CpuKernel::kFew, torch_parallel);
+  cpu::tile_linear(many.data(), static_cast<int>(many.size()), CpuKernel::kMany, torch_parallel);
+}
+
 // The schedule is for GPUs.
 Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor&,
                    int64_t out_features, const OptionalTensor& bias, bool batch_invariant) {
   LinearCall call = linear_call(x, payload, tile_is_sparse, out_features, bias, "tile_linear");
   check_payload_on_host(payload, tile_is_sparse, "tile_linear");
   call.args.batch_invariant = batch_invariant;
-  const CpuKernel kernel = cpu::kernel_of(&call.args, 1);
-  if (kernel == CpuKernel::kTorch && call.args.tokens > 0) {
-    multiply_unpacked(call);
-  } else {
-    cpu::tile_linear(&call.args, 1, kernel, torch_parallel);
-  }
+  run(&call, 1);
   return call.y;
 }
 
-void run_group(const std::vector<TileLinearArgs>& calls) {
-  for (const TileLinearArgs& call : calls) cpu::tile_linear(call, torch_parallel);
-}
-
-std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<GroupItem>& items, bool) {
+std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<GroupItem>& items, bool batch_invariant) {
   const char* op = "tile_linear_group";
   const Tensor x = as_contiguous(x_in);
-  std::vector<LinearCall> calls;  // keep alive what args point to
-  std::vector<TileLinearArgs> args;
+  std::vector<LinearCall> calls;
   std::vector<Tensor> results;
   calls.reserve(items.size());
   for (const GroupItem& item : items) {
     calls.push_back(linear_call(x, item.payload, item.tile_is_sparse, item.out_features, item.bias, op));
     check_payload_on_host(item.payload, item.tile_is_sparse, op);
-    args.push_back(calls.back().args);
+    calls.back().args.batch_invariant = batch_invariant;
     results.push_back(calls.back().y);
   }
-  run_group(args);
+  run(calls.data(), calls.size());
   return results;
 }
 

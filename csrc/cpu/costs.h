@@ -1,6 +1,6 @@
 // Which kernel takes a call: what a tile costs each of them, in microseconds of one thread with the weight in memory.
-// Measured on an AMD EPYC of Zen 4, 3.7 GHz, by benchmarks/ops/bench_cpu_kernels.py; "guess" where no such machine was at
-// hand. Only ratios matter. A table and no measuring at run time: the same call takes the same kernel, so it has the
+// Measured on an AMD EPYC of Zen 4, 3.7 GHz, by benchmarks/ops/bench_cpu_kernels.py; "guess" where no such machine was
+// at hand. Only ratios matter. A table and no measuring at run time: the same call takes the same kernel, so it has the
 // same bits.
 #pragma once
 

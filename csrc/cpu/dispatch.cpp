@@ -1,5 +1,5 @@
-// Picks the best instruction set that this CPU has, or the one that PATCH_KERNELS_CPU_ISA names, and the kernel. What the
-// variables may say is checked in Python (patch_kernels/_library.py).
+// Picks the best instruction set that this CPU has, or the one that PATCH_KERNELS_CPU_ISA names, and the kernel. What
+// the variables may say is checked in Python (patch_kernels/_library.py).
 #include <cstdlib>
 #include <string>
 
@@ -56,7 +56,7 @@ constexpr const Ops* kOps[kIsas] = {PK_ISAS(PK_OPS)};
   void name parameters { kOps[chosen()]->name arguments; }
 PK_CPU_OPS(PK_DISPATCH)
 
-CpuKernel kernel_of(const TileLinearArgs* calls, int count) {
+CpuKernel kernel_of(const TileLinearArgs& call) {
   static const std::string asked = [] {
     const char* name = std::getenv("PATCH_KERNELS_CPU_KERNEL");
     return std::string(name ? name : "");
@@ -65,7 +65,7 @@ CpuKernel kernel_of(const TileLinearArgs* calls, int count) {
   if (asked == "many") return CpuKernel::kMany;
   if (asked == "torch") return CpuKernel::kTorch;
   CpuKernel kernel;
-  choose_kernel(calls, count, kernel);
+  choose_kernel(call, kernel);
   return kernel;
 }
 

@@ -55,7 +55,8 @@ void unpack_row(const uint8_t* tile, bool is_sparse, int r, uint16_t* row) {
   }
   for (int c = 0; c < kGroupsPerRow; ++c) {
     const int nibble = load_u32(tile + kSlotBytes + 4 * meta_word(r, c)) >> meta_shift(r, c) & 15;
-    const uint64_t first = load_u16(tile + value_offset(r, 2 * c)), second = load_u16(tile + value_offset(r, 2 * c + 1));
+    const uint64_t first = load_u16(tile + value_offset(r, 2 * c)),
+                   second = load_u16(tile + value_offset(r, 2 * c + 1));
     const uint64_t group = first << 16 * (nibble & 3) | second << 16 * (nibble >> 2);
     memcpy(row + kGroup * c, &group, sizeof(group));
   }

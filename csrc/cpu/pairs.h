@@ -273,7 +273,7 @@ class Pairs {
 
     const GroupedTokens& x_;
     alignas(64) uint8_t pairs_[kGroupsPerRow * kPairs * 64];  // [group][pair][vector]; a dense tile needs less
-    alignas(64) float sums_[kTile * kTokensOfItem];             // [block of 16 tokens][row][token]
+    alignas(64) float sums_[kTile * kTokensOfItem];           // [block of 16 tokens][row][token]
   };
 
  private:

@@ -146,22 +146,18 @@ float time(const TileCost& cost, CpuKernel kernel, int64_t tokens) {
 }
 
 template <class T>
-CpuKernel cheapest(const TileLinearArgs* calls, int count) {
+CpuKernel cheapest(const TileLinearArgs& call) {
   if (!kHasFew<T>) return CpuKernel::kMany;
-  if (calls[0].batch_invariant || calls[0].tokens <= kTokensInRegisters) return CpuKernel::kFew;
-  int64_t tiles = 0, sparse = 0;
-  for (int i = 0; i < count; ++i) {
-    const TiledMatrix& weight = calls[i].weight;
-    const int64_t of_weight = ceil_div(weight.rows, kTile) * ceil_div(weight.cols, kTile);
-    for (int64_t t = 0; t < of_weight; ++t) sparse += weight.tile_is_sparse[t] != 0;
-    tiles += of_weight;
-  }
+  if (call.batch_invariant || call.tokens <= kTokensInRegisters) return CpuKernel::kFew;
+  const int64_t tiles = ceil_div(call.weight.rows, kTile) * ceil_div(call.weight.cols, kTile);
+  int64_t sparse = 0;
+  for (int64_t t = 0; t < tiles; ++t) sparse += call.weight.tile_is_sparse[t] != 0;
   constexpr Costs costs = CostsOf<T>::kCosts;
   CpuKernel best = CpuKernel::kFew;
   float least = kNever;
   for (const CpuKernel kernel : {CpuKernel::kFew, CpuKernel::kMany, CpuKernel::kTorch}) {
-    const float of_all = static_cast<float>(tiles - sparse) * time(costs.dense, kernel, calls[0].tokens) +
-                         static_cast<float>(sparse) * time(costs.sparse, kernel, calls[0].tokens);
+    const float of_all = static_cast<float>(tiles - sparse) * time(costs.dense, kernel, call.tokens) +
+                         static_cast<float>(sparse) * time(costs.sparse, kernel, call.tokens);
     if (kernel == CpuKernel::kFew || of_all < least) {
       best = kernel;
       least = of_all;
@@ -172,9 +168,8 @@ CpuKernel cheapest(const TileLinearArgs* calls, int count) {
 
 }  // namespace
 
-void choose_kernel(const TileLinearArgs* calls, int count, CpuKernel& kernel) {
-  with_packed(calls[0].dtype,
-              [&](auto packed) { kernel = cheapest<typename decltype(packed)::Storage>(calls, count); });
+void choose_kernel(const TileLinearArgs& call, CpuKernel& kernel) {
+  with_packed(call.dtype, [&](auto packed) { kernel = cheapest<typename decltype(packed)::Storage>(call); });
 }
 
 // Where a dtype has no kernel for few tokens, the one for many takes all.
