@@ -25,6 +25,7 @@ struct TileLinearArgs {
   TiledMatrix weight;
   DType dtype;                   // of x, weight, bias and y; fp16 or bf16
   bool batch_invariant = false;  // row i of y has the same bits for any number of tokens
+  int threads = 1;               // that work is dealt out for, on a CPU; bits do not depend on it
 };
 
 // See patch_kernels.masked_weight in Python for the mathematics.

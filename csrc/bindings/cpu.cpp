@@ -115,12 +115,17 @@ void run(const LinearCall* calls, size_t count) {
   cpu::tile_linear(many.data(), static_cast<int>(many.size()), CpuKernel::kMany, torch_parallel);
 }
 
+void set_how(LinearCall& call, bool batch_invariant) {
+  call.args.batch_invariant = batch_invariant;
+  call.args.threads = static_cast<int>(torch::stable::get_num_threads());
+}
+
 // The schedule is for GPUs.
 Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor&,
                    int64_t out_features, const OptionalTensor& bias, bool batch_invariant) {
   LinearCall call = linear_call(x, payload, tile_is_sparse, out_features, bias, "tile_linear");
   check_payload_on_host(payload, tile_is_sparse, "tile_linear");
-  call.args.batch_invariant = batch_invariant;
+  set_how(call, batch_invariant);
   run(&call, 1);
   return call.y;
 }
@@ -134,7 +139,7 @@ std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<Grou
   for (const GroupItem& item : items) {
     calls.push_back(linear_call(x, item.payload, item.tile_is_sparse, item.out_features, item.bias, op));
     check_payload_on_host(item.payload, item.tile_is_sparse, op);
-    calls.back().args.batch_invariant = batch_invariant;
+    set_how(calls.back(), batch_invariant);
     results.push_back(calls.back().y);
   }
   run(calls.data(), calls.size());

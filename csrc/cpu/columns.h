@@ -151,7 +151,8 @@ ColumnPanels column_panels(const Tokens& x, ParallelFor parallel) {
 template <class T>
 class Columns {
  public:
-  static constexpr int kTokensOfItem = kColumnTokens;
+  static constexpr int kTokensOfItem = kColumnTokens, kLeastTokens = kPanel;  // of an item
+  static constexpr int kLeastRows = kTile;
   static constexpr int64_t kScratchOfValue = sizeof(float);  // bytes for each value of x
 
   Columns(const Tokens& x, ParallelFor parallel) : panels_(column_panels<T>(x, parallel)) {}

@@ -88,7 +88,8 @@ class GroupedTokens {
 
 class Pairs {
  public:
-  static constexpr int kTokensOfItem = 256;
+  static constexpr int kTokensOfItem = 256, kLeastTokens = 32;  // of an item
+  static constexpr int kLeastRows = 32;
   static constexpr int64_t kScratchOfValue = sizeof(uint16_t);
 
   Pairs(const Tokens& x, ParallelFor parallel) : x_(x, parallel) {}
@@ -100,6 +101,8 @@ class Pairs {
     void run(const Item& item) {
       const Matrix& matrix = *item.matrix;
       const int blocks = static_cast<int>(ceil_div(item.tokens, kVectorTokens));
+      row_ = item.row;
+      end_ = item.row + item.rows;
       memset(sums_, 0, sizeof(float) * kTile * kVectorTokens * blocks);
       TileCursor tile(matrix, item.tile_row);
       for (int64_t c = 0; c < matrix.tile_cols; ++c) {
@@ -137,24 +140,22 @@ class Pairs {
       const Matrix& matrix = *item.matrix;
       const BFloat16* bias = static_cast<const BFloat16*>(matrix.bias);
       const int64_t row0 = item.tile_row * kTile;
-      const int rows = matrix.rows_of(item.tile_row);
+      const int real = matrix.rows_of(item.tile_row), end = real < end_ ? real : end_;
       BFloat16 rounded[kTile * kVectorTokens];
-      for (int r = 0; r < rows; ++r) {
+      for (int r = row_; r < end; ++r) {
         const float* sums = sums_ + (first / kVectorTokens * kTile + r) * kVectorTokens;
         const float added = bias ? load_as<float>(bias[row0 + r]) : 0.0f;
         for (int t = 0; t < kVectorTokens; ++t) store_as(sums[t] + added, rounded[r * kVectorTokens + t]);
       }
       for (int t = 0; t < tokens; ++t) {
         BFloat16* y = static_cast<BFloat16*>(matrix.y) + (item.token + first + t) * matrix.rows + row0;
-        for (int r = 0; r < rows; ++r) y[r] = rounded[r * kVectorTokens + t];
+        for (int r = row_; r < end; ++r) y[r] = rounded[r * kVectorTokens + t];
       }
     }
 
-    // The share of a tile's bytes that goes with kRows of its rows, into L2.
     static void fetch(const TileCursor& tile, int row) {
-      const int bytes = tile_bytes(tile.is_sparse()) / (kTile / kRows);
-      const uint8_t* at = tile.at + row / kRows * bytes;
-      for (int i = 0; i < bytes; i += 64) prefetch(at + i);
+      const Ahead ahead(tile, row);
+      for (int i = 0; i < kRows; ++i) ahead.fetch(i);
     }
 
     template <int V>
@@ -162,7 +163,7 @@ class Pairs {
       constexpr int kGroups = groups_of_pass(V);
       for (int first = 0; first < kGroupsPerRow; first += kGroups) {
         make_pairs<V, 1>(x + first * kGroup * kVectorTokens, kGroups);
-        for (int r = 0; r < kTile; r += kRows) {
+        for (int r = row_; r < end_; r += kRows) {
           if (after && first == 0) fetch(*after, r);
           sparse_rows<V>(tile, r, first, sums + r * kVectorTokens);
         }
@@ -172,7 +173,7 @@ class Pairs {
     template <int V>
     void dense(const uint8_t* tile, const uint16_t* x, float* sums, const TileCursor* after) {
       make_pairs<V, kLastPair - kFirstPair>(x, kGroupsPerRow);
-      for (int r = 0; r < kTile; r += kRows) {
+      for (int r = row_; r < end_; r += kRows) {
         if (after) fetch(*after, r);
         dense_rows<V>(tile, r, sums + r * kVectorTokens);
       }
@@ -272,6 +273,7 @@ class Pairs {
     };
 
     const GroupedTokens& x_;
+    int row_ = 0, end_ = 0;                                   // of the item
     alignas(64) uint8_t pairs_[kGroupsPerRow * kPairs * 64];  // [group][pair][vector]; a dense tile needs less
     alignas(64) float sums_[kTile * kTokensOfItem];           // [block of 16 tokens][row][token]
   };

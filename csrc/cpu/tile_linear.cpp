@@ -46,14 +46,16 @@ struct Kernels<Half> {
 };
 #endif
 
+constexpr int64_t kItemsOfThread = 4;
+
 template <class T>
 constexpr bool kHasFew = !std::is_void_v<typename Kernels<T>::Few>;
 
-// All items of the matrices, tile rows cut into pieces of `rows`, tokens into pieces of `tokens`.
+// All items of the matrices: their tile rows cut into pieces of rows_of_item, the tokens into pieces of tokens_of_item.
 class Items {
  public:
   Items(const std::vector<Matrix>& matrices, int64_t tokens, int rows_of_item, int tokens_of_item)
-      : matrices_(matrices), tokens_(tokens), rows_(rows_of_item), tokens_of_item_(tokens_of_item) {
+      : matrices_(&matrices), tokens_(tokens), rows_(rows_of_item), tokens_of_item_(tokens_of_item) {
     for (const Matrix& matrix : matrices) pieces_ += pieces(matrix);
   }
 
@@ -62,7 +64,7 @@ class Items {
   Item at(int64_t index) const {
     const int64_t token = index / pieces_ * tokens_of_item_, left = tokens_ - token;
     int64_t piece = index % pieces_;
-    const Matrix* matrix = matrices_.data();
+    const Matrix* matrix = matrices_->data();
     for (; piece >= pieces(*matrix); ++matrix) piece -= pieces(*matrix);
     const int64_t row = piece * rows_;
     return {matrix, row / kTile, static_cast<int>(row % kTile),
@@ -72,10 +74,27 @@ class Items {
  private:
   int64_t pieces(const Matrix& matrix) const { return ceil_div(matrix.rows, rows_); }
 
-  const std::vector<Matrix>& matrices_;
+  const std::vector<Matrix>* matrices_;
   int64_t tokens_, pieces_ = 0;
   int rows_, tokens_of_item_;
 };
+
+// Items of at most so many rows and tokens, halved down to the least while threads would be idle.
+Items items_for(const std::vector<Matrix>& matrices, int64_t tokens, int threads, int rows, int least_rows,
+                int tokens_of_item, int least_tokens) {
+  const int64_t wanted = threads > 1 ? kItemsOfThread * threads : 1;
+  for (;;) {
+    const Items items(matrices, tokens, rows, tokens_of_item);
+    if (items.count() >= wanted) return items;
+    if (tokens_of_item > least_tokens && tokens > tokens_of_item / 2) {
+      tokens_of_item /= 2;
+    } else if (rows > least_rows) {
+      rows /= 2;
+    } else {
+      return items;
+    }
+  }
+}
 
 // Threads take the next item when they are done with one: a busy core then costs its share and no more.
 template <class Kernel>
@@ -89,16 +108,19 @@ void run(const Kernel& kernel, const Items& items, ParallelFor parallel) {
 }
 
 template <class T>
-void run_few(const std::vector<Matrix>& matrices, const Tokens& x, ParallelFor parallel) {
-  using Few = typename Kernels<T>::Few;
+void run_few(const std::vector<Matrix>& matrices, const Tokens& x, int threads, ParallelFor parallel) {
   const int tokens = static_cast<int>(x.count < kFewTokensAtOnce ? x.count : kFewTokensAtOnce);
-  run(Few(x, parallel), Items(matrices, x.count, few_tokens_rows(tokens), tokens), parallel);
+  const Items items =
+      items_for(matrices, x.count, threads, few_tokens_rows(tokens), kBlockRows, tokens, kFewTokensAtOnce);
+  run(typename Kernels<T>::Few(x, parallel), items, parallel);
 }
 
 template <class T>
-void run_many(const std::vector<Matrix>& matrices, const Tokens& x, ParallelFor parallel) {
+void run_many(const std::vector<Matrix>& matrices, const Tokens& x, int threads, ParallelFor parallel) {
   using Many = typename Kernels<T>::Many;
-  run(Many(x, parallel), Items(matrices, x.count, kTile, Many::kTokensOfItem), parallel);
+  const Items items =
+      items_for(matrices, x.count, threads, kTile, Many::kLeastRows, Many::kTokensOfItem, Many::kLeastTokens);
+  run(Many(x, parallel), items, parallel);
 }
 
 constexpr int64_t kScratchBytes = 4 << 20;  // for x in the order of a kernel
@@ -126,11 +148,11 @@ void run(const TileLinearArgs* calls, int count, bool few, ParallelFor parallel)
     const Tokens x(static_cast<const T*>(first.x) + token * cols, tokens, cols);
     if constexpr (kHasFew<T>) {
       if (few) {
-        run_few<T>(matrices, x, parallel);
+        run_few<T>(matrices, x, first.threads, parallel);
         continue;
       }
     }
-    run_many<T>(matrices, x, parallel);
+    run_many<T>(matrices, x, first.threads, parallel);
   }
 }
 
