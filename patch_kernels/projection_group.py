@@ -102,12 +102,11 @@ class ProjectionGroup:
         try:
             for member in members:
                 layer = member()
-                if layer is None:
+                if layer is None or layer.batch_invariant != exact:
                     self._end()
                     return None
                 weight, tile_is_sparse, bias = operands = layer.operands()
-                # Another device: offloaded until the layer is called.
-                if weight.device != device or layer.batch_invariant != exact:
+                if weight.device != device:  # offloaded until it is called
                     self._end()
                     return None
                 schedule = layer.current_schedule(weight) if needs_schedule else None
@@ -117,8 +116,10 @@ class ProjectionGroup:
         except RuntimeError:  # the layer that it is about says it
             self._end()
             return None
-        waiting = zip(made_of, results, strict=True)
-        self._stash = x, {key: (operands, version, y) for (key, operands, version), y in waiting if key != id(first)}
+        waiting = {}
+        for (key, operands, version), y in zip(made_of[1:], results[1:], strict=True):
+            waiting[key] = operands, version, y
+        self._stash = x, waiting
         if self.is_over:  # by another thread, meanwhile
             self._stash = None
         return results[0]

@@ -295,6 +295,22 @@ def test_tiled_linear_is_a_drop_in():
     assert torch.equal(layer.to(torch.float16)(x), other(x))
 
 
+def test_tensors_that_are_put_in_place_of_a_layers_own_are_used():
+    """As .to(), functional_call, offloading, parametrizations and pruning of torch do it."""
+    linear = torch.nn.Linear(132, 130, dtype=torch.float16)
+    keep, tiles = hybrid_mask(130, 132, 0.5, torch.Generator().manual_seed(8))
+    layer, x = TiledLinear.from_linear(linear, keep, tiles), torch.randn(3, 132).half()
+    expected = TiledWeight.pack(linear.weight.detach(), keep, tiles).matmul(x, torch.ones(130).half())
+    with torch.no_grad():
+        layer(x)
+        assert torch.equal(torch.func.functional_call(layer, {"bias": torch.ones(130).half()}, (x,)), expected)
+        layer._parameters["bias"] = torch.nn.Parameter(torch.ones(130).half())
+        assert torch.equal(layer(x), expected)
+        del layer.bias
+        layer.bias = torch.ones(130).half()  # a plain attribute
+        assert torch.equal(layer(x), expected)
+
+
 def test_pack_refuses_groups_that_are_not_two_of_four():
     keep = torch.ones(130, 132, dtype=torch.bool)
     keep[:, 2::4] = keep[:, 3::4] = False
