@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+NEEDS = "gguf, llama-cpp-python and safetensors"
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2"}  # model_type of config.json: name in GGUF
 # Tensor of a decoder layer in transformers: in GGUF.
 LAYER_NAMES = {

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+NEEDS = "openvino"
 MODEL_FILE = "openvino_model.xml"
 
 

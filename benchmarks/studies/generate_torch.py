@@ -19,6 +19,7 @@ from patch.models.structure import maskable_linears
 from patch.packed import pack_model, save_packed
 from patch.packed.swap import packed_layers
 
+NEEDS = "torch and transformers"
 # Values of all weights are cut from one pool: its length is odd, so that rows differ. Speed does not depend on them, and
 # drawing a billion of them takes a minute.
 POOL = (1 << 24) + 43

@@ -73,7 +73,12 @@ class Server:
         return result | {"rss_bytes": resident_bytes("VmRSS"), "peak_bytes": resident_bytes("VmHWM")}
 
     def prepare(self, **arguments: Any) -> dict[str, Any]:
-        return importlib.import_module(self.module_name).prepare(threads=self.threads, **arguments)
+        module = importlib.import_module(self.module_name)
+        try:
+            return module.prepare(threads=self.threads, **arguments)
+        except ModuleNotFoundError as error:
+            needed = f"expected the packages {module.NEEDS}, got: {error}"
+            raise RuntimeError(f"{needed}. Install them, or pass --no-peers.") from None
 
     def load(self, folder: str, **arguments: Any) -> dict[str, Any]:
         """Seconds from the files, which are in the page cache, to the first token of a prompt of one token."""
