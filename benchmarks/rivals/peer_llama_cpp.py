@@ -79,7 +79,7 @@ def dense_tensors(folder: Path):
 
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  not a dict
+            for name in opened.keys():
                 yield name, opened.get_tensor(name).contiguous().view(torch.uint16).numpy()
 
 

@@ -1,6 +1,6 @@
 """Generation on a CPU from end to end, dense against packed: tokens a second, first token, memory, load time.
 
-python -m benchmarks.studies.generate --csv benchmarks/results/generate_cpu.csv --plot benchmarks/results/generate_cpu.png
+python -m benchmarks.studies.generate --csv benchmarks/results/generate_cpu.csv --plot generate_cpu.png
 
 Models have the shapes of published ones and random bf16 weights: speed does not depend on values. Of each linear layer
 of the decoder a random share 2*sparsity of the 128x128 tiles is 2:4; embeddings and output head stay dense. Rivals are

@@ -1,4 +1,4 @@
-"""Dense and packed models for benchmarks.studies.generate, as transformers runs them: folders on disk, and the engine."""
+"""Dense and packed models of benchmarks.studies.generate, as transformers runs them: folders on disk and the engine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from patch.packed import pack_model, save_packed
 from patch.packed.swap import packed_layers
 
 NEEDS = "torch and transformers"
-# Values of all weights are cut from one pool: its length is odd, so that rows differ. Speed does not depend on them, and
-# drawing a billion of them takes a minute.
+# All weights are cut from one pool, as drawing a billion values takes a minute and speed does not depend on them. Its
+# length is odd, so that rows differ.
 POOL = (1 << 24) + 43
 CHECKED_TOKENS = 4
 

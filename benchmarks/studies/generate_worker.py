@@ -2,9 +2,9 @@
 
 python -m benchmarks.studies.generate_worker MODULE THREADS
 
-MODULE has `prepare` and the class `Engine`: benchmarks.studies.generate_torch, or a peer in benchmarks.rivals. A request
-is a line of JSON on stdin, {"call": name, ...arguments}, its answer a line on stdout. torch is not imported here: the
-memory of a peer must not hold it.
+MODULE has `prepare`, the class `Engine`, and `NEEDS`, the packages to install: benchmarks.studies.generate_torch, or a
+peer in benchmarks.rivals. A request is a line of JSON on stdin, {"call": name, ...arguments}, its answer a line on
+stdout. torch is not imported here: the memory of a peer must not hold it.
 """
 
 from __future__ import annotations
