@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 import patch
 from benchmarks.ops.bench_tile_linear import random_keep
 from benchmarks.studies import generate_worker
-from patch.models.keep_masks import apply_keep_masks
-from patch.models.structure import maskable_linears
+from patch.models.keep_masks import apply_keep_masks, keep_masks
+from patch.models.structure import decoder_blocks, maskable_linears
 from patch.packed import pack_model, save_packed
+from patch.packed.quantizer import mark_packed
 from patch.packed.swap import packed_layers
 
 NEEDS = "torch and transformers"
@@ -45,22 +47,27 @@ def prepare(config: str, out: str, sparsities: list[float], prompt: int, threads
     for sparsity in [0.0, *sparsities]:
         dense = load_dense(variant_folder(Path(out), 0.0))
         if sparsity > 0:
-            apply_keep_masks(dense, keep_masks(dense, sparsity))
+            apply_keep_masks(dense, random_masks(dense, sparsity))
         wanted[f"{sparsity:g}"] = expected(Engine.of(dense), prompt)
         if sparsity > 0:
-            save_packed(pack_model(dense), None, variant_folder(Path(out), sparsity))
+            save_packed(pack_equal_blocks(dense), None, variant_folder(Path(out), sparsity))
     return {"wanted": wanted}
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """bf16 model of normal weights of deviation 0.02, norms of ones."""
+    """bf16 model of normal weights of deviation 0.02, norms of ones, the same in every decoder block."""
     pool = 0.02 * torch.randn(POOL, generator=torch.Generator().manual_seed(0))
     pool = pool.bfloat16()
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tensors: dict[str, Tensor] = {}
     start = 0
+    prefix = f"{decoder_blocks(shell)[0]}."
     for name, parameter in shell.named_parameters():  # a tied weight once
+        block, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and block != "0":
+            tensors[name] = tensors[f"{prefix}0.{rest}"].clone()
+            continue
         if name.endswith("norm.weight"):
             tensors[name] = torch.ones(parameter.shape, dtype=torch.bfloat16)
             continue
@@ -75,7 +82,7 @@ def load_dense(folder: Path | str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
-def keep_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
+def random_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     """Random masks of the decoder's linears, one for all layers of a shape."""
     by_shape: dict[tuple[int, int], Tensor] = {}
     masks = {}
@@ -85,6 +92,19 @@ def keep_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
             by_shape[shape] = random_keep(shape, sparsity)[0]
         masks[name] = by_shape[shape]
     return masks
+
+
+def pack_equal_blocks(model: PreTrainedModel) -> PreTrainedModel:
+    """pack_model of a model with equal decoder blocks: one is packed, which takes seconds, the others are copies."""
+    name, blocks = decoder_blocks(model)
+    masks = keep_masks(model)
+    pack_model(model, {path: mask for path, mask in masks.items() if path.startswith(f"{name}.0.")})
+    for path, layer in list(packed_layers(model)):
+        rest = path.removeprefix(f"{name}.0.")
+        for block in blocks[1:]:
+            block.set_submodule(rest, copy.deepcopy(layer))
+    mark_packed(model)
+    return model
 
 
 def expected(engine: Engine, prompt: int) -> dict[str, Any]:
