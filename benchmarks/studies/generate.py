@@ -349,8 +349,29 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def checked_options(arguments: list[str] | None) -> argparse.Namespace:
+    """Options in range; others end the program with one sentence."""
+    flags = parser()
+    options = flags.parse_args(arguments)
+    for name, least, most in (
+        ("layers", 1, math.inf),
+        ("batches", 1, math.inf),
+        ("prompts", 1, memory_table.SEQLEN // 2),
+        ("new_tokens", 2, memory_table.SEQLEN // 2),
+        ("rounds", 1, math.inf),
+        ("sparsity", 0.01, 0.5),
+    ):
+        value = getattr(options, name)
+        wrong = [number for number in (value if isinstance(value, list) else [value]) if number is not None]
+        wrong = [number for number in wrong if not least <= number <= most]
+        if wrong:
+            flag, limit = name.replace("_", "-"), "or more" if most == math.inf else f"to {most}"
+            flags.error(f"--{flag}: expected numbers of {least} {limit}, got {wrong[0]}.")
+    return options
+
+
 def main(arguments: list[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = checked_options(arguments)
     if options.from_csv is not None:
         with options.from_csv.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))

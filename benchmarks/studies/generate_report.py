@@ -101,12 +101,13 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     decoded = [row for row in rows if row["measure"] == "decode"]
-    if not decoded:
-        print("plot: expected at least one measured speed, got none; nothing to draw.")
+    if not any(PACKED in row["method"] for row in decoded):
+        print("plot: expected the speed of a packed model, got none; nothing to draw.")
         return
     models = list(dict.fromkeys(row["model"] for row in decoded))
+    least = min(float(row["sparsity"]) for row in decoded if row["sparsity"] != "" and PACKED in row["method"])
     batch = min(int(row["batch"]) for row in decoded)
-    figure = Figure(figsize=(max(9.0, 3.0 * len(models)), 5.0), dpi=200, layout="constrained")
+    figure = Figure(figsize=(max(5.0, 3.0 * len(models)), 5.0), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, len(models), sharex=True, squeeze=False)
     for column, model in zip(grid.T, models, strict=True):
@@ -125,7 +126,7 @@ def plot(rows: Sequence[dict], path: Path) -> None:
         handles, names = axes.get_legend_handles_labels()
         entries |= dict(zip(names, handles, strict=True))
         axes.set_ylim(bottom=0, top=1.08 * axes.get_ylim()[1])
-        axes.set_xlim(-0.03, 0.53)
+        axes.set_xlim(least - 0.04, 0.54)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.tick_params(labelsize=8.5)
         axes.grid(alpha=0.2)
@@ -145,7 +146,7 @@ def _draw(axes: Any, rows: Sequence[dict], scale: float, line: str, mode: str) -
         axes.plot(*zip(*points, strict=True), label=f"packed (PATCH){suffix}", linewidth=2, zorder=3, **style)
         dense = matching(rows, method=DENSE)
         if dense and not suffix:
-            _write_ratio(axes, points[-1], points[-1][1] / (scale * float(dense[0]["value"])))
+            _write_ratio(axes, points[-1][0], points[-1][1] / (scale * float(dense[0]["value"])))
     for row in rows:
         method = row["method"]
         if PACKED not in method:
@@ -154,7 +155,9 @@ def _draw(axes: Any, rows: Sequence[dict], scale: float, line: str, mode: str) -
             axes.axhline(scale * float(row["value"]), color=color, linestyle=line, linewidth=1.4, label=label)
 
 
-def _write_ratio(axes: Any, point: tuple[float, float], ratio: float) -> None:
-    """The last point over dense in transformers, below it so that it keeps off the curve's other mode."""
-    place: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, -6), "ha": "right", "va": "top"}
-    axes.annotate(f"{ratio:.2f}x dense", point, fontsize=8.5, color=INK[PACKED], weight="bold", **place)
+def _write_ratio(axes: Any, sparsity: float, ratio: float) -> None:
+    """The last point over dense in transformers, in the corner that is free because the axis begins at zero."""
+    place: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "weight": "bold", "zorder": 4}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+    text = f"at {sparsity:.0%} zeros {ratio:.2f}x dense"
+    axes.annotate(text, (0.98, 0.07), fontsize=8.5, color=INK[PACKED], bbox=box, **place)

@@ -816,6 +816,16 @@ def test_a_generating_process_that_fails_or_dies_is_one_line():
     process.close()
 
 
+@pytest.mark.parametrize(
+    ("flag", "wrong", "expected"),
+    [("--sparsity", "0", "0.01 to 0.5"), ("--new-tokens", "1", "2 to 2048"), ("--rounds", "0", "1 or more")],
+)
+def test_generation_refuses_numbers_out_of_range(flag, wrong, expected, capsys):
+    with pytest.raises(SystemExit):
+        generate.main([flag, wrong])
+    assert f"{flag}: expected numbers of {expected}, got {wrong}" in capsys.readouterr().err
+
+
 def test_layers_that_fit_by_hand():
     # 7B: a layer has 202 M weights, embedding and head 262 M.
     assert generate.layers_that_fit("Llama-2-7B", [], 0, 1.4) == 2
