@@ -826,6 +826,17 @@ def test_generation_refuses_numbers_out_of_range(flag, wrong, expected, capsys):
     assert f"{flag}: expected numbers of {expected}, got {wrong}" in capsys.readouterr().err
 
 
+def test_generation_cells_in_order_of_interest():
+    names = [str(cell).replace(", ", " ") for cell in generate.cells([1, 4, 16], [16, 512], True)]
+    assert names[0] == "decode eager batch 1 prompt 16" and names[1] == "first token eager batch 1 prompt 512"
+    assert [name.split(" prompt")[0] for name in names[2:]] == [
+        "decode eager batch 4",
+        "decode compile batch 1",
+        "decode eager batch 16",
+    ]
+    assert len(generate.cells([4], [16], False)) == 2  # the first token is that of one sequence
+
+
 def test_layers_that_fit_by_hand():
     # 7B: a layer has 202 M weights, embedding and head 262 M.
     assert generate.layers_that_fit("Llama-2-7B", [], 0, 1.4) == 2
