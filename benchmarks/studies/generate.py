@@ -2,10 +2,11 @@
 
 python -m benchmarks.studies.generate --csv benchmarks/results/generate_cpu.csv --plot generate_cpu.png
 
-Models have the shapes of published ones and random bf16 weights: speed does not depend on values. Of each linear layer
-of the decoder a random share 2*sparsity of the 128x128 tiles is 2:4; embeddings and output head stay dense. Rivals are
-the dense model in transformers, and, where installed (pip install gguf llama-cpp-python openvino), in llama.cpp and
-OpenVINO, all in bf16 and with the same number of threads.
+Models have the shapes of published ones and random bf16 weights, equal in all blocks: speed does not depend on values.
+Of each linear layer of the decoder a random share 2*sparsity of the 128x128 tiles is 2:4; embeddings and output head
+stay dense. Rivals are the dense model in transformers, and, where installed (pip install gguf llama-cpp-python
+openvino), in llama.cpp and OpenVINO, all in bf16 (keys and values of llama.cpp in fp16, its default) and with the same
+number of threads.
 
 Each variant lives in a process of its own. All are loaded, one works at a time: in every round each generates once,
 forwards and backwards in turn. Before anything is timed, each must continue a text with the logits of the dense model
