@@ -26,17 +26,23 @@ BASELINE = "F.linear"
 CHECKED_TOKENS = 64  # rows of y compared with fp64: the first and the last 32
 
 
-def packed_weight(weight: torch.Tensor, sparsity: float) -> TiledWeight:
-    """Random hybrid weight with the given share of zeros: share 2*sparsity of its tiles is 2:4."""
+def random_keep(
+    shape: tuple[int, int], sparsity: float, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep mask (N, K) with the given share of zeros, and its 2:4 tiles: a random share 2*sparsity of all, bool."""
     generator = torch.Generator().manual_seed(0)
-    rows, cols = weight.shape
+    rows, cols = shape
     tiles = torch.zeros(rows // 128 * (cols // 128), dtype=torch.bool)
     tiles[torch.randperm(tiles.numel(), generator=generator)[: shapes.sparse_tiles(rows, cols, sparsity)]] = True
-    tiles = tiles.reshape(rows // 128, cols // 128).to(weight.device)
-    chosen = torch.randint(0, 6, (rows * cols // 4,), generator=generator, dtype=torch.int32).to(weight.device)
-    pattern = PATTERNS.to(weight.device)[chosen].reshape(rows, cols)
-    keep = pattern | ~reference.expand_tiles(tiles, (128, 128), (rows, cols))
-    return TiledWeight.pack(weight, keep, tiles)
+    tiles = tiles.reshape(rows // 128, cols // 128).to(device)
+    chosen = torch.randint(0, 6, (rows * cols // 4,), generator=generator, dtype=torch.int32).to(device)
+    pattern = PATTERNS.to(device)[chosen].reshape(shape)
+    return pattern | ~reference.expand_tiles(tiles, (128, 128), shape), tiles
+
+
+def packed_weight(weight: torch.Tensor, sparsity: float) -> TiledWeight:
+    """Random hybrid weight with the given share of zeros: share 2*sparsity of its tiles is 2:4."""
+    return TiledWeight.pack(weight, *random_keep((weight.shape[0], weight.shape[1]), sparsity, weight.device))
 
 
 def fallback_reason() -> str | None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from benchmarks import harness, shapes
 from benchmarks.ops.bench_tile_linear import BASELINE, packed_weight, within_two_times
-from benchmarks.rivals import llama_cpp
+from benchmarks.rivals import peer_ggml
 
 # (N, K) of Llama-2-7B (q; gate; down), Llama-3.2-1B and Qwen2.5-0.5B (gate; down).
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 2048), (2048, 8192), (4864, 896), (896, 4864))
@@ -102,7 +102,7 @@ def methods_of(
         x_dtype=torch.float32,
     )
     if ggml is not None:
-        prepare = functools.partial(llama_cpp.MatMul, ggml)
+        prepare = functools.partial(peer_ggml.MatMul, ggml)
         methods[LLAMA] = dataclasses.replace(methods[BASELINE], prepare=prepare, x_dtype=torch.float32)
     return methods
 
@@ -153,7 +153,7 @@ class Reader:
 def prepared_call(name: str, cell: Cell, sparsities: Sequence[float], dtype: torch.dtype) -> Callable[[], object]:
     """One call of a method in a fresh process, for harness.peak_bytes; libraries have set themselves up before it."""
     with torch.no_grad():
-        ggml = llama_cpp.load() if name == LLAMA else None
+        ggml = peer_ggml.load() if name == LLAMA else None
         method = methods_of(cell.shape, sparsities, dtype, 1, ggml)[name]
         x = torch.randn(cell.tokens, cell.shape[1]).to(dtype)
         method.calls(x[:1].clone())[0]()
@@ -190,7 +190,7 @@ class CpuRun:
         self.reader = Reader(self.l3_bytes)
         self.ggml = None
         try:
-            self.ggml = llama_cpp.load()
+            self.ggml = peer_ggml.load()
         except RuntimeError as error:
             self.missing[LLAMA] = str(error)
 

@@ -1,1 +1,1 @@
-"""What a user would pick instead: eager PyTorch, CUTLASS's own sparse GEMM and llama.cpp."""
+"""What a user would pick instead: eager PyTorch, CUTLASS's own sparse GEMM, llama.cpp and OpenVINO."""

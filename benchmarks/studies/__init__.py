@@ -1,1 +1,1 @@
-"""Studies over whole models: quality of every method, memory of learning."""
+"""Studies over whole models: quality of every method, memory of learning, generation on a CPU."""

@@ -36,10 +36,13 @@ RUNS = (
 )
 
 
-def model_config(name: str) -> PretrainedConfig:
-    """Configuration of a published model, as far as its sizes go."""
+def model_config(name: str, layers: int | None = None) -> PretrainedConfig:
+    """Configuration of a published model, as far as its sizes go; with fewer decoder layers where `layers` is given."""
     cls, more = MODELS[name]
-    return cls(**shapes.config_sizes(shapes.CONFIGS[name]), max_position_embeddings=SEQLEN, **more)
+    sizes = shapes.config_sizes(shapes.CONFIGS[name])
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
+    return cls(**sizes, max_position_embeddings=SEQLEN, **more)
 
 
 def row(name: str, mode: str, settings: dict[str, str]) -> dict[str, str]:

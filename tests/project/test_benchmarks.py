@@ -25,10 +25,10 @@ from benchmarks.card import checks as card_checks
 from benchmarks.card import mask_checks, stages
 from benchmarks.card import run as card_run
 from benchmarks.ops import bench_adamw, bench_learn_step, bench_masked_weight, bench_tile_linear, bench_tile_linear_cpu
-from benchmarks.rivals import eager_masks, llama_cpp
-from benchmarks.studies import memory_table
+from benchmarks.rivals import eager_masks, peer_ggml, peer_llama_cpp
+from benchmarks.studies import generate, generate_report, generate_worker, memory_table
 from patch.learn.masked_linear import MaskedLinear
-from patch_kernels import masked_weight, payload_bytes
+from patch_kernels import TiledLinear, masked_weight, payload_bytes
 
 # 12288 x 4096 is 96 x 32 = 3072 tiles.
 QKV_16 = shapes.Cell("llama-2-7b", "qkv", 12288, 4096, 16)
@@ -203,7 +203,7 @@ TINY_CPU_RUN = ["--shapes", "128x256", "--tokens", "2", "--sparsity", "0.5", "--
 
 @pytest.fixture
 def no_llama(monkeypatch):
-    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peer_ggml.importlib.util, "find_spec", lambda name: None)
 
 
 def cpu_run(**changes):
@@ -314,21 +314,21 @@ def test_shapes_of_the_cpu_run_are_whole_tiles(shape, capsys):
 
 def test_llama_cpp_says_what_it_cannot_use(monkeypatch, tmp_path):
     package = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr(peer_ggml.importlib.util, "find_spec", lambda name: package)
     with pytest.raises(RuntimeError, match=r"needs ggml as .* builds it, in .*lib got: .*; reinstall llama-cpp-python"):
-        llama_cpp.load()
+        peer_ggml.load()
     x = torch.zeros(2, 256)
     with pytest.raises(ValueError, match=r"from a multiple of 64 bytes on, got strides \(256, 1\) at 0x.* Use clone"):
-        llama_cpp.MatMul(None, x.bfloat16(), x[:, 1:])
+        peer_ggml.MatMul(None, x.bfloat16(), x[:, 1:])
     with pytest.raises(ValueError, match=r"expected x in float32, got torch.bfloat16. Use x.float\(\)."):
-        llama_cpp.MatMul(None, x.bfloat16(), x.bfloat16())
+        peer_ggml.MatMul(None, x.bfloat16(), x.bfloat16())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_llama_cpp_multiplies(dtype):
     weight, x = torch.randn(128, 256).to(dtype), torch.randn(3, 256).to(dtype)
-    call = llama_cpp.MatMul(llama_cpp.load(), weight, x.float())
+    call = peer_ggml.MatMul(peer_ggml.load(), weight, x.float())
     for _ in range(2):
         torch.testing.assert_close(call(), x.float() @ weight.float().T, rtol=1e-4, atol=1e-4)
 
@@ -887,3 +887,134 @@ def test_memory_table_has_the_published_sizes(name, billions):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(memory_table.model_config(name))
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=6e-4)
+
+
+class Local:
+    """generate.Process without a process."""
+
+    def __init__(self, module, threads):
+        self.server = generate_worker.Server(module, threads)
+
+    def ask(self, call, **arguments):
+        answer = json.loads(json.dumps(self.server.answer(json.loads(json.dumps({"call": call} | arguments)))))
+        if "error" in answer:
+            raise generate.Failed(answer["error"])
+        return answer
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def generation(monkeypatch, tmp_path):
+    """A study of a Llama of two layers; torch.compile leaves it as it is, which would take half a minute."""
+    monkeypatch.setitem(shapes.CONFIGS, "tiny", (256, 512, 4, 4, 2, 512))
+    monkeypatch.setitem(memory_table.MODELS, "tiny", (transformers.LlamaConfig, {"tie_word_embeddings": True}))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+
+    def study(**changes):
+        settings = dict(models=["tiny"], layers=2, batches=[1, 2], prompts=[8, 12], sparsities=[0.25, 0.5])
+        settings |= dict(new_tokens=5, rounds=2, peers={}, compiled=[0.5], budget_seconds=1e9, weights_gb=1.0)
+        settings |= dict(threads=torch.get_num_threads(), csv=tmp_path / "g.csv", start=Local)
+        return generate.Study(**settings | changes)
+
+    return study
+
+
+def test_generation_study_end_to_end(generation, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
+    study = generation(peers={"llama.cpp": generate.PEERS["llama.cpp"]})
+    study.run()
+    rows = study.rows
+    assert {(row["model"], row["layers"]) for row in rows} == {("tiny", "2 of 4")}
+    of = {name: generate_report.matching(rows, measure=name) for name in {row["measure"] for row in rows}}
+    methods = ["dense", "packed 25%", "packed 50%"]
+    assert [row["method"] for row in of["load"]] == [row["method"] for row in of["resident"]] == methods
+    eager, compiled = (generate_report.matching(of["decode"], mode=mode) for mode in ("eager", "compile"))
+    assert [(row["method"], row["batch"]) for row in eager] == [(name, batch) for batch in (1, 2) for name in methods]
+    assert [row["method"] for row in compiled] == [row["method"] for row in of["compile"]] == ["dense", "packed 50%"]
+    assert all(row["value"] == pytest.approx(1e3 * row["batch"] / row["median_ms"]) for row in of["decode"])
+    assert [(row["prompt"], row["method"]) for row in of["first token"]] == [(p, m) for p in (8, 12) for m in methods]
+    assert len(of["logits error"]) == 5 and all(row["value"] < 0.03 for row in of["logits error"])
+    # A layer: q and o of 2x2 tiles, k and v of 1x2, gate and up of 4x2, down of 2x4.
+    linears = [1e6 * row["value"] for row in of["linears"]]
+    tiles = 2 * (2 * 4 + 2 * 2 + 3 * 8)
+    assert linears[0] == pytest.approx(32768 * tiles)
+    assert 18432 * tiles < linears[2] < 18432 * tiles + 10_000  # and flags, and schedules for a GPU
+    missing = of["missing"][0]["note"]
+    assert "llama.cpp" == of["missing"][0]["method"] and missing.endswith("Install them, or pass --no-peers.")
+    assert "expected the packages gguf, llama-cpp-python and safetensors, got: " in missing
+    generate.main(["--from-csv", str(tmp_path / "g.csv"), "--plot", str(tmp_path / "g.png")])
+    printed = capsys.readouterr().out
+    assert "(1.00x)" in printed and "not measured: tiny llama.cpp : RuntimeError: expected the packages" in printed
+    assert (tmp_path / "g.png").stat().st_size > 10_000
+
+
+def test_generation_names_what_was_cut(generation, capsys):
+    study = generation(budget_seconds=0.0, sparsities=[0.5])
+    study.run()
+    generate_report.print_report(study.rows)
+    printed = capsys.readouterr().out
+    assert "cut: tiny (2 of 4 layers): first token, eager, batch 1, prompt 12: no time left" in printed
+    assert printed.count("cut: ") == len(generate.cells([1, 2], [8, 12], True)) == 4
+
+
+def test_a_wrong_packed_model_ends_the_study(generation, monkeypatch):
+    right = TiledLinear.forward
+    monkeypatch.setattr(TiledLinear, "forward", lambda layer, x: -right(layer, x))
+    wrong = r"tiny, packed 50%, eager: expected logits within 0.05 of the dense model with the same zeros, got"
+    with pytest.raises(SystemExit, match=wrong):
+        generation(sparsities=[0.5]).run()
+
+
+def test_a_generating_process_that_fails_or_dies_is_one_line():
+    process = generate.Process("benchmarks.rivals.no_such_peer", 1)
+    with pytest.raises(
+        generate.Failed, match=r"^ModuleNotFoundError: No module named 'benchmarks.rivals.no_such_peer'$"
+    ):
+        process.ask("load", folder="nowhere")
+    with pytest.raises(
+        generate.Failed, match=r"^RuntimeError: expected a loaded engine, got none. Send a load request"
+    ):
+        process.ask("generate", batch=1, prompt=1, new_tokens=2, mode="eager")
+    process.child.kill()
+    with pytest.raises(generate.Failed, match=r"^load: exit code -9: no message$"):
+        process.ask("load", folder="nowhere")
+    process.close()
+
+
+@pytest.mark.parametrize(
+    ("flag", "wrong", "expected"),
+    [("--sparsity", "0", "0.01 to 0.5"), ("--new-tokens", "1", "2 to 2048"), ("--rounds", "0", "1 or more")],
+)
+def test_generation_refuses_numbers_out_of_range(flag, wrong, expected, capsys):
+    with pytest.raises(SystemExit):
+        generate.main([flag, wrong])
+    assert f"{flag}: expected numbers of {expected}, got {wrong}" in capsys.readouterr().err
+
+
+def test_generation_cells_in_order_of_interest():
+    names = [str(cell).replace(", ", " ") for cell in generate.cells([1, 4, 16], [16, 512], True)]
+    assert names[0] == "decode eager batch 1 prompt 16" and names[1] == "first token eager batch 1 prompt 512"
+    assert [name.split(" prompt")[0] for name in names[2:]] == [
+        "decode eager batch 4",
+        "decode compile batch 1",
+        "decode eager batch 16",
+    ]
+    assert len(generate.cells([4], [16], False)) == 2  # the first token is that of one sequence
+
+
+def test_layers_that_fit_by_hand():
+    # 7B: a layer has 202 M weights, embedding and head 262 M.
+    assert generate.layers_that_fit("Llama-2-7B", [], 0, 1.4) == 2
+    assert generate.layers_that_fit("Llama-2-7B", [], 1, 1.4) == 1
+    assert generate.layers_that_fit("Llama-2-7B", [0.5], 0, 2.32) == 2  # 0.56 of a layer, and another head
+    assert generate.layers_that_fit("Llama-2-7B", [], 0, 100.0) == 32
+
+
+def test_gguf_names_and_order_of_rotary_rows():
+    assert peer_llama_cpp.gguf_name("model.embed_tokens.weight") == "token_embd.weight"
+    assert peer_llama_cpp.gguf_name("model.layers.11.self_attn.q_proj.bias") == "blk.11.attn_q.bias"
+    assert peer_llama_cpp.gguf_name("model.layers.0.post_attention_layernorm.weight") == "blk.0.ffn_norm.weight"
+    rows = torch.arange(8)[:, None].numpy()  # two heads of four rows: 0 turns with 2, 1 with 3
+    assert peer_llama_cpp.interleaved_halves(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
