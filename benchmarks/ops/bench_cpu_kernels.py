@@ -1,6 +1,6 @@
 """What a tile costs each CPU kernel of tile_linear, on one thread: the numbers of csrc/cpu/costs.h.
 
-python -m benchmarks.ops.bench_cpu_kernels --csv out.csv        (PATCH_KERNELS_CPU_ISA asks for a lesser instruction set)
+python -m benchmarks.ops.bench_cpu_kernels --csv out.csv      (PATCH_KERNELS_CPU_ISA asks for a lesser instruction set)
 
 Processor time, so that what else runs on the machine costs little; each kernel in a process of its own, since
 PATCH_KERNELS_CPU_KERNEL is read once. The lines at the end are straight lines through the medians, in microseconds:

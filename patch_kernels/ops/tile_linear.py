@@ -170,7 +170,7 @@ def tile_linear(
     schedule  make_schedule(tile_is_sparse). Without it a GPU unpacks and calls cuBLAS; a CPU does not need it.
     batch_invariant  row i of y does not depend on the number of rows, bit for bit, at some cost in speed: on a CPU from
               about 16 rows on, where the kernel for few rows then does all (docs/inside/cpu.md).
-    returns   (..., N) in x's dtype; accumulation is fp32; bitwise the same from run to run and for any number of threads.
+    returns   (..., N) in x's dtype; accumulation is fp32; the same bits from run to run and from any number of threads.
     An inf or NaN of x at a pruned position of a sparse tile does not reach y, but where weights are unpacked for torch
     or cuBLAS.
     Gradients reach x and bias; the weight is frozen: on Hopper it is read before the kernel ahead of this call on the

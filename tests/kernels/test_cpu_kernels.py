@@ -88,7 +88,7 @@ def test_scratch_of_a_long_prompt_is_bounded():
     [
         (
             "PATCH_KERNELS_CPU_ISA",
-            r"expected PATCH_KERNELS_CPU_ISA to be one of generic.* on this CPU, got 'sse9'\. Unset",
+            r"PATCH_KERNELS_CPU_ISA to be one of generic.* on this CPU, got 'sse9'\. Unset",
         ),
         ("PATCH_KERNELS_CPU_KERNEL", "expected PATCH_KERNELS_CPU_KERNEL to be one of few, many, torch .* got 'sse9'"),
     ],
