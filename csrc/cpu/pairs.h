@@ -153,13 +153,8 @@ class Pairs {
       }
     }
 
-    // What goes with kRows rows of the item: of whole tiles, their bytes in order, which the memory likes best.
-    void fetch(const TileCursor& tile, int row) const {
-      if (end_ - row_ < kTile) {
-        const Ahead ahead(tile, row);
-        for (int i = 0; i < kRows; ++i) ahead.fetch(i);
-        return;
-      }
+    // The share of a tile's bytes that goes with kRows of its rows, in their order: the memory likes that best.
+    static void fetch(const TileCursor& tile, int row) {
       const int bytes = tile_bytes(tile.is_sparse()) / (kTile / kRows);
       const uint8_t* at = tile.at + row / kRows * bytes;
       for (int i = 0; i < bytes; i += 64) prefetch(at + i);
