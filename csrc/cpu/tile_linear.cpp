@@ -46,7 +46,7 @@ struct Kernels<Half> {
 };
 #endif
 
-constexpr int64_t kItemsOfThread = 4;
+constexpr int64_t kItemsOfThread = 8;
 
 template <class T>
 constexpr bool kHasFew = !std::is_void_v<typename Kernels<T>::Few>;
