@@ -85,6 +85,13 @@ struct PackError {
   int64_t col;
 };
 
+struct DenseLinearArgs {
+  const void *x, *weight, *bias;  // (tokens, cols), (rows, cols), (rows) or null
+  void* y;                        // (tokens, rows)
+  int64_t tokens, rows, cols;
+  DType dtype;  // of all; fp16 or bf16
+};
+
 // The kernels of tile_linear on a CPU. kTorch: unpacked block by block and multiplied by torch (bindings/cpu.cpp).
 enum class CpuKernel { kFew, kMany, kTorch };
 
@@ -99,6 +106,8 @@ using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
   /* weights that share x, tokens, cols, dtype and batch_invariant */                                              \
   OP(tile_linear, (const TileLinearArgs* calls, int count, CpuKernel kernel, ParallelFor parallel),                \
      (calls, count, kernel, parallel))                                                                             \
+  /* done: false where torch is to do it */                                                                        \
+  OP(dense_linear, (const DenseLinearArgs& args, bool& done, ParallelFor parallel), (args, done, parallel))        \
   /* masked like weight; sums (2) fp64 */                                                                          \
   OP(masked_weight, (const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel),              \
      (args, masked, sums, parallel))                                                                               \

@@ -37,6 +37,7 @@ STABLE_TORCH_LIBRARY(patch_kernels, m) {
   for (int count = patch_kernels::kLeastInGroup; count <= patch_kernels::kMostInGroup; ++count) {
     m.def(patch_kernels::group_schema(count).c_str());
   }
+  m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "masked_weight(Tensor weight, Tensor? pattern_logits, Tensor? fixed_pattern, Tensor? tile_logits, "
       "Tensor factors, Tensor? key, int tile_rows, int tile_cols, bool hard_pattern, bool hard_tile, int layer) "

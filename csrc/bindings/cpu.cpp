@@ -146,6 +146,33 @@ std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<Grou
   return results;
 }
 
+Tensor dense_linear(const Tensor& x_in, const Tensor& weight, const OptionalTensor& bias) {
+  const ScalarType type = x_in.scalar_type();
+  const int64_t dims = x_in.dim();
+  STD_TORCH_CHECK(is_packed(type) && dims >= 1, "dense_linear: x must be (..., K) ", packed_names());
+  const int64_t cols = x_in.size(dims - 1);
+  STD_TORCH_CHECK(weight.scalar_type() == type && weight.dim() == 2 && weight.size(1) == cols && cols >= 1,
+                  "dense_linear: weight must be (N, K) of x's dtype and K");
+  const int64_t rows = weight.size(0);
+  STD_TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == type && bias->numel() == rows && bias->is_contiguous()),
+                  "dense_linear: bias must be (N,) of x's dtype");
+  bool done = false;
+  if (weight.is_contiguous() && weight.is_cpu()) {
+    const Tensor x = as_contiguous(x_in), y = new_output(x, rows);
+    const DenseLinearArgs args{x.const_data_ptr(),
+                               weight.const_data_ptr(),
+                               bias ? bias->const_data_ptr() : nullptr,
+                               y.mutable_data_ptr(),
+                               x.numel() / cols,
+                               rows,
+                               cols,
+                               to_dtype(type, "dense_linear")};
+    cpu::dense_linear(args, done, torch_parallel);
+    if (done) return y;
+  }
+  return torch_linear(x_in, weight, bias);
+}
+
 // They can be read here without waiting for a device.
 void check_factors(const MaskCall& call) {
   const double* f = call.args.factors;
@@ -203,6 +230,7 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CPU, m) {
   m.impl("tile_linear", TORCH_BOX(&patch_kernels::tile_linear));
   m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear));
   patch_kernels::register_group<patch_kernels::tile_linear_group>(m);
+  m.impl("dense_linear", TORCH_BOX(&patch_kernels::dense_linear));
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
   m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
   m.impl("adamw_step", TORCH_BOX(&patch_kernels::adamw_step));
