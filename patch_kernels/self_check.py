@@ -13,6 +13,7 @@ from patch_kernels import reference
 from patch_kernels._library import build_info, gemm_status
 from patch_kernels.ops import LIBRARY_PATH, adamw, masked_weight, tile_linear
 from patch_kernels.packed_dtype import BY_TORCH
+from patch_kernels.streamed_linear import StreamedLinear
 from patch_kernels.tiled_weight import TiledWeight
 
 
@@ -84,9 +85,26 @@ def _adamw_is_right(device: torch.device) -> None:
             raise ArithmeticError(f"with {moments} moments the bits are not those of the reference")
 
 
+def _dense_linear_is_right(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in BY_TORCH:
+        linear = torch.nn.Linear(777, 130, dtype=dtype, device=device).requires_grad_(False)
+        linear.weight.copy_(torch.randint(-2, 3, (130, 777), generator=generator))
+        linear.bias.copy_(torch.randint(-2, 3, (130,), generator=generator))
+        for tokens in (1, 5, 9):
+            x = torch.randint(-2, 3, (tokens, 777), generator=generator).to(device, dtype)
+            expected = (x.double() @ linear.weight.double().T + linear.bias.double()).to(dtype)
+            StreamedLinear.of_linear(linear)
+            y = linear(x)
+            StreamedLinear.to_linear(linear)
+            if not torch.equal(y, expected):
+                raise ArithmeticError(f"wrong with {tokens} tokens of {dtype}")
+
+
 CHECKS: dict[str, Callable[[torch.device], None]] = {
     "pack_tiles, unpack_tiles": _pack_is_right,
     "tile_linear": _linear_is_right,
+    "dense_linear": _dense_linear_is_right,
     "masked_weight": _masked_weight_is_right,
     "adamw_step": _adamw_is_right,
 }

@@ -16,7 +16,7 @@ from patch.models.checks import require_layer, require_mask
 from patch.models.keep_masks import check_masks_hold, keep_masks
 from patch.models.stay_dense import directly_read_linears, is_plain_linear
 from patch.models.structure import linear_at
-from patch.packed.projections import fuse_projections
+from patch.packed.projections import fuse_projections, stream_head, unstream_head
 from patch.packed.quantizer import mark_dense, mark_packed
 from patch.packed.swap import cast_model, stays_fp32, unpack_layers
 from patch_kernels import TiledLinear, tiles_that_are_two_of_four
@@ -63,6 +63,7 @@ def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype
         del linear, keep
         masks[name] = torch.empty(0)  # frees the mask when nobody else holds it
     fuse_projections(model)
+    stream_head(model)
     if hasattr(model, "config"):
         mark_packed(model)
     return model
@@ -77,6 +78,7 @@ def unpack_model(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     raises  ValueError when the model has no packed layer.
     """
     unpack_layers(model, dtype=dtype)
+    unstream_head(model)
     if hasattr(model, "config"):
         mark_dense(model)
     return model

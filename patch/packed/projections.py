@@ -1,11 +1,12 @@
-"""Which packed layers of a model are called with one x, and are computed in one op call (patch_kernels)."""
+"""What a packed model runs differently from the one it was: packed layers that are called with one x in one op call, and
+its output head at the memory's speed (patch_kernels)."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from patch.packed.swap import packed_layers
-from patch_kernels import TiledLinear
+from patch_kernels import StreamedLinear, TiledLinear
 from patch_kernels.projection_group import ProjectionGroup
 
 # Names beside each other in modules of transformers' language models. What is not called with one x after all ends its
@@ -43,6 +44,33 @@ def fuse_projections(model: nn.Module) -> int:
                     layer.group = group
                 groups += 1
     return groups
+
+
+def stream_head(model: nn.Module) -> bool:
+    """Let the output head be read at the memory's speed for a few tokens on a CPU; returns whether it is an nn.Linear.
+
+    pack_model and loading do it: of a small model the head is a large part of what a token reads. The module, its name
+    and its weight, tied or not, stay the same.
+    """
+    head = _head(model)
+    if type(head) is not nn.Linear:
+        return False
+    StreamedLinear.of_linear(head)
+    return True
+
+
+def unstream_head(model: nn.Module) -> None:
+    """Let torch compute the output head again."""
+    head = _head(model)
+    if head is not None:
+        StreamedLinear.to_linear(head)
+
+
+def _head(model: nn.Module) -> nn.Linear | None:
+    """The output head of a transformers model."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    return head if isinstance(head, nn.Linear) else None
 
 
 def unfuse_projections(model: nn.Module) -> None:

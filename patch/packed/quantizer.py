@@ -24,7 +24,7 @@ from patch.files.strict_json import read_json
 from patch.models.checks import require_layer
 from patch.models.facts import config_fingerprint
 from patch.packed.headers import check_files, other_sha256
-from patch.packed.projections import fuse_projections
+from patch.packed.projections import fuse_projections, stream_head, unstream_head
 from patch.packed.quantization_config import FORMAT_VERSION, METHOD, PAYLOAD_NAMES, PatchConfig
 from patch.packed.swap import layer_sha256, packed_layers, unpack_layers
 from patch_kernels import TiledLinear, payload_bytes, tile_grid
@@ -79,6 +79,7 @@ class PatchHfQuantizer(HfQuantizer):
         self.quantization_config.format_version = FORMAT_VERSION  # in memory, and when it is saved again
         _keep_names(model)
         fuse_projections(model)
+        stream_head(model)
         return model
 
     def get_weight_conversions(self) -> list[Any]:
@@ -103,6 +104,7 @@ class PatchHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         unpack_layers(model, dtype=dtype)
+        unstream_head(model)
         mark_dense(model)
         return model
 
