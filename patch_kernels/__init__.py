@@ -12,8 +12,8 @@ from patch_kernels.tiled_weight import TiledWeight, tiles_that_are_two_of_four
 __all__ = [
     "PATTERNS",
     "TILE",
-    "StreamedLinear",
     "MaskSampling",
+    "StreamedLinear",
     "TiledLinear",
     "TiledWeight",
     "adamw_step",

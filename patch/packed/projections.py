@@ -1,5 +1,5 @@
-"""What a packed model runs differently from the one it was: packed layers that are called with one x in one op call, and
-its output head at the memory's speed (patch_kernels)."""
+"""What a packed model runs in another way: packed layers that are called with one x in one op call, and its output head
+at the memory's speed (patch_kernels)."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ _dense_linear = torch.ops.patch_kernels.dense_linear.default
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x @ weight.T + bias on a CPU. Up to 8 tokens take a kernel that reads the weight at the memory's speed where the
-    CPU has AVX-512; everything else is torch.nn.functional.linear. No gradients.
+    """y = x @ weight.T + bias on a CPU, without gradients. Where the CPU has AVX-512, up to 8 tokens take a kernel that
+    reads the weight at the memory's speed; everything else is torch.nn.functional.linear.
 
     x        (..., K) fp16 or bf16
     weight   (N, K) of x's dtype
