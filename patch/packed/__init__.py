@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from patch.packed.convert import pack_model, unpack_model
 from patch.packed.load import load
-from patch.packed.projections import fuse_projections, unfuse_projections
+from patch.packed.projections import fuse_projections, stream_head, unfuse_projections, unstream_head
 from patch.packed.save import save_dense, save_packed
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "pack_model",
     "save_dense",
     "save_packed",
+    "stream_head",
     "unfuse_projections",
     "unpack_model",
+    "unstream_head",
 ]

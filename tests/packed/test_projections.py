@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patch
 from patch.models.keep_masks import keep_masks
-from patch.packed import fuse_projections, pack_model, save_packed, unfuse_projections, unpack_model
+from patch.packed import fuse_projections, pack_model, save_packed, stream_head, unfuse_projections, unpack_model
 from patch.packed.swap import packed_layers
-from patch_kernels import TiledLinear
+from patch_kernels import StreamedLinear, TiledLinear
 
 IDS = torch.randint(3, 250, (7, 9), generator=torch.Generator().manual_seed(0))
 
@@ -211,3 +211,16 @@ def test_compiled_and_inference_mode(packed):
     with torch.no_grad():
         assert torch.equal(torch.compile(packed, backend="eager")(IDS[:1]).logits, expected)
     assert calls(packed) == (4, 4)
+
+
+def test_the_head_is_streamed_and_given_back(packed, tmp_path):
+    weight = packed.lm_head.weight
+    assert type(packed.lm_head) is StreamedLinear and not stream_head(packed)  # it is already
+    save_packed(packed, None, tmp_path / "packed")
+    again = patch.load(tmp_path / "packed")
+    assert type(again.lm_head) is StreamedLinear
+    assert torch.equal(output(again, input_ids=IDS[:1, :4]), output(packed, input_ids=IDS[:1, :4]))
+    unpack_model(packed)
+    assert type(packed.lm_head) is torch.nn.Linear and packed.lm_head.weight is weight
+    again.dequantize()
+    assert type(again.lm_head) is torch.nn.Linear
