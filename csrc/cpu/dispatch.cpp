@@ -4,6 +4,10 @@
 
 #include "isa.h"
 
+#if defined(PK_X86)
+#include <cpuid.h>
+#endif
+
 namespace patch_kernels::cpu {
 namespace {
 
@@ -13,11 +17,18 @@ enum Isa { PK_ISAS(PK_ENUMERATE) kIsas };
 #define PK_NAME(name) #name,
 constexpr const char* kNames[kIsas] = {PK_ISAS(PK_NAME)};
 
+#if defined(PK_X86)
+bool has_f16c() {  // a name that __builtin_cpu_supports of clang 14 does not know
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool has(Isa isa) {
 #if defined(PK_X86)
   __builtin_cpu_init();
   if (isa == avx2_isa) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   }
   if (isa == avx512_isa) {
     return has(avx2_isa) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -5,7 +5,7 @@
 //
 // Lanes is how an instruction set does a row (lanes_*.h):
 //   Sum                        a vector of partial sums
-//   XTile<T>                   128 columns of T tokens, made from T pointers
+//   XTile<T, kSparse>          128 columns of T tokens, made from T pointers, for rows of a sparse or a dense tile
 //   sparse_row<T>(tile, r, x, sums), dense_row<T>(...)     row r of a tile times T tokens, added to T sums
 //   total(sum)                 of all lanes
 #pragma once
@@ -112,17 +112,17 @@ class FewTokens {
   template <int T>
   static void rows(const TileCursor& tile, int row, bool fetch, const Ahead& ahead, const uint16_t* const* tokens,
                    Sum* sums, int stride) {
-    const typename Lanes::template XTile<T> x(tokens);
     if (tile.is_sparse()) {
-      each_row<T, true>(tile.at, row, fetch, ahead, x, sums, stride);
+      each_row<T, true>(tile.at, row, fetch, ahead, tokens, sums, stride);
     } else {
-      each_row<T, false>(tile.at, row, fetch, ahead, x, sums, stride);
+      each_row<T, false>(tile.at, row, fetch, ahead, tokens, sums, stride);
     }
   }
 
   template <int T, bool kSparse>
   static void each_row(const uint8_t* tile, int row, bool fetch, const Ahead& ahead,
-                       const typename Lanes::template XTile<T>& x, Sum* sums, int stride) {
+                       const uint16_t* const* tokens, Sum* sums, int stride) {
+    const typename Lanes::template XTile<T, kSparse> x(tokens);
     for (int r = 0; r < kBlockRows; ++r) {
       if (fetch) ahead.fetch(r);
       Sum sum[T];

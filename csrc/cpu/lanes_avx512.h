@@ -91,7 +91,7 @@ template <class Dot>
 struct Avx512Lanes {
   using Sum = __m512;
 
-  template <int T>
+  template <int T, bool kSparse>
   struct XTile {
     __m512i vectors[T][4];
     explicit XTile(const uint16_t* const* tokens) {
@@ -102,7 +102,7 @@ struct Avx512Lanes {
   };
 
   template <int T>
-  static inline __attribute__((always_inline)) void sparse_row(const uint8_t* tile, int r, const XTile<T>& x,
+  static inline __attribute__((always_inline)) void sparse_row(const uint8_t* tile, int r, const XTile<T, true>& x,
                                                                Sum (&sums)[T]) {
     const int s = r & 7;
     const __m512i metadata = row_metadata(tile, r), base = load512(kRow.base[s & 3]);
@@ -120,7 +120,7 @@ struct Avx512Lanes {
   }
 
   template <int T>
-  static inline __attribute__((always_inline)) void dense_row(const uint8_t* tile, int r, const XTile<T>& x,
+  static inline __attribute__((always_inline)) void dense_row(const uint8_t* tile, int r, const XTile<T, false>& x,
                                                               Sum (&sums)[T]) {
     const int s = r & 7;
     const __m512i order = load512(kRow.order[s & 3]);

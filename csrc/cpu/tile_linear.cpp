@@ -10,6 +10,8 @@
 
 #if defined(__AVX512BW__)
 #include "lanes_avx512.h"
+#elif defined(__AVX2__)
+#include "lanes_avx2.h"
 #endif
 #if defined(__AVX512BF16__)
 #include "pairs.h"
@@ -36,11 +38,23 @@ struct Kernels<BFloat16> {
   using Few = FewTokens<Avx512Lanes<ShiftedBFloat16>, BFloat16>;
   using Many = Columns<BFloat16>;
 };
+#elif defined(__AVX2__)
+template <>
+struct Kernels<BFloat16> {
+  using Few = FewTokens<Avx2Lanes<SplitBFloat16>, BFloat16>;
+  using Many = Columns<BFloat16>;
+};
 #endif
 #if defined(__AVX512BW__)
 template <>
 struct Kernels<Half> {
   using Few = FewTokens<Avx512Lanes<ConvertedHalf>, Half>;
+  using Many = Columns<Half>;
+};
+#elif defined(__AVX2__)
+template <>
+struct Kernels<Half> {
+  using Few = FewTokens<Avx2Lanes<SplitHalf>, Half>;
   using Many = Columns<Half>;
 };
 #endif

@@ -1,0 +1,13 @@
+# The instruction sets of the CPU kernels, from the least to the best as in isa.h, and their compiler flags:
+# PK_ISAS and PK_ISA_FLAGS_<isa>.
+set(PK_ISAS generic)
+set(PK_ISA_FLAGS_generic "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  add_compile_definitions(PK_X86)
+  list(APPEND PK_ISAS avx2 avx512 avx512_bf16)
+  set(PK_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi -mbmi2)
+  set(PK_ISA_FLAGS_avx512 ${PK_ISA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd
+    -mprefer-vector-width=512)
+  set(PK_ISA_FLAGS_avx512_bf16 ${PK_ISA_FLAGS_avx512} -mavx512bf16)
+endif()
+set(PK_CPU_FLAGS -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-maybe-uninitialized)

@@ -1,0 +1,75 @@
+"""The CPU kernels of tile_linear in csrc/check/cpu_driver.cpp: right results, same bits, no access beyond their data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from patch_kernels._library import LIBRARY_PATH, build_info
+
+INSTRUCTION_SETS = build_info(LIBRARY_PATH)["cpu_instruction_sets"].split()
+SANITIZERS = ("thread", "address,undefined")
+CROSS_COMPILER, CROSS_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+def build(name: str, *options: str) -> Path:
+    """The driver, built incrementally in a folder of its own under build/."""
+    folder = ROOT / "build" / name
+    is_configured = (folder / "CMakeCache.txt").exists()
+    generator = ["-G", "Ninja"] if shutil.which("ninja") and not is_configured else []
+    for command in (
+        ["cmake", "-S", ROOT / "csrc" / "check", "-B", folder, *generator, *options],
+        ["cmake", "--build", folder, "--parallel", "2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "cpu_driver"
+
+
+def check(command: list, instruction_set: str, seconds: float) -> None:
+    environment = {**os.environ, "PATCH_KERNELS_CPU_ISA": instruction_set}
+    done = subprocess.run(
+        [*command, "--seconds", str(seconds), "--seed", "1"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"{instruction_set}: ") and done.stdout.endswith(" passed, 0 failed\n")
+
+
+@pytest.fixture(scope="session")
+def driver():
+    return build("cpu_driver")
+
+
+def sanitized(sanitizer: str) -> Path:
+    links = subprocess.run(
+        [os.environ.get("CXX", "c++"), f"-fsanitize={sanitizer}", "-x", "c++", "-", "-o", os.devnull],
+        input="int main() {}", capture_output=True, text=True,
+    )  # fmt: skip
+    if links.returncode != 0:
+        pytest.skip(f"this C++ compiler does not link with -fsanitize={sanitizer}")
+    name = "cpu_driver_" + sanitizer.replace(",", "_")
+    return build(name, f"-DPK_DRIVER_OPTIONS=-O1;-g;-fno-sanitize-recover=all;-fsanitize={sanitizer}")
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_every_instruction_set(driver, instruction_set):
+    check([driver], instruction_set, 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_every_instruction_set_long(driver, instruction_set):
+    check([driver], instruction_set, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_sanitizers(sanitizer, instruction_set):
+    check([sanitized(sanitizer)], instruction_set, 3)
