@@ -116,8 +116,12 @@ std::vector<uint16_t> multiply(const std::vector<Part>& parts, const Fenced<uint
   for (const Part& part : parts) {
     outputs.emplace_back(static_cast<size_t>(tokens) * part.rows, options.y_at_end);
     std::fill(outputs.back().data, outputs.back().data + outputs.back().size, uint16_t{0x7FFF});
-    TileLinearArgs call{x.data, options.has_bias ? part.bias.data : nullptr, outputs.back().data, tokens,
-                        {part.payload.data, part.flags.data, part.rows, options.cols}, options.dtype,
+    TileLinearArgs call{x.data,
+                        options.has_bias ? part.bias.data : nullptr,
+                        outputs.back().data,
+                        tokens,
+                        {part.payload.data, part.flags.data, part.rows, options.cols},
+                        options.dtype,
                         options.batch_invariant};
     calls.push_back(call);
     rows += part.rows;
@@ -139,7 +143,8 @@ constexpr int kThreads[] = {1, 2, 3, 5};
 // A finite number of any of some orders of magnitude, so that sums depend on their order.
 template <class Element>
 uint16_t random_real(std::mt19937& random) {
-  return Element::round(static_cast<float>(between(random, -999, 999)) / static_cast<float>(1 << between(random, 0, 9)));
+  return Element::round(static_cast<float>(between(random, -999, 999)) /
+                        static_cast<float>(1 << between(random, 0, 9)));
 }
 
 template <class Packed>
@@ -154,7 +159,11 @@ std::string check_random(std::mt19937& random, const Sizes& sizes) {
     const uint16_t* from = problem.x.data + static_cast<size_t>(t) * problem.x_stride();
     std::copy(from, from + cols, x.data + t * cols);
   }
-  Options options{Packed::kDType, sizes.cols,           sizes.bias, between(random, 0, 1) != 0, kThreads[between(random, 0, 3)],
+  Options options{Packed::kDType,
+                  sizes.cols,
+                  sizes.bias,
+                  between(random, 0, 1) != 0,
+                  kThreads[between(random, 0, 3)],
                   between(random, 0, 1) != 0};
   std::vector<uint16_t> y = multiply(parts, x, sizes.tokens, options);
   std::copy(y.begin(), y.end(), problem.y.data + problem.kCanaries);

@@ -6,6 +6,8 @@
 
 #if defined(PK_X86)
 #include <cpuid.h>
+#elif defined(PK_ARM64)
+#include <sys/auxv.h>
 #endif
 
 namespace patch_kernels::cpu {
@@ -24,7 +26,7 @@ bool has_f16c() {  // a name that __builtin_cpu_supports of clang 14 does not kn
 }
 #endif
 
-bool has(Isa isa) {
+bool has([[maybe_unused]] Isa isa) {
 #if defined(PK_X86)
   __builtin_cpu_init();
   if (isa == avx2_isa) {
@@ -36,6 +38,9 @@ bool has(Isa isa) {
            __builtin_cpu_supports("avx512cd");
   }
   if (isa == avx512_bf16_isa) return has(avx512_isa) && __builtin_cpu_supports("avx512bf16");
+#elif defined(PK_ARM64)
+  constexpr unsigned long kBFloat16 = 1 << 14;  // HWCAP2_BF16, which older headers of Linux lack
+  if (isa == neon_bf16_isa) return getauxval(AT_HWCAP2) & kBFloat16;
 #endif
   return true;
 }

@@ -6,7 +6,8 @@
 // Lanes is how an instruction set does a row (lanes_*.h):
 //   Sum                        a vector of partial sums
 //   XTile<T, kSparse>          128 columns of T tokens, made from T pointers, for rows of a sparse or a dense tile
-//   sparse_row<T>(tile, r, x, sums), dense_row<T>(...)     row r of a tile times T tokens, added to T sums
+//   kRowsAtOnce                1, or 2: rows r and r + 8 of a block
+//   sparse_rows<T>(tile, r, x, sums), dense_rows<T>(...)   these rows of a tile times T tokens, added to their sums
 //   total(sum)                 of all lanes
 #pragma once
 
@@ -120,19 +121,24 @@ class FewTokens {
   }
 
   template <int T, bool kSparse>
-  static void each_row(const uint8_t* tile, int row, bool fetch, const Ahead& ahead,
-                       const uint16_t* const* tokens, Sum* sums, int stride) {
+  static void each_row(const uint8_t* tile, int row, bool fetch, const Ahead& ahead, const uint16_t* const* tokens,
+                       Sum* sums, int stride) {
     const typename Lanes::template XTile<T, kSparse> x(tokens);
-    for (int r = 0; r < kBlockRows; ++r) {
-      if (fetch) ahead.fetch(r);
-      Sum sum[T];
-      for (int t = 0; t < T; ++t) sum[t] = sums[r * stride + t];
-      if constexpr (kSparse) {
-        Lanes::template sparse_row<T>(tile, row + r, x, sum);
-      } else {
-        Lanes::template dense_row<T>(tile, row + r, x, sum);
+    constexpr int kAtOnce = Lanes::kRowsAtOnce;
+    for (int r = 0; r < kBlockRows / kAtOnce; ++r) {
+      Sum sum[kAtOnce][T];
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (fetch) ahead.fetch(r + 8 * i);
+        for (int t = 0; t < T; ++t) sum[i][t] = sums[(r + 8 * i) * stride + t];
       }
-      for (int t = 0; t < T; ++t) sums[r * stride + t] = sum[t];
+      if constexpr (kSparse) {
+        Lanes::template sparse_rows<T>(tile, row + r, x, sum);
+      } else {
+        Lanes::template dense_rows<T>(tile, row + r, x, sum);
+      }
+      for (int i = 0; i < kAtOnce; ++i) {
+        for (int t = 0; t < T; ++t) sums[(r + 8 * i) * stride + t] = sum[i][t];
+      }
     }
   }
 };

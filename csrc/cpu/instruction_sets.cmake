@@ -9,5 +9,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(PK_ISA_FLAGS_avx512 ${PK_ISA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd
     -mprefer-vector-width=512)
   set(PK_ISA_FLAGS_avx512_bf16 ${PK_ISA_FLAGS_avx512} -mavx512bf16)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
+  add_compile_definitions(PK_ARM64)
+  list(APPEND PK_ISAS neon neon_bf16)
+  set(PK_ISA_FLAGS_neon -DPK_NEON)  # every compiler for 64-bit ARM has it: generic is the portable code all the same
+  set(PK_ISA_FLAGS_neon_bf16 -DPK_NEON -march=armv8.2-a+bf16)
 endif()
 set(PK_CPU_FLAGS -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-maybe-uninitialized)

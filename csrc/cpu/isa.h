@@ -7,7 +7,7 @@
 #if defined(PK_X86)
 #define PK_ISAS(OP) OP(generic) OP(avx2) OP(avx512) OP(avx512_bf16)
 #elif defined(PK_ARM64)
-#define PK_ISAS(OP) OP(generic) OP(neon)
+#define PK_ISAS(OP) OP(generic) OP(neon) OP(neon_bf16)
 #else
 #define PK_ISAS(OP) OP(generic)
 #endif

@@ -20,7 +20,6 @@ inline __m256i join(__m128i low, __m128i high) { return _mm256_inserti128_si256(
 
 // Even values, odd values.
 struct SplitBFloat16 {
-  using Storage = BFloat16;
   static FloatUnits widen(__m256i v) {
     const __m256i odd = _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), _mm256_castsi256_ps(odd)};
@@ -32,7 +31,6 @@ struct SplitBFloat16 {
 
 // One unit, the other.
 struct SplitHalf {
-  using Storage = Half;
   static FloatUnits widen(__m256i v) {
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))};
   }
@@ -68,6 +66,7 @@ constexpr Avx2Tables kAvx2;
 template <class Packed>
 struct Avx2Lanes {
   using Sum = __m256;
+  static constexpr int kRowsAtOnce = 2;  // they have their swizzle, their words of metadata and x in common
 
   template <int T, bool kSparse>
   struct XTile;
@@ -97,36 +96,48 @@ struct Avx2Lanes {
   };
 
   template <int T>
-  static inline __attribute__((always_inline)) void sparse_row(const uint8_t* tile, int r, const XTile<T, true>& x,
-                                                               Sum (&sums)[T]) {
-    const uint8_t *row = tile + 128 * r, *metadata = tile + kSlotBytes + 4 * meta_word(r & ~8, 0);
+  static inline __attribute__((always_inline)) void sparse_rows(const uint8_t* tile, int r, const XTile<T, true>& x,
+                                                                Sum (&sums)[kRowsAtOnce][T]) {
+    const uint8_t *row = tile + 128 * r, *metadata = tile + kSlotBytes + 4 * meta_word(r, 0);
     const int swizzle = 16 * (r & 7);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const __m256i words = _mm256_broadcastsi128_si256(load128(metadata + 16 * (i & 1)));
-      const __m256i word = _mm256_shuffle_epi8(words, load256(kAvx2.pick[r >> 3 & 1][i >> 1]));
-      const __m256i column = _mm256_srli_epi16(_mm256_mullo_epi16(word, load256(kAvx2.raise)), 14);
-      const __m256i bytes = _mm256_add_epi16(_mm256_mullo_epi16(column, _mm256_set1_epi16(0x0202)), load256(kAvx2.base));
-      const FloatUnits weights = Packed::widen(row + (32 * i ^ swizzle), row + ((32 * i + 16) ^ swizzle));
+      const uint8_t *unit0 = row + (32 * i ^ swizzle), *unit1 = row + ((32 * i + 16) ^ swizzle);
+      FloatUnits weights[kRowsAtOnce];
+      __m256i bytes[kRowsAtOnce];
+      for (int j = 0; j < kRowsAtOnce; ++j) {
+        weights[j] = Packed::widen(unit0 + 8 * 128 * j, unit1 + 8 * 128 * j);
+        const __m256i word = _mm256_shuffle_epi8(words, load256(kAvx2.pick[j][i >> 1]));
+        const __m256i top =
+            _mm256_and_si256(_mm256_mullo_epi16(word, load256(kAvx2.raise)), _mm256_set1_epi16(-0x4000));
+        // The column, 0..3, times 0x0202.
+        const __m256i doubled = _mm256_mulhi_epu16(top, _mm256_set1_epi16(0x0202 << 2));
+        bytes[j] = _mm256_add_epi16(doubled, load256(kAvx2.base));
+      }
       for (int t = 0; t < T; ++t) {
-        const __m256i early = _mm256_shuffle_epi8(x.columns[t][i][0], bytes);
-        const __m256i late = _mm256_shuffle_epi8(x.columns[t][i][1], bytes);
-        const FloatUnits kept = Packed::widen(_mm256_blend_epi32(early, late, 0xCC));
-        sums[t] = add(sums[t], kept, weights);
+        const __m256i early = x.columns[t][i][0], late = x.columns[t][i][1];
+        for (int j = 0; j < kRowsAtOnce; ++j) {
+          const __m256i kept =
+              _mm256_blend_epi32(_mm256_shuffle_epi8(early, bytes[j]), _mm256_shuffle_epi8(late, bytes[j]), 0xCC);
+          sums[j][t] = add(sums[j][t], Packed::widen(kept), weights[j]);
+        }
       }
     }
   }
 
   template <int T>
-  static inline __attribute__((always_inline)) void dense_row(const uint8_t* tile, int r, const XTile<T, false>& x,
-                                                              Sum (&sums)[T]) {
+  static inline __attribute__((always_inline)) void dense_rows(const uint8_t* tile, int r, const XTile<T, false>& x,
+                                                               Sum (&sums)[kRowsAtOnce][T]) {
     const int swizzle = 16 * (r & 7);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const uint8_t* row = tile + kSlotBytes * (i >> 2) + 128 * r;
-      const int unit = 32 * (i & 3);
-      const FloatUnits weights = Packed::widen(row + (unit ^ swizzle), row + ((unit + 16) ^ swizzle));
-      for (int t = 0; t < T; ++t) sums[t] = add(sums[t], x.values[t][i], weights);
+      const uint8_t *unit0 = row + (32 * (i & 3) ^ swizzle), *unit1 = row + ((32 * (i & 3) + 16) ^ swizzle);
+      for (int j = 0; j < kRowsAtOnce; ++j) {
+        const FloatUnits weights = Packed::widen(unit0 + 8 * 128 * j, unit1 + 8 * 128 * j);
+        for (int t = 0; t < T; ++t) sums[j][t] = add(sums[j][t], x.values[t][i], weights);
+      }
     }
   }
 

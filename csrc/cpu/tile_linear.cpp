@@ -12,6 +12,8 @@
 #include "lanes_avx512.h"
 #elif defined(__AVX2__)
 #include "lanes_avx2.h"
+#elif defined(PK_NEON)
+#include "lanes_neon.h"
 #endif
 #if defined(__AVX512BF16__)
 #include "pairs.h"
@@ -44,6 +46,16 @@ struct Kernels<BFloat16> {
   using Few = FewTokens<Avx2Lanes<SplitBFloat16>, BFloat16>;
   using Many = Columns<BFloat16>;
 };
+#elif defined(PK_NEON)
+template <>
+struct Kernels<BFloat16> {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  using Few = FewTokens<NeonLanes<DotBFloat16>, BFloat16>;
+#else
+  using Few = FewTokens<NeonLanes<SplitBFloat16>, BFloat16>;
+#endif
+  using Many = Columns<BFloat16>;
+};
 #endif
 #if defined(__AVX512BW__)
 template <>
@@ -55,6 +67,12 @@ struct Kernels<Half> {
 template <>
 struct Kernels<Half> {
   using Few = FewTokens<Avx2Lanes<SplitHalf>, Half>;
+  using Many = Columns<Half>;
+};
+#elif defined(PK_NEON)
+template <>
+struct Kernels<Half> {
+  using Few = FewTokens<NeonLanes<SplitHalf>, Half>;
   using Many = Columns<Half>;
 };
 #endif

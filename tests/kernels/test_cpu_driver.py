@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from patch_kernels._library import LIBRARY_PATH, build_info
+from patch_kernels._library import build_info
+from patch_kernels.ops import LIBRARY_PATH
 
 INSTRUCTION_SETS = build_info(LIBRARY_PATH)["cpu_instruction_sets"].split()
 SANITIZERS = ("thread", "address,undefined")
@@ -73,3 +74,18 @@ def test_every_instruction_set_long(driver, instruction_set):
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_sanitizers(sanitizer, instruction_set):
     check([sanitized(sanitizer)], instruction_set, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", ["generic", "neon", "neon_bf16"])
+def test_arm_under_emulation(instruction_set):
+    if not (shutil.which(CROSS_COMPILER) and shutil.which(CROSS_EMULATOR)):
+        pytest.skip(f"needs {CROSS_COMPILER} and {CROSS_EMULATOR}")
+    program = build(
+        "cpu_driver_aarch64",
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        f"-DCMAKE_CXX_COMPILER={CROSS_COMPILER}",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+    )
+    check([CROSS_EMULATOR, program], instruction_set, 5)
