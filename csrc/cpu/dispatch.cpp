@@ -6,6 +6,8 @@
 
 #if defined(PK_X86)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(PK_ARM64)
 #include <sys/auxv.h>
 #endif
@@ -24,6 +26,15 @@ bool has_f16c() {  // a name that __builtin_cpu_supports of clang 14 does not kn
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+
+// The CPU has it and Linux lets this process have its registers (Documentation/arch/x86/xstate.rst).
+bool has_amx_bf16() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;  // CPUID.(7,0):EDX
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
 #endif
 
 bool has([[maybe_unused]] Isa isa) {
@@ -38,6 +49,11 @@ bool has([[maybe_unused]] Isa isa) {
            __builtin_cpu_supports("avx512cd");
   }
   if (isa == avx512_bf16_isa) return has(avx512_isa) && __builtin_cpu_supports("avx512bf16");
+  const auto can_expand = [] { return has(avx512_bf16_isa) && __builtin_cpu_supports("avx512vbmi2"); };
+  if (isa == amx_isa) return can_expand() && has_amx_bf16();
+#if defined(PK_EMULATED_ISAS)
+  if (isa == amx_emulated_isa) return can_expand();
+#endif
 #elif defined(PK_ARM64)
   constexpr unsigned long kBFloat16 = 1 << 14;  // HWCAP2_BF16, which older headers of Linux lack
   if (isa == neon_bf16_isa) return getauxval(AT_HWCAP2) & kBFloat16;

@@ -15,7 +15,9 @@
 #elif defined(PK_NEON)
 #include "lanes_neon.h"
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PK_AMX)
+#include "amx.h"
+#elif defined(__AVX512BF16__)
 #include "pairs.h"
 #endif
 
@@ -32,7 +34,11 @@ struct Kernels {
 template <>
 struct Kernels<BFloat16> {
   using Few = FewTokens<Avx512Lanes<DotBFloat16>, BFloat16>;
+#if defined(PK_AMX)
+  using Many = AmxOrPairs;
+#else
   using Many = Pairs;
+#endif
 };
 #elif defined(__AVX512BW__)
 template <>
