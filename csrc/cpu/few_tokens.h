@@ -71,11 +71,24 @@ class FewTokens {
     for (int64_t c = 0; c < matrix.tile_cols; ++c) {
       TileCursor next = tile;
       if (c + 1 < matrix.tile_cols) next.next();
-      for (int row = 0; row < item.rows; row += kBlockRows) {
-        // The block that is kBlocksAhead later in this walk: further down, or in the next tile.
-        const int later = row + kBlocksAhead * kBlockRows;
-        const Ahead ahead(later < item.rows ? tile : next, item.row + later % item.rows);
-        block(tile, item.row + row, ahead, x, item, c, sums + row * item.tokens);
+      for (int t = 0; t < item.tokens; t += kTokensInRegisters) {
+        const uint16_t* tokens[kTokensInRegisters];
+        const int count = item.tokens - t < kTokensInRegisters ? item.tokens - t : kTokensInRegisters;
+        for (int i = 0; i < count; ++i) tokens[i] = x.tile(item.token + t + i, c);
+        const TileCursor* ahead = t == 0 ? &next : nullptr;
+        switch (count) {
+          case 1:
+            rows<1>(item, tile, ahead, tokens, sums + t);
+            break;
+          case 2:
+            rows<2>(item, tile, ahead, tokens, sums + t);
+            break;
+          case 3:
+            rows<3>(item, tile, ahead, tokens, sums + t);
+            break;
+          default:
+            rows<4>(item, tile, ahead, tokens, sums + t);
+        }
       }
       tile.next();
     }
@@ -88,42 +101,32 @@ class FewTokens {
     }
   }
 
-  static void block(const TileCursor& tile, int row, const Ahead& ahead, const Tokens& x, const Item& item, int64_t c,
-                    Sum* sums) {
-    for (int t = 0; t < item.tokens; t += kTokensInRegisters) {
-      const uint16_t* tokens[kTokensInRegisters];
-      const int count = item.tokens - t < kTokensInRegisters ? item.tokens - t : kTokensInRegisters;
-      for (int i = 0; i < count; ++i) tokens[i] = x.tile(item.token + t + i, c);
-      switch (count) {
-        case 1:
-          rows<1>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
-          break;
-        case 2:
-          rows<2>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
-          break;
-        case 3:
-          rows<3>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
-          break;
-        default:
-          rows<4>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
-      }
-    }
-  }
-
+  // All rows of the item times T tokens. next: the tile whose bytes are fetched when those of this one are, or null.
   template <int T>
-  static void rows(const TileCursor& tile, int row, bool fetch, const Ahead& ahead, const uint16_t* const* tokens,
-                   Sum* sums, int stride) {
+  static void rows(const Item& item, const TileCursor& tile, const TileCursor* next, const uint16_t* const* tokens,
+                   Sum* sums) {
     if (tile.is_sparse()) {
-      each_row<T, true>(tile.at, row, fetch, ahead, tokens, sums, stride);
+      rows<T, true>(item, tile, next, tokens, sums);
     } else {
-      each_row<T, false>(tile.at, row, fetch, ahead, tokens, sums, stride);
+      rows<T, false>(item, tile, next, tokens, sums);
     }
   }
 
   template <int T, bool kSparse>
-  static void each_row(const uint8_t* tile, int row, bool fetch, const Ahead& ahead, const uint16_t* const* tokens,
-                       Sum* sums, int stride) {
+  static void rows(const Item& item, const TileCursor& tile, const TileCursor* next, const uint16_t* const* tokens,
+                   Sum* sums) {
     const typename Lanes::template XTile<T, kSparse> x(tokens);
+    for (int row = 0; row < item.rows; row += kBlockRows) {
+      // The block that is kBlocksAhead later in this walk: further down, or in the next tile.
+      const int later = row + kBlocksAhead * kBlockRows;
+      const Ahead ahead(later < item.rows || !next ? tile : *next, item.row + later % item.rows);
+      block<T, kSparse>(tile.at, item.row + row, next != nullptr, ahead, x, sums + row * item.tokens, item.tokens);
+    }
+  }
+
+  template <int T, bool kSparse>
+  static void block(const uint8_t* tile, int row, bool fetch, const Ahead& ahead,
+                    const typename Lanes::template XTile<T, kSparse>& x, Sum* sums, int stride) {
     constexpr int kAtOnce = Lanes::kRowsAtOnce;
     for (int r = 0; r < kBlockRows / kAtOnce; ++r) {
       Sum sum[kAtOnce][T];
