@@ -35,7 +35,7 @@ struct Ahead {
       : values(tile.at + 128 * row),
         second(tile.at + kSlotBytes + (tile.is_sparse() ? 16 : 128) * row),
         second_step(tile.is_sparse() ? 16 : 128) {}
-  void fetch(int r) const {
+  inline __attribute__((always_inline)) void fetch(int r) const {
     prefetch(values + 128 * r);
     prefetch(values + 128 * r + 64);
     prefetch(second + second_step * r);
@@ -125,8 +125,9 @@ class FewTokens {
   }
 
   template <int T, bool kSparse>
-  static void block(const uint8_t* tile, int row, bool fetch, const Ahead& ahead,
-                    const typename Lanes::template XTile<T, kSparse>& x, Sum* sums, int stride) {
+  static inline __attribute__((always_inline)) void block(const uint8_t* tile, int row, bool fetch, const Ahead& ahead,
+                                                          const typename Lanes::template XTile<T, kSparse>& x,
+                                                          Sum* sums, int stride) {
     constexpr int kAtOnce = Lanes::kRowsAtOnce;
     for (int r = 0; r < kBlockRows / kAtOnce; ++r) {
       Sum sum[kAtOnce][T];

@@ -1,6 +1,7 @@
 // A row of a tile with AVX2, FMA and F16C: 16 weights of 16 bits in a vector, two 16-byte units of the row. A byte
-// shuffle moves within 16 bytes, which are 8 columns of x: the kept columns of a unit come from two of them. The swizzle
-// swaps the two units of odd rows: x is prepared in both orders.
+// shuffle moves within 16 bytes, which are 8 columns of x: the kept columns of a unit come from two of them. The
+// swizzle swaps the two units of odd rows: x is prepared for that too where a row is sparse, whose shuffles are the
+// bottleneck.
 #pragma once
 
 #include <immintrin.h>
@@ -24,7 +25,9 @@ struct SplitBFloat16 {
     const __m256i odd = _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), _mm256_castsi256_ps(odd)};
   }
-  static FloatUnits widen(const uint8_t* units) { return widen(load256(units)); }
+  static FloatUnits widen(const uint8_t* unit0, const uint8_t* unit1) {
+    return widen(_mm256_set_m128i(load128(unit1), load128(unit0)));
+  }
 };
 
 // One unit, the other.
@@ -32,8 +35,8 @@ struct SplitHalf {
   static FloatUnits widen(__m256i v) {
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))};
   }
-  static FloatUnits widen(const uint8_t* units) {
-    return {_mm256_cvtph_ps(load128(units)), _mm256_cvtph_ps(load128(units + 16))};
+  static FloatUnits widen(const uint8_t* unit0, const uint8_t* unit1) {
+    return {_mm256_cvtph_ps(load128(unit0)), _mm256_cvtph_ps(load128(unit1))};
   }
 };
 
@@ -41,8 +44,8 @@ struct SplitHalf {
 struct Avx2Tables {
   // [odd row][row in 8..15 of its block][units 4..7]: the unit's half-word, eight times.
   alignas(32) uint8_t pick[2][2][2][32];
-  alignas(32) uint16_t raise[16];      // moves the two bits of a kept value to the top of its half-word
-  alignas(32) uint16_t base[16];       // bytes of column 0 of the value's group in its 8 columns
+  alignas(32) uint16_t raise[16];  // moves the two bits of a kept value to the top of its half-word
+  alignas(32) uint16_t base[16];   // bytes of column 0 of the value's group in its 8 columns
 
   constexpr Avx2Tables() : pick(), raise(), base() {
     for (int lane = 0; lane < 16; ++lane) {
@@ -90,14 +93,10 @@ struct Avx2Lanes {
 
   template <int T>
   struct XTile<T, false> {
-    FloatUnits values[2][T][8];  // [odd row]
+    FloatUnits values[T][8];
     explicit XTile(const uint16_t* const* tokens) {
       for (int t = 0; t < T; ++t) {
-        for (int i = 0; i < 8; ++i) {
-          const __m256i units = load256(tokens[t] + 16 * i);
-          values[0][t][i] = Packed::widen(units);
-          values[1][t][i] = Packed::widen(_mm256_permute4x64_epi64(units, 0x4E));
-        }
+        for (int i = 0; i < 8; ++i) values[t][i] = Packed::widen(load256(tokens[t] + 16 * i));
       }
     }
   };
@@ -114,7 +113,7 @@ struct Avx2Lanes {
       FloatUnits weights[kRowsAtOnce];
       __m256i bytes[kRowsAtOnce];
       for (int j = 0; j < kRowsAtOnce; ++j) {
-        weights[j] = Packed::widen(units + 8 * 128 * j);
+        weights[j] = Packed::widen(load256(units + 8 * 128 * j));
         const __m256i word = _mm256_shuffle_epi8(words, load256(kAvx2.pick[odd][j][i >> 1]));
         const __m256i top =
             _mm256_and_si256(_mm256_mullo_epi16(word, load256(kAvx2.raise)), _mm256_set1_epi16(-0x4000));
@@ -136,14 +135,14 @@ struct Avx2Lanes {
   template <int T>
   static inline __attribute__((always_inline)) void dense_rows(const uint8_t* tile, int r, const XTile<T, false>& x,
                                                                Sum (&sums)[kRowsAtOnce][T]) {
-    const int odd = r & 1, swizzle = 16 * (r & 6);
+    const int swizzle = 16 * (r & 7);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const uint8_t* row = tile + kSlotBytes * (i >> 2) + 128 * r;
-      const uint8_t* units = row + (32 * (i & 3) ^ swizzle);
+      const uint8_t *unit0 = row + (32 * (i & 3) ^ swizzle), *unit1 = row + ((32 * (i & 3) + 16) ^ swizzle);
       for (int j = 0; j < kRowsAtOnce; ++j) {
-        const FloatUnits weights = Packed::widen(units + 8 * 128 * j);
-        for (int t = 0; t < T; ++t) sums[j][t] = add(sums[j][t], x.values[odd][t][i], weights);
+        const FloatUnits weights = Packed::widen(unit0 + 8 * 128 * j, unit1 + 8 * 128 * j);
+        for (int t = 0; t < T; ++t) sums[j][t] = add(sums[j][t], x.values[t][i], weights);
       }
     }
   }
