@@ -5,6 +5,14 @@
 
 #include "isa.h"
 
+#if defined(PK_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(PK_ARM64)
+#include <sys/auxv.h>
+#endif
+
 namespace patch_kernels::cpu {
 namespace {
 
@@ -14,11 +22,27 @@ enum Isa { PK_ISAS(PK_ENUMERATE) kIsas };
 #define PK_NAME(name) #name,
 constexpr const char* kNames[kIsas] = {PK_ISAS(PK_NAME)};
 
-bool has(Isa isa) {
+#if defined(PK_X86)
+bool has_f16c() {  // a name that __builtin_cpu_supports of clang 14 does not know
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+// The CPU has it and Linux lets this process have its registers (Documentation/arch/x86/xstate.rst).
+bool has_amx_bf16() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;  // CPUID.(7,0):EDX
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+bool has([[maybe_unused]] Isa isa) {
 #if defined(PK_X86)
   __builtin_cpu_init();
   if (isa == avx2_isa) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   }
   if (isa == avx512_isa) {
     return has(avx2_isa) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -26,6 +50,14 @@ bool has(Isa isa) {
            __builtin_cpu_supports("avx512cd");
   }
   if (isa == avx512_bf16_isa) return has(avx512_isa) && __builtin_cpu_supports("avx512bf16");
+  const auto can_expand = [] { return has(avx512_bf16_isa) && __builtin_cpu_supports("avx512vbmi2"); };
+  if (isa == amx_isa) return can_expand() && has_amx_bf16();
+#if defined(PK_EMULATED_ISAS)
+  if (isa == amx_emulated_isa) return can_expand();
+#endif
+#elif defined(PK_ARM64)
+  constexpr unsigned long kBFloat16 = 1 << 14;  // HWCAP2_BF16, which older headers of Linux lack
+  if (isa == neon_bf16_isa) return getauxval(AT_HWCAP2) & kBFloat16;
 #endif
   return true;
 }

@@ -5,8 +5,9 @@
 //
 // Lanes is how an instruction set does a row (lanes_*.h):
 //   Sum                        a vector of partial sums
-//   XTile<T>                   128 columns of T tokens, made from T pointers
-//   sparse_row<T>(tile, r, x, sums), dense_row<T>(...)     row r of a tile times T tokens, added to T sums
+//   XTile<T, kSparse>          128 columns of T tokens, made from T pointers, for rows of a sparse or a dense tile
+//   kRowsAtOnce                1, or 2: rows r and r + 8 of a block
+//   sparse_rows<T>(tile, r, x, sums), dense_rows<T>(...)   these rows of a tile times T tokens, added to their sums
 //   total(sum)                 of all lanes
 #pragma once
 
@@ -18,7 +19,7 @@ namespace {
 constexpr int kFewTokensAtOnce = 64;   // tokens of an item
 constexpr int kSumsInL1 = 256;         // rows x tokens of an item that is chosen by cache alone
 constexpr int kTokensInRegisters = 4;  // of x, whose 128 columns are four vectors of 512 bits a token
-constexpr int kBlocksAhead = 4;         // prefetched, 8 to 16 KB: measured on Zen 4, flat from 3 to 6
+constexpr int kBlocksAhead = 4;        // prefetched, 8 to 16 KB: measured on Zen 4, flat from 3 to 6
 
 inline int few_tokens_rows(int64_t tokens) {
   const int64_t rows = kSumsInL1 / (tokens < kFewTokensAtOnce ? tokens : kFewTokensAtOnce);
@@ -34,7 +35,7 @@ struct Ahead {
       : values(tile.at + 128 * row),
         second(tile.at + kSlotBytes + (tile.is_sparse() ? 16 : 128) * row),
         second_step(tile.is_sparse() ? 16 : 128) {}
-  void fetch(int r) const {
+  inline __attribute__((always_inline)) void fetch(int r) const {
     prefetch(values + 128 * r);
     prefetch(values + 128 * r + 64);
     prefetch(second + second_step * r);
@@ -70,11 +71,24 @@ class FewTokens {
     for (int64_t c = 0; c < matrix.tile_cols; ++c) {
       TileCursor next = tile;
       if (c + 1 < matrix.tile_cols) next.next();
-      for (int row = 0; row < item.rows; row += kBlockRows) {
-        // The block that is kBlocksAhead later in this walk: further down, or in the next tile.
-        const int later = row + kBlocksAhead * kBlockRows;
-        const Ahead ahead(later < item.rows ? tile : next, item.row + later % item.rows);
-        block(tile, item.row + row, ahead, x, item, c, sums + row * item.tokens);
+      for (int t = 0; t < item.tokens; t += kTokensInRegisters) {
+        const uint16_t* tokens[kTokensInRegisters];
+        const int count = item.tokens - t < kTokensInRegisters ? item.tokens - t : kTokensInRegisters;
+        for (int i = 0; i < count; ++i) tokens[i] = x.tile(item.token + t + i, c);
+        const TileCursor* ahead = t == 0 ? &next : nullptr;
+        switch (count) {
+          case 1:
+            rows<1>(item, tile, ahead, tokens, sums + t);
+            break;
+          case 2:
+            rows<2>(item, tile, ahead, tokens, sums + t);
+            break;
+          case 3:
+            rows<3>(item, tile, ahead, tokens, sums + t);
+            break;
+          default:
+            rows<4>(item, tile, ahead, tokens, sums + t);
+        }
       }
       tile.next();
     }
@@ -87,52 +101,48 @@ class FewTokens {
     }
   }
 
-  static void block(const TileCursor& tile, int row, const Ahead& ahead, const Tokens& x, const Item& item, int64_t c,
-                    Sum* sums) {
-    for (int t = 0; t < item.tokens; t += kTokensInRegisters) {
-      const uint16_t* tokens[kTokensInRegisters];
-      const int count = item.tokens - t < kTokensInRegisters ? item.tokens - t : kTokensInRegisters;
-      for (int i = 0; i < count; ++i) tokens[i] = x.tile(item.token + t + i, c);
-      switch (count) {
-        case 1:
-          rows<1>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
-          break;
-        case 2:
-          rows<2>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
-          break;
-        case 3:
-          rows<3>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
-          break;
-        default:
-          rows<4>(tile, row, t == 0, ahead, tokens, sums + t, item.tokens);
-      }
-    }
-  }
-
+  // All rows of the item times T tokens. next: the tile whose bytes are fetched when those of this one are, or null.
   template <int T>
-  static void rows(const TileCursor& tile, int row, bool fetch, const Ahead& ahead, const uint16_t* const* tokens,
-                   Sum* sums, int stride) {
-    const typename Lanes::template XTile<T> x(tokens);
+  static void rows(const Item& item, const TileCursor& tile, const TileCursor* next, const uint16_t* const* tokens,
+                   Sum* sums) {
     if (tile.is_sparse()) {
-      each_row<T, true>(tile.at, row, fetch, ahead, x, sums, stride);
+      rows<T, true>(item, tile, next, tokens, sums);
     } else {
-      each_row<T, false>(tile.at, row, fetch, ahead, x, sums, stride);
+      rows<T, false>(item, tile, next, tokens, sums);
     }
   }
 
   template <int T, bool kSparse>
-  static void each_row(const uint8_t* tile, int row, bool fetch, const Ahead& ahead,
-                       const typename Lanes::template XTile<T>& x, Sum* sums, int stride) {
-    for (int r = 0; r < kBlockRows; ++r) {
-      if (fetch) ahead.fetch(r);
-      Sum sum[T];
-      for (int t = 0; t < T; ++t) sum[t] = sums[r * stride + t];
-      if constexpr (kSparse) {
-        Lanes::template sparse_row<T>(tile, row + r, x, sum);
-      } else {
-        Lanes::template dense_row<T>(tile, row + r, x, sum);
+  static void rows(const Item& item, const TileCursor& tile, const TileCursor* next, const uint16_t* const* tokens,
+                   Sum* sums) {
+    const typename Lanes::template XTile<T, kSparse> x(tokens);
+    for (int row = 0; row < item.rows; row += kBlockRows) {
+      // The block that is kBlocksAhead later in this walk: further down, or in the next tile.
+      const int later = row + kBlocksAhead * kBlockRows;
+      const Ahead ahead(later < item.rows || !next ? tile : *next, item.row + later % item.rows);
+      block<T, kSparse>(tile.at, item.row + row, next != nullptr, ahead, x, sums + row * item.tokens, item.tokens);
+    }
+  }
+
+  template <int T, bool kSparse>
+  static inline __attribute__((always_inline)) void block(const uint8_t* tile, int row, bool fetch, const Ahead& ahead,
+                                                          const typename Lanes::template XTile<T, kSparse>& x,
+                                                          Sum* sums, int stride) {
+    constexpr int kAtOnce = Lanes::kRowsAtOnce;
+    for (int r = 0; r < kBlockRows / kAtOnce; ++r) {
+      Sum sum[kAtOnce][T];
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (fetch) ahead.fetch(r + 8 * i);
+        for (int t = 0; t < T; ++t) sum[i][t] = sums[(r + 8 * i) * stride + t];
       }
-      for (int t = 0; t < T; ++t) sums[r * stride + t] = sum[t];
+      if constexpr (kSparse) {
+        Lanes::template sparse_rows<T>(tile, row + r, x, sum);
+      } else {
+        Lanes::template dense_rows<T>(tile, row + r, x, sum);
+      }
+      for (int i = 0; i < kAtOnce; ++i) {
+        for (int t = 0; t < T; ++t) sums[(r + 8 * i) * stride + t] = sum[i][t];
+      }
     }
   }
 };

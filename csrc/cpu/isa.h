@@ -3,11 +3,13 @@
 
 #include "../ops.h"
 
-// From the least to the best. OP(name)
-#if defined(PK_X86)
-#define PK_ISAS(OP) OP(generic) OP(avx2) OP(avx512) OP(avx512_bf16)
+// From the least to the best. OP(name). An emulated one is less than the least: used where it is asked for, in tests.
+#if defined(PK_X86) && defined(PK_EMULATED_ISAS)
+#define PK_ISAS(OP) OP(amx_emulated) OP(generic) OP(avx2) OP(avx512) OP(avx512_bf16) OP(amx)
+#elif defined(PK_X86)
+#define PK_ISAS(OP) OP(generic) OP(avx2) OP(avx512) OP(avx512_bf16) OP(amx)
 #elif defined(PK_ARM64)
-#define PK_ISAS(OP) OP(generic) OP(neon)
+#define PK_ISAS(OP) OP(generic) OP(neon) OP(neon_bf16)
 #else
 #define PK_ISAS(OP) OP(generic)
 #endif

@@ -90,8 +90,9 @@ inline __m512i row_metadata(const uint8_t* tile, int r) {
 template <class Dot>
 struct Avx512Lanes {
   using Sum = __m512;
+  static constexpr int kRowsAtOnce = 1;
 
-  template <int T>
+  template <int T, bool kSparse>
   struct XTile {
     __m512i vectors[T][4];
     explicit XTile(const uint16_t* const* tokens) {
@@ -102,8 +103,9 @@ struct Avx512Lanes {
   };
 
   template <int T>
-  static inline __attribute__((always_inline)) void sparse_row(const uint8_t* tile, int r, const XTile<T>& x,
-                                                               Sum (&sums)[T]) {
+  static inline __attribute__((always_inline)) void sparse_rows(const uint8_t* tile, int r, const XTile<T, true>& x,
+                                                                Sum (&rows)[1][T]) {
+    Sum(&sums)[T] = rows[0];
     const int s = r & 7;
     const __m512i metadata = row_metadata(tile, r), base = load512(kRow.base[s & 3]);
 #pragma GCC unroll 2
@@ -120,8 +122,9 @@ struct Avx512Lanes {
   }
 
   template <int T>
-  static inline __attribute__((always_inline)) void dense_row(const uint8_t* tile, int r, const XTile<T>& x,
-                                                              Sum (&sums)[T]) {
+  static inline __attribute__((always_inline)) void dense_rows(const uint8_t* tile, int r, const XTile<T, false>& x,
+                                                               Sum (&rows)[1][T]) {
+    Sum(&sums)[T] = rows[0];
     const int s = r & 7;
     const __m512i order = load512(kRow.order[s & 3]);
 #pragma GCC unroll 4

@@ -154,7 +154,7 @@ class Pairs {
     }
 
     // The share of a tile's bytes that goes with kRows of its rows, in their order: the memory likes that best.
-    static void fetch(const TileCursor& tile, int row) {
+    static inline __attribute__((always_inline)) void fetch(const TileCursor& tile, int row) {
       const int bytes = tile_bytes(tile.is_sparse()) / (kTile / kRows);
       const uint8_t* at = tile.at + row / kRows * bytes;
       for (int i = 0; i < bytes; i += 64) prefetch(at + i);

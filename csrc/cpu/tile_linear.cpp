@@ -11,8 +11,14 @@
 
 #if defined(__AVX512BW__)
 #include "lanes_avx512.h"
+#elif defined(__AVX2__)
+#include "lanes_avx2.h"
+#elif defined(PK_NEON)
+#include "lanes_neon.h"
 #endif
-#if defined(__AVX512BF16__)
+#if defined(PK_AMX)
+#include "amx.h"
+#elif defined(__AVX512BF16__)
 #include "pairs.h"
 #endif
 
@@ -29,7 +35,11 @@ struct Kernels {
 template <>
 struct Kernels<BFloat16> {
   using Few = FewTokens<Avx512Lanes<DotBFloat16>, BFloat16>;
+#if defined(PK_AMX)
+  using Many = AmxOrPairs;
+#else
   using Many = Pairs;
+#endif
 };
 #elif defined(__AVX512BW__)
 template <>
@@ -37,11 +47,39 @@ struct Kernels<BFloat16> {
   using Few = FewTokens<Avx512Lanes<ShiftedBFloat16>, BFloat16>;
   using Many = Columns<BFloat16>;
 };
+#elif defined(__AVX2__)
+template <>
+struct Kernels<BFloat16> {
+  using Few = FewTokens<Avx2Lanes<SplitBFloat16>, BFloat16>;
+  using Many = Columns<BFloat16>;
+};
+#elif defined(PK_NEON)
+template <>
+struct Kernels<BFloat16> {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  using Few = FewTokens<NeonLanes<DotBFloat16>, BFloat16>;
+#else
+  using Few = FewTokens<NeonLanes<SplitBFloat16>, BFloat16>;
+#endif
+  using Many = Columns<BFloat16>;
+};
 #endif
 #if defined(__AVX512BW__)
 template <>
 struct Kernels<Half> {
   using Few = FewTokens<Avx512Lanes<ConvertedHalf>, Half>;
+  using Many = Columns<Half>;
+};
+#elif defined(__AVX2__)
+template <>
+struct Kernels<Half> {
+  using Few = FewTokens<Avx2Lanes<SplitHalf>, Half>;
+  using Many = Columns<Half>;
+};
+#elif defined(PK_NEON)
+template <>
+struct Kernels<Half> {
+  using Few = FewTokens<NeonLanes<SplitHalf>, Half>;
   using Many = Columns<Half>;
 };
 #endif
