@@ -1,4 +1,5 @@
-// Checks cpu::tile_linear without torch, on random problems until the time is over:
+// Checks cpu::tile_linear, with the kernels for few and for many tokens, and cpu::dense_linear without torch, on random
+// problems until the time is over:
 //   exact       integers, against the plain triple loop of integer_problem.h; several weights in one call
 //   same bits   real x: from run to run, over any number of threads, and with batch_invariant for any number of tokens
 //   pruned      NaN in the columns that no row keeps does not reach y
@@ -16,7 +17,7 @@
 #include "integer_problem.h"
 
 namespace patch_kernels::cpu {
-// dispatch.cpp points to every op; only tile_linear is linked.
+// dispatch.cpp points to every op; only the linear ones are linked.
 #define PK_ABSENT(isa)                                                                                          \
   namespace isa {                                                                                               \
   void masked_weight(const MaskedWeightArgs&, void*, double*, ParallelFor) { std::abort(); }                    \
@@ -103,6 +104,7 @@ struct Options {
   DType dtype;
   int cols;
   bool has_bias, batch_invariant;
+  CpuKernel kernel;
   int threads;
   bool y_at_end;
 };
@@ -122,12 +124,14 @@ std::vector<uint16_t> multiply(const std::vector<Part>& parts, const Fenced<uint
                         tokens,
                         {part.payload.data, part.flags.data, part.rows, options.cols},
                         options.dtype,
-                        options.batch_invariant};
+                        options.batch_invariant,
+                        options.threads};
     calls.push_back(call);
     rows += part.rows;
   }
   threads = options.threads;
-  cpu::tile_linear(calls.data(), static_cast<int>(calls.size()), parallel_for);
+  cpu::tile_linear(calls.data(), static_cast<int>(calls.size()),
+                   options.batch_invariant ? CpuKernel::kFew : options.kernel, parallel_for);
   std::vector<uint16_t> y(static_cast<size_t>(tokens) * rows);
   for (size_t i = 0; i < parts.size(); ++i) {
     for (int t = 0; t < tokens; ++t) {
@@ -139,6 +143,10 @@ std::vector<uint16_t> multiply(const std::vector<Part>& parts, const Fenced<uint
 }
 
 constexpr int kThreads[] = {1, 2, 3, 5};
+
+CpuKernel random_kernel(std::mt19937& random) {
+  return between(random, 0, 1) != 0 ? CpuKernel::kFew : CpuKernel::kMany;
+}
 
 // A finite number of any of some orders of magnitude, so that sums depend on their order.
 template <class Element>
@@ -163,6 +171,7 @@ std::string check_random(std::mt19937& random, const Sizes& sizes) {
                   sizes.cols,
                   sizes.bias,
                   between(random, 0, 1) != 0,
+                  random_kernel(random),
                   kThreads[between(random, 0, 3)],
                   between(random, 0, 1) != 0};
   std::vector<uint16_t> y = multiply(parts, x, sizes.tokens, options);
@@ -215,11 +224,38 @@ std::string check_pruned(std::mt19937& random, const Sizes& sizes) {
   for (size_t i = 0; i < x.size; ++i) x.data[i] = keep[i % cols] ? Numbers::round(1.0f) : uint16_t{0x7FFF};
   std::vector<Part> parts;
   parts.push_back(std::move(part));
-  const Options options{Packed::kDType, cols, false, between(random, 0, 1) != 0, 2, true};
+  const Options options{Packed::kDType, cols, false, between(random, 0, 1) != 0, random_kernel(random), 2, true};
   const std::vector<uint16_t> y = multiply(parts, x, tokens, options);
   for (size_t i = 0; i < y.size(); ++i) {
     const auto sum = static_cast<float>(round_integer(sums[i % sizes.rows], Packed::kPrecision));
     if (y[i] != Numbers::round(sum)) return "NaN of pruned columns: y[" + std::to_string(i) + "] is wrong";
+  }
+  return "";
+}
+
+// dense_linear on integers, where this instruction set has a kernel for it.
+template <class Packed>
+std::string check_dense(std::mt19937& random, const Sizes& sizes) {
+  using Numbers = Element<Packed>;
+  const int tokens = sizes.tokens % 12;
+  const size_t rows = sizes.rows, cols = sizes.cols;
+  const auto end = [&] { return between(random, 0, 1) != 0; };
+  Fenced<uint16_t> x(tokens * cols, end()), weight(rows * cols, end()), bias(rows, end()), y(tokens * rows, end());
+  for (const Fenced<uint16_t>* numbers : {&x, &weight, &bias}) {
+    for (size_t i = 0; i < numbers->size; ++i) {
+      numbers->data[i] = Numbers::round(static_cast<float>(between(random, -3, 3)));
+    }
+  }
+  threads = kThreads[between(random, 0, 3)];
+  bool done = false;
+  cpu::dense_linear(
+      {x.data, weight.data, sizes.bias ? bias.data : nullptr, y.data, tokens, sizes.rows, sizes.cols, Packed::kDType},
+      done, parallel_for);
+  for (size_t i = 0; done && i < y.size; ++i) {
+    const uint16_t *of_x = x.data + i / rows * cols, *of_weight = weight.data + i % rows * cols;
+    float sum = sizes.bias ? Numbers::widen(bias.data[i % rows]) : 0.0f;
+    for (size_t k = 0; k < cols; ++k) sum += Numbers::widen(of_x[k]) * Numbers::widen(of_weight[k]);
+    if (y.data[i] != Numbers::round(sum)) return "dense_linear: y[" + std::to_string(i) + "] is wrong";
   }
   return "";
 }
@@ -241,7 +277,7 @@ int run(double seconds, uint32_t seed) {
     for_each_packed([&](auto packed) {
       using Packed = decltype(packed);
       snprintf(current, sizeof(current), "%s %s\n", Packed::kShortName, describe(sizes).c_str());
-      for (const auto check : {check_random<Packed>, check_pruned<Packed>}) {
+      for (const auto check : {check_random<Packed>, check_pruned<Packed>, check_dense<Packed>}) {
         const std::string complaint = check(random, sizes);
         if (complaint.empty()) {
           ++passed;
