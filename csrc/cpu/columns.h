@@ -9,13 +9,21 @@
 namespace patch_kernels::cpu {
 namespace {
 
-constexpr int kVector = 16;        // tokens in a SIMD vector
-constexpr int kPanel = 64;         // tokens in a panel: at most four vectors of accumulators per weight row
-constexpr int kPanelsPerPass = 4;  // a decoded tile is used for this many panels, 4 x 128 x 64 accumulators = 128 KB
+// Tokens in a SIMD vector. No more than the instruction set has: GCC makes a wider one from scalars.
+#if defined(__AVX512F__)
+constexpr int kVector = 16;
+#elif defined(__AVX__)
+constexpr int kVector = 8;
+#else
+constexpr int kVector = 4;
+#endif
+constexpr int kPanel = 4 * kVector;  // tokens in a panel: at most four vectors of sums per weight row
+constexpr int kTokensPerPass = 256;  // for which a decoded tile is used: 256 x 128 sums = 128 KB
 
 typedef float Vec __attribute__((vector_size(4 * kVector)));
 
-// x as panels of fp32, token fastest: panel p, column k, token t at ((p*cols + k)*width + t). width = 16, 32, 48 or 64.
+// x as panels of fp32, token fastest: panel p, column k, token t at ((p*cols + k)*width + t). width is one to four
+// vectors.
 struct ColumnPanels {
   std::unique_ptr<float[]> storage;
   float* data;
@@ -64,23 +72,31 @@ void decode(const uint8_t* tile, bool is_sparse, DecodedTile& out) {
   }
 }
 
-// acc[row][token] += values[row][k] * x[k][token], kRows rows and kVectors vectors of tokens at a time.
+// acc[row][token] += values[row][k] * x[k][token], kRows rows and kVectors vectors of tokens at a time. Unrolled by
+// pragma: else GCC 12 keeps the sums in memory for three vectors and more, and takes six times as long.
 template <int kVectors, int kRows>
 void multiply_dense(const DecodedTile& tile, const float* x, int depth, float* accumulators) {
   constexpr int kWidth = kVectors * kVector;
   for (int r = 0; r < kTile; r += kRows) {
     Vec sum[kRows][kVectors];
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) memcpy(&sum[i][v], accumulators + (r + i) * kWidth + v * kVector, sizeof(Vec));
     }
     for (int k = 0; k < depth; ++k) {
       Vec column[kVectors];
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) memcpy(&column[v], x + k * kWidth + v * kVector, sizeof(Vec));
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[i][v] += tile.values[(r + i) * kTile + k] * column[v];
       }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) memcpy(accumulators + (r + i) * kWidth + v * kVector, &sum[i][v], sizeof(Vec));
     }
   }
@@ -113,8 +129,9 @@ void multiply_sparse(const DecodedTile& tile, const float* x, float* accumulator
 
 template <int kVectors>
 void multiply(const DecodedTile& tile, bool is_sparse, const float* x, int depth, float* accumulators) {
-  // 8 to 16 vector accumulators hide the latency of the multiply-adds and still fit the registers.
-  constexpr int kRows = kVectors >= 3 ? 4 : 8;
+  // 8 to 16 vector accumulators hide the latency of the multiply-adds and still fit the registers, which are 32 with
+  // AVX-512 and 16 with less.
+  constexpr int kRows = kVector == 16 ? (kVectors >= 3 ? 4 : 8) : kVectors == 1 ? 8 : kVectors == 4 ? 2 : 4;
   if (is_sparse) {
     multiply_sparse<kVectors, kRows>(tile, x, accumulators);
   } else {
@@ -161,7 +178,7 @@ ColumnPanels column_panels(const Tokens& x, ParallelFor parallel) {
 template <class T>
 class Columns {
  public:
-  static constexpr int kTokensOfItem = kPanelsPerPass * kPanel;
+  static constexpr int kTokensOfItem = kTokensPerPass;
   static constexpr int64_t kScratchOfValue = sizeof(float);  // bytes for each value of x
 
   Columns(const Tokens& x, ParallelFor parallel) : panels_(column_panels<T>(x, parallel)) {}
