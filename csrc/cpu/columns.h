@@ -12,8 +12,10 @@ namespace {
 // Tokens in a vector, and vectors of sums that the registers hold beside a column and a weight.
 #if defined(__AVX512F__)
 constexpr int kVector = 16, kSumVectors = 16;
-#else
+#elif defined(__AVX2__)
 constexpr int kVector = 8, kSumVectors = 8;
+#else  // 128 bits; two of them where there are 32
+constexpr int kVector = 4, kSumVectors = 8;
 #endif
 constexpr int kPanel = 4 * kVector;  // tokens in a panel: at most four vectors of sums for a row
 constexpr int kColumnTokens = 256;   // a decoded tile is used for as many: 256 x 128 sums are 128 KB

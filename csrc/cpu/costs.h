@@ -22,21 +22,43 @@ constexpr float kNever = 1e9f;
 
 template <class T>
 struct CostsOf;
-#if defined(__AVX512BF16__)
+#if defined(PK_AMX)
+template <>
+struct CostsOf<BFloat16> {  // guess, but for few tokens
+  static constexpr Costs kCosts = {{0.3f, 0.23f, 2.0f, 0.4f, 8.0f, 0.02f}, {0.1f, 0.26f, 2.0f, 0.4f, 13.4f, 0.02f}};
+};
+#elif defined(__AVX512BF16__)
 template <>
 struct CostsOf<BFloat16> {
   static constexpr Costs kCosts = {{0.3f, 0.23f, 0.6f, 2.5f, 8.0f, 0.152f}, {0.1f, 0.26f, 0.7f, 2.2f, 13.4f, 0.155f}};
 };
-#else
+#elif defined(__AVX512BW__)
 template <>
-struct CostsOf<BFloat16> {  // torch has no fast bf16 here
+struct CostsOf<BFloat16> {  // torch has no fast bf16 without these instructions
   static constexpr Costs kCosts = {{0.3f, 0.36f, 5.0f, 5.0f, kNever, 0}, {0.1f, 0.37f, 7.4f, 3.9f, kNever, 0}};
 };
-#endif
+#elif defined(PK_NEON)
 template <>
-struct CostsOf<Half> {  // nor fp16, 1.4 us a token
+struct CostsOf<BFloat16> {  // guess: AVX2's, and torch's with the matrix instructions that many of these CPUs have
+  static constexpr Costs kCosts = {{0.3f, 0.46f, 4.4f, 6.6f, 10.0f, 0.2f}, {0.1f, 0.61f, 6.6f, 4.0f, 14.0f, 0.2f}};
+};
+#else
+template <>
+struct CostsOf<BFloat16> {
+  static constexpr Costs kCosts = {{0.3f, 0.46f, 4.4f, 6.6f, kNever, 0}, {0.1f, 0.61f, 6.6f, 4.0f, kNever, 0}};
+};
+#endif
+#if defined(__AVX512BW__)
+template <>
+struct CostsOf<Half> {  // torch: 1.4 us a token
   static constexpr Costs kCosts = {{0.9f, 0.60f, 17.5f, 5.8f, kNever, 0}, {0.6f, 0.55f, 14.4f, 4.3f, kNever, 0}};
 };
+#else
+template <>
+struct CostsOf<Half> {
+  static constexpr Costs kCosts = {{0.2f, 0.46f, 17.7f, 7.1f, kNever, 0}, {0.2f, 0.80f, 12.7f, 4.2f, kNever, 0}};
+};
+#endif
 
 }  // namespace
 }  // namespace patch_kernels::cpu
