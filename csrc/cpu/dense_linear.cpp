@@ -14,12 +14,6 @@ namespace patch_kernels::cpu::PK_ISA {
 #if defined(__AVX512BW__)
 namespace {
 
-#if defined(__AVX512BF16__)
-using BFloat16Dot = DotBFloat16;
-#else
-using BFloat16Dot = ShiftedBFloat16;
-#endif
-
 constexpr int64_t kMostTokens = 8;  // from there on torch's product is as fast
 constexpr int kRowsOfItem = 32;
 constexpr int kRowsAtOnce = 2;         // for each load of x
@@ -85,11 +79,8 @@ void run(const DenseLinearArgs& args, ParallelFor parallel) {
 void dense_linear(const DenseLinearArgs& args, bool& done, ParallelFor parallel) {
   done = args.tokens <= kMostTokens;
   if (!done) return;
-  if (args.dtype == DType::kBFloat16) {
-    run<BFloat16Dot>(args, parallel);
-  } else {
-    run<ConvertedHalf>(args, parallel);
-  }
+  with_packed(args.dtype,
+              [&](auto packed) { run<typename LanesOf<typename decltype(packed)::Storage>::Dot>(args, parallel); });
 }
 #else
 void dense_linear(const DenseLinearArgs&, bool& done, ParallelFor) { done = false; }

@@ -158,5 +158,16 @@ struct Avx2Lanes {
   }
 };
 
+template <class T>
+struct LanesOf;
+template <>
+struct LanesOf<BFloat16> {
+  using Lanes = Avx2Lanes<SplitBFloat16>;
+};
+template <>
+struct LanesOf<Half> {
+  using Lanes = Avx2Lanes<SplitHalf>;
+};
+
 }  // namespace
 }  // namespace patch_kernels::cpu

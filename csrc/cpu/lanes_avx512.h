@@ -138,5 +138,22 @@ struct Avx512Lanes {
   static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 };
 
+template <class T>
+struct LanesOf;
+template <>
+struct LanesOf<BFloat16> {
+#if defined(__AVX512BF16__)
+  using Dot = DotBFloat16;
+#else
+  using Dot = ShiftedBFloat16;
+#endif
+  using Lanes = Avx512Lanes<Dot>;
+};
+template <>
+struct LanesOf<Half> {
+  using Dot = ConvertedHalf;
+  using Lanes = Avx512Lanes<Dot>;
+};
+
 }  // namespace
 }  // namespace patch_kernels::cpu

@@ -140,5 +140,20 @@ struct NeonLanes {
   static float total(const Sum& sum) { return Dot::total(sum); }
 };
 
+template <class T>
+struct LanesOf;
+template <>
+struct LanesOf<BFloat16> {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  using Lanes = NeonLanes<DotBFloat16>;
+#else
+  using Lanes = NeonLanes<SplitBFloat16>;
+#endif
+};
+template <>
+struct LanesOf<Half> {
+  using Lanes = NeonLanes<SplitHalf>;
+};
+
 }  // namespace
 }  // namespace patch_kernels::cpu

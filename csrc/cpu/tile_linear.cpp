@@ -26,68 +26,33 @@ namespace patch_kernels::cpu::PK_ISA {
 namespace {
 
 // The kernels of a packed dtype: for a few tokens (void: none) and for many.
+#if defined(__AVX512BW__) || defined(__AVX2__) || defined(PK_NEON)
 template <class T>
-struct Kernels {
-  using Few = void;
-  using Many = Columns<T>;
+using Few = FewTokens<typename LanesOf<T>::Lanes, T>;
+#else
+template <class T>
+using Few = void;
+#endif
+
+template <class T>
+struct ManyOf {
+  using Kernel = Columns<T>;
 };
 #if defined(__AVX512BF16__)
 template <>
-struct Kernels<BFloat16> {
-  using Few = FewTokens<Avx512Lanes<DotBFloat16>, BFloat16>;
+struct ManyOf<BFloat16> {
 #if defined(PK_AMX)
-  using Many = AmxOrPairs;
+  using Kernel = AmxOrPairs;
 #else
-  using Many = Pairs;
+  using Kernel = Pairs;
 #endif
-};
-#elif defined(__AVX512BW__)
-template <>
-struct Kernels<BFloat16> {
-  using Few = FewTokens<Avx512Lanes<ShiftedBFloat16>, BFloat16>;
-  using Many = Columns<BFloat16>;
-};
-#elif defined(__AVX2__)
-template <>
-struct Kernels<BFloat16> {
-  using Few = FewTokens<Avx2Lanes<SplitBFloat16>, BFloat16>;
-  using Many = Columns<BFloat16>;
-};
-#elif defined(PK_NEON)
-template <>
-struct Kernels<BFloat16> {
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-  using Few = FewTokens<NeonLanes<DotBFloat16>, BFloat16>;
-#else
-  using Few = FewTokens<NeonLanes<SplitBFloat16>, BFloat16>;
-#endif
-  using Many = Columns<BFloat16>;
-};
-#endif
-#if defined(__AVX512BW__)
-template <>
-struct Kernels<Half> {
-  using Few = FewTokens<Avx512Lanes<ConvertedHalf>, Half>;
-  using Many = Columns<Half>;
-};
-#elif defined(__AVX2__)
-template <>
-struct Kernels<Half> {
-  using Few = FewTokens<Avx2Lanes<SplitHalf>, Half>;
-  using Many = Columns<Half>;
-};
-#elif defined(PK_NEON)
-template <>
-struct Kernels<Half> {
-  using Few = FewTokens<NeonLanes<SplitHalf>, Half>;
-  using Many = Columns<Half>;
 };
 #endif
 
 constexpr int64_t kItemsOfThread = 8;
 
 template <class T>
-constexpr bool kHasFew = !std::is_void_v<typename Kernels<T>::Few>;
+constexpr bool kHasFew = !std::is_void_v<Few<T>>;
 
 // All items of the matrices: their tile rows cut into pieces of rows_of_item, the tokens into pieces of tokens_of_item.
 class Items {
@@ -150,12 +115,12 @@ void run_few(const std::vector<Matrix>& matrices, const Tokens& x, int threads, 
   const int tokens = static_cast<int>(x.count < kFewTokensAtOnce ? x.count : kFewTokensAtOnce);
   const Items items =
       items_for(matrices, x.count, threads, few_tokens_rows(tokens), kBlockRows, tokens, kFewTokensAtOnce);
-  run(typename Kernels<T>::Few(x, parallel), items, parallel);
+  run(Few<T>(x, parallel), items, parallel);
 }
 
 template <class T>
 void run_many(const std::vector<Matrix>& matrices, const Tokens& x, int threads, ParallelFor parallel) {
-  using Many = typename Kernels<T>::Many;
+  using Many = typename ManyOf<T>::Kernel;
   const Items items =
       items_for(matrices, x.count, threads, kTile, Many::kLeastRows, Many::kTokensOfItem, Many::kLeastTokens);
   run(Many(x, parallel), items, parallel);
@@ -165,13 +130,13 @@ constexpr int64_t kScratchBytes = 4 << 20;  // for x in the order of a kernel
 
 template <class T>
 void run(const TileLinearArgs* calls, int count, bool few, ParallelFor parallel) {
-  using Kernel = Kernels<T>;
+  using Many = typename ManyOf<T>::Kernel;
   const TileLinearArgs& first = calls[0];
   const int64_t cols = first.weight.cols;
-  constexpr int64_t kBlock = Kernel::Many::kTokensOfItem;
+  constexpr int64_t kBlock = Many::kTokensOfItem;
   int64_t at_once = first.tokens;
   if (!few) {
-    at_once = kScratchBytes / (Kernel::Many::kScratchOfValue * cols);
+    at_once = kScratchBytes / (Many::kScratchOfValue * cols);
     at_once = at_once > kBlock ? at_once / kBlock * kBlock : at_once < 64 ? 64 : at_once / 64 * 64;
   }
   for (int64_t token = 0; token < first.tokens; token += at_once) {
