@@ -146,4 +146,4 @@ def check_masks_hold(model: nn.Module, masks: Mapping[str, torch.Tensor] | None 
 def _lost_values(weight: torch.Tensor, keep: torch.Tensor) -> int:
     """How many values that are not zero stand where a mask prunes; by parts, so that temporaries stay small."""
     rows = zip(weight.detach().split(1024), keep.split(1024), strict=True)
-    return sum(int(part.ne(0).logical_and_(~kept.to(part.device)).sum()) for part, kept in rows)
+    return sum(int(part.ne(0).logical_and_(~kept.to(part.device)).count_nonzero()) for part, kept in rows)

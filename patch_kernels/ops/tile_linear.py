@@ -51,12 +51,12 @@ def payload_bytes(tile_is_sparse: Tensor) -> int:
 def kept_of_groups(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Kept weights of every group of four of a bool mask (N, K), and how many a 2:4 mask keeps there.
 
-    returns  (N, ceil(K/4)) int64 and (ceil(K/4),) int64: 2, but 1 for a last group that the edge cuts to one column.
+    returns  (N, ceil(K/4)) and (ceil(K/4),) uint8: 2, but 1 for a last group that the edge cuts to one column.
     """
     rows, cols = keep.shape
     groups = -(-cols // 4)
-    kept = torch.nn.functional.pad(keep, (0, groups * 4 - cols)).reshape(rows, groups, 4).sum(2)
-    expected = torch.full((groups,), 2, device=keep.device)
+    kept = torch.nn.functional.pad(keep, (0, groups * 4 - cols)).reshape(rows, groups, 4).sum(2, dtype=torch.uint8)
+    expected = torch.full((groups,), 2, dtype=torch.uint8, device=keep.device)
     if cols % 4 == 1:
         expected[-1] = 1
     return kept, expected
@@ -74,7 +74,7 @@ def two_of_four_violations(keep: Tensor, tile_is_sparse: Tensor) -> tuple[int, t
     group_tile = torch.arange(groups, device=keep.device) * 4 // TILE
     inside = tile_is_sparse.bool()[row_tile][:, group_tile]
     wrong = (kept != expected) & inside
-    count = int(wrong.sum())
+    count = int(wrong.count_nonzero())
     if count == 0:
         return 0, None
     row, group = divmod(int(wrong.flatten().to(torch.uint8).argmax()), groups)
