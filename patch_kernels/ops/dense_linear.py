@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     raises   ValueError for other kinds, dtypes and shapes.
     """
     require_tensor("dense_linear, x", x, dtypes=BY_TORCH, advice="Convert it, or use torch.nn.functional.linear.")
-    like = {"dtypes": (x.dtype,), "device": x.device}
+    like: dict[str, Any] = {"dtypes": (x.dtype,), "device": x.device}
     shape = ("N", x.shape[-1] if x.dim() else "K")
     require_tensor("dense_linear, weight", weight, shape=shape, advice="Convert it to the dtype of x.", **like)
     if bias is not None:
