@@ -270,10 +270,49 @@ def show(rows: list[dict], path: Path | None) -> None:
             save_csv(path, rows)
 
 
+def output_file(text: str) -> Path:
+    """A path of --csv and --plot; refused before anything is measured where no file can be there."""
+    path = Path(text)
+    if path.is_dir() or any(parent.exists() and not parent.is_dir() for parent in path.parents):
+        raise argparse.ArgumentTypeError(
+            f"expected the path of a file to write, got {text}: a folder, or below a file."
+        )
+    return path
+
+
+def picture_file(text: str) -> Path:
+    """An output_file that matplotlib draws as PNG."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .png, got {text}.")
+    return output_file(text)
+
+
+def in_range(options: argparse.Namespace, flags: argparse.ArgumentParser, ranges: Sequence[tuple]) -> None:
+    """End the program with one sentence for a number, or one of several, outside (name, least, most)."""
+    for name, least, most in ranges:
+        value = getattr(options, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not least <= number <= most:
+                limit = "or more" if most == math.inf else f"to {most}"
+                flags.error(f"--{name.replace('_', '-')}: expected numbers of {least} {limit}, got {number}.")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of an earlier --csv; ends the program with one sentence where there are none."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--from-csv: expected a file that --csv wrote, got {path}: {error}") from None
+    if not rows or "method" not in rows[0]:
+        raise SystemExit(f"--from-csv: expected rows that --csv wrote, got none in {path}.")
+    return rows
+
+
 def parser(description: str, *, repeats: bool = True) -> argparse.ArgumentParser:
     """With the flags that the benchmarks share; without --repeats for those that repeat nothing."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if repeats:
         result.add_argument("--repeats", type=int, default=10)
-    result.add_argument("--csv", type=Path, help="save the table here")
+    result.add_argument("--csv", type=output_file, help="save the table here")
     return result

@@ -52,7 +52,7 @@ def _check_environment(instruction_sets: list[str]) -> None:
         ("PATCH_KERNELS_CPU_ISA", instruction_sets),
         ("PATCH_KERNELS_CPU_KERNEL", ["few", "many", "torch"]),
     ):
-        if (value := os.environ.get(name)) is not None and value not in known:
+        if (value := os.environ.get(name)) and value not in known:
             raise ImportError(
                 f"patch_kernels: expected {name} to be one of {', '.join(known)} on this CPU, got {value!r}. Unset it."
             )

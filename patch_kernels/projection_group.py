@@ -17,7 +17,8 @@ _MOST_ROUNDS = 32
 
 Operands = tuple[Tensor, Tensor, Tensor | None]  # payload, tile flags, bias
 # x and {id(layer): what its result was made from, the version of that, the result}
-_Stash = tuple[Tensor, dict[int, tuple[Operands, int, Tensor]]]
+_Version = tuple[int, int, int]
+_Stash = tuple[Tensor, dict[int, tuple[Operands, _Version, Tensor]]]
 
 
 class Member(Protocol):
@@ -43,7 +44,7 @@ class ProjectionGroup:
 
     Layers hold the group; it knows them by weak references. So a copy of a model has groups of its own, and a copy of a
     layer brings no other along. Threads that share a model get right results, but soon one by one.
-    Writes that torch does not count (through .data) between two calls of a round are not seen.
+    Writes that torch does not count (through .data, or a NumPy view) between two calls of a round are not seen.
     """
 
     def __init__(self, size: int):
@@ -142,7 +143,7 @@ class ProjectionGroup:
         self._seen, self._members, self._stash = None, (), None
 
 
-def _version(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """A number that grows when one of these is changed in place. RuntimeError for tensors of inference mode."""
-    version = x._version + weight._version
-    return version if bias is None else version + bias._version
+def _version(x: Tensor, weight: Tensor, bias: Tensor | None) -> _Version:
+    """What differs once one of these is changed in place or elsewhere. RuntimeError for tensors of inference mode."""
+    version = x._version + weight._version + (0 if bias is None else bias._version)
+    return version, x.data_ptr(), weight.data_ptr()

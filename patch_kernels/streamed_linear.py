@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from patch_kernels.ops.dense_linear import MOST_TOKENS, _dense_linear
+from patch_kernels.ops.tile_linear import needs_grad
 from patch_kernels.packed_dtype import BY_TORCH
 
 
@@ -13,7 +15,8 @@ class StreamedLinear(nn.Linear):
     """nn.Linear that hands up to 8 tokens of a 16-bit weight on a CPU to ops.dense_linear.
 
     What of_linear makes is the same module with the same parameters, tied ones included: only its class changes, so
-    names, hooks and saved files stay. Calls with gradients, other devices and dtypes are nn.Linear's own.
+    names, hooks and saved files stay. Calls with gradients, under autocast, of other devices and dtypes are nn.Linear's
+    own.
     """
 
     @staticmethod
@@ -35,10 +38,13 @@ class StreamedLinear(nn.Linear):
             weight.dtype in BY_TORCH
             and x.dtype == weight.dtype
             and x.device.type == weight.device.type == "cpu"
-            and x.numel() <= MOST_TOKENS * self.in_features
+            and 0 < x.numel() <= MOST_TOKENS * self.in_features
             and x.shape[-1:] == weight.shape[1:]
+            and x.layout == torch.strided
             and (bias is None or bias.dtype == weight.dtype)
-            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+            and not (torch.is_grad_enabled() and (needs_grad(x, bias) or weight.requires_grad))
+            and not torch.is_autocast_enabled("cpu")
+            and forward_ad._current_level < 0
         ):
             return _dense_linear(x, weight, bias)
         return nn.functional.linear(x, weight, bias)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from patch_kernels.checks import kind_of
@@ -152,7 +153,11 @@ class TiledLinear(nn.Module):
         weight, tile_is_sparse, bias = operands = self.operands()
         if not is_compiling():
             group = self.group
-            if group is not None and not (is_grad_enabled() and tile_linear.needs_grad(x, bias)):
+            if (
+                group is not None
+                and not (is_grad_enabled() and tile_linear.needs_grad(x, bias))
+                and forward_ad._current_level < 0
+            ):
                 y = group.result(self, x, operands)
                 if y is not None:
                     return y

@@ -58,7 +58,9 @@ def measure(kind: str, tokens: list[int], repeats: int, dtype: str) -> list[floa
 
 
 def main() -> None:
-    options = parser().parse_args()
+    flags = parser()
+    options = flags.parse_args()
+    harness.in_range(options, flags, [("repeats", 1, 1000)])
     if options.measure:
         print(json.dumps(measure(**json.loads(options.measure))))
         return

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import functools
 import io
@@ -36,6 +35,15 @@ SCRATCH_SHAPE, SCRATCH_TOKENS, SCRATCH_SPARSITIES = (4096, 4096), (512, 2048), (
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPILED, LLAMA, READ = "torch.compile", "llama.cpp", "read"
 RATIOS = ("over_torch", "over_llama_cpp")  # columns: a rival's time over the method's
+RANGES = [
+    ("repeats", 1, math.inf),
+    ("tokens", 1, math.inf),
+    ("compiled_tokens", 1, math.inf),
+    ("sparsity", 0, 0.5),
+    ("cell_seconds", 0, math.inf),
+    ("budget_seconds", 1, math.inf),
+    ("l3_mib", 0.001, math.inf),
+]
 CHECKED_ROWS = 256  # rows of the weight whose results are compared with fp64
 
 
@@ -379,16 +387,17 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--cell-seconds", type=float, default=6, help="no more rounds after that, but a few")
     result.add_argument("--budget-seconds", type=float, default=math.inf)
     result.add_argument("--l3-mib", type=float, help="size of the last-level caches; default what Linux says")
-    result.add_argument("--plot", type=Path, help="draw the ratios over F.linear here")
+    result.add_argument("--plot", type=harness.picture_file, help="draw the ratios over F.linear here")
     result.add_argument("--from-csv", type=Path, help="no run: tables and plot of an earlier CSV")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    flags = parser()
+    options = flags.parse_args(arguments)
+    harness.in_range(options, flags, RANGES)
     if options.from_csv is not None:
-        with options.from_csv.open(encoding="utf-8", newline="") as file:
-            rows, wrong = list(csv.DictReader(file)), []
+        rows, wrong = harness.read_rows(options.from_csv), []
     else:
         run = CpuRun(
             options.shapes,

@@ -23,11 +23,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import json
 import math
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -347,7 +347,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     result.add_argument("--compile-sparsity", nargs="+", type=float, default=[0.45], help="beside the dense model")
     result.add_argument("--budget-seconds", type=float, default=900.0, help="what does not fit is cut, and named")
-    result.add_argument("--plot", type=Path, help="draw tokens/s and memory here (needs matplotlib)")
+    result.add_argument("--plot", type=harness.picture_file, help="draw tokens/s and memory here (needs matplotlib)")
     result.add_argument("--from-csv", type=Path, help="no run: tables and plot of an earlier CSV")
     return result
 
@@ -356,28 +356,25 @@ def checked_options(arguments: list[str] | None) -> argparse.Namespace:
     """Options in range; others end the program with one sentence."""
     flags = parser()
     options = flags.parse_args(arguments)
-    for name, least, most in (
+    ranges = [
         ("layers", 1, math.inf),
         ("batches", 1, math.inf),
         ("prompts", 1, memory_table.SEQLEN // 2),
         ("new_tokens", 2, memory_table.SEQLEN // 2),
         ("rounds", 1, math.inf),
         ("sparsity", 0.01, 0.5),
-    ):
-        value = getattr(options, name)
-        wrong = [number for number in (value if isinstance(value, list) else [value]) if number is not None]
-        wrong = [number for number in wrong if not least <= number <= most]
-        if wrong:
-            flag, limit = name.replace("_", "-"), "or more" if most == math.inf else f"to {most}"
-            flags.error(f"--{flag}: expected numbers of {least} {limit}, got {wrong[0]}.")
+        ("compile_sparsity", 0.01, 0.5),
+        ("budget_seconds", 1, math.inf),
+        ("weights_gb", 1, math.inf),
+    ]
+    harness.in_range(options, flags, ranges)
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = checked_options(arguments)
     if options.from_csv is not None:
-        with options.from_csv.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = harness.read_rows(options.from_csv)
     else:
         study = Study(
             options.models,
@@ -394,6 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
             torch.get_num_threads(),
             options.csv,
         )
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: folders of models are removed
         try:
             study.run()
         except Failed as error:

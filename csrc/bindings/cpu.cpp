@@ -154,14 +154,15 @@ Tensor dense_linear(const Tensor& x_in, const Tensor& weight, const OptionalTens
   STD_TORCH_CHECK(weight.scalar_type() == type && weight.dim() == 2 && weight.size(1) == cols && cols >= 1,
                   "dense_linear: weight must be (N, K) of x's dtype and K");
   const int64_t rows = weight.size(0);
-  STD_TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == type && bias->numel() == rows && bias->is_contiguous()),
+  STD_TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == type && bias->dim() == 1 && bias->size(0) == rows),
                   "dense_linear: bias must be (N,) of x's dtype");
   bool done = false;
   if (weight.is_contiguous() && weight.is_cpu()) {
     const Tensor x = as_contiguous(x_in), y = new_output(x, rows);
+    const OptionalTensor added = bias ? OptionalTensor(as_contiguous(*bias)) : std::nullopt;
     const DenseLinearArgs args{x.const_data_ptr(),
                                weight.const_data_ptr(),
-                               bias ? bias->const_data_ptr() : nullptr,
+                               added ? added->const_data_ptr() : nullptr,
                                y.mutable_data_ptr(),
                                x.numel() / cols,
                                rows,

@@ -47,16 +47,15 @@ def fuse_projections(model: nn.Module) -> int:
 
 
 def stream_head(model: nn.Module) -> bool:
-    """Let the output head be read at the memory's speed for a few tokens on a CPU; returns whether it is an nn.Linear.
+    """Let the output head be read at the memory's speed for a few tokens on a CPU; returns whether it is now.
 
     pack_model and loading do it: of a small model the head is a large part of what a token reads. The module, its name
     and its weight, tied or not, stay the same.
     """
     head = _head(model)
-    if type(head) is not nn.Linear:
-        return False
-    StreamedLinear.of_linear(head)
-    return True
+    if type(head) is nn.Linear:
+        StreamedLinear.of_linear(head)
+    return isinstance(head, StreamedLinear)
 
 
 def unstream_head(model: nn.Module) -> None:

@@ -103,7 +103,8 @@ class PatchHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        unpack_layers(model, dtype=dtype)
+        # A string once the model was saved.
+        unpack_layers(model, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         unstream_head(model)
         mark_dense(model)
         return model

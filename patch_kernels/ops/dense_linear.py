@@ -22,12 +22,14 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     x        (..., K) fp16 or bf16
     weight   (N, K) of x's dtype
     bias     (N,) of x's dtype, or None; added in fp32
-    returns  (..., N); sums are fp32. Row i does not depend on the number of rows up to 8.
+    returns  (..., N); sums are fp32. Row i does not depend on the number of rows up to 8
+             where the weight is contiguous; another one is torch's.
     raises   ValueError for other kinds, dtypes and shapes.
     """
-    require_tensor("dense_linear, x", x, dtypes=BY_TORCH, advice="Convert it, or use torch.nn.functional.linear.")
+    advice = "Convert it, or use torch.nn.functional.linear."
+    require_tensor("dense_linear, x", x, dtypes=BY_TORCH, shape=(..., "K"), advice=advice)
     like: dict[str, Any] = {"dtypes": (x.dtype,), "device": x.device}
-    shape = ("N", x.shape[-1] if x.dim() else "K")
+    shape = ("N", x.shape[-1])
     require_tensor("dense_linear, weight", weight, shape=shape, advice="Convert it to the dtype of x.", **like)
     if bias is not None:
         require_tensor("dense_linear, bias", bias, shape=weight.shape[:1], advice="Pass None for none.", **like)

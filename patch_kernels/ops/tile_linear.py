@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from patch_kernels._library import gemm_status
 from patch_kernels.checks import require_sizes, require_tensor
@@ -180,11 +181,21 @@ def tile_linear(
     if not isinstance(x, Tensor) or not (given is None or isinstance(given, Tensor)):
         require_tensor("tile_linear, x", x)
         require_tensor("tile_linear, bias", given, advice="Pass None for none.")
+    if forward_ad._current_level >= 0:
+        _refuse_forward_mode(x)
     op = _tile_linear_train if torch.is_grad_enabled() and needs_grad(x, bias) else _tile_linear
     y = op(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
     if x.is_cuda and schedule is not None and not torch.compiler.is_compiling():
         _say_if_dense(x.device.index)
     return y
+
+
+def _refuse_forward_mode(x: Tensor) -> None:
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            "tile_linear, x: expected no forward-mode derivative, for which a packed weight has no formula, got a dual "
+            "tensor. Use reverse mode, or unpack the weight."
+        )
 
 
 def tile_linear_group(x: Tensor, weights: Sequence[Any], batch_invariant: bool = False) -> Sequence[Tensor]:

@@ -99,6 +99,11 @@ def test_unknown_names_are_refused(name, message, monkeypatch):
         _library.load_library()
 
 
+def test_an_empty_name_is_none(monkeypatch):
+    monkeypatch.setenv("PATCH_KERNELS_CPU_ISA", "")
+    assert _library.load_library() == LIBRARY_PATH
+
+
 def test_instruction_sets_of_this_cpu():
     info = _library.build_info(LIBRARY_PATH)
     known = info["cpu_instruction_sets"].split()

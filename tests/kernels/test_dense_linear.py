@@ -36,6 +36,8 @@ def test_real_data_two_times_rule(dtype):
         assert torch.equal(dense_linear(x[i], weight), whole[i])
     assert torch.equal(dense_linear(x.T.contiguous().T, weight), whole)
     assert torch.equal(dense_linear(x.reshape(2, 4, 1000), weight).reshape(8, 700), whole)
+    bias = torch.randn(1400, generator=generator).to(dtype)[::2]
+    assert torch.equal(dense_linear(x, weight, bias), dense_linear(x, weight, bias.contiguous()))
 
 
 def test_opcheck():
@@ -71,6 +73,13 @@ def test_streamed_linear_leaves_what_it_cannot_do_to_torch():
         linear(torch.randn(2, 41).bfloat16())
     with torch.autocast("cpu"):
         assert linear(torch.randn(2, 40)).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert linear(torch.randn(2, 40).bfloat16()).dtype == torch.float16
+    x = torch.ones(2, 40).bfloat16()
+    assert torch.func.jvp(linear, (x,), (x,))[1].abs().sum() > 0
+    linear.bias.requires_grad_()
+    linear(x).sum().backward()
+    assert torch.equal(linear.bias.grad, torch.full_like(linear.bias, 2))
     with pytest.raises(ValueError, match=r"expected an nn\.Linear, got Conv1d. Leave it"):
         StreamedLinear.of_linear(torch.nn.Conv1d(1, 1, 1))
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
@@ -82,8 +91,9 @@ def test_streamed_linear_leaves_what_it_cannot_do_to_torch():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, w: dense_linear(x.float(), w), r"x: expected torch.float16 or torch.bfloat16, got torch.float32"),
+        (lambda x, w: dense_linear(x.float(), w), r"x: expected torch.float16 or torch.bfloat16 .*, got torch.float32"),
         (lambda x, w: dense_linear(None, w), "x: expected .*, got NoneType. Convert it"),
+        (lambda x, w: dense_linear(x[0, 0], w), r"x: expected .* \(\.\.\., K\), got torch.bfloat16 \(\)"),
         (lambda x, w: dense_linear(x, w[:, :4]), r"weight: expected torch.bfloat16 \(N, 8\) on cpu, got .*\(6, 4\)"),
         (lambda x, w: dense_linear(x, w.half()), r"weight: expected torch.bfloat16 .*, got torch.float16"),
         (lambda x, w: dense_linear(x, w, w[0]), r"bias: expected torch.bfloat16 \(6,\) on cpu, got .*\(8,\)"),

@@ -446,3 +446,9 @@ def test_bad_input_is_refused(call, message):
 def test_the_op_itself_keeps_memory_safe(arguments, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.patch_kernels.tile_linear(*arguments)
+
+
+def test_forward_mode_is_refused():
+    layer, x = TiledLinear(128, 128, dtype=torch.float16), torch.ones(2, 128).half()
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative, .* Use reverse mode, or unpack"):
+        torch.func.jvp(layer, (x,), (x,))

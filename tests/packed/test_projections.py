@@ -215,7 +215,7 @@ def test_compiled_and_inference_mode(packed):
 
 def test_the_head_is_streamed_and_given_back(packed, tmp_path):
     weight = packed.lm_head.weight
-    assert type(packed.lm_head) is StreamedLinear and not stream_head(packed)  # it is already
+    assert type(packed.lm_head) is StreamedLinear and stream_head(packed)
     save_packed(packed, None, tmp_path / "packed")
     again = patch.load(tmp_path / "packed")
     assert type(again.lm_head) is StreamedLinear
@@ -224,3 +224,21 @@ def test_the_head_is_streamed_and_given_back(packed, tmp_path):
     assert type(packed.lm_head) is torch.nn.Linear and packed.lm_head.weight is weight
     again.dequantize()
     assert type(again.lm_head) is torch.nn.Linear
+
+
+def test_dequantize_after_saving(packed, tmp_path):
+    packed.save_pretrained(tmp_path / "saved")  # which makes a string of config.dtype
+    packed.dequantize()
+    assert not any(packed_layers(packed)) and packed.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_other_memory_behind_a_tensor_is_noticed(packed):
+    for _ in range(4):
+        output(packed)
+    attention = packed.model.layers[0].self_attn
+    x = torch.randn(1, 2, attention.q_proj.in_features).bfloat16()
+    expected = attention.k_proj.tiled_weight.matmul(2 * x)
+    attention.q_proj(x)
+    x.data = 2 * x
+    assert torch.equal(attention.k_proj(x), expected)

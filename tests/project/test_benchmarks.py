@@ -1018,3 +1018,33 @@ def test_gguf_names_and_order_of_rotary_rows():
     assert peer_llama_cpp.gguf_name("model.layers.0.post_attention_layernorm.weight") == "blk.0.ffn_norm.weight"
     rows = torch.arange(8)[:, None].numpy()  # two heads of four rows: 0 turns with 2, 1 with 3
     assert peer_llama_cpp.interleaved_halves(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (bench_tile_linear_cpu.main, ["--tokens", "0"], "--tokens: expected numbers of 1 or more, got 0"),
+        (bench_tile_linear_cpu.main, ["--sparsity", "45"], "--sparsity: expected numbers of 0 to 0.5, got 45.0"),
+        (bench_tile_linear_cpu.main, ["--sparsity", "nan"], "--sparsity: expected numbers of 0 to 0.5, got nan"),
+        (bench_tile_linear_cpu.main, ["--repeats", "0"], "--repeats: expected numbers of 1 or more, got 0"),
+        (bench_tile_linear_cpu.main, ["--csv", "."], "argument --csv: expected the path of a file to write, got ."),
+        (bench_tile_linear_cpu.main, ["--plot", "a.xyz"], "argument --plot: expected a name that ends in .png"),
+        (generate.main, ["--weights-gb", "0"], "--weights-gb: expected numbers of 1 or more, got 0.0"),
+        (generate.main, ["--plot", "README.md/a.png"], "expected the path of a file to write, got README.md/a.png"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(main, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "", "a,b\n1,2\n"])
+def test_an_earlier_csv_must_be_one(text, tmp_path):
+    path = tmp_path / "rows.csv"
+    if text is not None:
+        path.write_text(text)
+    for main in (bench_tile_linear_cpu.main, generate.main):
+        with pytest.raises(SystemExit, match=r"--from-csv: expected (a file|rows) that --csv wrote, got"):
+            main(["--from-csv", str(path)])
