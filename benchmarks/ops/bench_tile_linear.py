@@ -7,7 +7,6 @@ python -m benchmarks.ops.bench_tile_linear --csv out.csv --plot out.png --peer b
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import functools
 import math
@@ -286,8 +285,7 @@ def main() -> None:
         )
     wrong: list[str] = []
     if options.from_csv is not None:
-        with options.from_csv.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = harness.read_rows(options.from_csv)
     else:
         peer = peer_cutlass.load(options.peer) if options.peer else None
         tbps = options.bandwidth or shapes.bandwidth_tbps(torch.cuda.get_device_name())
