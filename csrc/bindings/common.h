@@ -81,18 +81,9 @@ inline TiledMatrix tiled_matrix(const Tensor& payload, const Tensor& tile_is_spa
           static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr()), rows, cols};
 }
 
-// A loop that compilers vectorise: it runs at every call, and a large layer has thousands of tiles.
 inline void check_payload_on_host(const Tensor& payload, const Tensor& tile_is_sparse, const char* op) {
-  const auto* flags = static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr());
-  const int64_t tiles = tile_is_sparse.numel();
-  int64_t sparse = 0;
-  for (int64_t first = 0; first < tiles; first += 128) {
-    const int count = static_cast<int>(tiles - first < 128 ? tiles - first : 128);
-    uint8_t in_block = 0;  // at most 128
-    for (int i = 0; i < count; ++i) in_block = static_cast<uint8_t>(in_block + (flags[first + i] != 0));
-    sparse += in_block;
-  }
-  const int64_t expected = sparse * kSparseTileBytes + (tiles - sparse) * kDenseTileBytes;
+  const int64_t expected =
+      cpu::payload_bytes(static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr()), tile_is_sparse.numel());
   STD_TORCH_CHECK(payload.numel() == expected, op, ": payload has ", payload.numel(),
                   " bytes, but its tile flags need ", expected);
 }

@@ -21,8 +21,9 @@ constexpr int kSumsInL1 = 256;         // rows x tokens of an item that is chose
 constexpr int kTokensInRegisters = 4;  // of x, whose 128 columns are four vectors of 512 bits a token
 constexpr int kBlocksAhead = 4;        // prefetched, 8 to 16 KB: measured on Zen 4, flat from 3 to 6
 
-inline int few_tokens_rows(int64_t tokens) {
-  const int64_t rows = kSumsInL1 / (tokens < kFewTokensAtOnce ? tokens : kFewTokensAtOnce);
+// Rows of an item of 1 to kFewTokensAtOnce tokens.
+inline int few_tokens_rows(int tokens) {
+  const int rows = kSumsInL1 / tokens;
   return rows >= kTile ? kTile : rows >= 64 ? 64 : rows >= 32 ? 32 : kBlockRows;
 }
 
@@ -63,7 +64,8 @@ class FewTokens {
   const Tokens& x_;
 
   static void multiply(const Item& item, const Tokens& x) {
-    constexpr int kSums = kFewTokensAtOnce * kBlockRows > kSumsInL1 ? kFewTokensAtOnce * kBlockRows : kSumsInL1;
+    constexpr int kSums = kFewTokensAtOnce * kBlockRows;
+    static_assert(kSums >= kSumsInL1, "few_tokens_rows x tokens of any item");
     alignas(64) Sum sums[kSums];
     memset(static_cast<void*>(sums), 0, sizeof(Sum) * item.rows * item.tokens);
     const Matrix& matrix = *item.matrix;

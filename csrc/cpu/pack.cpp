@@ -96,9 +96,8 @@ PackError pack_sparse(const uint16_t* weight, const bool* keep, int64_t cols, co
 }  // namespace
 
 int64_t payload_bytes(const uint8_t* tile_is_sparse, int64_t tiles) {
-  int64_t bytes = 0;
-  for (int64_t t = 0; t < tiles; ++t) bytes += tile_bytes(tile_is_sparse[t]);
-  return bytes;
+  const int64_t sparse = count_sparse(tile_is_sparse, tiles);
+  return sparse * kSparseTileBytes + (tiles - sparse) * kDenseTileBytes;
 }
 
 PackError pack_tiles(const uint16_t* weight, const bool* keep, const uint8_t* tile_is_sparse, int64_t rows,

@@ -175,8 +175,7 @@ CpuKernel cheapest(const TileLinearArgs& call) {
   if (!kHasFew<T>) return CpuKernel::kMany;
   if (call.batch_invariant || call.tokens <= kTokensInRegisters) return CpuKernel::kFew;
   const int64_t tiles = ceil_div(call.weight.rows, kTile) * ceil_div(call.weight.cols, kTile);
-  int64_t sparse = 0;
-  for (int64_t t = 0; t < tiles; ++t) sparse += call.weight.tile_is_sparse[t] != 0;
+  const int64_t sparse = count_sparse(call.weight.tile_is_sparse, tiles);
   constexpr Costs costs = CostsOf<T>::kCosts;
   CpuKernel best = CpuKernel::kFew;
   float least = kNever;

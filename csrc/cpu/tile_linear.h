@@ -36,10 +36,7 @@ struct Matrix {
     int64_t begin = 0;
     for (int64_t r = 0; r < tile_rows; ++r) {
       row_begin[r] = begin;
-      const uint8_t* flags = tile_is_sparse + r * tile_cols;
-      int64_t sparse = 0;
-      for (int64_t c = 0; c < tile_cols; ++c) sparse += flags[c] != 0;
-      begin += tile_cols * kDenseTileBytes - sparse * (kDenseTileBytes - kSparseTileBytes);
+      begin += payload_bytes(tile_is_sparse + r * tile_cols, tile_cols);
     }
   }
 

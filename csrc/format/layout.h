@@ -67,6 +67,20 @@ PK_HD constexpr int group_nibble(int keep_bits) {
 // The six legal nibbles: 0100 1000 1100 1001 1101 1110.
 PK_HD constexpr bool is_legal_nibble(int nibble) { return (nibble & 3) < (nibble >> 2); }
 
+// Sparse ones among the flags of `tiles` tiles. In bytes, block by block, which compilers vectorise: it is part of
+// every call, and a large layer has thousands of tiles.
+inline int64_t count_sparse(const uint8_t* tile_is_sparse, int64_t tiles) {
+  constexpr int64_t kBlock = 128;
+  int64_t sparse = 0;
+  for (int64_t first = 0; first < tiles; first += kBlock) {
+    const int count = static_cast<int>(tiles - first < kBlock ? tiles - first : kBlock);
+    uint8_t in_block = 0;
+    for (int i = 0; i < count; ++i) in_block = static_cast<uint8_t>(in_block + (tile_is_sparse[first + i] != 0));
+    sparse += in_block;
+  }
+  return sparse;
+}
+
 constexpr int tile_bytes(bool is_sparse) { return is_sparse ? kSparseTileBytes : kDenseTileBytes; }
 
 }  // namespace patch_kernels
