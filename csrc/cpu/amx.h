@@ -107,40 +107,6 @@ inline __m512i keep_bits(__m512i nibbles) {
   return _mm512_or_si512(_mm512_or_si512(kept0, kept1), _mm512_or_si512(kept2, kept3));
 }
 
-// x by pairs of columns: [block of 16 tokens][tile][pair][token][2].
-class PairedTokens {
- public:
-  struct alignas(kRegisterBytes) Pairs16 {
-    uint16_t of[kVectorTokens][2];
-  };
-
-  PairedTokens(const Tokens& x, ParallelFor parallel) : tile_cols_(ceil_div(x.cols, kTile)) {
-    const int64_t items = ceil_div(x.count, kVectorTokens) * tile_cols_;
-    storage_.resize(items * kPairsOfTile);
-    parallel_over(parallel, items, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        for (int t = 0; t < kVectorTokens; ++t) {
-          const int64_t token = item / tile_cols_ * kVectorTokens + t;
-          if (token >= x.count) continue;
-          const uint16_t* from = x.tile(token, item % tile_cols_);
-          for (int pair = 0; pair < kPairsOfTile; ++pair) {
-            memcpy(storage_[item * kPairsOfTile + pair].of[t], from + 2 * pair, 2 * sizeof(uint16_t));
-          }
-        }
-      }
-    });
-  }
-
-  const Pairs16* tile(int64_t block, int64_t c) const {
-    return storage_.data() + (block * tile_cols_ + c) * kPairsOfTile;
-  }
-
- private:
-  static constexpr int kPairsOfTile = kTile / 2;
-  int64_t tile_cols_;
-  std::vector<Pairs16> storage_;
-};
-
 class Amx {
  public:
   static constexpr int kTokensOfItem = 128;
@@ -177,13 +143,7 @@ class Amx {
           }
         }
       }
-      const int rows = matrix.rows_of(item.tile_row);
-      for (int t = 0; t < item.tokens; ++t) {
-        const float* sums = sums_ + t / kVectorTokens * kTile * kVectorTokens + t % kVectorTokens;
-        for (int r = 0; r < rows; ++r) {
-          store<BFloat16>(matrix, item.tile_row * kTile + r, item.token + t, sums[r * kVectorTokens]);
-        }
-      }
+      store_blocks(item, sums_);
     }
 
    private:
@@ -232,7 +192,7 @@ class Amx {
 
     // Row blocks i and i + 1 with one or two blocks of tokens.
     template <bool kTwo>
-    void multiply(int i, const PairedTokens::Pairs16* x0, const PairedTokens::Pairs16* x1, int block) {
+    void multiply(int i, const uint16_t* x0, const uint16_t* x1, int block) {
       float *sums0 = sums_ + (block * kRowBlocks + i) * kRegisterSums, *sums1 = sums0 + kRowBlocks * kRegisterSums;
       registers_.load<0>(sums0);
       registers_.load<1>(sums0 + kRegisterSums);
@@ -244,11 +204,11 @@ class Amx {
         const uint8_t* weights = weights_ + kRegisterSize * (kSteps * i + step);
         registers_.load<4>(weights);
         registers_.load<5>(weights + kSteps * kRegisterSize);
-        registers_.load<6>(x0 + kRegisterRows * step);
+        registers_.load<6>(x0 + kRegisterSize / kValueBytes * step);
         registers_.multiply<0, 4, 6>();
         registers_.multiply<1, 5, 6>();
         if constexpr (kTwo) {
-          registers_.load<7>(x1 + kRegisterRows * step);
+          registers_.load<7>(x1 + kRegisterSize / kValueBytes * step);
           registers_.multiply<2, 4, 7>();
           registers_.multiply<3, 5, 7>();
         }
@@ -261,14 +221,14 @@ class Amx {
       }
     }
 
-    const PairedTokens& x_;
+    const BlockedTokens<2>& x_;
     TileRegisters registers_;
     alignas(64) uint8_t weights_[kTile * kTile * kValueBytes];  // [row block][step][row][32 columns]
     alignas(64) float sums_[kTile * kTokensOfItem];             // [block of tokens][row][token]
   };
 
  private:
-  PairedTokens x_;
+  BlockedTokens<2> x_;  // pairs of columns: what the second operand takes
 };
 
 // y of a matrix of one tile row.

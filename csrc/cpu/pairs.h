@@ -52,39 +52,60 @@ struct PairTables {
 constexpr PairTables kPair;
 constexpr int kFirstPair = 0, kLastPair = 5;  // columns 0, 1 and columns 2, 3: all that a dense tile needs
 
-// x with four columns of a token side by side, groups of columns apart: [block of 16 tokens][group][token][4].
-class GroupedTokens {
+// x with kColumns columns of a token side by side: [block of 16 tokens][tile][columns / kColumns][token][kColumns].
+template <int kColumns>
+class BlockedTokens {
  public:
-  static constexpr int kTile16 = kTile * kVectorTokens;  // values of a block in a tile
+  static constexpr int kTileValues = kTile * kVectorTokens;  // of a block in a tile
 
-  GroupedTokens(const Tokens& x, ParallelFor parallel) : tile_cols_(ceil_div(x.cols, kTile)) {
+  BlockedTokens(const Tokens& x, ParallelFor parallel) : tile_cols_(ceil_div(x.cols, kTile)) {
     const int64_t items = ceil_div(x.count, kVectorTokens) * tile_cols_;
-    storage_.reset(new uint16_t[items * kTile16 + 32]);
+    storage_.reset(new uint16_t[items * kTileValues + 32]);
     data_ = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(storage_.get()) + 63) / 64 * 64);
     parallel_over(parallel, items, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        uint16_t* to = data_ + item * kTile16;
+        uint16_t* to = data_ + item * kTileValues;
         for (int t = 0; t < kVectorTokens; ++t) {
           const int64_t token = item / tile_cols_ * kVectorTokens + t;
           const uint16_t* from = token < x.count ? x.tile(token, item % tile_cols_) : nullptr;
-          for (int g = 0; g < kGroupsPerRow; ++g) {
-            uint64_t columns = 0;
-            if (from) memcpy(&columns, from + kGroup * g, sizeof(columns));
-            memcpy(to + (g * kVectorTokens + t) * kGroup, &columns, sizeof(columns));
+          for (int k = 0; k < kTile; k += kColumns) {
+            uint16_t columns[kColumns] = {};
+            if (from) memcpy(columns, from + k, sizeof(columns));
+            memcpy(to + k * kVectorTokens + t * kColumns, columns, sizeof(columns));
           }
         }
       }
     });
   }
 
-  const uint16_t* tile(int64_t block, int64_t c) const { return data_ + (block * tile_cols_ + c) * kTile16; }
-  int64_t stride() const { return tile_cols_ * kTile16; }  // from a block to the next
+  const uint16_t* tile(int64_t block, int64_t c) const { return data_ + (block * tile_cols_ + c) * kTileValues; }
+  int64_t stride() const { return tile_cols_ * kTileValues; }  // from a block to the next
 
  private:
   int64_t tile_cols_;
   std::unique_ptr<uint16_t[]> storage_;
   uint16_t* data_;
 };
+
+// Sums of an item, [block of 16 tokens][row of the tile][token], into y: rounds a vector of tokens at a time, and turns
+// rows of tokens into tokens of rows.
+inline void store_blocks(const Item& item, const float* sums) {
+  const Matrix& matrix = *item.matrix;
+  const BFloat16* bias = static_cast<const BFloat16*>(matrix.bias);
+  const int64_t row0 = item.tile_row * kTile;
+  const int real = matrix.rows_of(item.tile_row), end = item.row + item.rows < real ? item.row + item.rows : real;
+  for (int first = 0; first < item.tokens; first += kVectorTokens, sums += kTile * kVectorTokens) {
+    BFloat16 rounded[kTile * kVectorTokens];
+    for (int r = item.row; r < end; ++r) {
+      const float added = bias ? load_as<float>(bias[row0 + r]) : 0.0f;
+      for (int i = r * kVectorTokens; i < (r + 1) * kVectorTokens; ++i) store_as(sums[i] + added, rounded[i]);
+    }
+    for (int t = 0; t < kVectorTokens && first + t < item.tokens; ++t) {
+      BFloat16* y = static_cast<BFloat16*>(matrix.y) + (item.token + first + t) * matrix.rows + row0;
+      for (int r = item.row; r < end; ++r) y[r] = rounded[r * kVectorTokens + t];
+    }
+  }
+}
 
 class Pairs {
  public:
@@ -120,9 +141,7 @@ class Pairs {
         }
         tile.next();
       }
-      for (int t = 0; t < item.tokens; t += kVectorTokens) {
-        store_block(item, t, item.tokens - t < kVectorTokens ? item.tokens - t : kVectorTokens);
-      }
+      store_blocks(item, sums_);
     }
 
    private:
@@ -132,24 +151,6 @@ class Pairs {
         sparse<V>(tile.at, x, sums, after);
       } else {
         dense<V>(tile.at, x, sums, after);
-      }
-    }
-
-    // Rounds a vector of tokens at a time, and turns rows of tokens into tokens of rows.
-    void store_block(const Item& item, int first, int tokens) {
-      const Matrix& matrix = *item.matrix;
-      const BFloat16* bias = static_cast<const BFloat16*>(matrix.bias);
-      const int64_t row0 = item.tile_row * kTile;
-      const int real = matrix.rows_of(item.tile_row), end = real < end_ ? real : end_;
-      BFloat16 rounded[kTile * kVectorTokens];
-      for (int r = row_; r < end; ++r) {
-        const float* sums = sums_ + (first / kVectorTokens * kTile + r) * kVectorTokens;
-        const float added = bias ? load_as<float>(bias[row0 + r]) : 0.0f;
-        for (int t = 0; t < kVectorTokens; ++t) store_as(sums[t] + added, rounded[r * kVectorTokens + t]);
-      }
-      for (int t = 0; t < tokens; ++t) {
-        BFloat16* y = static_cast<BFloat16*>(matrix.y) + (item.token + first + t) * matrix.rows + row0;
-        for (int r = row_; r < end; ++r) y[r] = rounded[r * kVectorTokens + t];
       }
     }
 
@@ -274,14 +275,14 @@ class Pairs {
       }
     };
 
-    const GroupedTokens& x_;
+    const BlockedTokens<kGroup>& x_;
     int row_ = 0, end_ = 0;                                   // of the item
     alignas(64) uint8_t pairs_[kGroupsPerRow * kPairs * 64];  // [group][pair][vector]; a dense tile needs less
     alignas(64) float sums_[kTile * kTokensOfItem];           // [block of 16 tokens][row][token]
   };
 
  private:
-  GroupedTokens x_;
+  BlockedTokens<kGroup> x_;
 };
 
 }  // namespace
