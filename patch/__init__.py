@@ -9,10 +9,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "oneshot"]
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
+
+    from patch.pruning.one_shot import OneShot
 
 
 def load(path: str | os.PathLike, *, verify: bool = True, **kwargs: Any) -> PreTrainedModel:
@@ -23,3 +26,10 @@ def load(path: str | os.PathLike, *, verify: bool = True, **kwargs: Any) -> PreT
     from patch.packed.load import load as load_model
 
     return load_model(name, verify=verify, **kwargs)
+
+
+def oneshot(model: nn.Module, tokenizer: Any = None, **arguments: Any) -> OneShot:
+    """Make a dense language model hybrid in place: prune, then reconstruct; see patch.pruning.one_shot."""
+    from patch.pruning.one_shot import oneshot as run
+
+    return run(model, tokenizer, **arguments)

@@ -25,6 +25,7 @@ USAGE_ERROR = 2
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", tuple: "A,B"}
 
 COMMANDS = {
+    "oneshot": "patch.cli.commands.oneshot",
     "prune": "patch.cli.commands.prune",
     "learn": "patch.cli.commands.learn",
     "compensate": "patch.cli.commands.compensate",
@@ -43,8 +44,9 @@ COMMANDS = {
 DESCRIPTION = """\
 Prune language models into a mix of dense and 2:4 sparse tiles, learned by PATCH.
 
-A usual sequence: prune (a one-shot mask as the prior) -> learn (the PATCH mask) -> export (a smaller model)
--> eval / generate. `patch-llm demo` shows all of it in a few minutes on a CPU.
+The main road is one command: oneshot, from a dense model to a packed one. Its steps by hand: prune -> compensate ->
+export (a smaller model) -> eval / generate; learn trains a mask instead. `patch-llm demo` shows all of it in a few
+minutes on a CPU.
 """
 
 EPILOG = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 from typing import Any
@@ -112,6 +113,17 @@ def versions() -> dict[str, str]:
         "datasets": version("datasets"),
         "python": platform.python_version(),
     }
+
+
+def processor(device: torch.device) -> str:
+    """Name of the GPU or CPU behind a device, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
 
 
 def model_name(model: nn.Module) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from patch.models.structure import decoder_of
+from patch.models.structure import decoder_blocks, decoder_of
 
 
 @contextmanager
@@ -41,6 +41,40 @@ def placed(module: nn.Module, device: torch.device | str | None) -> Iterator[nn.
     finally:
         if device is not None:
             module.to(home)
+
+
+@contextmanager
+def streamed(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """Run the model on `device` during the body, its decoder's blocks one at a time; None changes nothing.
+
+    Between calls blocks are where they were, so that a model larger than the device's memory runs. What is around them
+    (embeddings, head) is on the device for the whole body.
+    """
+    if device is None:
+        yield
+        return
+    home = block_device(model)
+    blocks = decoder_blocks(model)[1]
+    inside = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}
+    around = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in inside]
+    with ExitStack() as undo:
+        for tensor in around:
+            tensor.data = tensor.data.to(device)
+        undo.callback(_put_back, around, home)
+        for block in blocks:
+            undo.callback(block.to, home)  # an exception inside a block skips its post-hook
+            undo.callback(block.register_forward_pre_hook(lambda module, args: _fetch(module, device)).remove)
+            undo.callback(block.register_forward_hook(lambda module, args, output: _fetch(module, home)).remove)
+        yield
+
+
+def _fetch(module: nn.Module, device: torch.device | str) -> None:
+    module.to(device)
+
+
+def _put_back(tensors: list[torch.Tensor], home: torch.device) -> None:
+    for tensor in tensors:
+        tensor.data = tensor.data.to(home)
 
 
 def block_device(block: nn.Module) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ def save_packed(
     *,
     max_shard_size: str = DEFAULT_SHARD,
     replace: bool = True,
+    finish: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a packed model (patch.packed.pack_model) for patch.load; `replace` and what is returned as in save_dense.
 
+    finish  is called with the complete folder before it gets its name: it may open it, add files to it, or raise
     raises  ValueError when the model has no packed layer, or what was written does not load as the model that
             was given: then nothing is left at path.
     """
@@ -85,6 +88,8 @@ def save_packed(
         config["quantization_config"]["other_sha256"] = other_sha256(sorted(directory.glob("*.safetensors")))
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _check_written(model, directory)
+        if finish is not None:
+            finish(directory)
 
     return write_folder(path, write, replace=replace)
 

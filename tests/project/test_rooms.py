@@ -20,6 +20,7 @@ ORDER = [
     "patch.artifacts",
     "patch.packed",
     "patch.learn",
+    "patch.jobs",
     "patch.published patch.utils patch.fine_tune_mask",
     "patch.demo",
     "patch.cli",

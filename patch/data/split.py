@@ -1,0 +1,102 @@
+"""Text to prune with and text to measure on, from one source or two; never the same tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patch.data.sources import LOCAL_JOIN, NAMED_SETS, load_documents
+from patch.data.tokens import calibration_windows, evaluation_text, sample_joined, text_sha256, tokenize
+
+# Of a local text without another one beside it, at most this part of its end is held out.
+_TAIL = 10
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens to prune with, and others to measure on.
+
+    calibration  (samples, seqlen) int64
+    heldout      (windows, seqlen) int64, none of them in calibration's text
+    text_sha256  of the text that calibration was drawn from
+    where        of the held-out tokens, for people: "the evaluation split of wikitext2"
+    """
+
+    calibration: Tensor
+    heldout: Tensor
+    text_sha256: str
+    where: str
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of the tokens of "calibration" or "heldout"."""
+        return hashlib.sha256(getattr(self, name).contiguous().numpy().data).hexdigest()
+
+
+def require_two_texts(source: str, heldout: str | None) -> None:
+    """Refuse a held-out text that is the calibration text; for a named set that name is its evaluation split."""
+    same = heldout is not None and source not in NAMED_SETS and Path(heldout).resolve() == Path(source).resolve()
+    if same:
+        why = "The weights are fitted to --data, so perplexity on it says nothing."
+        raise ValueError(f"heldout: expected another text than --data, got {heldout!r} for both. {why}")
+
+
+def calibration_and_heldout(
+    tokenizer: Any,
+    source: str | os.PathLike,
+    heldout: str | os.PathLike | None = None,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int = 0,
+    text_field: str | None = None,
+    max_windows: int = 64,
+) -> Texts:
+    """Calibration samples by the convention of their source, and windows to measure on.
+
+    source       named set or local file, for calibration
+    heldout      the same, to measure on. None: the evaluation split of a named set; of a local file the end, at most a
+                 tenth of its tokens, which is cut off before calibration is drawn
+    nsamples, seqlen, seed  as in `calibration_windows`
+    max_windows  held-out windows of seqlen tokens, at most
+    raises       ValueError for too little text, or one text for both
+    """
+    name = os.fspath(source)
+    require_two_texts(name, None if heldout is None else os.fspath(heldout))
+    if heldout is None and name not in NAMED_SETS:
+        documents = load_documents(name, text_field=text_field)
+        ids = tokenize(tokenizer, [LOCAL_JOIN.join(documents)])[0]
+        windows = min(max_windows, len(ids) // _TAIL // seqlen)
+        if windows == 0:
+            got = f"{name} has {len(ids):,} tokens in all"
+            advice = "Give more text, a smaller --seqlen, or another text with --heldout."
+            raise ValueError(
+                f"heldout: expected a window of {seqlen} tokens in the last tenth of --data, {got}. {advice}"
+            )
+        tail = windows * seqlen
+        calibration = sample_joined(ids[:-tail], nsamples, seqlen, seed)
+        cut = torch.tensor(ids[-tail:], dtype=torch.int64).reshape(windows, seqlen)
+        where = f"the last {tail:,} of {len(ids):,} tokens of {name}, cut off before calibration was drawn"
+        return Texts(calibration, cut, text_sha256(documents), where)
+    sizes: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "text_field": text_field}
+    calibration, digest = calibration_windows(tokenizer, name, **sizes)
+    other = name if heldout is None else os.fspath(heldout)
+    where = f"the evaluation split of {other}" if other in NAMED_SETS else other
+    return Texts(calibration, _heldout_windows(tokenizer, other, seqlen, max_windows, text_field), digest, where)
+
+
+def _heldout_windows(tokenizer: Any, source: str, seqlen: int, max_windows: int, text_field: str | None) -> Tensor:
+    text, most = evaluation_text(source, text_field=text_field)
+    ids = torch.tensor(tokenize(tokenizer, [text])[0], dtype=torch.int64)
+    windows = min(len(ids) // seqlen, max_windows, most or max_windows)
+    if windows == 0:
+        advice = "Give more text or a smaller --seqlen."
+        raise ValueError(
+            f"heldout: expected at least one window of {seqlen} tokens, {source!r} has {len(ids)} tokens. {advice}"
+        )
+    return ids[: windows * seqlen].reshape(windows, seqlen)

@@ -1,0 +1,1 @@
+"""Long jobs in stages that an interrupt does not lose: one-shot, from a dense model to a packed one."""

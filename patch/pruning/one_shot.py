@@ -1,0 +1,204 @@
+"""A dense model to a hybrid one in one call: choose tiles and patterns, then let the kept weights make up for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patch.data.split import Texts, calibration_and_heldout
+from patch.evaluate.cross_entropy import perplexity
+from patch.evaluate.results import broken_perplexity
+from patch.files.progress import say
+from patch.models.checks import require_tokens
+from patch.models.facts import within_context
+from patch.models.keep_masks import measured_sparsity
+from patch.models.modes import streamed
+from patch.models.packed_size import packed_bytes
+from patch.models.structure import maskable_linears, vocabulary_size
+from patch.pruning.compensation import compensate
+from patch.pruning.model import prune_model
+from patch.pruning.one_shot_settings import OneShotSettings, default_nsamples
+from patch.pruning.options import DEFAULT_SEQLEN, BlockOptions, TileOptions
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """What making a model hybrid did; perplexities are of the held-out tokens, None without them.
+
+    masks          {layer name: keep (N, K) bool}: dense tiles are all True, others exactly 2:4
+    dense          perplexity of the dense model
+    pruned         with the masks and the weights of the pruning method
+    reconstructed  of the model as it is now
+    layer_errors   {layer name: (before, after)}, of `patch.pruning.Compensation`
+    packed_bytes   that the masked layers take once they are packed, dense_bytes as dense 16-bit weights
+    """
+
+    masks: dict[str, Tensor]
+    dense: float | None
+    pruned: float | None
+    reconstructed: float | None
+    layer_errors: dict[str, tuple[float, float]]
+    packed_bytes: int
+    dense_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in the masked layers."""
+        return measured_sparsity(self.masks)
+
+
+def oneshot(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    calibration: Tensor | str | os.PathLike,
+    heldout: Tensor | str | os.PathLike | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> OneShot:
+    """Make a dense causal language model hybrid in place: a share of its tiles 2:4, the kept weights reconstructed.
+
+    model        with its dense weights; afterwards its layers have keep masks, and zeros where these prune
+    tokenizer    of the model, where calibration or heldout are texts
+    calibration  (samples, seqlen) int64 token ids, or a text: a file or the name of a set
+    heldout      the same, to measure on. None: of a calibration text that is a named set its evaluation split, of a file
+                 the last tenth, which is then not calibrated on; of token ids nothing, and nothing is measured
+    nsamples, seqlen, seed  of the samples of a calibration text; None: as many as make 131,072 tokens, at least 128, of
+                 2048 tokens or what the model allows
+    device       where each block is put while it is worked on; None: where it is. The weights of the masked layers are
+                 held twice for as long as pruning takes
+    progress     say on stderr what is done, and how far it is
+    settings     of `OneShotSettings`: sparsity=0.45, method="sparsegpt", tiles_by="fisher", budget="model",
+                 tile=(128, 128), reconstruct="blocks", epochs=None, exclude=()
+    raises       ValueError or TypeError before any work
+    """
+    chosen = OneShotSettings(**settings)
+    windows, other = _tokens(model, tokenizer, calibration, heldout, nsamples, seqlen, seed)
+    require_tokens(model, windows, "calibration")
+    if other is not None:
+        require_tokens(model, other, "heldout")
+
+    def measured() -> float | None:
+        return None if other is None else heldout_perplexity(model, other, device=device, progress=progress)
+
+    linears = maskable_linears(model, chosen.exclude)
+    dense = measured()
+    before = {name: linear.weight.detach().to("cpu", copy=True) for name, linear in linears.items()}
+    masks = prune_hybrid(model, windows, chosen, device=device, progress=progress)
+    pruned = measured()
+    with torch.no_grad():
+        for name, linear in linears.items():
+            linear.weight.copy_(before.pop(name))
+    errors = reconstruct(model, masks, windows, chosen, device=device, progress=progress)
+    reconstructed = measured()
+    if dense is not None and reconstructed is not None:
+        for line in verdict(dense, reconstructed, vocabulary_size(model)):
+            say(line, show=progress)
+    packed, plain = packed_bytes(masks)
+    return OneShot(masks, dense, pruned, reconstructed, errors, packed, plain)
+
+
+def prune_hybrid(
+    model: nn.Module,
+    calibration: Tensor,
+    settings: OneShotSettings,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """The first half of `oneshot`: prune in place; returns {layer name: keep (N, K) bool}."""
+    return prune_model(
+        model,
+        settings.method,
+        pattern="tiles",
+        sparsity=settings.sparsity,
+        tiles=TileOptions(settings.tiles_by, settings.budget, settings.tile),
+        calibration=calibration,
+        exclude=settings.exclude,
+        device=device,
+        progress=progress,
+    )
+
+
+def reconstruct(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    calibration: Tensor,
+    settings: OneShotSettings,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[str, tuple[float, float]]:
+    """The second half: mask a DENSE model in place and update what is kept; returns errors, as of `Compensation`."""
+    result = compensate(
+        model,
+        masks,
+        calibration=calibration,
+        method=settings.reconstruct,
+        blocks=BlockOptions() if settings.epochs is None else BlockOptions(epochs=settings.epochs),
+        exclude=settings.exclude,
+        device=device,
+        progress=progress,
+    )
+    return result.layer_errors
+
+
+def heldout_perplexity(
+    model: nn.Module, windows: Tensor, *, device: torch.device | str | None = None, progress: bool = True
+) -> float:
+    """Perplexity on windows (windows, seqlen) int64; the blocks go to `device` one at a time, None: the model stays."""
+    with streamed(model, device):
+        return perplexity(model, windows.reshape(-1), windows.shape[1], progress=progress)
+
+
+def verdict(dense: float, result: float, vocabulary: int | None, pruned: float | None = None) -> list[str]:
+    """Warnings about the perplexity of a result that nobody should have to find out; [] for a usual one.
+
+    pruned  before reconstruction
+    """
+    lines = []
+    if broken := broken_perplexity(result, vocabulary):
+        lines.append(f"the perplexity of the result, {result:,.0f}, is {broken}")
+    elif result > SUSPICIOUS * dense:
+        advice = "Use a smaller --sparsity, more --nsamples, or text like the one the model is for"
+        lines.append(f"the result's perplexity is {result / dense:.2f} times the dense model's. {advice}")
+    if pruned is not None and result > pruned:
+        lines.append(f"reconstruction made it WORSE ({pruned:.4f} before, {result:.4f} after); give more --nsamples")
+    return [f"WARNING: {line}" for line in lines]
+
+
+# A hybrid of a trained model is some percent worse than the dense one.
+SUSPICIOUS = 1.5
+
+
+def _tokens(
+    model: nn.Module,
+    tokenizer: Any,
+    calibration: Any,
+    heldout: Any,
+    nsamples: int | None,
+    seqlen: int | None,
+    seed: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Calibration and held-out windows, from tokens or texts."""
+    given = [isinstance(tokens, Tensor) for tokens in (calibration, heldout) if tokens is not None]
+    if all(given):
+        return calibration, heldout
+    if any(given):
+        raise TypeError("heldout: expected token ids beside token ids, or a text beside a text, got one of each.")
+    if tokenizer is None:
+        raise TypeError("tokenizer: expected the model's tokenizer for texts, got None. Pass it, or token ids.")
+    length = seqlen or within_context(model, DEFAULT_SEQLEN)
+    texts: Texts = calibration_and_heldout(
+        tokenizer, calibration, heldout, nsamples=nsamples or default_nsamples(length), seqlen=length, seed=seed
+    )
+    return texts.calibration, texts.heldout

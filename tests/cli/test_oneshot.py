@@ -1,0 +1,279 @@
+"""`patch-llm oneshot`: the whole way, interrupts at every stage, what is refused before any work."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+from support.commands import run
+
+import patch
+from patch.cli.commands import oneshot as command
+from patch.files.folder import verify_folder
+from patch.jobs import oneshot as job
+from patch.packed.swap import packed_layers
+
+COMMAND = "oneshot --model {w}/model --data {w}/train.txt --seqlen 32 --nsamples 4 --heldout-windows 2 --tile 64"
+DONE = {"prune_hybrid": ["dense"], "reconstruct": ["dense", "prune"], "pack_model": ["dense", "prune", "reconstruct"]}
+
+
+def call(capsys, work, *more, text=COMMAND):
+    return run(capsys, *text.format(w=work).split(), *more)
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(work):
+    """Folder of a finished job that kept its stages."""
+    import contextlib
+    import io
+
+    from patch import cli
+
+    out = work / "oneshot"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main([*COMMAND.format(w=work).split(), "--keep-stages", "--out", str(out)]) == 0
+    (work / "oneshot.out").write_text(printed.getvalue())
+    return out
+
+
+def test_a_dense_model_becomes_a_packed_one(made, work):
+    model = patch.load(made)
+    layers = dict(packed_layers(model))
+    assert len(layers) == 14
+    printed = (work / "oneshot.out").read_text()
+    assert re.search(r"  dense +\d+\.\d{4} +1\.000x   took ", printed)
+    for label in ("pruned", "reconstructed", "packed"):
+        assert re.search(rf"  {label} +\d+\.\d{{4}} +\d\.\d{{3}}x   took ", printed)
+    assert re.search(r"bytes of the masked layers: [\d,]+ dense -> [\d,]+ packed \(0\.\d{3}x\)", printed)
+    assert re.search(r"a new token: \d+\.\d\d ms dense -> \d+\.\d\d ms packed", printed)
+    assert f"wrote the packed model and its README.md to {made}" in printed
+    verify_folder(made)
+
+
+def test_the_card_says_what_was_done(made, work):
+    card = (made / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert card.isascii() and max(map(len, card.split("The command")[0].splitlines())) < 200
+    said = (work / "oneshot.out").read_text()
+    for label, row in (
+        ("dense", "dense"),
+        ("pruned", r"pruned \(sparsegpt\)"),
+        ("reconstructed", r"reconstructed \(blocks\)"),
+        ("packed", "packed, bfloat16: this folder"),
+    ):
+        value = re.search(rf"  {label} +(\d+\.\d{{4}})", said)[1]
+        assert re.search(rf"^\| {row} \| {re.escape(value)} \|", card, re.M)
+    again = f"patch-llm oneshot --model {work}/model --data {work}/train.txt --sparsity 0.45 --out {made} --nsamples 4"
+    assert f"```\n{again} --seqlen 32 --tile 64,64 --heldout-windows 2\n```" in card
+    assert "4 samples of 32 tokens (128 tokens) of a text with SHA-256" in card
+    assert re.search(r"2 windows of 32 tokens: the last 64 of [\d,]+ tokens of .*, cut off before calibration", card)
+    assert 'model = patch.load("oneshot")' in card and f"torch {torch.__version__}" in card
+    assert "base_model" not in card  # the model is a folder here
+
+
+def test_kept_stages_are_artifacts_of_the_model(made, work, capsys):
+    stages = made.with_name("oneshot.stages")
+    assert sorted(path.name for path in stages.iterdir()) == ["dense", "prune", "reconstruct"]
+    masks, weights = "--masks {s}/reconstruct", "export --model {w}/model --format packed --dtype bf16"
+    arguments = f"{weights} {masks} --out {{w}}/exported".format(w=work, s=stages).split()
+    assert run(capsys, *arguments)[0] == 0
+    exported, packed = (dict(patch.load(path).state_dict()) for path in (work / "exported", made))
+    assert exported.keys() == packed.keys()
+    assert all(torch.equal(exported[name], packed[name]) for name in packed)
+
+
+@pytest.mark.parametrize("stopped", DONE)
+def test_an_interrupted_job_goes_on_where_it_stopped(made, work, tmp_path, capsys, monkeypatch, stopped):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "o"
+    with monkeypatch.context() as patched:
+        patched.setattr(job, stopped, interrupt)
+        status, _, err = call(capsys, work, "--out", out)
+    done = DONE[stopped]
+    assert status == 130
+    kept = f"finished stages ({', '.join(done)}) are kept in {out}.stages; run the same command again to go on"
+    assert err.endswith(f"patch-llm: interrupted: {kept}\n")
+    assert not out.exists()
+    status, _, err = call(capsys, work, "--out", out)
+    assert status == 0
+    said = [line for line in err.splitlines() if line.startswith("stage ")]
+    assert said == [
+        f"stage {number} of 4, {name}{': done before' if name in done else ''}"
+        for number, name in enumerate(job.STAGES, 1)
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o"]
+    assert (out / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+def test_an_interrupt_before_the_first_stage_leaves_nothing(work, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "heldout_perplexity", interrupt)
+    status, _, err = call(capsys, work, "--out", tmp_path / "o")
+    assert status == 130
+    assert f"interrupted: nothing was written to {tmp_path / 'o'}; run the same command again" in err
+    monkeypatch.setattr(command, "_plan", interrupt)
+    status, _, err = run(capsys, "oneshot", "--model", work / "model", "--dry-run")
+    assert status == 130 and "interrupted: nothing was started" in err
+
+
+@pytest.fixture
+def stages(made, tmp_path):
+    """A copy of the finished stages beside an output folder that is not there."""
+    shutil.copytree(made.with_name("oneshot.stages"), tmp_path / "o.stages")
+    return tmp_path / "o.stages"
+
+
+def done_before(err):
+    return re.findall(r"^stage \d of 4, (\w+): done before$", err, re.M)
+
+
+def test_a_damaged_stage_is_made_again(made, work, stages, tmp_path, capsys, caplog):
+    (stages / "prune" / "masks.safetensors").write_bytes(b"damaged")
+    status, _, err = call(capsys, work, "--out", tmp_path / "o")
+    assert status == 0
+    assert done_before(err) == ["dense", "reconstruct"]
+    assert "making stage prune again: " in caplog.text and "masks.safetensors: expected" in caplog.text
+    assert (tmp_path / "o" / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "kept"),
+    [
+        (["--sparsity", "0.35"], ["dense"]),
+        (["--nsamples", "3"], ["dense"]),
+        (["--reconstruct", "least_squares"], ["dense", "prune"]),
+        (["--dtype", "bf16"], []),
+        (["--heldout", "{w}/held.txt"], []),
+        (["--model", "{w}/another"], []),
+    ],
+)
+@pytest.mark.usefixtures("stages")
+def test_what_changed_is_made_again_with_all_that_follows(work, tmp_path, capsys, monkeypatch, more, kept):
+    if more[0] == "--model":
+        from support.models import build_byte_tokenizer, build_tiny_model
+
+        build_tiny_model("llama", seed=1).save_pretrained(work / "another")
+        build_byte_tokenizer().save_pretrained(work / "another")
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job._Run, "_pack", stop)
+    status, _, err = call(capsys, work, "--out", tmp_path / "o", *(part.format(w=work) for part in more))
+    assert status == 130
+    assert done_before(err) == kept
+
+
+REFUSED = [
+    (["--out", "{w}/model"], "--out: expected a new folder, {w}/model holds other files"),
+    (["--out", "{w}/oneshot"], "--out: expected a new folder, {w}/oneshot exists already (a complete export)"),
+    (["--out", "{w}/train.txt"], "--out: expected a folder, {w}/train.txt is a file"),
+    (["--out", "{t}/used"], "--out: expected a new folder or one of an earlier run, {t}/used.stages holds other files"),
+    (["--out", "{t}/file"], "--out: expected a folder, {t}/file.stages is a file"),
+    (["--sparsity", "0.6"], "--sparsity: expected a share of zeros from 0 to 0.5, got 0.6. 45 percent is 0.45."),
+    (["--method", "prox_sparse"], "--method: expected one of magnitude, wanda, sparsegpt, thanos, got 'prox_sparse'."),
+    (["--method", "sparsegptt"], "--method: expected one of magnitude, wanda, sparsegpt, thanos, got 'sparsegptt'."),
+    (
+        ["--reconstruct", "least_squares", "--epochs", "2"],
+        "--epochs: expected none with reconstruct least_squares, got 2. Leave it out, or use --reconstruct blocks.",
+    ),
+    (["--data", "{w}/absent.txt"], "--data: expected a file (.txt, .jsonl, .parquet) or one of c4"),
+    (["--heldout", "{w}/absent.txt"], "--heldout: expected a file (.txt, .jsonl, .parquet) or one of c4"),
+    (["--heldout", "{w}/train.txt"], "--heldout: expected another text than --data, got '{w}/train.txt' for both."),
+    (
+        ["--data", "{w}/short.txt"],
+        "--heldout: expected a window of 32 tokens in the last tenth of --data, {w}/short.txt has 9 tokens in all.",
+    ),
+    (
+        ["--heldout", "{w}/short.txt"],
+        "--heldout: expected at least one window of 32 tokens, '{w}/short.txt' has 9 tokens.",
+    ),
+    (["--seqlen", "1"], "--seqlen: expected an integer >= 2, got 1"),
+    (["--seqlen", "500"], "calibration: expected samples of 1 to 128 tokens (max_position_embeddings), got 500"),
+    (["--exclude", "*.nothing"], "got '*.nothing' which matches none"),
+    (["--device", "cuda:99"], "--device: expected a GPU that is there, got 'cuda:99'"),
+    (["--model", "{w}/absent"], "--model: expected a model folder, found none"),
+    (["--model", "{w}/oneshot"], "--model: expected a dense model, '{w}/oneshot' has packed layers"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED, ids=range(len(REFUSED)))
+@pytest.mark.usefixtures("made")
+def test_bad_input_is_refused_before_any_work(work, tmp_path, capsys, monkeypatch, more, message):
+    (tmp_path / "used.stages").mkdir()
+    (tmp_path / "used.stages" / "notes.txt").write_text("mine")
+    (tmp_path / "file.stages").write_text("mine")
+    before = tree(tmp_path) | tree(work)
+    loaded = []
+    monkeypatch.setattr("patch.cli.inputs.load_model", lambda *_, **__: loaded.append(1))
+    status, _, err = call(capsys, work, "--out", tmp_path / "o", *(part.format(w=work, t=tmp_path) for part in more))
+    assert status == 2
+    assert message.format(w=work, t=tmp_path) in err
+    assert not loaded
+    assert tree(tmp_path) | tree(work) == before
+
+
+def test_text_and_folder_are_needed_but_for_a_dry_run(work, capsys):
+    status, _, err = run(capsys, "oneshot", "--model", work / "model")
+    assert status == 2 and "expected --data, --out, got nothing. Give it as a flag" in err
+
+
+def test_a_dry_run_reads_the_configuration_alone(work, tmp_path, capsys, monkeypatch):
+    (tmp_path / "shapes").mkdir()
+    shutil.copy(work / "model" / "config.json", tmp_path / "shapes")
+    before = tree(tmp_path)
+    status, out, _ = run(capsys, "oneshot", "--model", tmp_path / "shapes", "--dry-run", "--out", tmp_path / "o")
+    assert status == 0
+    assert "plan: 14 linear layers with 0.25 M weights to 45% zeros" in out
+    assert tree(tmp_path) == before and sorted(path.name for path in tmp_path.iterdir()) == ["shapes"]
+
+
+def test_logits_that_differ_are_no_result(work, tmp_path, capsys, monkeypatch):
+    """As of a kernel that is wrong: what is saved is not the model that was packed."""
+    opened = job.load
+
+    def other(path):
+        model = opened(path)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(2)
+        return model
+
+    monkeypatch.setattr(job, "load", other)
+    status, _, err = call(capsys, work, "--out", tmp_path / "o")
+    assert status == 1
+    assert "expected the logits of the saved model, they differ by up to" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.stages"]
+
+
+def test_a_bad_result_is_said_in_capitals(made, work, stages, tmp_path, capsys):
+    import json
+
+    from patch.files.folder import write_folder
+
+    stage = json.loads((stages / "dense" / "stage.json").read_text())
+    stage["result"]["perplexity"] = 2.0
+    write_folder(stages / "dense", lambda folder: (folder / "stage.json").write_text(json.dumps(stage)))
+    status, out, _ = call(capsys, work, "--out", tmp_path / "o")
+    assert status == 0
+    warning = re.search(r"WARNING: the result's perplexity is \d+\.\d\d times the dense model's\. .*", out)[0]
+    assert f"**{warning}**" in (tmp_path / "o" / "README.md").read_text()
+    assert "next:" not in out
+
+
+def test_an_earlier_export_is_replaced_when_asked(made, work, tmp_path, capsys):
+    shutil.copytree(made, tmp_path / "o")
+    (tmp_path / "o" / "README.md").unlink()
+    shutil.copytree(made.with_name("oneshot.stages"), tmp_path / "o.stages")
+    status, _, _ = call(capsys, work, "--out", tmp_path / "o", "--overwrite")
+    assert status == 0
+    assert (tmp_path / "o" / "README.md").is_file() and not (tmp_path / "o.stages").exists()
