@@ -30,6 +30,7 @@ from patch.jobs.card import CARD, card_text
 from patch.models.coverage import coverage
 from patch.models.facts import context_length, fingerprints, processor, versions
 from patch.models.keep_masks import keep_masks
+from patch.models.modes import streamed
 from patch.models.packed_size import packed_bytes
 from patch.models.structure import vocabulary_size
 from patch.packed.convert import pack_model
@@ -197,8 +198,6 @@ class _Run:
         packed, plain = packed_bytes(keep_masks(model))
         if model.dtype not in (torch.float16, torch.bfloat16):
             cast_model(model, torch.bfloat16)
-        if job.device is not None:
-            model.to(job.device)  # type: ignore[arg-type]
         # With zeros where it is pruned, which makes a dense layer neither slower nor faster.
         dense_ms = self._decode(model)
         pack_model(model)
@@ -207,7 +206,7 @@ class _Run:
         def finish(directory: Path) -> None:
             again: PreTrainedModel = load(directory).to(model.device).eval()  # type: ignore[arg-type]
             self._require_same_logits(model, again)
-            perplexity = heldout_perplexity(again, job.texts.heldout)
+            perplexity = self._perplexity(again)
             self.numbers[PACK] = {
                 "perplexity": perplexity,
                 "dtype": str(again.dtype).removeprefix("torch."),
@@ -224,17 +223,20 @@ class _Run:
         return save_packed(model, job.tokenizer, job.out, replace=job.replace, finish=finish), warnings
 
     def _require_same_logits(self, model: PreTrainedModel, again: PreTrainedModel) -> None:
-        window: Any = self.job.texts.heldout[:1].to(model.device)
-        with torch.inference_mode():
-            expected, got = (part(input_ids=window).logits for part in (model.eval(), again))
+        window, logits = self.job.texts.heldout[:1], []
+        for part in (model.eval(), again):
+            with streamed(part, self.job.device), torch.no_grad():
+                logits.append(part(input_ids=window.to(part.device)).logits.cpu())
+        expected, got = logits
         if not torch.equal(expected, got):
             differ = f"they differ by up to {(expected - got).abs().max().item()}. Please report this"
             raise RuntimeError(f"expected the logits of the saved model, {differ} with `patch-llm info --json`.")
 
     def _decode(self, model: PreTrainedModel) -> float | None:
-        """Milliseconds for a new token; None where the model's context is too short to time some."""
+        """Milliseconds for a new token; None where the context is too short to time some, or the model not in one place."""
         prompt, limit = self.job.texts.heldout[0, :_PROMPT_TOKENS], context_length(model)
-        if limit is not None and limit < len(prompt) + WARM_UP_TOKENS + DECODED_TOKENS:
+        is_short = limit is not None and limit < len(prompt) + WARM_UP_TOKENS + DECODED_TOKENS
+        if is_short or self.job.device is not None:
             return None
         return decode_milliseconds(model, prompt, DECODED_TOKENS)
 

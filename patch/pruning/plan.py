@@ -15,11 +15,11 @@ from patch.models.structure import decoder_blocks, decoder_of
 logger = logging.getLogger(__name__)
 
 # Python with torch and transformers, measured.
-_PROCESS_BYTES = 500 << 20
+PROCESS_BYTES = 500 << 20
 # Scores, their order, a working copy and its errors, for each weight of the layer that is pruned.
-_WORK_BYTES = 20
+WORK_BYTES = 20
 # The damped Hessian, its factor, its inverse and that one's factor.
-_WORK_STATISTICS = 4
+WORK_STATISTICS = 4
 
 
 def say_plan(
@@ -62,9 +62,9 @@ def peak_bytes(
 
     It counts statistics for every layer, though those that read the same tensors share theirs.
     """
-    total = _PROCESS_BYTES + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    total = PROCESS_BYTES + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     total += sum(linear.weight.numel() for linear in linears.values())  # masks
-    work = max(linear.weight.numel() * _WORK_BYTES for linear in linears.values())
+    work = max(linear.weight.numel() * WORK_BYTES for linear in linears.values())
     if calibration is None or new_statistics is None:
         return total + work
     sizes = {linear: _statistics_bytes(linear, new_statistics) for linear in linears.values()}
@@ -72,7 +72,7 @@ def peak_bytes(
         sum(size for linear, size in sizes.items() if linear in set(block.modules()))
         for block in decoder_blocks(model)[1]
     )
-    work += _WORK_STATISTICS * max(sizes.values())
+    work += WORK_STATISTICS * max(sizes.values())
     item = next(iter(sizes)).weight.element_size()
     hidden = getattr(getattr(decoder_of(model), "config", None), "hidden_size", 0)
     widest = max(max(linear.weight.shape) for linear in sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,16 +12,23 @@ from pydantic import model_validator
 
 from patch import settings
 from patch.cli import inputs, outputs
-from patch.files.progress import say
+from patch.files.progress import duration, say
 from patch.files.schema import default_of, fields_of, plain, record
 from patch.pruning.one_shot_settings import OneShotSettings, default_nsamples
 from patch.pruning.options import DEFAULT_SEQLEN
 from patch.settings import AtLeastOne, NewPath, setting
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
     from patch.data.split import Texts
+    from patch.pruning.counts import Counts
+
+logger = logging.getLogger(__name__)
 
 NAME = "oneshot"
 SUMMARY = "a dense model to a packed one in one go: prune, reconstruct, measure, pack, check"
@@ -74,7 +82,7 @@ class Options(OneShotSettings, inputs.CalibrationSettings, inputs.PlacementSetti
 def run(options: Options) -> None:
     """Check, say the plan, and do what is not done yet; see the module's docstring."""
     if options.dry_run:
-        print("\n".join(_plan(options, inputs.load_model_shapes(options.model))))
+        print("\n".join(_plan(options, _shapes(options), inputs.device_of(options.device))))
         return
     outputs.check_new_folder(options.folder, overwrite=options.overwrite, what="export")
     source = inputs.check_text_source(options.data)
@@ -86,10 +94,10 @@ def run(options: Options) -> None:
         inputs.check_text_source(options.heldout, "--heldout")
     require_two_texts(source, options.heldout)
     device = inputs.device_of(options.device)
-    shapes = inputs.load_model_shapes(options.model)
+    shapes = _shapes(options)
     tokenizer = inputs.load_tokenizer(options.model)
     texts = _texts(options, shapes, tokenizer)
-    for line in _plan(options, shapes, texts):
+    for line in _plan(options, shapes, device, texts):
         say(line)
     job = Job(
         out=options.folder,
@@ -139,6 +147,11 @@ def command_of(options: Options) -> str:
     return shlex.join(words)
 
 
+def _shapes(options: Options) -> PreTrainedModel:
+    """The model without its weights, in the dtype that they have."""
+    return cast("PreTrainedModel", inputs.load_model_shapes(options.model))
+
+
 def _own(options: Options) -> OneShotSettings:
     return OneShotSettings(**{name: getattr(options, name) for name in fields_of(OneShotSettings)})
 
@@ -170,19 +183,53 @@ def _texts(options: Options, model: nn.Module, tokenizer: Any) -> Texts:
     return texts
 
 
-def _plan(options: Options, model: nn.Module, texts: Texts | None = None) -> list[str]:
-    """What will be done; texts are not read for a dry run."""
+def _plan(options: Options, model: PreTrainedModel, device: torch.device, texts: Texts | None = None) -> list[str]:
+    """What will be done, with time and memory; texts are not read for a dry run, which says more of both."""
+    from patch.evaluate.tables import format_table
     from patch.models.structure import maskable_linears
+    from patch.pruning import costs
 
     seqlen = _seqlen(options, model)
     samples = options.nsamples or default_nsamples(seqlen)
     linears = maskable_linears(model, options.exclude)
     weights = sum(linear.weight.numel() for linear in linears.values())
+    windows = options.heldout_windows if texts is None else len(texts.heldout)
     lines = [
-        f"plan: {len(linears)} linear layers with {weights / 1e6:,.2f} M weights to {options.sparsity:.0%} zeros",
-        f"plan: prune with {options.method}, tiles by {options.tiles_by}, reconstruct by {options.reconstruct}, on "
+        f"{len(linears)} linear layers with {weights / 1e6:,.2f} M weights, {options.sparsity:.0%} of them to be zero",
+        f"prune with {options.method}, tiles by {options.tiles_by}; reconstruct by {options.reconstruct}; on "
         f"{samples} samples of {seqlen} tokens ({samples * seqlen:,} tokens)",
+        f"measure on {windows} windows of {seqlen} tokens{'' if texts is None else f': {texts.where}'}",
     ]
-    if texts is not None:
-        lines.append(f"plan: measure on {len(texts.heldout)} windows of {seqlen} tokens: {texts.where}")
+    dtype = _dtype(options, model)
+    counts = _counts(model, seqlen, dtype, options.exclude)
+    if counts is None:
+        return [f"plan: {line}" for line in (*lines, "time and memory are not known for this architecture")]
+    here: costs.Placement = "cpu" if device.type == "cpu" else "offload" if options.offload else "gpu"
+    placements: tuple[costs.Placement, ...] = (here, "gpu", "offload")
+    sizes = {"nsamples": samples, "windows": windows}
+    own, whole, offloaded = (costs.oneshot_costs(counts, _own(options), **sizes, placement=place) for place in placements)
+    rates = costs.measured_rates(device, dtype)
+    stages = dict.fromkeys(step.stage for step in own.steps)
+    each = ", ".join(f"{stage} {duration(own.seconds(rates, stage))}" for stage in stages)
+    lines.append(f"about {duration(own.seconds(rates))} on this machine, by a model that may be far off: {each}")
+    lines.append(f"peak memory {costs.peaks_text(own)}")
+    lines = [f"plan: {line}" for line in lines]
+    if texts is None:
+        lines += ["", format_table(costs.table(own, rates)), "", *costs.fits_text(whole, offloaded)]
     return lines
+
+
+def _dtype(options: Options, model: PreTrainedModel) -> torch.dtype:
+    wanted = inputs.dtype_of(options.dtype)
+    return model.dtype if isinstance(wanted, str) else wanted
+
+
+def _counts(model: PreTrainedModel, seqlen: int, dtype: torch.dtype, exclude: Sequence[str]) -> Counts | None:
+    """Operations of the model, None for one that cannot be walked without its weights; no model is refused for that."""
+    from patch.pruning.counts import counted
+
+    try:
+        return counted(model.config, seqlen=seqlen, dtype=dtype, exclude=exclude)
+    except Exception as error:  # of whatever code a model brings, run on tensors without contents
+        logger.info("no estimate of time and memory: %s", error)
+        return None
