@@ -58,9 +58,8 @@ def streamed(model: nn.Module, device: torch.device | str | None) -> Iterator[No
     inside = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}
     around = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in inside]
     with ExitStack() as undo:
-        for tensor in around:
-            tensor.data = tensor.data.to(device)
-        undo.callback(_put_back, around, home)
+        undo.callback(_send, around, home)
+        _send(around, device)
         for block in blocks:
             undo.callback(block.to, home)  # an exception inside a block skips its post-hook
             undo.callback(block.register_forward_pre_hook(lambda module, args: _fetch(module, device)).remove)
@@ -72,9 +71,9 @@ def _fetch(module: nn.Module, device: torch.device | str) -> None:
     module.to(device)
 
 
-def _put_back(tensors: list[torch.Tensor], home: torch.device) -> None:
+def _send(tensors: list[torch.Tensor], device: torch.device | str) -> None:
     for tensor in tensors:
-        tensor.data = tensor.data.to(home)
+        tensor.data = tensor.data.to(device)
 
 
 def block_device(block: nn.Module) -> torch.device:

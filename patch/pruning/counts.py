@@ -1,7 +1,8 @@
 """What a model's forward pass takes, counted by walking it on tensors without contents: operations and bytes.
 
 No formula of any architecture is here: the model is built from its configuration on fake tensors (sizes and dtypes, no
-bytes), reads one sample, and every product and every tensor that a backward pass would need is counted.
+bytes), reads one sample, and every product and every tensor that a backward pass would need is counted; as with an
+attention mask, since nobody can know of tokens without values that none is needed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from patch.data.split import Texts, calibration_and_heldout
 from patch.evaluate.cross_entropy import perplexity
 from patch.evaluate.results import broken_perplexity
 from patch.files.progress import say
-from patch.models.checks import require_tokens
+from patch.models.checks import check_device, require_tokens
 from patch.models.facts import within_context
 from patch.models.keep_masks import measured_sparsity
 from patch.models.modes import streamed
@@ -90,6 +90,7 @@ def oneshot(
     def measured() -> float | None:
         return None if other is None else heldout_perplexity(model, other, device=device, progress=progress)
 
+    check_device(device)
     linears = maskable_linears(model, chosen.exclude)
     dense = measured()
     before = {name: linear.weight.detach().to("cpu", copy=True) for name, linear in linears.items()}
@@ -101,7 +102,7 @@ def oneshot(
     errors = reconstruct(model, masks, windows, chosen, device=device, progress=progress)
     reconstructed = measured()
     if dense is not None and reconstructed is not None:
-        for line in verdict(dense, reconstructed, vocabulary_size(model)):
+        for line in verdict(dense, reconstructed, vocabulary_size(model), pruned):
             say(line, show=progress)
     packed, plain = packed_bytes(masks)
     return OneShot(masks, dense, pruned, reconstructed, errors, packed, plain)
@@ -169,10 +170,10 @@ def verdict(dense: float, result: float, vocabulary: int | None, pruned: float |
     if broken := broken_perplexity(result, vocabulary):
         lines.append(f"the perplexity of the result, {result:,.0f}, is {broken}")
     elif result > SUSPICIOUS * dense:
-        advice = "Use a smaller --sparsity, more --nsamples, or text like the one the model is for"
+        advice = "Use a smaller sparsity, more calibration text, or text like the one the model is for"
         lines.append(f"the result's perplexity is {result / dense:.2f} times the dense model's. {advice}")
     if pruned is not None and result > pruned:
-        lines.append(f"reconstruction made it WORSE ({pruned:.4f} before, {result:.4f} after); give more --nsamples")
+        lines.append(f"reconstruction made it WORSE ({pruned:.4f} before, {result:.4f} after); give it more text")
     return [f"WARNING: {line}" for line in lines]
 
 

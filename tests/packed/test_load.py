@@ -16,6 +16,7 @@ from support.models import build_tiny_multimodal, mask_model
 from transformers import AutoModelForCausalLM
 
 import patch
+from patch.files.folder import verify_folder
 from patch.packed.convert import pack_model
 from patch.packed.load import load
 from patch.packed.quantization_config import PatchConfig
@@ -440,3 +441,21 @@ def test_config_object_is_strict():
         PatchConfig(layers={"a": {}}, quant_method="gptq")
     with pytest.raises(ValueError, match="layers: expected 1 to 100000 layers by name, got None"):
         PatchConfig()
+
+
+def test_a_folder_gets_its_name_once_it_is_finished(packed, tmp_path):
+    def finish(directory):
+        assert not (tmp_path / "packed").exists()
+        load(directory)
+        (directory / "README.md").write_text("# card")
+
+    assert save_packed(packed, None, tmp_path / "packed", finish=finish) == tmp_path / "packed"
+    assert (tmp_path / "packed" / "README.md").read_text() == "# card"
+    assert "README.md" in verify_folder(tmp_path / "packed").files
+
+    def fail(directory):
+        raise RuntimeError("not as it should be")
+
+    with pytest.raises(RuntimeError, match="not as it should be"):
+        save_packed(packed, None, tmp_path / "other", finish=fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 import threading
@@ -15,6 +16,7 @@ from support import ROOT
 from support.commands import text
 from support.models import build_byte_tokenizer, build_tiny_model
 
+import patch
 from patch.artifacts.artifact import load_artifact
 from patch.artifacts.foreign import write_masks
 
@@ -46,6 +48,16 @@ def packed(work, capsys, monkeypatch):
         example(capsys, monkeypatch, "prune.py", work / "model", work / "text.txt", work / "to-pack", "--samples", 4)
         example(capsys, monkeypatch, "pack_and_load.py", work / "model", work / "to-pack", work / "packed")
     return work / "packed"
+
+
+def test_oneshot(work, capsys, monkeypatch):
+    out = work / "oneshot"
+    flags = ("--samples", 4, "--tokens", 32)
+    printed = example(capsys, monkeypatch, "oneshot.py", work / "model", work / "text.txt", out, *flags)
+    assert re.search(r"^perplexity \d+\.\d\d dense, \d+\.\d\d pruned, \d+\.\d\d reconstructed$", printed, re.M)
+    assert "zeros, 0." in printed and patch.load(out).config.quantization_config is not None
+    with pytest.raises(ValueError, match=r"out: expected a new folder, .* exists already. Choose another name"):
+        example(capsys, monkeypatch, "oneshot.py", "no-model", "absent", out)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
