@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from typing import Any
@@ -49,4 +50,4 @@ def decode_milliseconds(model: PreTrainedModel, prompt: Tensor, tokens: int) -> 
     finally:
         model.generation_config = before
     times = clock.times[-tokens - 1 :]
-    return 1000 * statistics.median(after - start for start, after in zip(times, times[1:], strict=False))
+    return 1000 * statistics.median(after - start for start, after in itertools.pairwise(times))

@@ -1,7 +1,7 @@
 """One-shot as a job: measure, prune, reconstruct, pack, open again; every stage is kept until all are done.
 
-Stages are folders in NAME.stages beside the packed folder NAME. Each says what it was made from, so the same job goes on
-where it stopped, and one with another model, text or setting makes again what depends on it.
+Stages are folders in NAME.stages beside the packed folder NAME. Each says what it was made from, so the same job goes
+on where it stopped, and one with another model, text or setting makes again what depends on it.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class _Run:
             raise RuntimeError(f"expected the logits of the saved model, {differ} with `patch-llm info --json`.")
 
     def _decode(self, model: PreTrainedModel) -> float | None:
-        """Milliseconds for a new token; None where the context is too short to time some, or the model not in one place."""
+        """Milliseconds for a new token; None where the context is too short for some, or the model is offloaded."""
         prompt, limit = self.job.texts.heldout[0, :_PROMPT_TOKENS], context_length(model)
         is_short = limit is not None and limit < len(prompt) + WARM_UP_TOKENS + DECODED_TOKENS
         if is_short or self.job.device is not None:

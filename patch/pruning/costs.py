@@ -1,7 +1,8 @@
 """What one-shot pruning of a model will cost, step by step: operations counted by patch.pruning.counts, and bytes.
 
 A model, not a measurement: seconds are operations over assumed (or briefly measured) rates, one step after the other,
-nothing overlapping. `patch-llm oneshot` says these numbers before it starts, docs/inside/scale.md has them for large models.
+nothing overlapping. `patch-llm oneshot` says these numbers before it starts, docs/inside/scale.md has them for large
+models.
 """
 
 from __future__ import annotations

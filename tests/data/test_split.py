@@ -22,9 +22,7 @@ def test_the_end_of_a_file_is_cut_off_before_calibration_is_drawn(tokenizer, tex
     assert texts.heldout.flatten().tolist() == ids[-tail:]
     assert texts.heldout.shape == (7, 32)
     assert torch.equal(texts.calibration, sample_joined(ids[:-tail], 5, 32, 3))
-    assert texts.where == (
-        f"the last 224 of {len(ids):,} tokens of {text_file}, cut off before calibration was drawn"
-    )
+    assert texts.where == (f"the last 224 of {len(ids):,} tokens of {text_file}, cut off before calibration was drawn")
     assert texts.text_sha256 == calibration_windows(tokenizer, text_file, **SIZES)[1]
 
 

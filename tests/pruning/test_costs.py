@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 
 import pytest
@@ -13,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patch.models.structure import decoder_blocks, maskable_linears
 from patch.pruning import costs
-from patch.pruning.costs import GB, CPU_BOX, H100, Rates, Work, fits_text, measured_rates, oneshot_costs
+from patch.pruning.costs import CPU_BOX, GB, H100, Rates, Work, fits_text, measured_rates, oneshot_costs
 from patch.pruning.counts import _ATTENTION, counted
 from patch.pruning.one_shot_settings import OneShotSettings
 
@@ -134,7 +133,9 @@ def test_memory_is_where_the_model_is(counts):
         assert host < here.memory(step)[1]
         assert offloaded.memory(in_turn)[0] < device and offloaded.memory(in_turn)[1] >= host + weights
     assert offloaded.seconds(H100) > whole.seconds(H100)
-    assert whole.seconds(H100) == pytest.approx(sum(whole.seconds(H100, s) for s in ("dense", "prune", "reconstruct", "pack")))
+    assert whole.seconds(H100) == pytest.approx(
+        sum(whole.seconds(H100, s) for s in ("dense", "prune", "reconstruct", "pack"))
+    )
 
 
 def test_a_7b_fits_a_card_of_24_gb_with_offload_and_not_whole():

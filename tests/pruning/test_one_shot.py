@@ -112,7 +112,11 @@ def test_methods_are_those_that_leave_tiles_dense():
         ({"sparsity": 45}, ValueError, "sparsity: expected a share of zeros from 0 to 0.5, got 45"),
         ({"method": "prox_sparse"}, ValueError, "method: expected one of magnitude, wanda, sparsegpt, thanos, got"),
         ({"sparsitty": 0.4}, ValueError, "expected known keys, got 'sparsitty'. Did you mean 'sparsity'?"),
-        ({"epochs": 2, "reconstruct": "sparsegpt"}, ValueError, "epochs: expected none with reconstruct sparsegpt, got 2"),
+        (
+            {"epochs": 2, "reconstruct": "sparsegpt"},
+            ValueError,
+            "epochs: expected none with reconstruct sparsegpt, got 2",
+        ),
         ({"calibration": "text.txt"}, TypeError, "tokenizer: expected the model's tokenizer for texts, got None"),
         ({"heldout": "text.txt"}, TypeError, "heldout: expected token ids beside token ids, or a text beside a text"),
         ({"calibration": torch.full((2, 8), 999)}, ValueError, "calibration: expected token ids from 0 below the"),

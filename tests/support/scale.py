@@ -79,13 +79,17 @@ def document() -> str:
         ("Llama-2-7B with `--offload`", LLAMA_7B, "offload", RTX_4090),
     ):
         parts.append(_section(name, costs_of(sizes, placement), rates))
-    parts.append(FORMULAS.format(rates=format_table([_rates(rates) for rates in (H100, RTX_4090, CPU_BOX)], markdown=True)))
+    parts.append(
+        FORMULAS.format(rates=format_table([_rates(rates) for rates in (H100, RTX_4090, CPU_BOX)], markdown=True))
+    )
     return "\n".join(parts)
 
 
 def _section(name: str, costs: Costs, rates: Rates) -> str:
     device, host = costs.peaks
-    memory = f"{host / GB:.1f} GB" if costs.placement == "cpu" else f"{device / GB:.1f} GB on the card, {host / GB:.1f} GB"
+    memory = (
+        f"{host / GB:.1f} GB" if costs.placement == "cpu" else f"{device / GB:.1f} GB on the card, {host / GB:.1f} GB"
+    )
     text = f"{duration(costs.seconds(rates))} in all, peak memory {memory} of host memory."
     return f"## {name} on {rates.name}\n{text}\n\n{format_table(table(costs, rates), markdown=True)}\n"
 

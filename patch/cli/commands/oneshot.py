@@ -207,7 +207,9 @@ def _plan(options: Options, model: PreTrainedModel, device: torch.device, texts:
     here: costs.Placement = "cpu" if device.type == "cpu" else "offload" if options.offload else "gpu"
     placements: tuple[costs.Placement, ...] = (here, "gpu", "offload")
     sizes = {"nsamples": samples, "windows": windows}
-    own, whole, offloaded = (costs.oneshot_costs(counts, _own(options), **sizes, placement=place) for place in placements)
+    own, whole, offloaded = (
+        costs.oneshot_costs(counts, _own(options), **sizes, placement=placement) for placement in placements
+    )
     rates = costs.measured_rates(device, dtype)
     stages = dict.fromkeys(step.stage for step in own.steps)
     each = ", ".join(f"{stage} {duration(own.seconds(rates, stage))}" for stage in stages)
