@@ -7,12 +7,14 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from patch.files.schema import Says, record
-from patch.settings import AtLeastOne, setting
+from patch.settings import AtLeastOne, Positive, Seed, Tile, setting
 
 GROUP = 4
-Pattern = Literal["2:4", "unstructured"]
+Pattern = Literal["2:4", "tiles", "unstructured"]
 Precision = Literal["fp32", "fp64"]
-CompensationMethod = Literal["least_squares", "sparsegpt"]
+CompensationMethod = Literal["blocks", "least_squares", "sparsegpt"]
+TilesBy = Literal["fisher", "error", "share"]
+Budget = Literal["model", "block", "layer"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 COMPENSATIONS: tuple[CompensationMethod, ...] = get_args(CompensationMethod)
 DEFAULT_BLOCK_SIZE = 128
@@ -49,3 +51,22 @@ class PruneOptions:
 
             require_multiple("block_size", self.block_size, GROUP, "Pattern 2:4 needs that; the usual one is 128.")
         return self
+
+
+@record
+class TileOptions:
+    """Which tiles stay dense with pattern "tiles". raises ValueError naming the field."""
+
+    by: TilesBy = setting("fisher", "what ranks tiles: fisher, the model's loss; error, the method's; share, the paper's")
+    budget: Budget = setting("model", "what has the sparsity: the whole model, every block or every layer")
+    tile: Tile = setting((128, 128), "rows,columns of a tile", metavar="R,C")
+
+
+@record
+class BlockOptions:
+    """How `fit_block` trains a block. raises ValueError naming the field."""
+
+    epochs: AtLeastOne = setting(4, "passes over the calibration samples for each block")
+    lr: Positive = setting(1e-3, "learning rate of Adam at the first step; it falls linearly to 0", metavar="LR")
+    batch_size: AtLeastOne = setting(8, "calibration samples a step")
+    seed: Seed = setting(0, "seed of the order of the samples")

@@ -76,10 +76,20 @@ class Method:
         module, _, name = self.settings.partition(":")
         return getattr(importlib.import_module(module), name) if module else None
 
-    def prune(self, weight: torch.Tensor, statistics: Any, options: PruneOptions) -> Pruned:
-        """Prune a weight (N, K) by the statistics of its inputs (None without reads_inputs)."""
-        pruned: Pruned = self.code.prune(weight, statistics, options)
+    def prune(
+        self, weight: torch.Tensor, statistics: Any, options: PruneOptions, stays: torch.Tensor | None = None
+    ) -> Pruned:
+        """Prune a weight (N, K) by the statistics of its inputs (None without reads_inputs).
+
+        stays  (N, K) bool: weights that are not pruned, with pattern 2:4
+        """
+        pruned: Pruned = self.code.prune(weight, statistics, options, stays)
         return pruned
+
+    def costs(self, weight: torch.Tensor, statistics: Any, options: PruneOptions) -> torch.Tensor:
+        """What the method believes that pruning each weight (N, K) adds to the squared error of the layer's output."""
+        costs: torch.Tensor = self.code.costs(weight, statistics, options)
+        return costs
 
     def new_statistics(self, weight: torch.Tensor, options: PruneOptions) -> Any:
         """Empty statistics for the inputs of weight (N, K), on its device."""
