@@ -50,7 +50,11 @@ def fit_block(
     masters = {name: linear.weight.detach().float().clone().requires_grad_(True) for name, linear in members.items()}
     # A float32 copy of what else is in the block: sums of a step would be lost in 16 bits.
     others = {name: _float(tensor.detach()) for name, tensor in (*block.named_parameters(), *block.named_buffers())}
-    optimizer = torch.optim.Adam(list(masters.values()), lr=options.lr, betas=_BETAS)
+    # Adam's steps have the size of its rate whatever the gradient, and models differ in the size of their weights.
+    rates = [options.lr * _scale(master.detach()[keeps[name]]) for name, master in masters.items()]
+    optimizer = torch.optim.Adam(
+        [{"params": [master], "lr": rate} for master, rate in zip(masters.values(), rates, strict=True)], betas=_BETAS
+    )
     size = options.batch_size
     steps = options.epochs * -(-len(targets) // size)
     generator = torch.Generator().manual_seed(options.seed * 4096 + index)
@@ -66,10 +70,11 @@ def fit_block(
                     error = (forward(part.tolist(), weights) - wanted).square().mean()
                     (error * (len(part) / len(samples))).backward(retain_graph=True)
                 for name, master in masters.items():
-                    assert master.grad is not None
+                    if master.grad is None:  # of an expert that no token was sent to
+                        continue
                     master.grad.masked_fill_(~keeps[name], 0)
-                for group in optimizer.param_groups:
-                    group["lr"] = options.lr * (1 - step / steps)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * (1 - step / steps)
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
@@ -113,7 +118,8 @@ class _Forward:
 
 
 def _scale(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
+    """Root mean square, 0 of nothing."""
+    return float(x.square().mean().sqrt()) if x.numel() else 0.0
 
 
 def _path(block: nn.Module, layer: nn.Module) -> str:

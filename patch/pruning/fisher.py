@@ -14,20 +14,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patch.files.folder import write_folder
 from patch.files.progress import Progress
+from patch.files.strict_json import dump_json
 from patch.mask import tile_sums
 from patch.models.modes import block_device, calibration_mode, placed
 from patch.models.structure import decoder_blocks, linear_at
 from patch.pruning.block_inputs import BlockCall, hidden_of, moved, split_call
+from patch.runs.checkpoints import load_tensors
+from patch.runs.stages import STAGE_FILE, finished
 from patch_kernels import tile_grid
 
 DEFAULT_CHUNK = 8
+_STAGE = "losses"
+_SUMS = "sums.safetensors"
 
 
 def tile_losses(
@@ -38,6 +46,8 @@ def tile_losses(
     *,
     device: torch.device | str | None = None,
     chunk: int = DEFAULT_CHUNK,
+    stages: Path | None = None,
+    key: str = "",
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Loss that masking a tile adds, {layer: (rows, cols) float64 on the CPU}; the model is not changed.
@@ -47,6 +57,8 @@ def tile_losses(
     tile         rows, columns of a tile
     device       where each block, and what is around the blocks, is put while it runs; None: where it is
     chunk        samples whose hidden states between the blocks are held at once
+    stages       folder that keeps the sums after each chunk: the same call again goes on there; None: nowhere
+    key          of all that the sums depend on
     progress     say how far it is
     The value of a tile is the mean over samples of the sum over its pruned weights of (dL/dw * w)^2.
     """
@@ -55,14 +67,15 @@ def tile_losses(
     members = [_members(block, linears) for block in blocks]
     losses = {name: torch.zeros(tile_grid(keep.shape, tile), dtype=torch.float64) for name, keep in masks.items()}
     first = next(index for index, own in enumerate(members) if own)
-    total = len(calibration) * (len(blocks) - first)
+    done = _restore(losses, stages, key)
+    total = (len(calibration) - done) * (len(blocks) - first)
     with (
         calibration_mode(model),
         _no_trained_parameters(model),
         _placed_around(model, blocks, device),
         Progress(total, "gradients of the loss", "block", show=progress) as bar,
     ):
-        for samples in calibration.split(chunk):
+        for samples in calibration[done:].split(chunk):
             runs = [_Run(model, blocks, ids[None], device) for ids in samples]
             for index in reversed(range(first, len(blocks))):
                 with placed(blocks[index], device):
@@ -71,6 +84,8 @@ def tile_losses(
                         for name, linear in members[index].items():
                             losses[name] += _tile_losses(linear, masks[name], tile)
                         bar.update()
+            done += len(samples)
+            _keep(losses, done, stages, key)
     return {name: loss / len(calibration) for name, loss in losses.items()}
 
 
@@ -81,6 +96,26 @@ def _tile_losses(linear: nn.Linear, keep: Tensor, tile: tuple[int, int]) -> Tens
         return torch.zeros(tile_grid(keep.shape, tile), dtype=torch.float64)
     change = gradient.float().mul_(linear.weight).masked_fill_(keep.to(gradient.device), 0)
     return tile_sums(change.square_(), tile).cpu()
+
+
+def _restore(losses: dict[str, Tensor], stages: Path | None, key: str) -> int:
+    """Give the sums what an earlier call with this key kept; returns of how many samples."""
+    if stages is None or (found := finished(stages / _STAGE, key)) is None:
+        return 0
+    losses.update(load_tensors(stages / _STAGE / _SUMS, losses))
+    samples: int = found["samples"]
+    return samples
+
+
+def _keep(losses: Mapping[str, Tensor], samples: int, stages: Path | None, key: str) -> None:
+    if stages is None:
+        return
+
+    def write(folder: Path) -> None:
+        save_file(dict(losses), folder / _SUMS)
+        (folder / STAGE_FILE).write_bytes(dump_json({"key": key, "result": {"samples": samples}}))
+
+    write_folder(stages / _STAGE, write)
 
 
 def _members(block: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:

@@ -158,9 +158,9 @@ def make_options(
 ) -> PruneOptions:
     """Checked options; block_size None is the method's default for the pattern."""
     if block_size is None:
-        block_size = method.two_of_four_block_size if pattern == "2:4" else method.block_size
+        block_size = method.block_size if pattern == "unstructured" else method.two_of_four_block_size
     options = PruneOptions(pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     if pattern not in method.patterns:
         known = f"{' or '.join(method.patterns)} for method {method.label}"
-        raise ValueError(f"pattern: expected {known}, got {pattern}. Use wanda for an unstructured mask.")
+        raise ValueError(f"pattern: expected {known}, got {pattern}. Use wanda for other patterns.")
     return options

@@ -33,9 +33,9 @@ def check_weight(weight: torch.Tensor, options: PruneOptions, label: str) -> Non
     require_tensor(label, weight, dtypes=FLOATS, shape=shape, advice=advice, error=TypeError)
     if weight.device.type == "meta":
         raise ValueError(f"{label}: expected a weight with values, got one on the meta device. Load the model first.")
-    if options.pattern == "2:4":
+    if options.pattern != "unstructured":
         advice = "Leave it dense with exclude, or prune with pattern='unstructured'."
-        require_multiple(f"{label}, in_features for pattern 2:4", weight.shape[1], GROUP, advice)
+        require_multiple(f"{label}, in_features for pattern {options.pattern}", weight.shape[1], GROUP, advice)
     require_finite(label, weight, "The checkpoint is damaged or overflowed its dtype; load it in bf16 or fp32.")
 
 
