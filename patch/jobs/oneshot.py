@@ -43,7 +43,7 @@ from patch.runs.folders import require_nothing_else
 from patch.runs.stages import STAGE_FILE, digest, finished
 
 DENSE, PRUNE, RECONSTRUCT, PACK = STAGES = ("dense", "prune", "reconstruct", "pack")
-_LEFTOVERS = ("*.tmp-*", "*.old-*")
+_LEFTOVERS = ("*.parts", "*.tmp-*", "*.old-*")
 _PROMPT_TOKENS = 16
 DECODED_TOKENS = 32
 
@@ -60,8 +60,15 @@ def check_stages_folder(out: Path) -> None:
 
 
 def kept_stages(out: Path) -> list[str]:
-    """Names of the stages that are complete, whatever they were made from."""
-    return [name for name in STAGES if (stages_folder(out) / name / STAGE_FILE).is_file()]
+    """What is complete, whatever it was made from: names of stages, and of those of which there are parts."""
+    folder = stages_folder(out)
+    done = [name for name in STAGES if (folder / name / STAGE_FILE).is_file()]
+    return done + [f"parts of {name}" for name in STAGES if _parts(folder, name).is_dir()]
+
+
+def _parts(folder: Path, name: str) -> Path:
+    """Where a stage keeps what it has, until it is complete."""
+    return folder / f"{name}.parts"
 
 
 @dataclass(frozen=True)
@@ -175,20 +182,25 @@ class _Run:
 
     def _prune(self, sealed: Callable[..., bytes]) -> None:
         job, model = self.job, self._take()
-        masks = prune_hybrid(model, job.texts.calibration, job.settings, device=job.device)
+        parts = _parts(self.folder, PRUNE)
+        masks = prune_hybrid(model, job.texts.calibration, job.settings, stages=parts, device=job.device)
         result = {"perplexity": self._perplexity(model), "coverage": coverage(model, masks).as_dict()}
         extra = {STAGE_FILE: sealed(**result)}
         save_artifact(self.folder / PRUNE, masks, meta=self._meta(), extra=extra)
+        shutil.rmtree(parts, ignore_errors=True)
 
     def _reconstruct(self, sealed: Callable[..., bytes]) -> None:
         job, model = self.job, self._take()
         masks = load_artifact(self.folder / PRUNE).masks
-        errors = reconstruct(model, masks, job.texts.calibration, job.settings, device=job.device)
+        parts = _parts(self.folder, RECONSTRUCT)
+        done = reconstruct(model, masks, job.texts.calibration, job.settings, stages=parts, device=job.device)
+        errors = done.block_errors or done.layer_errors
         before, after = (sum(pair[i] for pair in errors.values()) / max(1, len(errors)) for i in (0, 1))
         result = {"perplexity": self._perplexity(model), "error_before": before, "error_after": after}
         weights = {name: model.get_submodule(name).weight.detach() for name in masks}
         extra = {STAGE_FILE: sealed(**result)}
         save_artifact(self.folder / RECONSTRUCT, masks, meta=self._meta(), weights=weights, extra=extra)
+        shutil.rmtree(parts, ignore_errors=True)
 
     def _pack(self) -> tuple[Path, list[str]]:
         """Pack what the stages made, open it again, measure it, write its card; where it is, and what to warn of."""
@@ -262,6 +274,7 @@ class _Run:
     def _remove_stages(self) -> None:
         for name in STAGES:
             shutil.rmtree(self.folder / name, ignore_errors=True)
+            shutil.rmtree(_parts(self.folder, name), ignore_errors=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 

@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 
 from patch.files.progress import duration
-from patch.pruning.counts import Block, Counts
-from patch.pruning.one_shot_settings import OneShotSettings
-from patch.pruning.options import BlockOptions
+from patch.pruning.counts import Counts
+from patch.pruning.fisher import DEFAULT_CHUNK
+from patch.pruning.one_shot_settings import OneShotSettings, block_options
+from patch.pruning.options import TileOptions
 from patch.pruning.plan import PROCESS_BYTES, WORK_BYTES, WORK_STATISTICS
 from patch.pruning.registry import get_method
 
@@ -29,8 +30,6 @@ GB = 10**9
 SAVED_SHARE = 0.875
 CARDS_GB = (24, 80, 141)
 _FP32 = 4
-# Hidden states of so many samples between all blocks are held at once by the Fisher pass.
-_FISHER_CHUNK = 8
 # Kernels that a GPU starts for a column of SparseGPT's sweep, and what a step of it reads and writes of a weight.
 _SWEEP_LAUNCHES = 10
 _SWEEP_COLUMNS = 128
@@ -38,8 +37,8 @@ _SWEEP_COLUMNS = 128
 _FISHER_BYTES = 30
 # Of a weight and step of Adam: master weight, gradient, two moments, all read and written.
 _ADAM_BYTES = 40
-# Of a weight while its block is fitted: master, gradient and two moments in float32, and a float32 copy of the block.
-_FIT_BYTES = 20
+# Of a weight while its block is fitted: master, gradient, two moments and a copy in float32, two more of 16 bits.
+_FIT_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -179,40 +178,51 @@ class _Parts:
     def prune(self) -> list[Step]:
         if self.settings.sparsity == 0:
             return []
-        steps = []
-        if self.settings.tiles_by == "fisher":
-            steps += [
-                Step("prune", "provisional patterns", self._pass(self._inverse), self._gathered()),
-                Step("prune", "Fisher information", self._fisher(), self._fisher_bytes(), self._boundaries()),
-            ]
-        elif self.settings.tiles_by == "error":
-            steps.append(Step("prune", "errors of tiles", self._pass(self._inverse), self._gathered()))
+        by = self.settings.tiles_by
+        if by == "error":
+            steps = [Step("prune", "errors of tiles", *self._pass(self._inverse, self.has_hessian))]
         else:
-            steps.append(Step("prune", "unstructured reference", self._pass(self._sweep), self._gathered()))
-        return [*steps, Step("prune", "sweep", self._pass(self._sweep), self._gathered())]
+            # By Wanda, whose statistics are vectors.
+            steps = [Step("prune", "provisional patterns", *self._pass(self._inverse, False))]
+        if by == "fisher":
+            steps.append(Step("prune", "Fisher information", self._fisher(), self._fisher_bytes(), self._boundaries()))
+        elif by == "share":
+            work, size = self._pass(self._sweep, self.has_hessian)
+            copied = self.counts.elems * self.counts.itemsize
+            steps.append(Step("prune", "unstructured reference", work, size + copied))
+        return [*steps, Step("prune", "sweep", *self._pass(self._sweep, self.has_hessian))]
 
     def reconstruct(self) -> list[Step]:
-        method, work = self.settings.reconstruct, self._sweep
-        if method != "sparsegpt":
-            work = self._least_squares
-        steps = [Step("reconstruct", "least squares", self._pass(work, always=True), self._gathered(always=True))]
-        if method == "sparsegpt":
-            return [dataclasses.replace(steps[0], name="sweep")]
-        return [*steps, self._fit()] if method == "blocks" else steps
+        if self.settings.reconstruct == "sparsegpt":
+            return [Step("reconstruct", "sweep", *self._pass(self._sweep, True))]
+        work, size = self._pass(self._least_squares, True)
+        if self.settings.reconstruct == "least_squares":
+            return [Step("reconstruct", "least squares", work, size)]
+        # The second set of hidden states is the dense model's.
+        return [Step("reconstruct", "least squares", work, size + self.hidden), self._fit()]
 
     # -- passes over the blocks ---
 
-    def _pass(self, of_layer: Callable[[int, int], Work], *, always: bool = False) -> Work:
-        """Every block on all samples twice, once to gather statistics and once for the next block's inputs."""
+    def _pass(self, of_layer: Callable[[int, int], Work], has_hessian: bool) -> tuple[Work, int]:
+        """Every block on all samples twice, once to gather statistics and once for the next block's inputs; and bytes.
+
+        of_layer  work on a layer (N, K) where the statistics are Hessians
+        """
         total = self._moved(1)
         for block in self.counts.blocks:
             total += Work(model=2 * self.nsamples * block.flops)
-            if always or self.has_hessian:
+            if has_hessian:
                 tokens = self.nsamples * self.counts.seqlen
                 total += Work(fp32=sum(2 * tokens * size**2 for size in block.inputs))
                 for rows, cols in block.layers:
                     total += of_layer(rows, cols)
-        return total
+        work = max(rows * cols for block in self.counts.blocks for rows, cols in block.layers) * WORK_BYTES
+        statistics = 0
+        if has_hessian:
+            sizes = [[_FP32 * size**2 for size in block.inputs] for block in self.counts.blocks]
+            statistics = max(map(sum, sizes))
+            work += WORK_STATISTICS * max(map(max, sizes))
+        return total, statistics + self.hidden + max(work, self._activations())
 
     def _inverse(self, rows: int, cols: int) -> Work:
         return Work(solve=cols**3, memory=8 * rows * cols)
@@ -231,22 +241,23 @@ class _Parts:
     def _fisher(self) -> Work:
         """A forward pass, blocks again, and backward passes, twice a forward pass for blocks and once for the head."""
         blocks = sum(block.flops for block in self.counts.blocks)
-        flops = self.nsamples * (4 * blocks + 2 * self.counts.around_flops)
-        weights = self.nsamples * self.counts.masked_elems
-        chunks = -(-self.nsamples // _FISHER_CHUNK)
-        return Work(model=flops, memory=_FISHER_BYTES * weights) + self._moved(self.nsamples + chunks)
+        samples = min(self.nsamples, TileOptions().samples)
+        flops = samples * (4 * blocks + 2 * self.counts.around_flops)
+        chunks = -(-samples // DEFAULT_CHUNK)
+        moved = self._moved(samples + chunks)
+        return Work(model=flops, memory=_FISHER_BYTES * samples * self.counts.masked_elems) + moved
 
     def _fit(self) -> Step:
-        options = BlockOptions() if self.settings.epochs is None else BlockOptions(epochs=self.settings.epochs)
-        work = Work()
+        options, work = block_options(self.settings), Work()
         for block in self.counts.blocks:
-            # The dense block's outputs, the fit itself (a forward and a backward pass), the error before and after.
-            work += Work(model=self.nsamples * block.flops, fit=self.nsamples * (3 * options.epochs + 2) * block.flops)
+            # The error before and after; forward and backward passes.
+            work += Work(model=2 * self.nsamples * block.flops, fit=3 * options.epochs * self.nsamples * block.flops)
             steps = options.epochs * -(-self.nsamples // options.batch_size)
             work += Work(memory=steps * _ADAM_BYTES * block.elems)
         largest = max(self.counts.blocks, key=lambda block: block.elems)
         trained = _FIT_BYTES * largest.elems + min(options.batch_size, self.nsamples) * largest.saved_bytes
-        return Step("reconstruct", "block fit", work, trained + 3 * self.hidden)
+        # Inputs, targets, outputs before and after.
+        return Step("reconstruct", "block fit", work, trained + 4 * self.hidden)
 
     # -- bytes ---
 
@@ -259,19 +270,6 @@ class _Parts:
         """Of a forward pass of one sample through a block, nothing kept: no more than a backward pass would need."""
         return max(block.saved_bytes for block in self.counts.blocks) * self.counts.itemsize // _FP32
 
-    def _gathered(self, *, always: bool = False) -> int:
-        """Statistics of a block, work on a layer, the hidden states of all samples."""
-        work = max(rows * cols for block in self.counts.blocks for rows, cols in block.layers) * WORK_BYTES
-        statistics = 0
-        if always or self.has_hessian:
-            statistics = max(self._statistics(block) for block in self.counts.blocks)
-            work += WORK_STATISTICS * max(_FP32 * size**2 for block in self.counts.blocks for size in block.inputs)
-        hidden = self.hidden * (2 if always and self.settings.reconstruct == "blocks" else 1)
-        return statistics + hidden + max(work, self._activations())
-
-    def _statistics(self, block: Block) -> int:
-        return sum(_FP32 * size**2 for size in block.inputs)
-
     def _fisher_bytes(self) -> int:
         """Gradients of a block, its activations, those of the head with the logits in float32 and their gradient."""
         block = max(self.counts.blocks, key=lambda block: block.elems)
@@ -280,7 +278,7 @@ class _Parts:
         return max(gradients + self._activations(), logits)
 
     def _boundaries(self) -> int:
-        chunk = min(_FISHER_CHUNK, self.nsamples)
+        chunk = min(DEFAULT_CHUNK, self.nsamples)
         return chunk * (len(self.counts.blocks) + 1) * self.counts.hidden_elems * self.counts.itemsize
 
 

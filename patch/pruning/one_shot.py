@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from patch.models.keep_masks import measured_sparsity
 from patch.models.modes import streamed
 from patch.models.packed_size import packed_bytes
 from patch.models.structure import maskable_linears, vocabulary_size
-from patch.pruning.compensation import compensate
+from patch.pruning.compensation import Compensation, compensate
 from patch.pruning.model import prune_model
-from patch.pruning.one_shot_settings import OneShotSettings, default_nsamples
-from patch.pruning.options import DEFAULT_SEQLEN, BlockOptions, TileOptions
+from patch.pruning.one_shot_settings import OneShotSettings, block_options, default_nsamples
+from patch.pruning.options import DEFAULT_SEQLEN, TileOptions
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class OneShot:
     dense          perplexity of the dense model
     pruned         with the masks and the weights of the pruning method
     reconstructed  of the model as it is now
-    layer_errors   {layer name: (before, after)}, of `patch.pruning.Compensation`
+    compensation   errors of layers and blocks before and after, of `patch.pruning.compensate`
     packed_bytes   that the masked layers take once they are packed, dense_bytes as dense 16-bit weights
     """
 
@@ -42,7 +43,7 @@ class OneShot:
     dense: float | None
     pruned: float | None
     reconstructed: float | None
-    layer_errors: dict[str, tuple[float, float]]
+    compensation: Compensation
     packed_bytes: int
     dense_bytes: int
 
@@ -70,8 +71,8 @@ def oneshot(
     model        with its dense weights; afterwards its layers have keep masks, and zeros where these prune
     tokenizer    of the model, where calibration or heldout are texts
     calibration  (samples, seqlen) int64 token ids, or a text: a file or the name of a set
-    heldout      the same, to measure on. None: of a calibration text that is a named set its evaluation split, of a file
-                 the last tenth, which is then not calibrated on; of token ids nothing, and nothing is measured
+    heldout      the same, to measure on. None: of a calibration text that is a named set its evaluation split, of a
+                 file the last tenth, which is then not calibrated on; beside token ids nothing is measured
     nsamples, seqlen, seed  of the samples of a calibration text; None: as many as make 131,072 tokens, at least 128, of
                  2048 tokens or what the model allows
     device       where each block is put while it is worked on; None: where it is. The weights of the masked layers are
@@ -99,13 +100,13 @@ def oneshot(
     with torch.no_grad():
         for name, linear in linears.items():
             linear.weight.copy_(before.pop(name))
-    errors = reconstruct(model, masks, windows, chosen, device=device, progress=progress)
+    compensation = reconstruct(model, masks, windows, chosen, device=device, progress=progress)
     reconstructed = measured()
     if dense is not None and reconstructed is not None:
         for line in verdict(dense, reconstructed, vocabulary_size(model), pruned):
             say(line, show=progress)
     packed, plain = packed_bytes(masks)
-    return OneShot(masks, dense, pruned, reconstructed, errors, packed, plain)
+    return OneShot(masks, dense, pruned, reconstructed, compensation, packed, plain)
 
 
 def prune_hybrid(
@@ -113,16 +114,21 @@ def prune_hybrid(
     calibration: Tensor,
     settings: OneShotSettings,
     *,
+    stages: Path | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """The first half of `oneshot`: prune in place; returns {layer name: keep (N, K) bool}."""
+    """The first half of `oneshot`: prune in place; returns {layer name: keep (N, K) bool}.
+
+    stages  folder for parts of this half, so that after an interrupt the same call goes on; None: nowhere
+    """
     return prune_model(
         model,
         settings.method,
         pattern="tiles",
         sparsity=settings.sparsity,
         tiles=TileOptions(settings.tiles_by, settings.budget, settings.tile),
+        stages=stages,
         calibration=calibration,
         exclude=settings.exclude,
         device=device,
@@ -136,21 +142,22 @@ def reconstruct(
     calibration: Tensor,
     settings: OneShotSettings,
     *,
+    stages: Path | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> dict[str, tuple[float, float]]:
-    """The second half: mask a DENSE model in place and update what is kept; returns errors, as of `Compensation`."""
-    result = compensate(
+) -> Compensation:
+    """The second half: mask a DENSE model in place and update what is kept; stages as in `prune_hybrid`."""
+    of_blocks: dict[str, Any] = {"stages": stages, "blocks": block_options(settings)}
+    return compensate(
         model,
         masks,
         calibration=calibration,
         method=settings.reconstruct,
-        blocks=BlockOptions() if settings.epochs is None else BlockOptions(epochs=settings.epochs),
         exclude=settings.exclude,
         device=device,
         progress=progress,
+        **(of_blocks if settings.reconstruct == "blocks" else {}),
     )
-    return result.layer_errors
 
 
 def heldout_perplexity(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from patch.files.schema import record
-from patch.pruning.options import DEFAULT_NSAMPLES, Budget, CompensationMethod, TilesBy
+from patch.pruning.options import DEFAULT_NSAMPLES, BlockOptions, Budget, CompensationMethod, TilesBy
 from patch.pruning.registry import METHODS
 from patch.settings import AtLeastOne, Names, Share, Tile, setting
 
@@ -47,3 +47,8 @@ class OneShotSettings:
             got = f"got {self.epochs}. Leave it out, or use reconstruct='blocks'."
             raise ValueError(f"epochs: expected none with reconstruct {self.reconstruct}, {got}")
         return self
+
+
+def block_options(settings: OneShotSettings) -> BlockOptions:
+    """How blocks are fitted with these settings."""
+    return BlockOptions() if settings.epochs is None else BlockOptions(epochs=settings.epochs)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import re
 import shutil
 
 import pytest
 import torch
+import transformers
 from support.commands import run
+from support.models import build_byte_tokenizer, build_tiny_model
+from support.scale import LLAMA_7B
 
 import patch
+from patch import cli
 from patch.cli.commands import oneshot as command
-from patch.files.folder import verify_folder
+from patch.files.folder import verify_folder, write_folder
 from patch.jobs import oneshot as job
 from patch.packed.swap import packed_layers
+from patch.pruning import block_fit, reconstruction
 
 COMMAND = "oneshot --model {w}/model --data {w}/train.txt --seqlen 32 --nsamples 4 --heldout-windows 2 --tile 64"
 DONE = {"prune_hybrid": ["dense"], "reconstruct": ["dense", "prune"], "pack_model": ["dense", "prune", "reconstruct"]}
@@ -30,15 +38,11 @@ def tree(folder):
 @pytest.fixture(scope="module")
 def made(work):
     """Folder of a finished job that kept its stages."""
-    import contextlib
-    import io
-
-    from patch import cli
-
     out = work / "oneshot"
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as said:
         assert cli.main([*COMMAND.format(w=work).split(), "--keep-stages", "--out", str(out)]) == 0
     (work / "oneshot.out").write_text(printed.getvalue())
+    (work / "oneshot.err").write_text(said.getvalue())
     return out
 
 
@@ -99,7 +103,7 @@ def test_an_interrupted_job_goes_on_where_it_stopped(made, work, tmp_path, capsy
         status, _, err = call(capsys, work, "--out", out)
     done = DONE[stopped]
     assert status == 130
-    kept = f"finished stages ({', '.join(done)}) are kept in {out}.stages; run the same command again to go on"
+    kept = f"what is finished ({', '.join(done)}) is kept in {out}.stages; run the same command again to go on"
     assert err.endswith(f"patch-llm: interrupted: {kept}\n")
     assert not out.exists()
     status, _, err = call(capsys, work, "--out", out)
@@ -109,6 +113,31 @@ def test_an_interrupted_job_goes_on_where_it_stopped(made, work, tmp_path, capsy
         f"stage {number} of 4, {name}{': done before' if name in done else ''}"
         for number, name in enumerate(job.STAGES, 1)
     ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o"]
+    assert (out / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+def test_an_interrupt_inside_a_stage_keeps_its_parts(made, work, tmp_path, capsys, monkeypatch):
+    out, fitted, blocks = tmp_path / "o", block_fit.fit_block, []
+
+    def stop_at_the_second(index, *arguments, **settings):
+        if index == 1:
+            raise KeyboardInterrupt
+        blocks.append(index)
+        fitted(index, *arguments, **settings)
+
+    monkeypatch.setattr(reconstruction, "fit_block", stop_at_the_second)
+    status, _, err = call(capsys, work, "--out", out)
+    assert status == 130
+    assert f"what is finished (dense, prune, parts of reconstruct) is kept in {out}.stages" in err
+
+    def count(index, *arguments, **settings):
+        blocks.append(index)
+        fitted(index, *arguments, **settings)
+
+    monkeypatch.setattr(reconstruction, "fit_block", count)
+    status, _, err = call(capsys, work, "--out", out)
+    assert status == 0 and blocks == [0, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o"]
     assert (out / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
@@ -160,8 +189,6 @@ def test_a_damaged_stage_is_made_again(made, work, stages, tmp_path, capsys, cap
 @pytest.mark.usefixtures("stages")
 def test_what_changed_is_made_again_with_all_that_follows(work, tmp_path, capsys, monkeypatch, more, kept):
     if more[0] == "--model":
-        from support.models import build_byte_tokenizer, build_tiny_model
-
         build_tiny_model("llama", seed=1).save_pretrained(work / "another")
         build_byte_tokenizer().save_pretrained(work / "another")
 
@@ -228,14 +255,65 @@ def test_text_and_folder_are_needed_but_for_a_dry_run(work, capsys):
     assert status == 2 and "expected --data, --out, got nothing. Give it as a flag" in err
 
 
-def test_a_dry_run_reads_the_configuration_alone(work, tmp_path, capsys, monkeypatch):
+def test_the_plan_comes_first(made, work):
+    said = (work / "oneshot.err").read_text().splitlines()
+    plan = [line.removeprefix("plan: ") for line in said if line.startswith("plan: ")]
+    assert plan[0] == "14 linear layers with 0.25 M weights, 45% of them to be zero"
+    assert (
+        plan[1]
+        == "prune with sparsegpt, tiles by fisher; reconstruct by blocks; on 4 samples of 32 tokens (128 tokens)"
+    )
+    assert re.fullmatch(r"measure on 2 windows of 32 tokens: the last 64 of .* before calibration was drawn", plan[2])
+    each = r"dense \d+ s, prune \d+ s, reconstruct \d+ s, pack \d+ s"
+    assert re.fullmatch(rf"about \d+ s on this machine, by a model that may be far off: {each}", plan[3])
+    assert re.fullmatch(r"peak memory about 0\.\d GB", plan[4])
+    assert len(plan) == 5 and said.index(f"plan: {plan[4]}") < said.index("stage 1 of 4, dense")
+
+
+def test_a_dry_run_reads_the_configuration_alone(work, tmp_path, capsys):
     (tmp_path / "shapes").mkdir()
     shutil.copy(work / "model" / "config.json", tmp_path / "shapes")
     before = tree(tmp_path)
     status, out, _ = run(capsys, "oneshot", "--model", tmp_path / "shapes", "--dry-run", "--out", tmp_path / "o")
     assert status == 0
-    assert "plan: 14 linear layers with 0.25 M weights to 45% zeros" in out
-    assert tree(tmp_path) == before and sorted(path.name for path in tmp_path.iterdir()) == ["shapes"]
+    assert "plan: 14 linear layers with 0.25 M weights, 45% of them to be zero\n" in out
+    assert "on 1024 samples of 128 tokens (131,072 tokens)\nplan: measure on 64 windows of 128 tokens\n" in out
+    assert re.search(r"^reconstruct +block fit +\d+ \w+ +0\.\d GB$", out, re.M)
+    assert re.search(
+        r"^a GPU of 24 GB: the whole model fits, 23\.\d GB left; with --offload it fits, 23\.\d GB", out, re.M
+    )
+    assert re.search(r"^--offload needs 0\.\d GB of host memory$", out, re.M)
+    assert tree(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["shapes"]
+
+
+def test_a_dry_run_says_that_a_7b_fits_24_gb_with_offload(tmp_path, capsys):
+    transformers.LlamaConfig(**LLAMA_7B, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    status, out, _ = run(capsys, "oneshot", "--model", tmp_path, "--dry-run")
+    assert status == 0
+    line = next(line for line in out.splitlines() if line.startswith("a GPU of 24 GB: "))
+    assert "the whole model does not fit, " in line and "; with --offload it fits, " in line
+
+
+def test_an_architecture_that_cannot_be_walked_is_not_refused(work, capsys, monkeypatch):
+    def fail(*arguments, **settings):
+        raise RuntimeError("the output depends on values")
+
+    monkeypatch.setattr("patch.pruning.counts.counted", fail)
+    status, out, _ = run(capsys, "oneshot", "--model", work / "model", "--dry-run")
+    assert status == 0
+    assert out.splitlines()[-1] == "plan: time and memory are not known for this architecture"
+
+
+@pytest.mark.usefixtures("stages")
+def test_offload_gives_the_same_model(made, work, tmp_path, capsys):
+    """Where the model is has no influence; a model that is not in one place is not timed."""
+    status, out, _ = call(capsys, work, "--out", tmp_path / "o", "--offload", "--sparsity", "0.44", "--keep-stages")
+    assert status == 0
+    assert "a new token: " not in out and "A new token" not in (tmp_path / "o" / "README.md").read_text()
+    status, out, _ = call(capsys, work, "--out", tmp_path / "p", "--sparsity", "0.44")
+    assert status == 0 and "a new token: " in out
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("o", "p"))
+    assert one == two
 
 
 def test_logits_that_differ_are_no_result(work, tmp_path, capsys, monkeypatch):
@@ -255,19 +333,29 @@ def test_logits_that_differ_are_no_result(work, tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.stages"]
 
 
-def test_a_bad_result_is_said_in_capitals(made, work, stages, tmp_path, capsys):
-    import json
+def rewrite(folder, content):
+    write_folder(folder, lambda new: [(new / name).write_bytes(data) for name, data in content.items()])
 
-    from patch.files.folder import write_folder
 
-    stage = json.loads((stages / "dense" / "stage.json").read_text())
-    stage["result"]["perplexity"] = 2.0
-    write_folder(stages / "dense", lambda folder: (folder / "stage.json").write_text(json.dumps(stage)))
+@pytest.mark.parametrize("dense", [2.0, 1000.0])
+def test_a_bad_result_is_said_in_capitals(work, stages, tmp_path, capsys, monkeypatch, dense):
+    monkeypatch.setattr(job, "vocabulary_size", lambda model: None)  # an untrained model guesses
+    for name in ("dense", "prune"):
+        stage = json.loads((stages / name / "stage.json").read_text())
+        stage["result"]["perplexity"] = dense if name == "dense" else 1e4
+        content = {path.name: path.read_bytes() for path in (stages / name).iterdir()}
+        content |= {"stage.json": json.dumps(stage).encode()}
+        del content["patch_manifest.json"]
+        rewrite(stages / name, content)
     status, out, _ = call(capsys, work, "--out", tmp_path / "o")
     assert status == 0
-    warning = re.search(r"WARNING: the result's perplexity is \d+\.\d\d times the dense model's\. .*", out)[0]
-    assert f"**{warning}**" in (tmp_path / "o" / "README.md").read_text()
-    assert "next:" not in out
+    card = (tmp_path / "o" / "README.md").read_text()
+    next_step = f"next: patch-llm generate --model {tmp_path / 'o'} --prompt 'Once'"
+    if dense == 2.0:
+        warning = re.search(r"WARNING: the result's perplexity is \d+\.\d\d times the dense model's\. .*", out)[0]
+        assert f"**{warning}**" in card and next_step not in out
+    else:
+        assert "WARNING" not in out + card and next_step in out
 
 
 def test_an_earlier_export_is_replaced_when_asked(made, work, tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_steps_are_those_of_the_settings(counts):
         *("errors of tiles", "sweep", "least squares", last),
     ]
     assert names(costs_with(counts, tiles_by="share", reconstruct="sparsegpt")) == [
-        *("unstructured reference", "sweep", "sweep", last),
+        *("provisional patterns", "unstructured reference", "sweep", "sweep", last),
     ]
     fit = {
         epochs: next(step for step in costs_with(counts, epochs=epochs).steps if step.name == "block fit")

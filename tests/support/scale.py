@@ -36,16 +36,20 @@ n samples of S tokens, T = n S; F operations of a forward pass of the blocks on 
 
 | step | operations | bytes beside the model |
 |---|---|---|
-| perplexity | W (F + F') for W windows | logits in the model's dtype and in float32 |
-| provisional patterns | 2 n F, 2 T K^2 for every tensor that layers read, K^3 a layer | 4 K^2 a tensor of a block, 20 N K, hidden states |
-| Fisher information | n (4 F + 2 F'), 30 bytes a weight and sample | gradients of a block or logits; host: 8 samples' hidden states at all blocks |
-| sweep | as above, with 4/3 K^3 + N K^2 a layer and 10 kernels a column | the same |
-| least squares | 2 n F, 2 T K^2, K^3 + 2 N K^2 a layer, (K/2)^3 / 3 in 2 s N rows | the same, hidden states twice |
-| block fit | n F + n F (3 E + 2) | 20 bytes a weight of a block, 8 samples' activations, hidden states three times |
+| perplexity | W (F + F') for W windows | logits twice, once in float32 |
+| provisional patterns | 2 n F | 20 N K |
+| Fisher information | m (4 F + 2 F'), 30 bytes a weight and sample | gradients of a block; host: states of 8 samples |
+| sweep | 2 n F, 2 T K^2 a tensor that layers read, 4/3 K^3 + N K^2 a layer | 4 K^2 a tensor in a block, 20 N K |
+| least squares | 2 n F, 2 T K^2, K^3 + 2 N K^2 a layer, (K/2)^3 / 3 in 2 s N rows | as the sweep |
+| block fit | 2 n F + 3 E n F | 24 bytes a weight of a block, activations of 8 samples, states four times |
 | pack | W (F + F'), ten readings of all weights | the packed model a second time |
 
+m is at most 64. States are the hidden states of all n samples, on the device where blocks are worked on: once in every
+pass but the block fit, twice with least squares before it. The Fisher pass has those of 8 samples between all blocks in
+host memory.
+
 With `--offload` a block goes to the card and back in every pass over the blocks, and for every sample in whole forward
-passes. Hidden states of n samples are on the device where blocks are worked on.
+passes.
 
 ## Assumed rates
 Reached, not peak; steps one after the other, nothing overlapping.
@@ -79,9 +83,8 @@ def document() -> str:
         ("Llama-2-7B with `--offload`", LLAMA_7B, "offload", RTX_4090),
     ):
         parts.append(_section(name, costs_of(sizes, placement), rates))
-    parts.append(
-        FORMULAS.format(rates=format_table([_rates(rates) for rates in (H100, RTX_4090, CPU_BOX)], markdown=True))
-    )
+    rates = format_table([_rates(rates) for rates in (H100, RTX_4090, CPU_BOX)], markdown=True)
+    parts.append(FORMULAS.format(rates=rates))
     return "\n".join(parts)
 
 

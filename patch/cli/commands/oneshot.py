@@ -128,7 +128,7 @@ def on_interrupt(options: Options) -> str:
 
     if kept := kept_stages(options.folder):
         where = stages_folder(options.folder)
-        return f"finished stages ({', '.join(kept)}) are kept in {where}; run the same command again to go on"
+        return f"what is finished ({', '.join(kept)}) is kept in {where}; run the same command again to go on"
     return f"nothing was written to {options.out}; run the same command again"
 
 
