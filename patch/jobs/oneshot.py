@@ -183,10 +183,14 @@ class _Run:
     def _prune(self, sealed: Callable[..., bytes]) -> None:
         job, model = self.job, self._take()
         parts = _parts(self.folder, PRUNE)
-        masks = prune_hybrid(model, job.texts.calibration, job.settings, stages=parts, device=job.device)
-        result = {"perplexity": self._perplexity(model), "coverage": coverage(model, masks).as_dict()}
-        extra = {STAGE_FILE: sealed(**result)}
-        save_artifact(self.folder / PRUNE, masks, meta=self._meta(), extra=extra)
+        hybrid = prune_hybrid(model, job.texts.calibration, job.settings, stages=parts, device=job.device)
+        result = {"perplexity": self._perplexity(model), "coverage": coverage(model, hybrid.masks).as_dict()}
+        extra, tiles = {STAGE_FILE: sealed(**result)}, hybrid.tile_is_sparse
+        scores = hybrid.tile_scores
+        meta = self._meta()
+        save_artifact(
+            self.folder / PRUNE, hybrid.masks, meta=meta, tile_scores=scores, tile_is_sparse=tiles, extra=extra
+        )
         shutil.rmtree(parts, ignore_errors=True)
 
     def _reconstruct(self, sealed: Callable[..., bytes]) -> None:

@@ -22,7 +22,8 @@ from patch.models.modes import streamed
 from patch.models.packed_size import packed_bytes
 from patch.models.structure import maskable_linears, vocabulary_size
 from patch.pruning.compensation import Compensation, compensate
-from patch.pruning.model import prune_model
+from patch.pruning.hybrid import Hybrid
+from patch.pruning.model import prune_tiles
 from patch.pruning.one_shot_settings import OneShotSettings, block_options, default_nsamples
 from patch.pruning.options import DEFAULT_SEQLEN, TileOptions
 
@@ -32,6 +33,7 @@ class OneShot:
     """What making a model hybrid did; perplexities are of the held-out tokens, None without them.
 
     masks          {layer name: keep (N, K) bool}: dense tiles are all True, others exactly 2:4
+    tile_is_sparse {layer name: (rows, cols) bool}
     dense          perplexity of the dense model
     pruned         with the masks and the weights of the pruning method
     reconstructed  of the model as it is now
@@ -40,6 +42,7 @@ class OneShot:
     """
 
     masks: dict[str, Tensor]
+    tile_is_sparse: dict[str, Tensor]
     dense: float | None
     pruned: float | None
     reconstructed: float | None
@@ -95,7 +98,8 @@ def oneshot(
     linears = maskable_linears(model, chosen.exclude)
     dense = measured()
     before = {name: linear.weight.detach().to("cpu", copy=True) for name, linear in linears.items()}
-    masks = prune_hybrid(model, windows, chosen, device=device, progress=progress)
+    hybrid = prune_hybrid(model, windows, chosen, device=device, progress=progress)
+    masks = hybrid.masks
     pruned = measured()
     with torch.no_grad():
         for name, linear in linears.items():
@@ -106,7 +110,7 @@ def oneshot(
         for line in verdict(dense, reconstructed, vocabulary_size(model), pruned):
             say(line, show=progress)
     packed, plain = packed_bytes(masks)
-    return OneShot(masks, dense, pruned, reconstructed, compensation, packed, plain)
+    return OneShot(masks, hybrid.tile_is_sparse, dense, pruned, reconstructed, compensation, packed, plain)
 
 
 def prune_hybrid(
@@ -117,15 +121,14 @@ def prune_hybrid(
     stages: Path | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> dict[str, Tensor]:
-    """The first half of `oneshot`: prune in place; returns {layer name: keep (N, K) bool}.
+) -> Hybrid:
+    """The first half of `oneshot`: prune in place, with the weights of the method.
 
     stages  folder for parts of this half, so that after an interrupt the same call goes on; None: nowhere
     """
-    return prune_model(
+    return prune_tiles(
         model,
         settings.method,
-        pattern="tiles",
         sparsity=settings.sparsity,
         tiles=TileOptions(settings.tiles_by, settings.budget, settings.tile),
         stages=stages,
