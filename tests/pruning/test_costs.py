@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
 import torch
 from support.models import build_tiny_model
 from support.scale import DOCUMENT, LLAMA_7B, LLAMA_8B, costs_of, document
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from patch.models.structure import decoder_blocks, maskable_linears
-from patch.pruning import costs
+from patch.pruning import compensate, costs, prune_model
 from patch.pruning.costs import CPU_BOX, GB, H100, Rates, Work, fits_text, measured_rates, oneshot_costs
 from patch.pruning.counts import _ATTENTION, counted
+from patch.pruning.fisher import tile_losses
 from patch.pruning.one_shot_settings import OneShotSettings
+from patch.pruning.options import BlockOptions, TileOptions
 
 SEQLEN = 24
 
@@ -29,10 +33,24 @@ def counts(model):
     return counted(model.config, seqlen=SEQLEN, dtype=torch.bfloat16)
 
 
+class Products(TorchDispatchMode):
+    """Counts operations as FlopCounterMode does, whose hooks on modules do not go with gradients of one tensor."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        elif func._overloadpacket in _ATTENTION:
+            self.total += _ATTENTION[func._overloadpacket](args[0].shape, args[1].shape)
+        return result
+
+
 def flops_of(function):
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    with Products() as products:
         function()
-    return counter.get_total_flops()
+    return products.total
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3", "opt"])
@@ -165,3 +183,57 @@ def test_rates_are_measured_on_the_spot(monkeypatch):
     rates = measured_rates(torch.device("cpu"), torch.bfloat16)
     assert (rates.model, rates.fit, rates.fp32) == (2 * 1024**3,) * 3
     assert rates.solve == 8 * 256**3 / 3 and rates.memory == 2 * 4 * 1024**2
+
+
+# -- the steps themselves, run and counted ---
+
+
+@pytest.fixture
+def eager():
+    """A model whose attention is plain products, which are counted in backward passes too; and its counts."""
+    model = build_tiny_model("llama", intermediate_size=160, attn_implementation="eager")
+    return model, counted(model.config, seqlen=SEQLEN, dtype=torch.float32)
+
+
+def windows(samples):
+    return torch.randint(0, 250, (samples, SEQLEN), generator=torch.Generator().manual_seed(0))
+
+
+def work_of(found, name):
+    return next(step.work for step in found.steps if step.name == name)
+
+
+def first_products(counts):
+    """Operations of the gradient of a block's input in q, k and v, which is left out where nothing is before it."""
+    return 2 * SEQLEN * sum(rows * cols for rows, cols in counts.blocks[0].layers[:3])
+
+
+def test_the_fisher_pass_does_the_operations_of_its_formula(eager):
+    model, counts = eager
+    masks = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in maskable_linears(model).items()}
+    done = flops_of(lambda: tile_losses(model, masks, windows(3), (64, 64), progress=False))
+    assert done == work_of(costs_with(counts, nsamples=3), "Fisher information").model - 3 * first_products(counts)
+
+
+def test_a_pass_over_the_blocks_does_the_operations_of_its_formula(eager):
+    model, counts = eager
+    first, last = (block.flops for block in counts.blocks)
+    options = {"sparsity": 0.4, "calibration": windows(5), "tiles": TileOptions(by="error"), "progress": False}
+    done = flops_of(lambda: prune_model(model, "wanda", pattern="tiles", **options))
+    by_formula = work_of(costs_with(counts, nsamples=5, method="wanda", tiles_by="error"), "sweep").model
+    # Two passes. Each asks two samples how blocks are called, looks with one whether all layers are reached, and needs
+    # no outputs of the last block.
+    assert by_formula == 2 * 5 * (first + last)
+    assert done == 2 * (by_formula - 5 * last + 2 * first + first + last)
+
+
+def test_an_epoch_of_the_block_fit_does_the_operations_of_its_formula(eager):
+    model, counts = eager
+    masks = {name: torch.rand(layer.weight.shape) < 0.6 for name, layer in maskable_linears(model).items()}
+    done, by_formula = {}, {}
+    for epochs in (1, 2):
+        own = copy.deepcopy(model)
+        options = {"calibration": windows(4), "blocks": BlockOptions(epochs=epochs, batch_size=2), "progress": False}
+        done[epochs] = flops_of(lambda own=own, options=options: compensate(own, masks, **options))
+        by_formula[epochs] = work_of(costs_with(counts, nsamples=4, epochs=epochs), "block fit").fit
+    assert done[2] - done[1] == by_formula[2] - by_formula[1] - 4 * 2 * first_products(counts)
