@@ -7,7 +7,6 @@ on where it stopped, and one with another model, text or setting makes again wha
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from patch.models.facts import context_length, fingerprints, processor, versions
 from patch.models.keep_masks import keep_masks
 from patch.models.modes import streamed
 from patch.models.packed_size import packed_bytes
-from patch.models.structure import vocabulary_size
+from patch.models.structure import linear_at, vocabulary_size
 from patch.packed.convert import pack_model
 from patch.packed.load import load
 from patch.packed.save import save_packed
@@ -40,17 +39,12 @@ from patch.packed.swap import cast_model
 from patch.pruning.one_shot import heldout_perplexity, prune_hybrid, reconstruct, verdict
 from patch.pruning.one_shot_settings import OneShotSettings
 from patch.runs.folders import require_nothing_else
-from patch.runs.stages import STAGE_FILE, digest, finished
+from patch.runs.stages import STAGE_FILE, digest, finished, remove_stages, stages_folder
 
 DENSE, PRUNE, RECONSTRUCT, PACK = STAGES = ("dense", "prune", "reconstruct", "pack")
 _LEFTOVERS = ("*.parts", "*.tmp-*", "*.old-*")
 _PROMPT_TOKENS = 16
 DECODED_TOKENS = 32
-
-
-def stages_folder(out: Path) -> Path:
-    """Where the stages of a job with this output folder are."""
-    return out.with_name(f"{out.name}.stages")
 
 
 def check_stages_folder(out: Path) -> None:
@@ -191,7 +185,7 @@ class _Run:
         save_artifact(
             self.folder / PRUNE, hybrid.masks, meta=meta, tile_scores=scores, tile_is_sparse=tiles, extra=extra
         )
-        shutil.rmtree(parts, ignore_errors=True)
+        remove_stages(parts)
 
     def _reconstruct(self, sealed: Callable[..., bytes]) -> None:
         job, model = self.job, self._take()
@@ -201,10 +195,10 @@ class _Run:
         errors = done.block_errors or done.layer_errors
         before, after = (sum(pair[i] for pair in errors.values()) / max(1, len(errors)) for i in (0, 1))
         result = {"perplexity": self._perplexity(model), "error_before": before, "error_after": after}
-        weights = {name: model.get_submodule(name).weight.detach() for name in masks}
+        weights = {name: linear_at(model, name).weight.detach() for name in masks}
         extra = {STAGE_FILE: sealed(**result)}
         save_artifact(self.folder / RECONSTRUCT, masks, meta=self._meta(), weights=weights, extra=extra)
-        shutil.rmtree(parts, ignore_errors=True)
+        remove_stages(parts)
 
     def _pack(self) -> tuple[Path, list[str]]:
         """Pack what the stages made, open it again, measure it, write its card; where it is, and what to warn of."""
@@ -277,10 +271,8 @@ class _Run:
 
     def _remove_stages(self) -> None:
         for name in STAGES:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            shutil.rmtree(_parts(self.folder, name), ignore_errors=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+            remove_stages(_parts(self.folder, name))
+        remove_stages(self.folder)
 
 
 def _machine(device: torch.device) -> str:

@@ -5,9 +5,11 @@ A stage whose folder holds the same key is not run again, so an interrupted job 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,22 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
         logger.warning("making stage %s again: %s", folder.name, error)
         return None
     return content["result"] if content["key"] == key else None
+
+
+def stages_folder(out: Path) -> Path:
+    """Where a job keeps what it has done of a result `out` while it is under way."""
+    return out.with_name(f"{out.name}.stages")
+
+
+def remove_stages(folder: Path) -> None:
+    """Remove finished stages, and their folder if nothing else is in it."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if (path / STAGE_FILE).is_file():
+            shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def digest(value: Any) -> str:

@@ -10,6 +10,7 @@ from patch.cli import inputs, outputs
 from patch.files.progress import say
 from patch.files.schema import record
 from patch.pruning.options import BlockOptions, CompensationMethod, Damping, Precision
+from patch.runs.stages import remove_stages, stages_folder
 from patch.settings import RESOLVED_NAME, AtLeastOne, NewPath, Positive, dump_yaml, setting
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def run(options: Options) -> None:
     linears = maskable_linears(model)
     if found := zeros_already(linears):
         say(f"WARNING: {found}")
-    stages = outputs.stages_folder(out)
+    stages = stages_folder(out)
     result = compensate(
         model,
         source.masks,
@@ -126,7 +127,7 @@ def run(options: Options) -> None:
         replace=options.overwrite,
     )
     if blocks is not None:
-        outputs.remove_stages(stages)
+        remove_stages(stages)
     print(
         f"held-out perplexity ({len(heldout)} windows of {seqlen} tokens): "
         f"{result.perplexity_before:.4f} with the masks alone, {result.perplexity_after:.4f} after"
@@ -142,7 +143,7 @@ def run(options: Options) -> None:
 
 def on_interrupt(options: Options) -> str:
     """Compensation keeps nothing of a part but finished blocks."""
-    stages = outputs.stages_folder(options.out)
+    stages = stages_folder(options.out)
     if stages.is_dir():
         done = sum(path.name.startswith("block-") for path in stages.iterdir())
         return f"{done} finished blocks are kept in {stages}; the same command again goes on after them"

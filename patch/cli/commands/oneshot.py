@@ -16,6 +16,7 @@ from patch.files.progress import duration, say
 from patch.files.schema import default_of, fields_of, plain, record
 from patch.pruning.one_shot_settings import OneShotSettings, default_nsamples
 from patch.pruning.options import DEFAULT_SEQLEN
+from patch.runs.stages import stages_folder
 from patch.settings import AtLeastOne, NewPath, setting
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def on_interrupt(options: Options) -> str:
     """Finished stages stay."""
     if options.dry_run:
         return "nothing was started"
-    from patch.jobs.oneshot import kept_stages, stages_folder
+    from patch.jobs.oneshot import kept_stages
 
     if kept := kept_stages(options.folder):
         where = stages_folder(options.folder)

@@ -20,6 +20,7 @@ from patch.pruning.options import (
     TilesBy,
 )
 from patch.pruning.registry import METHODS, Method, get_method, make_options, method_names, reference_method
+from patch.runs.stages import remove_stages, stages_folder
 from patch.settings import RESOLVED_NAME, AtLeastOne, Names, NewPath, Share, Tile, dump_yaml, setting
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def run(options: Options) -> None:
         scores = reference_tile_scores(
             model, options.method, options.target_sparsity, options.tile, **_shared(options, pruning, calibration)
         )
-    stages = outputs.stages_folder(out)
+    stages = stages_folder(out)
     if tiles is not None:
         hybrid = prune_tiles(
             model,
@@ -186,14 +187,14 @@ def run(options: Options) -> None:
         replace=options.overwrite,
     )
     if tiles is not None:
-        outputs.remove_stages(stages)
+        remove_stages(stages)
     print(packed_text(masks))
     outputs.print_written(out, "masks", f"patch-llm eval --model {options.model} --masks {out} --data TEXT")
 
 
 def on_interrupt(options: Options) -> str:
     """Pruning keeps nothing of a part but the gradients that choose tiles."""
-    stages = outputs.stages_folder(options.out)
+    stages = stages_folder(options.out)
     if stages.is_dir():
         return f"nothing was written to {options.out}; the same command again goes on with what {stages} holds"
     return f"nothing was written to {options.out}; run the same command again"
