@@ -125,7 +125,7 @@ class _Run:
         job = self.job
         self._stage(DENSE, {}, self._measure_dense)
         settings = dataclasses.asdict(job.settings)
-        rebuilding = {name: settings.pop(name) for name in ("reconstruct", "epochs")}
+        rebuilding = {name: settings.pop(name) for name in ("reconstruct", "epochs", "batch_size")}
         self._stage(PRUNE, settings | {"calibration": job.texts.sha256("calibration")}, self._prune)
         self._stage(RECONSTRUCT, rebuilding, self._reconstruct)
         out, warnings = self._pack()

@@ -82,7 +82,7 @@ def oneshot(
                  held twice for as long as pruning takes
     progress     say on stderr what is done, and how far it is
     settings     of `OneShotSettings`: sparsity=0.45, method="sparsegpt", tiles_by="fisher", budget="model",
-                 tile=(128, 128), reconstruct="blocks", epochs=None, exclude=()
+                 tile=(128, 128), reconstruct="blocks", epochs=None, batch_size=None, exclude=()
     raises       ValueError or TypeError before any work
     """
     chosen = OneShotSettings(**settings)

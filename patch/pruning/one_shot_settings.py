@@ -36,6 +36,9 @@ class OneShotSettings:
         "blocks", "how the kept weights make up for the others: blocks, least_squares or sparsegpt", metavar="METHOD"
     )
     epochs: AtLeastOne | None = setting(None, "blocks: passes over the calibration samples (default 4)")
+    batch_size: AtLeastOne | None = setting(
+        None, "blocks: calibration samples a step (default 8); fewer need less memory"
+    )
     exclude: Names = setting((), "layers to leave dense, as patterns such as '*.k_proj'", metavar="A,B")
 
     @model_validator(mode="after")
@@ -43,12 +46,19 @@ class OneShotSettings:
         if self.method not in hybrid_methods():
             expected = f"expected one of {', '.join(hybrid_methods())}"
             raise ValueError(f"method: {expected}, got {self.method!r}. The usual one is sparsegpt.")
-        if self.epochs is not None and self.reconstruct != "blocks":
-            got = f"got {self.epochs}. Leave it out, or use reconstruct='blocks'."
-            raise ValueError(f"epochs: expected none with reconstruct {self.reconstruct}, {got}")
+        for name, value in _of_blocks(self).items():
+            if self.reconstruct != "blocks":
+                got = f"got {value}. Leave it out, or use reconstruct='blocks'."
+                raise ValueError(f"{name}: expected none with reconstruct {self.reconstruct}, {got}")
         return self
 
 
 def block_options(settings: OneShotSettings) -> BlockOptions:
     """How blocks are fitted with these settings."""
-    return BlockOptions() if settings.epochs is None else BlockOptions(epochs=settings.epochs)
+    return BlockOptions(**_of_blocks(settings))
+
+
+def _of_blocks(settings: OneShotSettings) -> dict[str, int]:
+    """Settings of the block fit that were given."""
+    values = {"epochs": settings.epochs, "batch_size": settings.batch_size}
+    return {name: value for name, value in values.items() if value is not None}

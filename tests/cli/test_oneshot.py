@@ -180,7 +180,7 @@ def test_a_damaged_stage_is_made_again(made, work, stages, tmp_path, capsys, cap
     [
         (["--sparsity", "0.35"], ["dense"]),
         (["--nsamples", "3"], ["dense"]),
-        (["--reconstruct", "least_squares"], ["dense", "prune"]),
+        (["--batch-size", "2"], ["dense", "prune"]),
         (["--dtype", "bf16"], []),
         (["--heldout", "{w}/held.txt"], []),
         (["--model", "{w}/another"], []),
@@ -213,6 +213,10 @@ REFUSED = [
     (
         ["--reconstruct", "least_squares", "--epochs", "2"],
         "--epochs: expected none with reconstruct least_squares, got 2. Leave it out, or use --reconstruct blocks.",
+    ),
+    (
+        ["--reconstruct", "sparsegpt", "--batch-size", "2"],
+        "--batch-size: expected none with reconstruct sparsegpt, got 2. Leave it out, or use --reconstruct blocks.",
     ),
     (["--data", "{w}/absent.txt"], "--data: expected a file (.txt, .jsonl, .parquet) or one of c4"),
     (["--heldout", "{w}/absent.txt"], "--heldout: expected a file (.txt, .jsonl, .parquet) or one of c4"),
