@@ -34,8 +34,11 @@ class Texts:
     where: str
 
     def sha256(self, name: str) -> str:
-        """SHA-256 of the tokens of "calibration" or "heldout"."""
-        return hashlib.sha256(getattr(self, name).contiguous().numpy().data).hexdigest()
+        """SHA-256 of the windows of "calibration" or "heldout": their size and their tokens."""
+        tokens: Tensor = getattr(self, name)
+        digest = hashlib.sha256(f"{tuple(tokens.shape)}\n".encode())
+        digest.update(tokens.contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 def require_two_texts(source: str, heldout: str | None) -> None:

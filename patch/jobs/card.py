@@ -21,7 +21,8 @@ def card_text(facts: Mapping[str, Any], numbers: Mapping[str, Mapping[str, Any]]
     packed, dense = numbers["pack"], numbers["dense"]["perplexity"]
     samples, seqlen = text.calibration.shape
     windows = len(text.heldout)
-    covered = numbers["prune"]["coverage"]
+    covered, errors = numbers["prune"]["coverage"], numbers["reconstruct"]
+    what = "blocks" if settings.reconstruct == "blocks" else "layers"
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [patch, sparse, pruned]"]
     if not Path(model).exists():
         front.insert(0, f"base_model: {model}")
@@ -52,6 +53,8 @@ def card_text(facts: Mapping[str, Any], numbers: Mapping[str, Mapping[str, Any]]
         f"- Measured on {windows} windows of {seqlen} tokens: {text.where}.",
         f"- The layers hold {covered['share']:.1%} of the decoder's weights: {packed['dense_bytes']:,} bytes as dense",
         f"  16-bit weights, {packed['bytes']:,} here. Embeddings and head are dense.",
+        f"- Mean relative error of the {what}' outputs on the calibration text: {errors['error_before']:.5f}, "
+        f"{errors['error_after']:.5f} after reconstruction.",
         *_speed(packed, facts["machine"]),
         "- This folder was opened again before it got its name: its logits are those of the model that was packed.",
         "",

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from patch import __version__
 from patch.artifacts.apply import apply_artifact
 from patch.artifacts.artifact import load_artifact, save_artifact
 from patch.data.split import Texts
@@ -33,7 +32,7 @@ from patch.models.modes import streamed
 from patch.models.packed_size import packed_bytes
 from patch.models.structure import linear_at, vocabulary_size
 from patch.packed.convert import pack_model
-from patch.packed.load import load
+from patch.packed.load import open_as
 from patch.packed.save import save_packed
 from patch.packed.swap import cast_model
 from patch.pruning.one_shot import heldout_perplexity, prune_hybrid, reconstruct, verdict
@@ -115,7 +114,7 @@ class _Run:
         self.made_from = fingerprints(self._dense)
         self.numbers: dict[str, dict[str, Any]] = {}
         self.key: dict[str, Any] = {
-            "versions": {"patch-llm": __version__, "torch": torch.__version__},
+            "versions": {name: versions()[name] for name in ("patch-llm", "torch", "transformers")},
             "model": self.made_from,
             "dtype": str(self._dense.dtype),
             "heldout": job.texts.sha256("heldout"),
@@ -179,11 +178,13 @@ class _Run:
         parts = _parts(self.folder, PRUNE)
         hybrid = prune_hybrid(model, job.texts.calibration, job.settings, stages=parts, device=job.device)
         result = {"perplexity": self._perplexity(model), "coverage": coverage(model, hybrid.masks).as_dict()}
-        extra, tiles = {STAGE_FILE: sealed(**result)}, hybrid.tile_is_sparse
-        scores = hybrid.tile_scores
-        meta = self._meta()
         save_artifact(
-            self.folder / PRUNE, hybrid.masks, meta=meta, tile_scores=scores, tile_is_sparse=tiles, extra=extra
+            self.folder / PRUNE,
+            hybrid.masks,
+            meta=self._meta(),
+            tile_scores=hybrid.tile_scores,
+            tile_is_sparse=hybrid.tile_is_sparse,
+            extra={STAGE_FILE: sealed(**result)},
         )
         remove_stages(parts)
 
@@ -214,7 +215,7 @@ class _Run:
         warnings: list[str] = []
 
         def finish(directory: Path) -> None:
-            again: PreTrainedModel = load(directory).to(model.device).eval()  # type: ignore[arg-type]
+            again: PreTrainedModel = open_as(type(model), str(directory)).to(model.device).eval()
             self._require_same_logits(model, again)
             perplexity = self._perplexity(again)
             self.numbers[PACK] = {

@@ -156,6 +156,8 @@ def oneshot_costs(
     work = parts.forward(windows) + Work(memory=10 * dense)
     again = max(0, 2 * packed - dense)
     on_device, on_host = (0, again) if placement == "offload" else (again, 0)
+    masked = counts.masked_elems * counts.itemsize
+    steps.append(Step("pack", "read the reconstructed weights", Work(memory=3 * masked), 0, masked))
     steps.append(Step("pack", "pack, open again, perplexity", work, parts.forward_bytes + on_device, on_host))
     return Costs(counts, placement, tuple(steps))
 

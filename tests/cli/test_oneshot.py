@@ -77,6 +77,9 @@ def test_the_card_says_what_was_done(made, work):
     assert f"```\n{again} --seqlen 32 --tile 64,64 --heldout-windows 2\n```" in card
     assert "4 samples of 32 tokens (128 tokens) of a text with SHA-256" in card
     assert re.search(r"2 windows of 32 tokens: the last 64 of [\d,]+ tokens of .*, cut off before calibration", card)
+    assert re.search(
+        r"Mean relative error of the blocks' outputs on the calibration text: 0\.\d{5}, 0\.\d{5} after", card
+    )
     assert 'model = patch.load("oneshot")' in card and f"torch {torch.__version__}" in card
     assert "base_model" not in card  # the model is a folder here
 
@@ -322,15 +325,15 @@ def test_offload_gives_the_same_model(made, work, tmp_path, capsys):
 
 def test_logits_that_differ_are_no_result(work, tmp_path, capsys, monkeypatch):
     """As of a kernel that is wrong: what is saved is not the model that was packed."""
-    opened = job.load
+    opened = job.open_as
 
-    def other(path):
-        model = opened(path)
+    def other(*arguments):
+        model = opened(*arguments)
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(2)
         return model
 
-    monkeypatch.setattr(job, "load", other)
+    monkeypatch.setattr(job, "open_as", other)
     status, _, err = call(capsys, work, "--out", tmp_path / "o")
     assert status == 1
     assert "expected the logits of the saved model, they differ by up to" in err

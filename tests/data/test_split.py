@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -53,6 +54,9 @@ def test_digests_tell_tokens_apart(tokenizer, text_file):
     assert one.sha256("heldout") == other.sha256("heldout") != one.sha256("calibration")
     assert one.sha256("calibration") != other.sha256("calibration")
     assert re.fullmatch("[0-9a-f]{64}", one.sha256("heldout"))
+    # The same tokens in other windows predict other ones.
+    short = dataclasses.replace(one, heldout=one.heldout.reshape(-1, 16))
+    assert short.sha256("heldout") != one.sha256("heldout")
 
 
 @pytest.mark.parametrize(
