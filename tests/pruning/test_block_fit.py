@@ -212,7 +212,7 @@ def test_too_little_memory_names_the_flags(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(reconstruction, "fit_block", full)
-    with pytest.raises(RuntimeError, match="out of memory while block 0 was fitted. .*--batch-size.*--seqlen.*least"):
+    with pytest.raises(RuntimeError, match=r"out of memory while block 0 was fitted. .*--batch-size.*--seqlen.*least"):
         run(build())
 
 
