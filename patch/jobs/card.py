@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
+_WHERE = {"model": "the model", "block": "every block", "layer": "every layer"}
 
 
 def card_text(facts: Mapping[str, Any], numbers: Mapping[str, Mapping[str, Any]], warnings: Sequence[str]) -> str:
@@ -40,9 +41,9 @@ def card_text(facts: Mapping[str, Any], numbers: Mapping[str, Mapping[str, Any]]
         f"# {Path(model).name}, {covered['sparsity']:.1%} of the weights in its linear layers zero",
         "",
         *(f"**{warning}**\n" for warning in warnings),
-        f"Made from `{model}` by `patch-llm oneshot`. Weights are in tiles of {rows_of_tile}x{columns}; those that the",
-        f"model can do without (by {settings.tiles_by}, one choice for each {settings.budget}) are 2:4 sparse, the",
-        "others dense. What is kept was then changed to make up for what is not.",
+        f"Made from `{model}` by `patch-llm oneshot`. Weights are in tiles of {rows_of_tile}x{columns}: those that",
+        f"{_WHERE[settings.budget]} can best do without (by {settings.tiles_by}) are 2:4 sparse, the others dense.",
+        "What is kept was then changed to make up for what is not.",
         "",
         "| | held-out perplexity | of dense | bytes of these layers |",
         "|---|---|---|---|",
