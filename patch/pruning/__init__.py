@@ -1,8 +1,9 @@
 """Pruning: one-shot methods for one weight or a whole model, ProxSparse for a whole model, compensation for any mask.
 
-A one-shot method is one module with a function `prune(weight, statistics, options) -> Pruned` and, if it needs
-calibration data, a class `Statistics` that takes a layer's inputs one sample at a time and keeps only what the method
-uses. The row of patch.pruning.registry says the rest (docs/inside/add_a_method.md).
+A one-shot method is one module with the functions `prune(weight, statistics, options, stays) -> Pruned` and
+`costs(weight, statistics, options)`, and, if it needs calibration data, a class `Statistics` that takes a layer's
+inputs one sample at a time and keeps only what the method uses. The row of patch.pruning.registry says the rest
+(docs/inside/add_a_method.md).
 """
 
 from __future__ import annotations
