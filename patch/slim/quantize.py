@@ -72,6 +72,9 @@ def quantize_weight(
     Grid(bits, block)  # refuses other numbers
     if block is not None:
         check_groups(tuple(weight.shape), block, along_rows, "weight")
+    elif search:
+        advice = "Pass block, or clip=True for the whole matrix."
+        raise ValueError(f"search: expected a group size as block as well, got None. {advice}")
     kept = weight.detach().to(working_dtype(weight))
     if keep is not None:
         kept = kept.masked_fill(~keep, 0)
@@ -82,7 +85,7 @@ def quantize_weight(
         limit = clipping_value(kept if keep is None else kept[keep], bits).reshape(1, 1)
     else:
         limit = groups.abs().amax(dim=_axis(block, along_rows), keepdim=True)
-        if block is not None and search:
+        if search:
             limit = _searched_limit(groups, limit, bits, _axis(block, along_rows))
     scale, rounded = _rounded(groups, limit, bits)
     restored = (rounded / scale).reshape(kept.shape)
