@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import gc
 import math
 import multiprocessing
 import platform
@@ -193,7 +192,6 @@ class Peak:
 def resident_peak() -> Iterator[Peak]:
     """Measure how far the resident memory of this process rises above what it is at the beginning."""
     peak = Peak()
-    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve the body unseen
         # getrusage would report the peak of the parent process, which exec inherits; this resets our own.

@@ -42,7 +42,7 @@ class DecodeTimes:
 
 
 def read(path: Path) -> DecodeTimes:
-    """Times from the CSV of bench_tile_linear_cpu; ends the program with one sentence where the layers are not in it."""
+    """Times from the CSV of bench_tile_linear_cpu; ends the program where the layers are not in it."""
     rows = harness.read_rows(path, "--decode-csv")
     hidden, intermediate = CONFIGS[MODEL][:2]
     layers = {f"{intermediate}x{hidden}": 2, f"{hidden}x{intermediate}": 1}  # gate and up, down

@@ -38,9 +38,8 @@ def all_cells(settings: Settings, ablations: Sequence[str] = ()) -> dict[str, Ce
             cells += [_one_shot(settings, method, "unstructured", target) for target in settings.targets]
     cells.append(_learned(settings, "maskllm", "MaskLLM 2:4", "MaskLLM 2:4", "maskllm", 0.5))
     for target in settings.targets:
-        cells.append(
-            _learned(settings, f"joint-{_percent(target)}", f"PATCH joint {_share(target)}", "PATCH joint", "joint", target)
-        )
+        name, label = f"joint-{_percent(target)}", f"PATCH joint {_share(target)}"
+        cells.append(_learned(settings, name, label, "PATCH joint", "joint", target))
     for target in settings.targets:
         name, label = f"joint-{_percent(target)}-fisher", f"PATCH joint from Fisher {_share(target)}"
         cells.append(_learned(settings, name, label, "PATCH joint from Fisher", "joint", target, tiles=FISHER))

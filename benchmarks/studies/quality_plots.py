@@ -112,9 +112,7 @@ def _finish(figure: Any, all_axes: Any, path: Path) -> None:
         handles, names = axes.get_legend_handles_labels()
         entries |= dict(zip(names, handles, strict=True))
     if entries:
-        figure.legend(
-            entries.values(), entries.keys(), loc="outside right center", frameon=False, fontsize=9, ncols=1
-        )
+        figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False, fontsize=9, ncols=1)
     plots.save_figure(figure, path)
 
 

@@ -243,9 +243,7 @@ class Study:
         self._say_result(f"{cell.name}, seed {seed}", result)
         return result
 
-    def compensated(
-        self, cell: Cell, seed: int, method: str, *, finished_only: bool = False
-    ) -> dict[str, Any] | None:
+    def compensated(self, cell: Cell, seed: int, method: str, *, finished_only: bool = False) -> dict[str, Any] | None:
         """Numbers of the dense weights under a finished cell's masks once `method` made up for them."""
         nsamples, own = self.compensation_settings(method)
         key = digest({"cell": self._keys[cell.name, seed], "method": method, "own": own})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import statistics
 
@@ -51,6 +52,13 @@ def inputs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Drawing takes longer than the rest of a small study; the shared one below is made before this."""
+    for name in ("plot_zeros", "plot_frontier"):
+        monkeypatch.setattr(quality_report.quality_plots, name, lambda *arguments: None)
+
+
 def arguments(inputs, out, *extra):
     flags = {
         "--model": inputs / "model",
@@ -93,9 +101,10 @@ def done(inputs, tmp_path_factory):
 def test_every_method_has_a_cell_per_seed(done):
     _, rows = done
     assert [(row["cell"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in CELLS]
-    for row in rows[1 : len(CELLS)]:
+    for row in (row for row in rows if row["cell"] != "dense"):
         assert row["masks_alone"] > 1 and row["compensated_least_squares"] > 1 and row["compensated_blocks"] > 1, row
-        assert (row["perplexity"] == row["masks_alone"]) == (row["cell"].split("-")[0] not in ("sparsegpt", "thanos"))
+        method = row["cell"].split("-")[0]
+        assert (row["perplexity"] == row["masks_alone"]) == (method not in ("sparsegpt", "thanos")), row
 
 
 def test_masks_have_the_pattern_and_share_of_their_name(done):
@@ -237,7 +246,7 @@ def test_both_compensations_can_be_columns(inputs, tmp_path):
     (row,) = quality.main(arguments(inputs, tmp_path, *extra))
     # The sweep with SparseGPT's own mask is SparseGPT.
     assert row["compensated_sparsegpt"] == pytest.approx(row["perplexity"], rel=1e-6)
-    assert "| sweep " in (tmp_path / "quality.md").read_text()
+    assert re.search(r"\| least squares \| +sweep \|", (tmp_path / "quality.md").read_text())
 
 
 def test_table_csv_and_plot_hold_means_and_spreads(done):
