@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,7 +17,8 @@ from patch.models.coverage import warn_of_dense_rest
 from patch.models.keep_masks import apply_keep_masks, keep_mask_of, set_keep_mask
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, maskable_linears
-from patch.pruning.options import Pattern, Precision, PruneOptions
+from patch.pruning.hybrid import TilePruning
+from patch.pruning.options import Pattern, Precision, PruneOptions, TileOptions
 from patch.pruning.plan import say_plan
 from patch.pruning.proxsparse.config import ProxSparseConfig
 from patch.pruning.registry import Method, get_method, make_options
@@ -34,6 +37,8 @@ def prune_model(
     block_size: int | None = None,
     damping: float = 0.01,
     precision: Precision = "fp32",
+    tiles: TileOptions | None = None,
+    stages: str | os.PathLike[str] | None = None,
     prox: ProxSparseConfig | None = None,
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
@@ -47,7 +52,11 @@ def prune_model(
 
     method       of `prune_weight`, or "prox_sparse", which trains the whole model and knows only 2:4: see
                  `patch.pruning.proxsparse.training.learn_masks`. Its masks are applied to the original weights.
-    calibration  (samples, seqlen) int64 token ids, read by all but magnitude.
+    pattern      of `prune_weight`; with "tiles" the share of zeros, 0 to 0.5, is that of the whole model, and its tiles
+                 are chosen before any is pruned: see `tiles`
+    calibration  (samples, seqlen) int64 token ids, read by all but magnitude, and by "tiles" chosen by fisher.
+    tiles        how dense tiles are chosen with pattern "tiles"; None: the defaults of `TileOptions`.
+    stages       folder in which a long choice of tiles keeps what it has: the same call again goes on there.
     prox         how prox_sparse trains; None: the published defaults.
     exclude      fnmatch patterns over names of layers that stay dense.
     device       where each block (prox_sparse: the model) is put while it is worked on; None: where it is.
@@ -58,9 +67,17 @@ def prune_model(
     """
     chosen = get_method(method)
     options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
-    if chosen.needs_calibration and calibration is None:
+    if pattern != "tiles" and (tiles is not None or stages is not None):
+        given = "tiles" if tiles is not None else "stages"
+        raise ValueError(f"{given}: expected none with pattern {pattern}, got one. Leave it out, or use 'tiles'.")
+    tiles = tiles or TileOptions()
+    by_gradient = pattern == "tiles" and tiles.by == "fisher"
+    if (chosen.needs_calibration or by_gradient) and calibration is None:
         advice = "Pass windows of (samples, seqlen) token ids, or use method='magnitude'."
-        raise ValueError(f"calibration: expected token ids for method '{method}', got none. {advice}")
+        reader = f"method '{method}'"
+        if by_gradient and not chosen.needs_calibration:
+            reader, advice = "tiles by fisher", "Pass windows of (samples, seqlen) token ids, or use by='error'."
+        raise ValueError(f"calibration: expected token ids for {reader}, got none. {advice}")
     if chosen.learns:
         warn_of_dense_rest(model, maskable_linears(model, exclude))
         masks = chosen.code.learn_masks(model, calibration, prox, exclude=exclude, device=device, progress=progress)
@@ -72,10 +89,16 @@ def prune_model(
     warn_of_dense_rest(model, linears)
 
     how = f"{method}, {pattern}" if pattern == "2:4" else f"{method}, {pattern} {sparsity:g}"
-    if options.sparsity == 0:
+    if options.sparsity == 0 and pattern != "tiles":
         for linear in linears.values():
             set_keep_mask(linear, torch.ones_like(linear.weight, dtype=torch.bool))
         return {name: keep_mask_of(linear) for name, linear in linears.items()}
+    if pattern == "tiles":
+        folder = None if stages is None else Path(stages)
+        pruning = TilePruning(
+            model, method, chosen, options, tiles, linears, calibration, exclude, folder, device, progress
+        )
+        return pruning.run().masks
     if not chosen.reads_inputs:
         say_plan("pruning", how, model, linears, show=progress)
         _prune_layers(chosen, linears, options, device, f"pruning ({method})", progress)
