@@ -15,9 +15,9 @@ from torch.nn.functional import pad
 
 from patch.models.modes import calibration_mode
 from patch.models.structure import decoder_blocks, linear_at
-from patch.pruning.options import BlockOptions
 from patch.pruning.block_fit import fit_block
 from patch.pruning.block_inputs import BlockInputs, capture_block_inputs
+from patch.pruning.options import BlockOptions
 from patch.slim import quantize_weight
 
 FULL_BITS = 16  # not rounded

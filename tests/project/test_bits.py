@@ -65,7 +65,7 @@ def test_training_through_the_rounding_brings_blocks_nearer(masks_of):
     nearest = copy.deepcopy(model)
     rounding.round_to_nearest(nearest, masks, 3, 16)
     grids = {n: rounding.RoundingGrid(linear_at(model, n).weight.detach(), keep, 3, 16) for n, keep in masks.items()}
-    options = BlockOptions(epochs=8, lr=1e-3, batch_size=4)
+    options = BlockOptions(epochs=8, lr=0.05, batch_size=4)
     rounding.fit_rounded(model, dense, masks, ids, bits=3, group=16, options=options)
     errors = []
     with torch.no_grad():

@@ -31,6 +31,7 @@ TILES = [f"{name}-tiles-35" for name, row in METHODS.items() if "tiles" in row.p
 LOOSE = [f"{name}-35" for name, row in METHODS.items() if "unstructured" in row.patterns]
 LEARNED = ["maskllm", "joint-35", "joint-35-fisher", "tile-35"]
 CELLS = ["dense", *ONE_SHOT, *TILES, *LOOSE, *LEARNED]
+TWICE = ["dense", "wanda", "sparsegpt-tiles-35", "wanda-35"]  # with a second seed
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def arguments(inputs, out, *extra):
         "--prox-steps": 2,
         "--tile": 32,
         "--targets": 0.35,
-        "--seeds": "0,1",
+        "--seeds": "0",
     }
     return [str(part) for pair in flags.items() for part in pair] + [str(part) for part in extra]
 
@@ -93,14 +94,19 @@ def without_costs(rows):
 
 @pytest.fixture(scope="module")
 def done(inputs, tmp_path_factory):
-    """(folder, rows) of a finished study."""
+    """(folder, rows) of a finished study: every cell, and some with a second seed."""
     out = tmp_path_factory.mktemp("quality")
-    return out, quality.main(arguments(inputs, out))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(quality.quality_report, "write", lambda *arguments: None)
+        quality.main(arguments(inputs, out))
+        quality.main(arguments(inputs, out, "--seeds", "1", "--cells", ",".join(TWICE)))
+    return out, quality.main(arguments(inputs, out, "--seeds", "0,1", "--finished-only"))
 
 
 def test_every_method_has_a_cell_per_seed(done):
     _, rows = done
-    assert [(row["cell"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in CELLS]
+    made = [(name, 0) for name in CELLS] + [(name, 1) for name in TWICE]
+    assert [(row["cell"], row["seed"]) for row in rows] == made
     for row in (row for row in rows if row["cell"] != "dense"):
         assert row["masks_alone"] > 1 and row["compensated_least_squares"] > 1 and row["compensated_blocks"] > 1, row
         method = row["cell"].split("-")[0]
@@ -110,8 +116,8 @@ def test_every_method_has_a_cell_per_seed(done):
 def test_masks_have_the_pattern_and_share_of_their_name(done):
     out, rows = done
     for name in CELLS[1:]:
-        masks = load_artifact(out / "cells" / f"{name}-seed1").masks
-        row = next(row for row in rows if row["cell"] == name and row["seed"] == 1)
+        masks = load_artifact(out / "cells" / f"{name}-seed0").masks
+        row = next(row for row in rows if row["cell"] == name and row["seed"] == 0)
         assert row["sparsity"] == measured_sparsity(masks)
         kept_of_four = [keep.reshape(-1, 4).sum(1) for keep in masks.values()]
         if name in (*ONE_SHOT, "maskllm"):
@@ -145,18 +151,18 @@ def copied(done, tmp_path):
 
 def test_a_finished_cell_is_not_run_again_and_a_damaged_one_is(done, copied, inputs, capsys):
     out, rows = copied, done[1]
-    assert quality.main(arguments(inputs, out)) == rows
+    assert quality.main(arguments(inputs, out)) == rows[: len(CELLS)]
     assert made_cells(capsys) == []
-    (out / "cells" / "wanda-seed1" / "masks.safetensors").write_bytes(b"damaged")
+    (out / "cells" / "wanda-seed0" / "masks.safetensors").write_bytes(b"damaged")
     again = quality.main(arguments(inputs, out, "--cells", "wanda,joint-35"))
     # joint-35 does not need wanda.
-    assert made_cells(capsys) == [("wanda", "1")]
-    expected = [row for row in rows if row["cell"] in ("wanda", "joint-35")]
+    assert made_cells(capsys) == [("wanda", "0")]
+    expected = [row for row in rows if row["cell"] in ("wanda", "joint-35") and row["seed"] == 0]
     assert without_costs(again) == without_costs(expected)
 
 
 def test_a_compensation_is_added_without_pruning_again(copied, inputs, capsys):
-    wanted = ("--seeds", "0", "--cells", "dense,wanda")
+    wanted = ("--cells", "dense,wanda")
     quality.main(arguments(inputs, copied, *wanted, "--compensations", "least_squares,sparsegpt,blocks"))
     output = capsys.readouterr().out
     assert "running" not in output
@@ -168,22 +174,24 @@ def test_a_compensation_is_added_without_pruning_again(copied, inputs, capsys):
 
 
 def test_a_changed_setting_runs_what_depends_on_it(copied, inputs, capsys):
-    quality.main(arguments(inputs, copied, "--seeds", "0", "--steps", "3"))
+    quality.main(arguments(inputs, copied, "--compensations", "", "--steps", "3"))
     assert made_cells(capsys) == [(name, "0") for name in LEARNED]
 
 
 def test_what_is_there_so_far_can_be_written_without_running_anything(copied, inputs, tmp_path, capsys):
     shutil.rmtree(copied / "cells" / "wanda-seed1")
+    shutil.rmtree(copied / "compensated" / "wanda-35-seed0-blocks")
     capsys.readouterr()
-    rows = quality.main(arguments(inputs, copied, "--finished-only"))
+    rows = quality.main(arguments(inputs, copied, "--seeds", "0,1", "--finished-only"))
     assert made_cells(capsys) == []
-    assert [(row["cell"], row["seed"]) for row in rows] == [
-        (name, seed) for seed in (0, 1) for name in CELLS if (name, seed) != ("wanda", 1)
+    expected = [(name, 0) for name in CELLS] + [(name, 1) for name in TWICE if name != "wanda"]
+    assert [(row["cell"], row["seed"]) for row in rows] == expected
+    assert [(r["cell"], r["seed"]) for r in rows[1:] if r["sparsity"] and "compensated_blocks" not in r] == [
+        ("wanda-35", 0)
     ]
     with (copied / "quality.csv").open() as file:
-        assert {line["cell"]: line["seeds"] for line in csv.DictReader(file)} == dict.fromkeys(CELLS, "2") | {
-            "wanda": "1"
-        }
+        seeds = {line["cell"]: int(line["seeds"]) for line in csv.DictReader(file)}
+    assert seeds == {name: 2 if name in TWICE and name != "wanda" else 1 for name in CELLS}
     with pytest.raises(SystemExit, match=r"expected finished cells in .* found none"):
         quality.main(arguments(inputs, tmp_path / "none", "--finished-only"))
 
@@ -192,7 +200,7 @@ def test_a_cell_makes_what_it_needs_first_and_an_interrupt_loses_nothing(inputs,
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    wanted = ("--seeds", "0", "--cells", "tile-35")
+    wanted = ("--cells", "tile-35")
     with monkeypatch.context() as patched:
         patched.setattr(quality_cells, "learn", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -233,7 +241,7 @@ def test_ablations_change_one_setting_each(inputs, tmp_path, capsys):
     assert cells["joint-35-prior-none"].needs == ()
     assert cells["joint-35-prior-wanda"].needs == ("wanda", "wanda-35")
     chosen = "sparsegpt-tiles-35-error,joint-35-tile16,joint-35-prior-none"
-    extra = ("--seeds", "0", "--ablations", "tiles,tile,prior", "--cells", chosen)
+    extra = ("--ablations", "tiles,tile,prior", "--cells", chosen)
     assert [row["method"] for row in quality.main(arguments(inputs, tmp_path, *extra))] == [
         "SparseGPT tiles 35%, by error",
         "PATCH joint 35%, tile 16x16",
@@ -242,7 +250,7 @@ def test_ablations_change_one_setting_each(inputs, tmp_path, capsys):
 
 
 def test_both_compensations_can_be_columns(inputs, tmp_path):
-    extra = ("--seeds", "0", "--cells", "sparsegpt", "--compensations", "least_squares,sparsegpt")
+    extra = ("--cells", "sparsegpt", "--compensations", "least_squares,sparsegpt")
     (row,) = quality.main(arguments(inputs, tmp_path, *extra))
     # The sweep with SparseGPT's own mask is SparseGPT.
     assert row["compensated_sparsegpt"] == pytest.approx(row["perplexity"], rel=1e-6)
