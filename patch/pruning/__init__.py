@@ -13,8 +13,9 @@ from patch.files.lazy import lazy_names
 
 if TYPE_CHECKING:
     from patch.pruning.compensation import Compensation, compensate
-    from patch.pruning.model import check_prunable, prune_model
-    from patch.pruning.options import COMPENSATIONS, PATTERNS, PruneOptions
+    from patch.pruning.hybrid import Hybrid
+    from patch.pruning.model import check_prunable, prune_model, prune_tiles
+    from patch.pruning.options import COMPENSATIONS, PATTERNS, BlockOptions, PruneOptions, TileOptions
     from patch.pruning.proxsparse.config import ProxSparseConfig
     from patch.pruning.registry import METHODS, Method, get_method
     from patch.pruning.selection import Pruned
@@ -24,15 +25,19 @@ __all__ = [
     "COMPENSATIONS",
     "METHODS",
     "PATTERNS",
+    "BlockOptions",
     "Compensation",
+    "Hybrid",
     "Method",
     "ProxSparseConfig",
     "PruneOptions",
     "Pruned",
+    "TileOptions",
     "check_prunable",
     "compensate",
     "get_method",
     "prune_model",
+    "prune_tiles",
     "prune_weight",
 ]
 
@@ -42,6 +47,9 @@ __getattr__, __dir__ = lazy_names(
         "COMPENSATIONS": "options",
         "METHODS": "registry",
         "PATTERNS": "options",
+        "BlockOptions": "options",
+        "Hybrid": "hybrid",
+        "TileOptions": "options",
         "Compensation": "compensation",
         "Method": "registry",
         "ProxSparseConfig": "proxsparse.config",
@@ -51,6 +59,7 @@ __getattr__, __dir__ = lazy_names(
         "compensate": "compensation",
         "get_method": "registry",
         "prune_model": "model",
+        "prune_tiles": "model",
         "prune_weight": "weight",
     },
 )

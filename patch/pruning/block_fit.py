@@ -1,8 +1,8 @@
 """Train the kept weights of one decoder block so that its output comes near to a target.
 
-A layer's own least-squares error leaves out what attention and activations make of it; a block's output is what the rest
-of the model reads. The weights a mask keeps are trained on the squared error of the block's output by Adam, in float32,
-from the weights that the block has. Source of the objective: "A free lunch", arXiv 2510.14444.
+A layer's own least-squares error leaves out what attention and activations make of it; a block's output is what the
+rest of the model reads. The weights a mask keeps are trained on the squared error of the block's output by Adam, in
+float32, from the weights that the block has. Source of the objective: "A free lunch", arXiv 2510.14444.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ class Compensation:
     layer_errors       {layer name: (before, after)}: ||X (V - W)^T||^2 / ||X W^T||^2 on the calibration text, V
                        the masked weight before and after the update of the layer. Layers without a pruned weight are
                        not listed.
-    block_errors       {index of a block: (before, after)} with method "blocks": ||out - target||^2 / ||target||^2 on the
-                       calibration text, target the dense block's output on the dense model's inputs, before and after
-                       the block was trained. Blocks without a pruned weight are not listed.
+    block_errors       {index of a block: (before, after)} with method "blocks": ||out - target||^2 / ||target||^2 on
+                       the calibration text, target the dense block's output on the dense model's inputs, before and
+                       after the block was trained. Blocks without a pruned weight are not listed.
     perplexity_before  of the masked model on the held-out windows; None without them
     perplexity_after   of the compensated model on the same windows
     """
@@ -94,8 +94,8 @@ def compensate(
     calibration  (samples, seqlen) int64 token ids
     heldout      (windows, seqlen) int64 token ids that calibration does not hold: perplexity on them is
                  measured with the masks alone and after the update, and a rise is logged as a warning
-    method       "blocks" (trains each block's kept weights, from least squares), "least_squares" (exact for every row) or
-                 "sparsegpt"
+    method       "blocks" (trains each block's kept weights, from least squares), "least_squares" (exact for every row)
+                 or "sparsegpt"
     damping      share of the mean diagonal added to H; raised with a warning when H cannot be inverted
     precision    "fp32" or "fp64" for H and the update
     block_size   columns "sparsegpt" treats at once; no influence on the result but rounding

@@ -1,12 +1,12 @@
 """How much loss each tile adds when its 2:4 mask is applied, by the Fisher information of the whole model.
 
 A weight w that is pruned adds about F w^2 / 2 to the loss, F = E[(dL/dw)^2] (Hassibi and Stork, "Optimal Brain
-Surgeon", 1992, with the empirical Fisher information for the Hessian's diagonal). A tile adds the sum over what its mask
-prunes. All of it is in units of the loss, so tiles of different layers compare.
+Surgeon", 1992, with the empirical Fisher information for the Hessian's diagonal). A tile adds the sum over what its
+mask prunes. All of it is in units of the loss, so tiles of different layers compare.
 
-The backward pass goes block by block: a forward pass without gradients leaves the hidden states between the blocks, then
-each block, from the last to the first, runs again with gradients. Memory therefore holds one block's activations and
-gradients, whatever the depth, and only one block has to be on the accelerator.
+The backward pass goes block by block: a forward pass without gradients leaves the hidden states between the blocks,
+then each block, from the last to the first, runs again with gradients. Memory therefore holds one block's activations
+and gradients, whatever the depth, and only one block has to be on the accelerator.
 """
 
 from __future__ import annotations
@@ -132,11 +132,15 @@ class _Boundary:
 
 
 class _Run:
-    """One sample: the hidden states before every block, and the gradient after the block that comes next."""
+    """One sample: the hidden states before every block, and the gradient after the block that comes next.
+
+    last  output of the last block, from which gradients are taken
+    """
+
+    last: Tensor
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor, device: torch.device | str | None):
         self.boundaries: list[_Boundary] = []
-        self._last: Tensor | None = None
         ids = ids.to(next(_outside(model, blocks)).device)
         with ExitStack() as hooks, torch.no_grad():
             for index, block in enumerate(blocks):
@@ -147,8 +151,7 @@ class _Run:
             logits: Tensor = model(input_ids=ids).logits
             # What is behind the last block ran with gradients.
             loss = functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device))
-        assert self._last is not None
-        (self.gradient,) = torch.autograd.grad(loss, [self._last])
+        self.gradient: Tensor = torch.autograd.grad(loss, [self.last])[0]
 
     def backward(self, block: nn.Module, members: Mapping[str, nn.Linear], *, further: bool) -> None:
         """Run the last block that was not yet again, with gradients: its members' weights get theirs.
@@ -187,9 +190,9 @@ class _Run:
                 module.to(home)
             if not is_last:
                 return output
-            self._last = hidden_of(output).detach().requires_grad_(True)
+            self.last = hidden_of(output).detach().requires_grad_(True)
             torch.set_grad_enabled(True)
-            return (self._last, *output[1:]) if isinstance(output, tuple) else self._last
+            return (self.last, *output[1:]) if isinstance(output, tuple) else self.last
 
         return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
 

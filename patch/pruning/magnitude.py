@@ -12,10 +12,8 @@ from patch.pruning.options import PruneOptions
 from patch.pruning.selection import Pruned, keep_above_threshold, keep_two_of_four, select, working_dtype
 
 
-def prune(
-    weight: torch.Tensor, statistics: None, options: PruneOptions, stays: torch.Tensor | None = None
-) -> Pruned:
-    """Prune weight (N, K) by |weight|; `statistics` is unused. stays (N, K) bool: what is not pruned, with pattern 2:4."""
+def prune(weight: torch.Tensor, statistics: None, options: PruneOptions, stays: torch.Tensor | None = None) -> Pruned:
+    """Prune weight (N, K) by |weight|; `statistics` is unused. stays (N, K) bool: not pruned, with pattern 2:4."""
     score = weight.detach().to(working_dtype(weight, options.precision)).abs()
     keep = keep_two_of_four(score, stays) if options.pattern == "2:4" else keep_above_threshold(score, options.sparsity)
     return select(weight, keep)

@@ -60,7 +60,9 @@ class PruneOptions:
 class TileOptions:
     """Which tiles stay dense with pattern "tiles". raises ValueError naming the field."""
 
-    by: TilesBy = setting("fisher", "what ranks tiles: fisher, the model's loss; error, the method's; share, the paper's")
+    by: TilesBy = setting(
+        "fisher", "what ranks tiles: fisher, the model's loss; error, the method's; share, the paper's"
+    )
     budget: Budget = setting("model", "what has the sparsity: the whole model, every block or every layer")
     tile: Tile = setting((128, 128), "rows,columns of a tile", metavar="R,C")
     samples: AtLeastOne = setting(64, "calibration samples whose gradients fisher takes, at most")
@@ -72,7 +74,9 @@ class BlockOptions:
 
     epochs: AtLeastOne = setting(4, "passes over the calibration samples for each block")
     lr: Positive = setting(
-        0.02, "learning rate of Adam in root mean squares of a layer's kept weights; it falls linearly to 0", metavar="LR"
+        0.02,
+        "learning rate of Adam in root mean squares of a layer's kept weights; it falls linearly to 0",
+        metavar="LR",
     )
     batch_size: AtLeastOne = setting(8, "calibration samples a step")
     seed: Seed = setting(0, "seed of the order of the samples")

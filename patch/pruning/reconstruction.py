@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from patch.files.folder import write_folder
 from patch.files.strict_json import dump_json

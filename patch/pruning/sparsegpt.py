@@ -73,9 +73,7 @@ def sweep(
     weight.masked_fill_(~keep, 0)
 
 
-def _sweep_block(
-    block: Tensor, keep: Tensor, factor: Tensor, start: int, choose: Callable[..., None] | None
-) -> Tensor:
+def _sweep_block(block: Tensor, keep: Tensor, factor: Tensor, start: int, choose: Callable[..., None] | None) -> Tensor:
     """One block of `sweep`; returns the scaled errors (N, B), from which the columns after it are updated."""
     diagonal = factor.diagonal()
     error = torch.empty_like(block)

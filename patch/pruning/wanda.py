@@ -30,7 +30,7 @@ class Statistics:
 def prune(
     weight: torch.Tensor, statistics: Statistics, options: PruneOptions, stays: torch.Tensor | None = None
 ) -> Pruned:
-    """Prune weight (N, K) by |weight| * sqrt(channel energy). stays (N, K) bool: what is not pruned, with pattern 2:4."""
+    """Prune weight (N, K) by |weight| * sqrt(channel energy). stays (N, K) bool: not pruned, with pattern 2:4."""
     energy = statistics.channel_energy
     if options.shift_zero_metrics:
         energy = shifted(energy)
