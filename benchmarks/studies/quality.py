@@ -18,18 +18,21 @@ flags adds to what is there, and processes with different --seeds or --cells may
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import harness
 from benchmarks.studies import decode_times, quality_report
 from benchmarks.studies.quality_cells import ABLATIONS, all_cells, chosen_cells
 from benchmarks.studies.quality_inputs import about, listed, open_study, study_inputs, study_parser, study_settings
 from benchmarks.studies.quality_study import Settings
 from patch.demo.model import Stopwatch
 from patch.pruning import COMPENSATIONS, ProxSparseConfig
+
+TEXTS = ("cell", "method", "group")  # columns of quality_cells.csv that hold no number
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -67,14 +70,40 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             if result is not None:
                 shown = {"cell": cell.name, "method": cell.label, "group": cell.group, "target": cell.target}
                 rows.append(shown | {"seed": seed} | result)
+    earlier = [] if arguments.earlier is None else earlier_rows(arguments.earlier, rows)
+    rows += earlier
     out: Path = arguments.out
     if not rows:
         raise SystemExit(f"quality: expected finished cells in {out}, found none. Run it without --finished-only.")
     learning = f"{settings.steps} steps of {settings.batch_size} x {settings.window}, lr {settings.lr:g}"
     head = about("benchmarks.studies.quality", argv, inputs, study) | {"mask learning": learning}
+    if earlier:
+        head["from an earlier run"] = f"{arguments.earlier}: {', '.join(dict.fromkeys(r['cell'] for r in earlier))}"
     quality_report.write(out, rows, head, times)
     say(f"wrote {out / 'quality.md'}, quality.csv, quality_cells.csv, quality.png and quality_frontier.png")
     return rows
+
+
+def earlier_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of an earlier quality_cells.csv for cells and seeds that `rows` do not hold.
+
+    Ends the program with one sentence unless both have a dense model of the same perplexity: other models, texts and
+    windows do not belong in one table.
+    """
+    found = [
+        {name: _number(value) if name not in TEXTS else value for name, value in row.items() if value != ""}
+        for row in harness.read_rows(path, "--earlier")
+    ]
+    here, there = ({round(r["perplexity"], 3) for r in part if r["cell"] == "dense"} for part in (rows, found))
+    if len(here) != 1 or here != there:
+        wanted = f"expected a dense model of the perplexity {sorted(here)} that was measured here"
+        raise SystemExit(f"--earlier: {wanted}, got {sorted(there)} in {path}. Give one of this model and text.")
+    known = {(row["cell"], row["seed"]) for row in rows}
+    return [row for row in found if (row["cell"], row["seed"]) not in known]
+
+
+def _number(text: str) -> float:
+    return int(text) if text.isdigit() else float(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=listed(int), default=(0, 1, 2), help="default 0,1,2")
     parser.add_argument("--cells", type=listed(str), default=("*",), help="names or patterns (default all)")
     parser.add_argument("--finished-only", action="store_true", help="run nothing: write what is there so far")
+    parser.add_argument(
+        "--earlier", type=Path, help="quality_cells.csv of an earlier run: its rows for what is not here"
+    )
     parser.add_argument("--ablations", type=listed(_ablation_name), default=(), help=", ".join(ABLATIONS))
     parser.add_argument(
         "--compensations",

@@ -196,6 +196,19 @@ def test_what_is_there_so_far_can_be_written_without_running_anything(copied, in
         quality.main(arguments(inputs, tmp_path / "none", "--finished-only"))
 
 
+def test_rows_of_an_earlier_run_fill_what_is_not_there(done, inputs, tmp_path):
+    out, rows = done
+    wanted = ("--cells", "dense,magnitude")
+    flags = (*wanted, "--earlier", out / "quality_cells.csv")
+    both = quality.main(arguments(inputs, tmp_path, *flags))
+    assert without_costs(both) == without_costs(rows[:2] + rows[2:])
+    assert "* from an earlier run: " in (tmp_path / "quality.md").read_text()
+    with pytest.raises(
+        SystemExit, match=r"--earlier: expected a dense model of the perplexity \[\d+.* that was measured"
+    ):
+        quality.main(arguments(inputs, tmp_path, *flags, "--heldout-windows", "3"))
+
+
 def test_a_cell_makes_what_it_needs_first_and_an_interrupt_loses_nothing(inputs, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
