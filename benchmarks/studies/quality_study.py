@@ -145,7 +145,7 @@ class Study:
             "model": model_fingerprint(dense),
             "dtype": str(self.dtype),
             "heldout": [text_sha256([text]), windows],
-            "train": self._sampled(0, settings.nsamples)[1],
+            "train": self._sampled(0)[1],
             "versions": [__version__, torch.__version__],
             "settings": [settings.window, settings.nsamples],
         }
@@ -156,16 +156,18 @@ class Study:
         return load(self.model, dtype=self.dtype).to(self.device or "cpu").eval()
 
     def calibration(self, seed: int, nsamples: int | None = None) -> Tensor:
-        """Calibration samples of a seed, (samples, window)."""
-        return self._sampled(seed, nsamples or self.settings.nsamples)[0]
+        """The first calibration samples of a seed, (samples, window)."""
+        return self._sampled(seed)[0][: nsamples or self.settings.nsamples]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 -- a study lives as long as the process
-    def _sampled(self, seed: int, nsamples: int) -> tuple[Tensor, str]:
+    def _sampled(self, seed: int) -> tuple[Tensor, str]:
+        """As many samples as any cell takes: they are drawn one after the other, so fewer are the first of more."""
+        settings = self.settings
         return calibration_windows(
             self.tokenizer,
             self.train,
-            nsamples=nsamples,
-            seqlen=self.settings.window,
+            nsamples=max(settings.nsamples, settings.reconstruction_samples, settings.prox_samples),
+            seqlen=settings.window,
             seed=seed,
             text_field=self.text_field,
         )
