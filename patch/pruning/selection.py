@@ -69,7 +69,7 @@ def zeros_first(score: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
 
 
 def whole_pattern(keep: torch.Tensor, pattern: str, stays: torch.Tensor | None = None) -> torch.Tensor:
-    """The mask (N, K), for 2:4 with two of every four where a group has fewer weights that are not 0, and what stays."""
+    """The mask (N, K), for 2:4 with what stays and two of every four where a group has fewer weights that are not 0."""
     return keep_two_of_four(keep.to(torch.uint8), stays) if pattern == "2:4" else keep
 
 

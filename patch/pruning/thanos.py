@@ -44,7 +44,7 @@ def prune(weight: Tensor, statistics: Statistics, options: PruneOptions, stays: 
 
 
 def costs(weight: Tensor, statistics: Statistics, options: PruneOptions) -> Tensor:
-    """What pruning each weight (N, K) adds to the squared error of the layer's output, taken alone: its score squared."""
+    """What pruning each weight (N, K) adds to the squared error of the layer's output, taken alone."""
     return weight.detach().to(statistics.hessian.dtype).square() * statistics.hessian.diagonal()
 
 

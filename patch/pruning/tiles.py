@@ -24,8 +24,8 @@ def choose_dense_tiles(
     sparsity  share of zeros, 0 to 0.5
     groups    {layer: what shares its budget}; None: one budget for the whole model
     Tiles are taken by loss per weight that they gain (ragged tiles gain fewer), highest first, until the next one
-    would exceed the nonzeros of the budget; equal ones in the order of the layers. So a group has at least the sparsity,
-    and less than a tile more.
+    would exceed the nonzeros of the budget; equal ones in the order of the layers. So a group has at least the
+    sparsity, and less than a tile more.
     """
     chosen: dict[str, Tensor] = {}
     members: dict[object, list[str]] = {}
