@@ -25,6 +25,7 @@ from patch.models.structure import maskable_linears
 from patch.packed.load import load
 from patch.pruning import METHODS
 from patch.settings import load_config
+from patch_kernels import tiles_that_are_two_of_four
 
 ONE_SHOT = ["magnitude", "wanda", "sparsegpt", "thanos", "prox_sparse"]
 TILES = [f"{name}-tiles-35" for name, row in METHODS.items() if "tiles" in row.patterns]
@@ -342,6 +343,25 @@ def test_without_a_model_the_dense_model_of_the_demo_is_trained_once(tmp_path, m
     assert "step 4/4" in capsys.readouterr().out
     assert quality.main(flags) == first
     assert "step 4/4" not in capsys.readouterr().out
+
+
+def test_tiles_that_the_edge_cuts_have_the_share_and_bytes_of_their_name(tmp_path, monkeypatch):
+    from support.demo import TINY, write_sources
+
+    write_sources(tmp_path / "sources")
+    corpus = corpus_module.load_corpus(tmp_path / "sources")
+    monkeypatch.setattr(corpus_module, "load_corpus", lambda: corpus)
+    monkeypatch.setattr(quality_inputs, "DemoSettings", lambda: load_config(DemoSettings, overrides=TINY))
+    flags = ["--architecture", "qwen2", "--out", str(tmp_path / "out"), "--cells", "wanda-tiles-35", "--seeds", "0"]
+    flags += ["--window", "32", "--nsamples", "2", "--heldout-windows", "2", "--reconstruction-samples", "4"]
+    (row,) = quality.main([*flags, "--block-epochs", "1"])
+    masks = load_artifact(tmp_path / "out" / "cells" / "wanda-tiles-35-seed0").masks
+    grids = {name: tiles_that_are_two_of_four(keep) for name, keep in masks.items()}
+    # 4 layers of 2 x 2 tiles, two of 4 x 2 and one of 2 x 4; the smallest tile is 64 x 64 of 410,112 weights.
+    assert sorted(grid.numel() for grid in grids.values()) == [4] * 4 + [8] * 3
+    assert 0.35 <= row["sparsity"] < 0.35 + 128 * 128 / 2 / sum(keep.numel() for keep in masks.values())
+    assert row["linear_bytes"] == sum(18432 * int(g.sum()) + 32768 * int((~g).sum()) for g in grids.values())
+    assert row["masks_alone"] > 1 and row["compensated_blocks"] > 1
 
 
 def test_the_other_architecture_has_biases_and_no_multiple_of_a_tile(monkeypatch):
