@@ -45,7 +45,7 @@ class Variant:
         """target: share of zeros, 0 for the dense model."""
         self.study, self.seed, self.target = study, seed, target
         cell = cells["dense" if target == 0 else f"{METHOD}-tiles-{100 * target:g}"]
-        self.name, self.label = cell.name, "dense" if target == 0 else f"hybrid {target:.4g}"
+        self.name, self.label = cell.name, "dense" if target == 0 else f"hybrid {100 * target:g} %"
         study.result(cell, seed, cells)
         self.key = study.key_of(cell, seed)
         if target == 0:

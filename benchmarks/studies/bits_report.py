@@ -12,6 +12,7 @@ from patch.files.atomic import write_text_atomic
 COLUMNS = {"rounded": "rounded to nearest", "reconstructed": "reconstructed"}
 # Colour-blind safe; dense first.
 INK = ("#333333", "#c44e1c", "#2a7fb8", "#6a51a3", "#2a9d8f")
+MOST = 1.25
 NOTES = """
 * bytes a weight: codes of the kept weights, a scale of 16 bits for {group} weights of a row below 16 bits, and 2 bits
   for where a kept weight of a 2:4 group is; over all weights, pruned ones too. Nothing else of a model is counted.
@@ -37,7 +38,10 @@ def _shown(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """PNG: perplexity against bytes a weight, both logarithmic; a colour a model, dashed where only rounded."""
+    """PNG: perplexity against bytes a weight; a colour a model, dashed where only rounded.
+
+    What is more than MOST times the lowest perplexity is above the picture.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -56,13 +60,15 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             style = {"color": color, "linestyle": line, "marker": "o" if line == "-" else "x", "markersize": 5}
             axes.plot(x, y, label=f"{model}, {COLUMNS[column]}", linewidth=1.8 if line == "-" else 1.1, **style)
             if line == "-":
+                text = {"fontsize": 8, "color": color, "clip_on": True}
                 for place, value, width in zip(x, y, bits, strict=True):
-                    axes.annotate(str(width), (place, value), xytext=(3, 5), textcoords="offset points", fontsize=8)
+                    axes.annotate(str(width), (place, value), xytext=(3, 5), textcoords="offset points", **text)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    lowest = min(row["rounded"] for row in rows)
+    if max(row["rounded"] for row in rows) > MOST * lowest:
+        axes.set_ylim(top=MOST * lowest, bottom=(1 - 0.05 * (MOST - 1)) * lowest)
+        axes.set_title("what is above is in the table", fontsize=9, loc="left", color="grey")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bytes a weight of the pruned layers (numbers: bits of a kept weight)")
     axes.set_ylabel("held-out perplexity (lower is better)")

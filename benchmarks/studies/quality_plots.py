@@ -19,7 +19,8 @@ def plot_zeros(
 ) -> None:
     """PNG with a panel per perplexity column that has a result beside the dense one: perplexity against zeros."""
     panels = [name for name in columns if name != "masks_alone"]
-    figure, all_axes = _figure(len(panels))
+    # Each with its own scale: compensated, masks are so near to each other that one scale would hide it.
+    figure, all_axes = _figure(len(panels), sharey=False)
     groups = _groups(summary)
     for axes, name in zip(all_axes, panels, strict=True):
         _dense_line(axes, summary)
@@ -42,7 +43,7 @@ def plot_frontier(
     column  which perplexity; rows without it are left out
     times   unstructured masks take the time of a dense layer, and its bytes
     """
-    figure, all_axes = _figure(2)
+    figure, all_axes = _figure(2, sharey=True)
     groups = _groups(summary)
 
     def decode_ms(row: Mapping[str, Any]) -> float:
@@ -67,13 +68,13 @@ def plot_frontier(
     _finish(figure, all_axes, path)
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _figure(panels: int, *, sharey: bool) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4 * panels + 2.6, 5.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    return figure, figure.subplots(1, panels, sharey=sharey, squeeze=False)[0]
 
 
 def _groups(summary: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

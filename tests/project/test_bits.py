@@ -109,14 +109,14 @@ def test_every_model_at_every_width_is_measured_once(inputs, tmp_path, monkeypat
     flags = [*inputs, "--out", str(tmp_path), "--targets", "0,0.35", "--bits", "16,4,2"]
     rows = bits.main(flags)
     assert [(row["model"], row["bits"]) for row in rows] == [
-        (model, width) for model in ("dense", "hybrid 0.35") for width in (16, 4, 2)
+        (model, width) for model in ("dense", "hybrid 35 %") for width in (16, 4, 2)
     ]
     assert rows[0]["bytes_a_weight"] == 2.0 and rows[0]["reconstructed"] == ""
     assert all(row["reconstructed"] > 1 for row in rows if row["bits"] < 16)
     with (tmp_path / "bits.csv").open() as file:
         assert [line["rounded"] for line in csv.DictReader(file)] == [str(row["rounded"]) for row in rows]
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
-    assert "| hybrid 0.35 | " in (tmp_path / "bits.md").read_text()
+    assert "| hybrid 35 % | " in (tmp_path / "bits.md").read_text()
     monkeypatch.setattr(rounding, "fit_rounded", None)
     monkeypatch.setattr(rounding, "round_to_nearest", None)
     assert bits.main(flags) == rows
