@@ -37,7 +37,7 @@ def fit_block(
 ) -> None:
     """Train the block's kept weights in place.
 
-    members    layers of the block by name, with their pruned weights at 0
+    members    layers of the block to train, by name, with their pruned weights at 0
     masks      {layer name: keep (N, K) bool}
     inputs     of block `index`, one (1, tokens, hidden) a sample
     targets    (1, tokens, hidden) a sample: what the block should put out

@@ -29,6 +29,7 @@ from patch.mask import tile_sums
 from patch.models.modes import block_device, calibration_mode, placed
 from patch.models.structure import decoder_blocks, linear_at
 from patch.pruning.block_inputs import BlockCall, hidden_of, moved, split_call
+from patch.pruning.selection import working_dtype
 from patch.runs.checkpoints import load_tensors
 from patch.runs.stages import STAGE_FILE, finished
 from patch_kernels import tile_grid
@@ -94,7 +95,7 @@ def _tile_losses(linear: nn.Linear, keep: Tensor, tile: tuple[int, int]) -> Tens
     gradient, linear.weight.grad = linear.weight.grad, None
     if gradient is None:
         return torch.zeros(tile_grid(keep.shape, tile), dtype=torch.float64)
-    change = gradient.float().mul_(linear.weight).masked_fill_(keep.to(gradient.device), 0)
+    change = gradient.to(working_dtype(gradient)).mul_(linear.weight).masked_fill_(keep.to(gradient.device), 0)
     return tile_sums(change.square_(), tile).cpu()
 
 
@@ -150,7 +151,7 @@ class _Run:
                     hooks.callback(block.to, block_device(block))
             logits: Tensor = model(input_ids=ids).logits
             # What is behind the last block ran with gradients.
-            loss = functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device))
+            loss = functional.cross_entropy(logits[0, :-1].to(working_dtype(logits)), ids[0, 1:].to(logits.device))
         self.gradient: Tensor = torch.autograd.grad(loss, [self.last])[0]
 
     def backward(self, block: nn.Module, members: Mapping[str, nn.Linear], *, further: bool) -> None:

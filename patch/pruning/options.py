@@ -52,7 +52,7 @@ class PruneOptions:
         if self.pattern != "unstructured":
             from patch_kernels.checks import require_multiple  # brings torch, which help must not wait for
 
-            require_multiple("block_size", self.block_size, GROUP, "Patterns of 2:4 need that; the usual one is 128.")
+            require_multiple("block_size", self.block_size, GROUP, "Pattern 2:4 needs that; the usual one is 128.")
         return self
 
 

@@ -152,7 +152,7 @@ def on_interrupt(options: Options) -> str:
 def _block_options(options: Options) -> BlockOptions | None:
     """How blocks are trained, None with another method, whose settings of that are refused."""
     values = {"epochs": options.epochs, "lr": options.lr, "batch_size": options.batch_size}
-    given = {name: value for name, value in values.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if options.method == "blocks":
         return BlockOptions(**given, seed=options.seed)
     for name, value in given.items():

@@ -202,7 +202,7 @@ def on_interrupt(options: Options) -> str:
 def _tile_options(options: Options) -> TileOptions | None:
     """How tiles are chosen, None with another pattern, whose settings of tiles are refused."""
     given = {"by": options.tiles_by, "budget": options.budget}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if options.pattern == "tiles":
         if options.target_sparsity is not None:
             advice = "Leave it out: the tiles are scored and chosen for --sparsity."
