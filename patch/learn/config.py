@@ -68,6 +68,10 @@ class LearnConfig:
     hard_tile: bool = setting(False, "straight-through samples of tiles")
     pattern_prior_strength: NotNegative = setting(3.0, "in standard deviations of the initial logits; 0: no prior")
     tile_prior_strength: NotNegative = setting(3.0, "as pattern_prior_strength, of the tiles")
+    tile_prior_budget: Literal["layer", "model"] = setting(
+        "layer",
+        "whose best-scored tiles the prior favours: every layer's own, as published, or the whole model's",
+    )
     prior_mode: Literal["add", "overwrite"] = setting("add", "see patch.priors.pattern_prior")
     init_std: Positive = setting(0.014, "standard deviation of the initial logits")
     layer_target: bool = setting(False, "a density target per decoder block instead of one for the model")
