@@ -9,10 +9,11 @@ import sys
 
 import pytest
 import torch
+import yaml
 from support import ROOT
 from support.commands import run
 
-from patch.artifacts.artifact import load_artifact
+from patch.artifacts.artifact import load_artifact, save_artifact
 from patch.cli import plans
 
 LEARN = "learn --model {w}/model --data {w}/train.txt --sparsity 0.35 --tile 64 --seqlen 32 --global-batch-size 4"
@@ -49,6 +50,39 @@ def test_learning_from_a_pruned_model_says_so(work, tmp_path, capsys, caplog):
     assert status == 0
     assert "% of the weights to mask are zero already" in caplog.text and "Give --model the dense model" in caplog.text
     assert re.search(r"sparsity 0\.\d+ by the masks, but 0\.[56]\d+ of the weights in these layers are 0", out)
+
+
+def tiles_artifact(work, folder, budget):
+    """As of `prune --pattern tiles`: the first tile of every layer is dense, and its losses are the largest."""
+    prior = load_artifact(work / "prior")
+    for name, keep in prior.masks.items():
+        keep[:64, :64] = True
+        prior.tile_scores[name] = torch.zeros_like(prior.tile_scores[name])
+        prior.tile_scores[name][0, 0] = 1 + len(name)
+    meta = prior.meta | {"pattern": "tiles", "budget": budget, "target_sparsity": None}
+    save_artifact(folder, prior.masks, meta=meta, tile_scores=prior.tile_scores)
+
+
+@pytest.mark.parametrize(
+    ("budget", "flags", "used"),
+    [
+        ("model", [], "model"),
+        ("block", [], "model"),
+        ("layer", [], "layer"),
+        ("model", ["--set", "learn.tile_prior_budget=layer"], "layer"),
+        ("model", ["--preset", "tile"], "model"),
+    ],
+)
+def test_learning_from_chosen_tiles_spends_the_budget_that_chose_them(
+    work, tmp_path, capsys, caplog, budget, flags, used
+):
+    tiles_artifact(work, tmp_path / "tiles", budget)
+    arguments = ["--prior", tmp_path / "tiles", "--steps", 2, "--exact-budget", "--out", tmp_path / "o", *flags]
+    status, _, err = call(capsys, work, LEARN, *arguments)
+    assert status == 0, err
+    assert "the prior's tile scores are for sparsity" not in caplog.text
+    resolved = yaml.safe_load((tmp_path / "o" / "config.resolved.yaml").read_text())
+    assert resolved["learn"]["tile_prior_budget"] == used
 
 
 def test_short_plans_name_the_flags_that_help(caplog):
