@@ -13,7 +13,7 @@ import yaml
 from support import ROOT
 from support.commands import run
 
-from patch.artifacts.artifact import load_artifact, save_artifact
+from patch.artifacts.artifact import load_artifact
 from patch.cli import plans
 
 LEARN = "learn --model {w}/model --data {w}/train.txt --sparsity 0.35 --tile 64 --seqlen 32 --global-batch-size 4"
@@ -52,17 +52,6 @@ def test_learning_from_a_pruned_model_says_so(work, tmp_path, capsys, caplog):
     assert re.search(r"sparsity 0\.\d+ by the masks, but 0\.[56]\d+ of the weights in these layers are 0", out)
 
 
-def tiles_artifact(work, folder, budget):
-    """As of `prune --pattern tiles`: the first tile of every layer is dense, and its losses are the largest."""
-    prior = load_artifact(work / "prior")
-    for name, keep in prior.masks.items():
-        keep[:64, :64] = True
-        prior.tile_scores[name] = torch.zeros_like(prior.tile_scores[name])
-        prior.tile_scores[name][0, 0] = 1 + len(name)
-    meta = prior.meta | {"pattern": "tiles", "budget": budget, "target_sparsity": None}
-    save_artifact(folder, prior.masks, meta=meta, tile_scores=prior.tile_scores)
-
-
 @pytest.mark.parametrize(
     ("budget", "flags", "used"),
     [
@@ -76,7 +65,9 @@ def tiles_artifact(work, folder, budget):
 def test_learning_from_chosen_tiles_spends_the_budget_that_chose_them(
     work, tmp_path, capsys, caplog, budget, flags, used
 ):
-    tiles_artifact(work, tmp_path / "tiles", budget)
+    prune = "prune --model {w}/model --method magnitude --data {w}/train.txt --seqlen 32 --nsamples 4 --tile 64,64"
+    prune += f" --pattern tiles --sparsity 0.4 --budget {budget} --out"
+    assert call(capsys, work, prune, tmp_path / "tiles")[0] == 0
     arguments = ["--prior", tmp_path / "tiles", "--steps", 2, "--exact-budget", "--out", tmp_path / "o", *flags]
     status, _, err = call(capsys, work, LEARN, *arguments)
     assert status == 0, err

@@ -256,7 +256,7 @@ def _prior(
     if config.mode == "maskllm":
         return artifact.masks, None, config
     if has_losses and "tile_prior_budget" not in options.learn:
-        budget: Any = "layer" if artifact.meta.get("budget") == "layer" else "model"
+        budget: Any = "layer" if (artifact.meta.get("tiles") or {}).get("budget") == "layer" else "model"
         config = dataclasses.replace(config, tile_prior_budget=budget)
     if scores is None:
         logger.warning("%s has no tile scores: the tile logits start without a prior", options.prior)
