@@ -43,6 +43,9 @@ class LearnConfig:
         0.45, "target share of zeros, required but for maskllm, where it is 0.5 (default: none)", metavar="SHARE"
     )
     tile: Tile = setting((128, 128), "rows,columns of a tile", metavar="R,C")
+    objective: Literal["tokens", "distill"] = setting(
+        "tokens", "tokens: the loss of predicting the text; distill: the divergence from the dense model's predictions"
+    )
     lr: Positive = setting(1e-3, "learning rate of AdamW (default of the preset)", metavar="LR")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = setting(0.0, "cosine decay ends at lr * min_lr_ratio")
     betas: Betas = setting((0.9, 0.95), "of AdamW")

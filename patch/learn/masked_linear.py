@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import patch_kernels
 from patch.files.schema import listed
@@ -43,6 +44,8 @@ class SamplingState:
     hard_tile: bool = False
     # Only the first forward pass of a micro-batch stashes its sums; a recomputation in backward must not.
     collect: bool = False
+    # The layers then run as the dense ones that they are made from: a teacher without a second copy of the weights.
+    is_off: bool = False
     sums: dict[int, Tensor] = field(default_factory=dict)
     _tensors: dict[tuple[torch.device, bool], MaskSampling] = field(default_factory=dict, repr=False)
 
@@ -120,6 +123,8 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
+        if state.is_off:
+            return functional.linear(x, self.weight, self.bias)
         y, sums = patch_kernels.masked_linear(
             x,
             self.weight,
