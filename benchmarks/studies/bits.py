@@ -58,7 +58,8 @@ class Variant:
 
     @functools.cached_property
     def _weights(self) -> dict[str, Tensor]:
-        return self.study.reconstructed(self.masks, self.seed, "blocks").state_dict()
+        stages = self.study.out / "bits" / f"{self.name}-seed{self.seed}-blocks"
+        return self.study.reconstructed(self.masks, self.seed, "blocks", stages).state_dict()
 
     def model(self) -> nn.Module:
         """A fresh copy."""

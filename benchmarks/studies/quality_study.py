@@ -264,11 +264,16 @@ class Study:
         self._say_result(f"{cell.name}, seed {seed}, {method}", result)
         return result
 
-    def reconstructed(self, masks: dict[str, Tensor], seed: int, method: str) -> nn.Module:
-        """The dense model under the masks, its kept weights updated by a compensation with the study's settings."""
+    def reconstructed(self, masks: dict[str, Tensor], seed: int, method: str, stages: Path | None = None) -> nn.Module:
+        """The dense model under the masks, its kept weights updated by a compensation with the study's settings.
+
+        stages  with "blocks": folder that keeps the blocks, from which the same call takes them again
+        """
         model = self.dense()
         nsamples, _ = self.compensation_settings(method)
-        blocks = {"blocks": dataclasses.replace(self.settings.blocks, seed=seed)} if method == "blocks" else {}
+        blocks: dict[str, Any] = {}
+        if method == "blocks":
+            blocks = {"blocks": dataclasses.replace(self.settings.blocks, seed=seed), "stages": stages}
         compensate(
             model,
             masks,

@@ -117,9 +117,13 @@ def test_every_model_at_every_width_is_measured_once(inputs, tmp_path, monkeypat
         assert [line["rounded"] for line in csv.DictReader(file)] == [str(row["rounded"]) for row in rows]
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
     assert "| hybrid 35 % | " in (tmp_path / "bits.md").read_text()
-    monkeypatch.setattr(rounding, "fit_rounded", None)
-    monkeypatch.setattr(rounding, "round_to_nearest", None)
-    assert bits.main(flags) == rows
+    with monkeypatch.context() as patched:
+        patched.setattr(rounding, "fit_rounded", None)
+        patched.setattr(rounding, "round_to_nearest", None)
+        assert bits.main(flags) == rows
+    # Another width starts from the blocks that are there.
+    monkeypatch.setattr("patch.pruning.reconstruction.fit_block", None)
+    bits.main([*flags[:-1], "16,3"])
 
 
 @pytest.mark.parametrize(
