@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from patch.pruning.compensation import Compensation, compensate
     from patch.pruning.model import check_prunable, prune_model
     from patch.pruning.options import COMPENSATIONS, PATTERNS, PruneOptions
+    from patch.pruning.permutation import ChannelOrders, apply_orders, permute_channels
     from patch.pruning.proxsparse.config import ProxSparseConfig
     from patch.pruning.registry import METHODS, Method, get_method
     from patch.pruning.selection import Pruned
@@ -24,14 +25,17 @@ __all__ = [
     "COMPENSATIONS",
     "METHODS",
     "PATTERNS",
+    "ChannelOrders",
     "Compensation",
     "Method",
     "ProxSparseConfig",
     "PruneOptions",
     "Pruned",
+    "apply_orders",
     "check_prunable",
     "compensate",
     "get_method",
+    "permute_channels",
     "prune_model",
     "prune_weight",
 ]
@@ -42,14 +46,17 @@ __getattr__, __dir__ = lazy_names(
         "COMPENSATIONS": "options",
         "METHODS": "registry",
         "PATTERNS": "options",
+        "ChannelOrders": "permutation",
         "Compensation": "compensation",
         "Method": "registry",
         "ProxSparseConfig": "proxsparse.config",
         "PruneOptions": "options",
         "Pruned": "selection",
+        "apply_orders": "permutation",
         "check_prunable": "model",
         "compensate": "compensation",
         "get_method": "registry",
+        "permute_channels": "permutation",
         "prune_model": "model",
         "prune_weight": "weight",
     },

@@ -18,8 +18,8 @@ from patch.pruning.block_inputs import BlockInputs, capture_block_inputs
 from patch.pruning.plan import warn_of_few_tokens
 from patch.pruning.selection import Pruned, check_inputs
 
-# What makes the new weight and mask of a layer: update(layer name, layer, gathered statistics).
-Update = Callable[[str, nn.Linear, Any], Pruned]
+# What makes the new weight and mask of a layer, or None to leave it: update(layer name, layer, gathered statistics).
+Update = Callable[[str, nn.Linear, Any], Pruned | None]
 
 
 def update_blocks(
@@ -117,7 +117,8 @@ def _update_block(
             updated = update(name, linear, statistics)
         except ValueError as error:
             raise ValueError(f"layer '{name}': {error}") from error
-        store(linear, updated)
+        if updated is not None:
+            store(linear, updated)
     return tokens
 
 
