@@ -26,8 +26,8 @@ _ROWS = 4096
 def pruning_costs(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
     """Error of a layer's output for each weight (N, K) that is pruned, the rest of its row making up for it.
 
-    w^2 / inverse(H)_kk with H (K, K) of the inputs, damped; in the dtype of H. Source: Hassibi and Stork, "Optimal Brain
-    Surgeon", 1992, eq. 5.
+    w^2 / inverse(H)_kk with H (K, K) of the inputs, damped; in the dtype of H. Source: Hassibi and Stork, "Optimal
+    Brain Surgeon", 1992, eq. 5.
     """
     inverse = damped_until(hessian, damping, inverse_of)
     return weight.detach().to(hessian.dtype).square() / inverse.diagonal()

@@ -154,7 +154,7 @@ def permute_channels(
 
 @torch.no_grad()
 def apply_orders(model: nn.Module, orders: ChannelOrders) -> None:
-    """Reorder the channels of a dense model in place; raises ValueError for orders of another model, before any work."""
+    """Reorder the channels of a dense model in place; raises ValueError, before any work, for orders of another."""
     linears = maskable_linears(model)
     folds = _folds(model, linears)
     moves: list[tuple[str, int, Tensor]] = []
@@ -215,8 +215,10 @@ def _without(inner: Mapping[str, Tensor], names: Collection[str]) -> dict[str, T
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Without what they have in common: it says nothing about the model, and may be most of their norm."""
     with calibration_mode(model):
-        return cast(Any, model)(ids).logits
+        logits = cast(Any, model)(ids).logits
+    return logits - logits.mean(-1, keepdim=True)
 
 
 def _folds(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, _Fold]:
