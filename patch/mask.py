@@ -24,6 +24,7 @@ __all__ = [
     "PATTERNS",
     "combine",
     "exact_budget",
+    "expand_tiles",
     "harden",
     "nonzero_budget",
     "sample_pattern_mask",
@@ -31,6 +32,7 @@ __all__ = [
     "tile_areas",
     "tile_counts",
     "tile_grid",
+    "tile_sums",
 ]
 
 _SAME_LAYER = "It must belong to the same weight and tile size."
@@ -97,7 +99,7 @@ def sample_tile_mask(
     dense = torch.sigmoid(score / temperature)
     if hard:
         dense = _straight_through((score > 0).to(dense), dense)
-    return _expand(dense, tile, shape)
+    return expand_tiles(dense, tile, shape)
 
 
 def combine(tile_mask: Tensor, pattern_mask: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def harden(
         return keep, torch.ones(grid, dtype=torch.bool, device=keep.device)
     require_tensor("tile logits", tile_logits, shape=grid, advice=_SAME_LAYER)
     dense = tile_logits.to(keep.device) > 0
-    return keep | _expand(dense, tile, shape), ~dense
+    return keep | expand_tiles(dense, tile, shape), ~dense
 
 
 def tile_areas(tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
@@ -152,6 +154,14 @@ def tile_counts(keep: Tensor, tile: tuple[int, int]) -> Tensor:
     padding = (0, cols * tile[1] - keep.shape[1], 0, rows * tile[0] - keep.shape[0])
     padded = functional.pad(keep, padding)
     return padded.reshape(rows, tile[0], cols, tile[1]).sum((1, 3), dtype=torch.int64)
+
+
+def tile_sums(values: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Sum of each tile of values (N, K), float64 (rows, cols)."""
+    rows, cols = tile_grid((values.shape[0], values.shape[1]), tile)
+    padding = (0, cols * tile[1] - values.shape[1], 0, rows * tile[0] - values.shape[0])
+    padded = functional.pad(values, padding)
+    return padded.reshape(rows, tile[0], cols, tile[1]).sum((1, 3), dtype=torch.float64)
 
 
 def nonzero_budget(total: int, sparsity: float) -> int:
@@ -190,7 +200,7 @@ def exact_budget(tile_logits: Sequence[Tensor], gains: Sequence[Tensor], budget:
     return [part.reshape(grid.shape).to(grid.device) for part, grid in zip(parts, tile_logits, strict=True)]
 
 
-def _expand(grid: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+def expand_tiles(grid: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """Spread a (rows, cols) grid over its tiles, the ragged edge cut off: (N, K)."""
     return grid.repeat_interleave(tile[0], 0)[: shape[0]].repeat_interleave(tile[1], 1)[:, : shape[1]]
 

@@ -58,6 +58,24 @@ def _kind_of(folder: Path) -> str:
     return next((kind for name, kind in kinds.items() if (folder / name).is_file()), "folder of this program")
 
 
+def stages_folder(out: Path) -> Path:
+    """Where a command keeps what it has done of a result `out` while it is under way."""
+    return out.with_name(f"{out.name}.stages")
+
+
+def remove_stages(folder: Path) -> None:
+    """Remove finished stages, and their folder if nothing else is in it."""
+    from patch.runs.stages import STAGE_FILE
+
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if (path / STAGE_FILE).is_file():
+            shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def check_new_file(path: Path | None, flag: str) -> None:
     """Refuse an output file that is there already or cannot be made; None and - (standard output) pass."""
     if path is None or str(path) == "-":

@@ -13,8 +13,9 @@ from patch.files.lazy import lazy_names
 
 if TYPE_CHECKING:
     from patch.pruning.compensation import Compensation, compensate
-    from patch.pruning.model import check_prunable, prune_model
-    from patch.pruning.options import COMPENSATIONS, PATTERNS, PruneOptions
+    from patch.pruning.hybrid import Hybrid
+    from patch.pruning.model import check_prunable, prune_model, prune_tiles
+    from patch.pruning.options import COMPENSATIONS, PATTERNS, BlockOptions, PruneOptions, TileOptions
     from patch.pruning.permutation import ChannelOrders, apply_orders, permute_channels
     from patch.pruning.proxsparse.config import ProxSparseConfig
     from patch.pruning.registry import METHODS, Method, get_method
@@ -25,18 +26,22 @@ __all__ = [
     "COMPENSATIONS",
     "METHODS",
     "PATTERNS",
+    "BlockOptions",
     "ChannelOrders",
     "Compensation",
+    "Hybrid",
     "Method",
     "ProxSparseConfig",
     "PruneOptions",
     "Pruned",
+    "TileOptions",
     "apply_orders",
     "check_prunable",
     "compensate",
     "get_method",
     "permute_channels",
     "prune_model",
+    "prune_tiles",
     "prune_weight",
 ]
 
@@ -46,7 +51,10 @@ __getattr__, __dir__ = lazy_names(
         "COMPENSATIONS": "options",
         "METHODS": "registry",
         "PATTERNS": "options",
+        "BlockOptions": "options",
         "ChannelOrders": "permutation",
+        "Hybrid": "hybrid",
+        "TileOptions": "options",
         "Compensation": "compensation",
         "Method": "registry",
         "ProxSparseConfig": "proxsparse.config",
@@ -58,6 +66,7 @@ __getattr__, __dir__ = lazy_names(
         "get_method": "registry",
         "permute_channels": "permutation",
         "prune_model": "model",
+        "prune_tiles": "model",
         "prune_weight": "weight",
     },
 )

@@ -45,6 +45,15 @@ class BlockInputs:
         self.hidden = hidden
         self._calls = calls
 
+    def beside(self) -> BlockInputs:
+        """The same inputs again, to be advanced through the blocks on their own."""
+        return BlockInputs(list(self.hidden), self._calls)
+
+    @property
+    def calls_alike(self) -> bool:
+        """Whether all samples share the calls of the blocks, so that several can go through a block at once."""
+        return len(self._calls) == 1
+
     def call(self, index: int, sample: int) -> BlockCall:
         """The call of block `index` for `sample`; all samples share one when they are called alike."""
         return self._calls[sample if len(self._calls) > 1 else 0][index]
@@ -58,7 +67,7 @@ class BlockInputs:
         """The block's output (1, seqlen, hidden) for a sample's hidden states."""
         device = block_device(block)
         call = self.call(index, sample)
-        return _hidden_of(block(_moved(hidden, device), *_moved(call.args, device), **_moved(call.kwargs, device)))
+        return hidden_of(block(moved(hidden, device), *moved(call.args, device), **moved(call.kwargs, device)))
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the hidden states by the block's outputs, sample by sample."""
@@ -145,19 +154,19 @@ class _Recorder:
 
     def attach(self, index: int, block: nn.Module) -> list[Any]:
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            hidden, args, kwargs = _split(args, kwargs)
-            self._note(index, hidden, BlockCall(_moved(args, None), _moved(kwargs, None)))
+            hidden, args, kwargs = split_call(args, kwargs)
+            self._note(index, hidden, BlockCall(moved(args, None), moved(kwargs, None)))
             if self._device is None:
                 return (hidden, *args), kwargs
             self._home = block_device(module)
             module.to(self._device)
-            return (_moved(hidden, self._device), *_moved(args, self._device)), _moved(kwargs, self._device)
+            return (moved(hidden, self._device), *moved(args, self._device)), moved(kwargs, self._device)
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
             if self._device is not None:
                 module.to(self._home)
-                output = _moved(output, self._home)
-            self._previous = _hidden_of(output)
+                output = moved(output, self._home)
+            self._previous = hidden_of(output)
             return output
 
         return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
@@ -177,7 +186,7 @@ class _Recorder:
         return hidden is previous or torch.equal(hidden, cast(torch.Tensor, previous).to(hidden.device))
 
 
-def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple, dict[str, Any]]:
+def split_call(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple, dict[str, Any]]:
     """(hidden states, other args, other kwargs) of a block's call."""
     if args:
         return args[0], args[1:], kwargs
@@ -188,7 +197,7 @@ def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple, di
     )
 
 
-def _hidden_of(output: Any) -> torch.Tensor:
+def hidden_of(output: Any) -> torch.Tensor:
     # Some architectures return (hidden states, attention weights, ...).
     return output[0] if isinstance(output, tuple) else output
 
@@ -198,7 +207,7 @@ def _embedding_device(decoder: nn.Module) -> torch.device:
     return block_device(embedding)
 
 
-def _moved(value: Any, device: torch.device | str | None) -> Any:
+def moved(value: Any, device: torch.device | str | None) -> Any:
     """Copy of a nest of containers with its tensors on `device` (None: where they are).
 
     The containers are rebuilt even when nothing moves: a block that writes into a dict it was given must not
@@ -207,9 +216,9 @@ def _moved(value: Any, device: torch.device | str | None) -> Any:
     if isinstance(value, torch.Tensor):
         return value if device is None else value.to(device)
     if type(value) in (tuple, list):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(moved(item, device) for item in value)
     if type(value) is dict:
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: moved(item, device) for key, item in value.items()}
     return value
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,7 +17,8 @@ from patch.models.coverage import warn_of_dense_rest
 from patch.models.keep_masks import apply_keep_masks, keep_mask_of, set_keep_mask
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, maskable_linears
-from patch.pruning.options import Pattern, Precision, PruneOptions
+from patch.pruning.hybrid import Hybrid, TilePruning
+from patch.pruning.options import Pattern, Precision, PruneOptions, TileOptions
 from patch.pruning.plan import say_plan
 from patch.pruning.proxsparse.config import ProxSparseConfig
 from patch.pruning.registry import Method, get_method, make_options
@@ -34,6 +37,8 @@ def prune_model(
     block_size: int | None = None,
     damping: float = 0.01,
     precision: Precision = "fp32",
+    tiles: TileOptions | None = None,
+    stages: str | os.PathLike[str] | None = None,
     prox: ProxSparseConfig | None = None,
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
@@ -47,7 +52,11 @@ def prune_model(
 
     method       of `prune_weight`, or "prox_sparse", which trains the whole model and knows only 2:4: see
                  `patch.pruning.proxsparse.training.learn_masks`. Its masks are applied to the original weights.
-    calibration  (samples, seqlen) int64 token ids, read by all but magnitude.
+    pattern      of `prune_weight`; with "tiles" the share of zeros, 0 to 0.5, is that of the whole model, and its tiles
+                 are chosen before any is pruned: see `tiles`
+    calibration  (samples, seqlen) int64 token ids, read by all but magnitude, and by "tiles" chosen by fisher.
+    tiles        how dense tiles are chosen with pattern "tiles"; None: the defaults of `TileOptions`.
+    stages       folder in which a long choice of tiles keeps what it has: the same call again goes on there.
     prox         how prox_sparse trains; None: the published defaults.
     exclude      fnmatch patterns over names of layers that stay dense.
     device       where each block (prox_sparse: the model) is put while it is worked on; None: where it is.
@@ -58,6 +67,26 @@ def prune_model(
     """
     chosen = get_method(method)
     options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
+    if pattern != "tiles" and (tiles is not None or stages is not None):
+        given = "tiles" if tiles is not None else "stages"
+        raise ValueError(f"{given}: expected none with pattern {pattern}, got one. Leave it out, or use 'tiles'.")
+    if pattern == "tiles":
+        return prune_tiles(
+            model,
+            method,
+            sparsity=sparsity,
+            calibration=calibration,
+            tiles=tiles,
+            stages=stages,
+            shift_zero_metrics=shift_zero_metrics,
+            block_size=block_size,
+            damping=damping,
+            precision=precision,
+            prox=prox,
+            exclude=exclude,
+            device=device,
+            progress=progress,
+        ).masks
     if chosen.needs_calibration and calibration is None:
         advice = "Pass windows of (samples, seqlen) token ids, or use method='magnitude'."
         raise ValueError(f"calibration: expected token ids for method '{method}', got none. {advice}")
@@ -66,8 +95,7 @@ def prune_model(
         masks = chosen.code.learn_masks(model, calibration, prox, exclude=exclude, device=device, progress=progress)
         apply_keep_masks(model, masks, exclude=exclude)
         return {name: keep_mask_of(model.get_submodule(name)) for name in masks}
-    if prox is not None:
-        raise ValueError(f"prox: expected None for method '{method}', got settings of prox_sparse. Leave it out.")
+    _require_no_prox(method, prox)
     linears = check_prunable(model, chosen, options, calibration, exclude=exclude, device=device)
     warn_of_dense_rest(model, linears)
 
@@ -94,6 +122,63 @@ def prune_model(
             progress=progress,
         )
     return {name: keep_mask_of(linear) for name, linear in linears.items()}
+
+
+def prune_tiles(
+    model: nn.Module,
+    method: str,
+    *,
+    sparsity: float,
+    calibration: torch.Tensor | None = None,
+    tiles: TileOptions | None = None,
+    stages: str | os.PathLike[str] | None = None,
+    shift_zero_metrics: bool = False,
+    block_size: int | None = None,
+    damping: float = 0.01,
+    precision: Precision = "fp32",
+    prox: ProxSparseConfig | None = None,
+    exclude: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Hybrid:
+    """`prune_model` with pattern "tiles", and what its tiles were chosen by; arguments as there."""
+    chosen, tiles = get_method(method), tiles or TileOptions()
+    options = make_options(chosen, "tiles", sparsity, block_size, damping, shift_zero_metrics, precision)
+    if calibration is None and (chosen.reads_inputs or tiles.by == "fisher"):
+        reader, way_out = f"method '{method}'", "method='magnitude' with by='error'"
+        if not chosen.reads_inputs:
+            reader, way_out = "tiles by fisher", "by='error'"
+        advice = f"Pass windows of (samples, seqlen) token ids, or use {way_out}."
+        raise ValueError(f"calibration: expected token ids for {reader}, got none. {advice}")
+    _require_no_prox(method, prox)
+    linears = check_prunable(model, chosen, options, calibration, exclude=exclude, device=device)
+    if tiles.by == "fisher":
+        require_tokens(model, calibration, "calibration", least=2)
+    if tiles.by == "fisher" or tiles.budget == "block":
+        decoder_blocks(model)
+    warn_of_dense_rest(model, linears)
+    pruning = TilePruning(
+        model=model,
+        name=method,
+        method=chosen,
+        options=options,
+        tiles=tiles,
+        linears=linears,
+        calibration=calibration,
+        exclude=exclude,
+        stages=None if stages is None else Path(stages),
+        device=device,
+        progress=progress,
+    )
+    how = f"{method}, tiles {sparsity:g} by {tiles.by}"
+    new_statistics = pruning.new_statistics if chosen.reads_inputs else None
+    say_plan("pruning", how, model, linears, calibration, new_statistics, show=progress)
+    return pruning.run()
+
+
+def _require_no_prox(method: str, prox: ProxSparseConfig | None) -> None:
+    if prox is not None:
+        raise ValueError(f"prox: expected None for method '{method}', got settings of prox_sparse. Leave it out.")
 
 
 def check_prunable(

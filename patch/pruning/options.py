@@ -7,12 +7,14 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from patch.files.schema import Says, record
-from patch.settings import AtLeastOne, setting
+from patch.settings import AtLeastOne, Positive, Seed, Tile, setting
 
 GROUP = 4
-Pattern = Literal["2:4", "unstructured"]
+Pattern = Literal["2:4", "tiles", "unstructured"]
 Precision = Literal["fp32", "fp64"]
-CompensationMethod = Literal["least_squares", "sparsegpt"]
+CompensationMethod = Literal["blocks", "least_squares", "sparsegpt"]
+TilesBy = Literal["fisher", "error", "share"]
+Budget = Literal["model", "block", "layer"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 COMPENSATIONS: tuple[CompensationMethod, ...] = get_args(CompensationMethod)
 DEFAULT_BLOCK_SIZE = 128
@@ -42,10 +44,39 @@ class PruneOptions:
     @model_validator(mode="after")
     def _fits_the_pattern(self) -> PruneOptions:
         if self.pattern == "2:4" and self.sparsity != 0.5:
-            advice = "Use pattern='unstructured', or `patch-llm learn` for 2:4 tiles at less sparsity."
+            advice = "Use pattern='tiles' for dense and 2:4 tiles at less sparsity, or pattern='unstructured'."
             raise ValueError(f"sparsity: expected 0.5 for pattern 2:4, got {self.sparsity!r}. {advice}")
-        if self.pattern == "2:4":
+        if self.pattern == "tiles" and self.sparsity > 0.5:
+            advice = "Dense and 2:4 tiles reach no more; pattern='unstructured' does."
+            raise ValueError(f"sparsity: expected 0 to 0.5 for pattern tiles, got {self.sparsity!r}. {advice}")
+        if self.pattern != "unstructured":
             from patch_kernels.checks import require_multiple  # brings torch, which help must not wait for
 
             require_multiple("block_size", self.block_size, GROUP, "Pattern 2:4 needs that; the usual one is 128.")
         return self
+
+
+@record
+class TileOptions:
+    """Which tiles stay dense with pattern "tiles". raises ValueError naming the field."""
+
+    by: TilesBy = setting(
+        "fisher", "what ranks tiles: fisher, the model's loss; error, the method's; share, the paper's"
+    )
+    budget: Budget = setting("model", "what has the sparsity: the whole model, every block or every layer")
+    tile: Tile = setting((128, 128), "rows,columns of a tile", metavar="R,C")
+    samples: AtLeastOne = setting(64, "calibration samples whose gradients fisher takes, at most")
+
+
+@record
+class BlockOptions:
+    """How `fit_block` trains a block. raises ValueError naming the field."""
+
+    epochs: AtLeastOne = setting(4, "passes over the calibration samples for each block")
+    lr: Positive = setting(
+        0.02,
+        "learning rate of Adam in root mean squares of a layer's kept weights; it falls linearly to 0",
+        metavar="LR",
+    )
+    batch_size: AtLeastOne = setting(8, "calibration samples a step")
+    seed: Seed = setting(0, "seed of the order of the samples")

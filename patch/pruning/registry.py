@@ -76,10 +76,20 @@ class Method:
         module, _, name = self.settings.partition(":")
         return getattr(importlib.import_module(module), name) if module else None
 
-    def prune(self, weight: torch.Tensor, statistics: Any, options: PruneOptions) -> Pruned:
-        """Prune a weight (N, K) by the statistics of its inputs (None without reads_inputs)."""
-        pruned: Pruned = self.code.prune(weight, statistics, options)
+    def prune(
+        self, weight: torch.Tensor, statistics: Any, options: PruneOptions, stays: torch.Tensor | None = None
+    ) -> Pruned:
+        """Prune a weight (N, K) by the statistics of its inputs (None without reads_inputs).
+
+        stays  (N, K) bool: weights that are not pruned, with pattern 2:4
+        """
+        pruned: Pruned = self.code.prune(weight, statistics, options, stays)
         return pruned
+
+    def costs(self, weight: torch.Tensor, statistics: Any, options: PruneOptions) -> torch.Tensor:
+        """What the method believes that pruning each weight (N, K) adds to the squared error of the layer's output."""
+        costs: torch.Tensor = self.code.costs(weight, statistics, options)
+        return costs
 
     def new_statistics(self, weight: torch.Tensor, options: PruneOptions) -> Any:
         """Empty statistics for the inputs of weight (N, K), on its device."""
@@ -148,9 +158,9 @@ def make_options(
 ) -> PruneOptions:
     """Checked options; block_size None is the method's default for the pattern."""
     if block_size is None:
-        block_size = method.two_of_four_block_size if pattern == "2:4" else method.block_size
+        block_size = method.block_size if pattern == "unstructured" else method.two_of_four_block_size
     options = PruneOptions(pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     if pattern not in method.patterns:
         known = f"{' or '.join(method.patterns)} for method {method.label}"
-        raise ValueError(f"pattern: expected {known}, got {pattern}. Use wanda for an unstructured mask.")
+        raise ValueError(f"pattern: expected {known}, got {pattern}. Use wanda for other patterns.")
     return options

@@ -33,9 +33,9 @@ def check_weight(weight: torch.Tensor, options: PruneOptions, label: str) -> Non
     require_tensor(label, weight, dtypes=FLOATS, shape=shape, advice=advice, error=TypeError)
     if weight.device.type == "meta":
         raise ValueError(f"{label}: expected a weight with values, got one on the meta device. Load the model first.")
-    if options.pattern == "2:4":
+    if options.pattern != "unstructured":
         advice = "Leave it dense with exclude, or prune with pattern='unstructured'."
-        require_multiple(f"{label}, in_features for pattern 2:4", weight.shape[1], GROUP, advice)
+        require_multiple(f"{label}, in_features for pattern {options.pattern}", weight.shape[1], GROUP, advice)
     require_finite(label, weight, "The checkpoint is damaged or overflowed its dtype; load it in bf16 or fp32.")
 
 
@@ -68,13 +68,16 @@ def zeros_first(score: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     return score.masked_fill(zeros, -1)
 
 
-def whole_pattern(keep: torch.Tensor, pattern: str) -> torch.Tensor:
-    """The mask (N, K), for 2:4 with two of every four where a group has fewer weights that are not 0."""
-    return keep_two_of_four(keep.to(torch.uint8)) if pattern == "2:4" else keep
+def whole_pattern(keep: torch.Tensor, pattern: str, stays: torch.Tensor | None = None) -> torch.Tensor:
+    """The mask (N, K), for 2:4 with what stays and two of every four where a group has fewer weights that are not 0."""
+    return keep_two_of_four(keep.to(torch.uint8), stays) if pattern == "2:4" else keep
 
 
-def keep_two_of_four(score: torch.Tensor) -> torch.Tensor:
-    """Keep the two largest of every four consecutive columns of score (N, K); exactly two, also with ties."""
+def keep_two_of_four(score: torch.Tensor, stays: torch.Tensor | None = None) -> torch.Tensor:
+    """Keep the two largest of every four consecutive columns of score (N, K); exactly two, also with ties.
+
+    stays  (N, K) bool: what is kept besides
+    """
     columns = score.reshape(-1, GROUP).unbind(-1)
     keep = []
     for j, own in enumerate(columns):
@@ -85,7 +88,8 @@ def keep_two_of_four(score: torch.Tensor) -> torch.Tensor:
             if i != j:
                 rank += (other <= own) if i < j else (other < own)
         keep.append(rank >= GROUP // 2)
-    return torch.stack(keep, dim=-1).reshape(score.shape)
+    two = torch.stack(keep, dim=-1).reshape(score.shape)
+    return two if stays is None else two | stays
 
 
 def keep_above_threshold(score: torch.Tensor, sparsity: float) -> torch.Tensor:

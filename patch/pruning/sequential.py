@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,6 +22,26 @@ from patch.pruning.selection import Pruned, check_inputs
 Update = Callable[[str, nn.Linear, Any], Pruned | None]
 
 
+class Refinement(Protocol):
+    """What follows the update of a block's layers, with the block as a whole."""
+
+    def restore(self, index: int, members: Mapping[str, nn.Linear]) -> bool:
+        """Give the layers the result of an earlier run; False: there is none."""
+
+    def refine(
+        self,
+        index: int,
+        block: nn.Module,
+        members: Mapping[str, nn.Linear],
+        inputs: BlockInputs,
+        targets: list[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Change the layers' weights; returns the block's outputs on `inputs` with them.
+
+        targets  outputs of the dense block on the dense model's inputs, a sample each
+        """
+
+
 def update_blocks(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
@@ -32,6 +52,7 @@ def update_blocks(
     device: torch.device | str | None,
     what: str,
     progress: bool,
+    refinement: Refinement | None = None,
 ) -> None:
     """Update layers in place, each block from the inputs that the updated blocks before it produce.
 
@@ -43,6 +64,7 @@ def update_blocks(
     device          where each block is put while it is worked on; None: where it is
     what            is done, for the progress
     progress        whether to show it
+    refinement      what follows for each block; it needs the hidden states of the dense model besides
     raises          ValueError naming all layers that see no inputs, before the first one changes; ValueError naming
                     the layer that cannot be updated
     """
@@ -54,13 +76,19 @@ def update_blocks(
     with calibration_mode(model), Progress(len(blocks), what, "block", show=progress) as bar:
         inputs = capture_block_inputs(model, calibration, device)
         _require_reached(blocks, linears, inputs, device)
+        dense = None if refinement is None else inputs.beside()
         for index, block in enumerate(blocks):
             own = set(block.modules())
             members = {name: linear for name, linear in linears.items() if linear in own}
             with placed(block, device):
-                if members:
+                if dense is not None:
+                    dense.advance(index, block)
+                done = bool(members) and refinement is not None and refinement.restore(index, members)
+                if members and not done:
                     routed |= _update_block(index, block, members, inputs, new_statistics, update)
-                if index + 1 < len(blocks):
+                if members and not done and refinement is not None and dense is not None:
+                    inputs.hidden = refinement.refine(index, block, members, inputs, dense.hidden)
+                elif index + 1 < len(blocks):
                     inputs.advance(index, block)
             bar.update()
     if needs_rank:

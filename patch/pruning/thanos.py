@@ -18,17 +18,17 @@ from patch.pruning.hessian import Statistics, damped_until, eliminate, full_prec
 from patch.pruning.options import PruneOptions
 from patch.pruning.selection import Pruned, check_updated, keep_two_of_four, smallest_of_all, whole_pattern, zeros_first
 
-__all__ = ["Statistics", "prune"]
+__all__ = ["Statistics", "costs", "prune"]
 
 
-def prune(weight: Tensor, statistics: Statistics, options: PruneOptions) -> Pruned:
+def prune(weight: Tensor, statistics: Statistics, options: PruneOptions, stays: Tensor | None = None) -> Pruned:
     """Prune weight (N, K) and update what is kept.
 
     2:4: two of every four. Unstructured: int(sparsity * N * K) weights of the whole matrix; a block prunes
     those of the smallest scores of all remaining columns that lie in it. Columns whose input was always zero
     are set to zero. Weights that are 0 already go first and none becomes another value. Raises ValueError when the
     Hessian cannot be inverted even with much more damping, or the updated weights leave the range of the weight's
-    dtype.
+    dtype. stays (N, K) bool is not pruned, with pattern 2:4; it makes up for what is.
     """
     # The diagonal is twice Wanda's channel energy; a common factor changes no order.
     norm = statistics.hessian.diagonal().sqrt()
@@ -36,15 +36,20 @@ def prune(weight: Tensor, statistics: Statistics, options: PruneOptions) -> Prun
     zeros = weight.detach() == 0
     with full_precision():
         result, keep = damped_until(
-            statistics.hessian, options.damping, lambda damped: _prune(start, zeros, norm, damped, options)
+            statistics.hessian, options.damping, lambda damped: _prune(start, zeros, norm, damped, options, stays)
         )
     result = result.to(weight.dtype)
     check_updated(result)
-    return Pruned(result, whole_pattern(keep, options.pattern))
+    return Pruned(result, whole_pattern(keep, options.pattern, stays))
+
+
+def costs(weight: Tensor, statistics: Statistics, options: PruneOptions) -> Tensor:
+    """What pruning each weight (N, K) adds to the squared error of the layer's output, taken alone."""
+    return weight.detach().to(statistics.hessian.dtype).square() * statistics.hessian.diagonal()
 
 
 def _prune(
-    weight: Tensor, zeros: Tensor, norm: Tensor, damped: Tensor, options: PruneOptions
+    weight: Tensor, zeros: Tensor, norm: Tensor, damped: Tensor, options: PruneOptions, stays: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """New weight and what of it is not 0 (N, K); None when a system is not positive definite in this precision.
 
@@ -60,7 +65,8 @@ def _prune(
         block = slice(start, min(start + options.block_size, weight.shape[1]))
         width = block.stop - start
         if options.pattern == "2:4":
-            pruned = ~keep_two_of_four(zeros_first(weight[:, block].abs() * norm[block], zeros[:, block]))
+            own = None if stays is None else stays[:, block]
+            pruned = ~keep_two_of_four(zeros_first(weight[:, block].abs() * norm[block], zeros[:, block]), own)
         else:
             score = zeros_first(weight[:, start:].abs() * norm[start:], zeros[:, start:])
             pruned = smallest_of_all(score, left)[:, :width]

@@ -27,14 +27,21 @@ class Statistics:
         self.channel_energy += (energy - self.channel_energy) / self.samples
 
 
-def prune(weight: torch.Tensor, statistics: Statistics, options: PruneOptions) -> Pruned:
-    """Prune weight (N, K) by |weight| * sqrt(channel energy)."""
+def prune(
+    weight: torch.Tensor, statistics: Statistics, options: PruneOptions, stays: torch.Tensor | None = None
+) -> Pruned:
+    """Prune weight (N, K) by |weight| * sqrt(channel energy). stays (N, K) bool: not pruned, with pattern 2:4."""
     energy = statistics.channel_energy
     if options.shift_zero_metrics:
         energy = shifted(energy)
     score = zeros_first(weight.detach().to(energy.dtype).abs() * energy.sqrt(), weight == 0)
-    keep = keep_two_of_four(score) if options.pattern == "2:4" else keep_in_rows(score, options.sparsity)
+    keep = keep_two_of_four(score, stays) if options.pattern == "2:4" else keep_in_rows(score, options.sparsity)
     return select(weight, keep)
+
+
+def costs(weight: torch.Tensor, statistics: Statistics, options: PruneOptions) -> torch.Tensor:
+    """What pruning each weight (N, K) adds to the squared error of the layer's output, taken alone."""
+    return weight.detach().to(statistics.channel_energy.dtype).square() * statistics.channel_energy
 
 
 def shifted(energy: torch.Tensor) -> torch.Tensor:

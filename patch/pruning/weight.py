@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from patch.pruning.options import Pattern, Precision
+from patch.pruning.hybrid import tile_errors, two_of_four
+from patch.pruning.options import Pattern, Precision, TileOptions
 from patch.pruning.registry import METHODS, get_method, make_options
 from patch.pruning.selection import Pruned, check_inputs, check_weight
+from patch.pruning.tiles import choose_dense_tiles, stays_dense
 
 
 @torch.no_grad()
@@ -23,6 +25,7 @@ def prune_weight(
     damping: float = 0.01,
     shift_zero_metrics: bool = False,
     precision: Precision = "fp32",
+    tile: tuple[int, int] = (128, 128),
 ) -> Pruned:
     """Prune one weight (N, K); nothing is changed in place.
 
@@ -32,6 +35,8 @@ def prune_weight(
                 for the matrix (magnitude), int(K * sparsity) in each row (wanda), one threshold for each
                 block (sparsegpt), int(N * K * sparsity) of the matrix (thanos). Sparsity 0 returns the
                 weight as it is.
+                "tiles": 2:4, but for whole tiles that stay dense, so that a share `sparsity` of 0 to 0.5 goes: those
+                whose 2:4 mask adds most to the error as the method counts it. They make up for the others' errors too.
     inputs      the layer's inputs, one (tokens, K) tensor per calibration sample, on the weight's device.
                 Samples may differ in length and weigh the same. Needed by all but magnitude.
     block_size  columns sparsegpt and thanos treat at once; a multiple of 4 for 2:4. None: 128, but 512 for
@@ -40,6 +45,7 @@ def prune_weight(
                 warning when that is not enough to invert it.
     shift_zero_metrics  wanda: lift all channel energies so that dead input channels do not score 0.
     precision   "fp32" or "fp64": of scores, statistics and updates. fp64 weights always take fp64.
+    tile        rows, columns of a tile of pattern "tiles"; no other reads it
 
     Magnitude and wanda leave kept weights bit-identical, sparsegpt and thanos update them. Equal scores are
     pruned from the lower column up. Raises ValueError or TypeError before any work.
@@ -59,7 +65,13 @@ def prune_weight(
         statistics = chosen.new_statistics(weight, options)
         for x in samples:
             statistics.add(x)
-    return chosen.prune(weight, statistics, options)
+    if options.pattern != "tiles":
+        return chosen.prune(weight, statistics, options)
+    tile = TileOptions(tile=tile).tile
+    keep, errors = tile_errors(weight, chosen.costs(weight, statistics, options), tile)
+    dense = choose_dense_tiles({"": errors}, {"": keep}, sparsity, tile)[""]
+    stays = stays_dense(weight.shape, dense, tile).to(weight.device)
+    return chosen.prune(weight, statistics, two_of_four(options), stays)
 
 
 def _check_samples(inputs: Sequence[torch.Tensor] | None, weight: torch.Tensor, method: str) -> Sequence[torch.Tensor]:

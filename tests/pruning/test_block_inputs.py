@@ -301,7 +301,7 @@ def interrupt(monkeypatch, model, where, error):
     def raising(*args):
         raise error
 
-    def raise_on_ninth(weight, statistics, options):
+    def raise_on_ninth(weight, statistics, options, stays=None):
         calls.append(1)
         if len(calls) == 9:
             raise error

@@ -123,7 +123,7 @@ def test_blocks_see_what_the_updated_blocks_before_them_produce():
     """Against plain runs of the whole model: block by block, inputs recorded by hooks, rows fitted one by one."""
     model, reference = build(torch.float64), build(torch.float64)
     masks, ids = random_masks(model), token_ids()
-    compensate(model, masks, calibration=ids, progress=False)
+    compensate(model, masks, calibration=ids, method="least_squares", progress=False)
     for block in range(2):
         members = {n: m for n, m in maskable_linears(reference).items() if f"layers.{block}." in n}
         seen = {name: [] for name in members}
@@ -170,7 +170,7 @@ def test_perplexity_is_that_of_the_masked_and_of_the_compensated_model():
     with torch.no_grad():
         for name, linear in maskable_linears(masked).items():
             linear.weight.masked_fill_(~masks[name], 0)
-    result = compensate(model, masks, calibration=token_ids(), heldout=heldout, progress=False)
+    result = compensate(model, masks, calibration=token_ids(), heldout=heldout, method="least_squares", progress=False)
     assert result.perplexity_before == perplexity(masked, heldout.reshape(-1), heldout.shape[1])
     assert result.perplexity_after == perplexity(model, heldout.reshape(-1), heldout.shape[1])
 
@@ -217,7 +217,7 @@ def refused(match, kind=ValueError, /, model=None, masks=None, **arguments):
 
 
 def test_bad_input_is_refused_before_any_work():
-    refused("method: expected one of least_squares, sparsegpt, got 'adam'", method="adam")
+    refused("method: expected one of blocks, least_squares, sparsegpt, got 'adam'", method="adam")
     refused("damping: expected a finite share", damping=-1.0)
     refused("precision: expected one of fp32, fp64, got 'bf16'", precision="bf16")
     refused(r"calibration: expected .* \(samples, tokens\), got torch.int64 \(32,\)", calibration=token_ids()[0])
@@ -245,7 +245,7 @@ def test_a_failed_update_leaves_masks_only_on_layers_that_are_masked(monkeypatch
     monkeypatch.setattr("patch.pruning.compensation.compensated", failing)
     masks = random_masks(model)
     with pytest.raises(ValueError, match=r"layer 'model.layers.0.self_attn.o_proj': no update"):
-        compensate(model, masks, calibration=token_ids(), progress=False)
+        compensate(model, masks, calibration=token_ids(), method="least_squares", progress=False)
     done = keep_masks(model)
     assert list(done) == list(masks)[:3]
     for name, linear in maskable_linears(model).items():
@@ -275,6 +275,8 @@ def work(tmp_path_factory):
 def command(work, out, *extra, data="train.txt"):
     data = str(work / data) if data.endswith(".txt") else data
     flags = ["--model", str(work / "model"), "--masks", str(work / "masks"), "--data", data, "--out", str(out)]
+    if "--method" not in extra:
+        flags += ["--epochs", "1"]
     return cli.main(["compensate", *flags, "--nsamples", "8", "--seqlen", "32", *map(str, extra)])
 
 
@@ -288,7 +290,10 @@ def test_the_command_saves_weights_and_both_perplexities(work, tmp_path, capsys)
     assert f"(3 windows of 32 tokens): {before:.4f} with the masks alone, {after:.4f} after" in said
     assert ("WARNING: this is WORSE" in said) == (after > before)
     assert artifact.meta["method"] == "joint"
-    assert done["method"] == "least_squares"
+    assert done["method"] == "blocks"
+    assert done["blocks"] == {"epochs": 1, "lr": 0.02, "batch_size": 8, "seed": 0}
+    assert "trained 2 blocks; mean relative output error on the calibration text:" in said
+    assert not (tmp_path / "out.stages").exists()
     assert done["heldout"] == str(work / "held.txt")
     model = inputs.load_model(str(work / "model"))
     apply_artifact(model, artifact)
@@ -346,7 +351,11 @@ def test_the_command_says_when_the_result_is_broken(work, tmp_path, capsys, monk
         (("--heldout", "none.txt"), "--heldout: expected a file"),
         (("--heldout", "held.txt", "--seqlen", "100000"), "expected a text of more than 100000 tokens, got 14492"),
         (("--heldout", "held.txt", "--nsamples", "0"), "nsamples: expected an integer >= 1, got 0"),
-        (("--heldout", "held.txt", "--method", "adam"), "method: expected one of least_squares, sparsegpt"),
+        (
+            ("--heldout", "held.txt", "--method", "least_squares", "--epochs", "2"),
+            "--epochs: expected none with method least_squares, got 2. Leave it out, or use --method blocks",
+        ),
+        (("--heldout", "held.txt", "--method", "adam"), "method: expected one of blocks, least_squares, sparsegpt"),
     ],
 )
 def test_the_command_refuses(work, tmp_path, capsys, monkeypatch, extra, message):

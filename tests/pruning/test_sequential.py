@@ -218,5 +218,5 @@ def test_the_plan_is_said_before_the_work(capsys):
     assert err.splitlines() == [
         f"pruning 14 layers in 2 blocks with wanda, 2:4: {text}",
         "pruning 14 layers with magnitude, unstructured 0.25; peak memory about 0.5 GB",
-        f"compensating 14 layers in 2 blocks with least_squares: {text}",
+        f"compensating 14 layers in 2 blocks with blocks: {text}",
     ]

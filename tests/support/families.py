@@ -47,7 +47,8 @@ if their blocks are built like these.
   no flag to mask them. Masks of an earlier version that hold them still apply.
 - *prune*: Wanda 2:4 from calibration windows; the zeros in the weights are those that are reported.
 - *learn*: joint, two steps; the model that trained with its masks is the model that has them applied.
-- *compensate*: no layer's output error grows, nothing comes back at a pruned place.
+- *compensate*: no layer's output error grows in the update, no block's in its training, nothing comes back at a
+  pruned place.
 - *pack*: every packed weight is the masked one bit for bit, and the logits agree.
 - *load*: the packed folder (the dense one, where packing is refused) opens with the same logits bit for bit.
 - *generate*: three tokens behind a prompt of {WINDOW}, longer than the sliding windows of {SLIDING["sliding_window"]};
@@ -309,6 +310,7 @@ class Model:
             assert not layer.weight[~self.masks[name]].any(), name
             before, after = result.layer_errors.get(name, (0.0, 0.0))
             assert after <= before, name
+        assert all(after <= before for before, after in result.block_errors.values())
         self.newest = model
 
     def pack(self) -> None:

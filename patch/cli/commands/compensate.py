@@ -1,4 +1,4 @@
-"""`patch-llm compensate`: update the weights a mask keeps, so that the layers' outputs stay near the dense ones."""
+"""`patch-llm compensate`: update the weights a mask keeps, so that the outputs stay near the dense ones."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ from typing import TYPE_CHECKING, Any
 from patch.cli import inputs, outputs
 from patch.files.progress import say
 from patch.files.schema import record
-from patch.pruning.options import CompensationMethod, Damping, Precision
-from patch.settings import RESOLVED_NAME, AtLeastOne, NewPath, dump_yaml, setting
+from patch.pruning.options import BlockOptions, CompensationMethod, Damping, Precision
+from patch.settings import RESOLVED_NAME, AtLeastOne, NewPath, Positive, dump_yaml, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from patch.pruning import Compensation
 
 NAME = "compensate"
 SUMMARY = "update the kept weights for a mask; perplexity before and after"
 EXAMPLES = """\
 examples:
+  patch-llm compensate --model ./llama --masks hybrid --data train.txt --heldout heldout.txt --nsamples 512 \\
+      --seqlen 256 --out reconstructed
   patch-llm compensate --model ./llama --masks learned --data train.txt --heldout heldout.txt --out compensated
   patch-llm compensate --model ./llama --masks learned --data wikitext2 --out compensated
       reads its calibration text from the training split and measures on the test split
+  patch-llm compensate --model ./llama --masks learned --data c4 --method least_squares --out compensated
+      layer by layer, without training: less memory and time
 """
 
 
@@ -37,7 +43,14 @@ class Options(inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementS
         None, "text to measure on (default: the evaluation split, if --data is a named set)", metavar="TEXT"
     )
     heldout_windows: AtLeastOne = setting(64, "held-out windows of seqlen tokens, at most")
-    method: CompensationMethod = setting("least_squares", "least_squares (exact) or sparsegpt (cheaper)")
+    method: CompensationMethod = setting(
+        "blocks", "blocks (trains each block), least_squares (each layer exactly) or sparsegpt (cheaper)"
+    )
+    epochs: AtLeastOne | None = setting(None, "blocks: passes over the calibration samples (default 4)")
+    lr: Positive | None = setting(
+        None, "blocks: learning rate in root mean squares of a layer's weights (default 0.02)", metavar="LR"
+    )
+    batch_size: AtLeastOne | None = setting(None, "blocks: calibration samples a step (default 8)")
     damping: Damping = setting(0.01, "share of the Hessian's mean diagonal added to it", metavar="SHARE")
     precision: Precision = setting("fp32", "of the Hessian and the update")
     seqlen: inputs.TokensToPredict = setting(None, inputs.SEQLEN_HELP, metavar="N")
@@ -46,6 +59,7 @@ class Options(inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementS
 
 def run(options: Options) -> None:
     """Compensate and save masks with updated weights; see the module's docstring."""
+    blocks = _block_options(options)
     out = outputs.check_new_folder(options.out, overwrite=options.overwrite, what="result")
     inputs.check_text_source(options.data)
     heldout_source = _heldout_source(options)
@@ -69,6 +83,7 @@ def run(options: Options) -> None:
     linears = maskable_linears(model)
     if found := zeros_already(linears):
         say(f"WARNING: {found}")
+    stages = outputs.stages_folder(out)
     result = compensate(
         model,
         source.masks,
@@ -77,6 +92,8 @@ def run(options: Options) -> None:
         method=options.method,
         damping=options.damping,
         precision=options.precision,
+        blocks=blocks,
+        stages=None if blocks is None else stages,
         exclude=[name for name in linears if name not in source.masks],
     )
     resolved = dataclasses.replace(options, overwrite=False)  # repeating a run must not replace its result
@@ -87,6 +104,7 @@ def run(options: Options) -> None:
         method=options.method,
         damping=options.damping,
         precision=options.precision,
+        blocks=None if blocks is None else dataclasses.asdict(blocks),
         nsamples=options.nsamples,
         seqlen=seqlen,
         seed=options.seed,
@@ -95,7 +113,7 @@ def run(options: Options) -> None:
         perplexity_before=result.perplexity_before,
         perplexity_after=result.perplexity_after,
     )
-    _print_errors(result.layer_errors)
+    _print_errors(result)
     covered = outputs.print_sparsity(model, source.masks)
     out = save_artifact(
         out,
@@ -107,6 +125,8 @@ def run(options: Options) -> None:
         extra={RESOLVED_NAME: dump_yaml(resolved, header="patch-llm compensate --config THIS_FILE")},
         replace=options.overwrite,
     )
+    if blocks is not None:
+        outputs.remove_stages(stages)
     print(
         f"held-out perplexity ({len(heldout)} windows of {seqlen} tokens): "
         f"{result.perplexity_before:.4f} with the masks alone, {result.perplexity_after:.4f} after"
@@ -121,8 +141,24 @@ def run(options: Options) -> None:
 
 
 def on_interrupt(options: Options) -> str:
-    """Compensation keeps nothing of a part."""
+    """Compensation keeps nothing of a part but finished blocks."""
+    stages = outputs.stages_folder(options.out)
+    if stages.is_dir():
+        done = sum(path.name.startswith("block-") for path in stages.iterdir())
+        return f"{done} finished blocks are kept in {stages}; the same command again goes on after them"
     return f"nothing was written to {options.out}; run the same command again"
+
+
+def _block_options(options: Options) -> BlockOptions | None:
+    """How blocks are trained, None with another method, whose settings of that are refused."""
+    values = {"epochs": options.epochs, "lr": options.lr, "batch_size": options.batch_size}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    if options.method == "blocks":
+        return BlockOptions(**given, seed=options.seed)
+    for name, value in given.items():
+        advice = "Leave it out, or use --method blocks."
+        raise ValueError(f"{name}: expected none with method {options.method}, got {value!r}. {advice}")
+    return None
 
 
 def _heldout_source(options: Options) -> str:
@@ -157,10 +193,15 @@ def _heldout_windows(options: Options, tokenizer: Any, source: str, seqlen: int)
     return ids[: windows * seqlen].reshape(windows, seqlen)
 
 
-def _print_errors(errors: dict[str, tuple[float, float]]) -> None:
-    if not errors:
+def _print_errors(result: Compensation) -> None:
+    if not result.layer_errors and not result.block_errors:
         print("the masks prune nothing; all weights stay as they are")
         return
-    before, after = (sum(pair[i] for pair in errors.values()) / len(errors) for i in (0, 1))
-    print(f"updated {len(errors)} layers; mean relative output error on the calibration text:")
-    print(f"  {before:.5f} with the masks alone, {after:.5f} after")
+    for what, errors, begin, end in (
+        ("updated {} layers", result.layer_errors, "with the masks alone", "after"),
+        ("trained {} blocks", result.block_errors, "before", "after"),
+    ):
+        if errors:
+            before, after = (sum(pair[i] for pair in errors.values()) / len(errors) for i in (0, 1))
+            print(f"{what.format(len(errors))}; mean relative output error on the calibration text:")
+            print(f"  {before:.5f} {begin}, {after:.5f} {end}")
