@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from patch.pruning.hybrid import Hybrid
     from patch.pruning.model import check_prunable, prune_model, prune_tiles
     from patch.pruning.options import COMPENSATIONS, PATTERNS, BlockOptions, PruneOptions, TileOptions
+    from patch.pruning.permutation import ChannelOrders, apply_orders, permute_channels
     from patch.pruning.proxsparse.config import ProxSparseConfig
     from patch.pruning.registry import METHODS, Method, get_method
     from patch.pruning.selection import Pruned
@@ -27,6 +28,7 @@ __all__ = [
     "METHODS",
     "PATTERNS",
     "BlockOptions",
+    "ChannelOrders",
     "Compensation",
     "Hybrid",
     "Method",
@@ -34,9 +36,11 @@ __all__ = [
     "PruneOptions",
     "Pruned",
     "TileOptions",
+    "apply_orders",
     "check_prunable",
     "compensate",
     "get_method",
+    "permute_channels",
     "prune_model",
     "prune_tiles",
     "prune_weight",
@@ -49,6 +53,7 @@ __getattr__, __dir__ = lazy_names(
         "METHODS": "registry",
         "PATTERNS": "options",
         "BlockOptions": "options",
+        "ChannelOrders": "permutation",
         "Hybrid": "hybrid",
         "TileOptions": "options",
         "Compensation": "compensation",
@@ -56,9 +61,11 @@ __getattr__, __dir__ = lazy_names(
         "ProxSparseConfig": "proxsparse.config",
         "PruneOptions": "options",
         "Pruned": "selection",
+        "apply_orders": "permutation",
         "check_prunable": "model",
         "compensate": "compensation",
         "get_method": "registry",
+        "permute_channels": "permutation",
         "prune_model": "model",
         "prune_tiles": "model",
         "prune_weight": "weight",
