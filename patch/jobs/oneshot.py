@@ -215,7 +215,7 @@ class _Run:
         warnings: list[str] = []
 
         def finish(directory: Path) -> None:
-            again: PreTrainedModel = open_as(type(model), str(directory)).to(model.device).eval()
+            again = open_as(type(model), str(directory)).to(model.device).eval()  # type: ignore[arg-type]
             self._require_same_logits(model, again)
             perplexity = self._perplexity(again)
             self.numbers[PACK] = {
