@@ -15,17 +15,18 @@ from patch.data.split import Texts, calibration_and_heldout
 from patch.evaluate.cross_entropy import perplexity
 from patch.evaluate.results import broken_perplexity
 from patch.files.progress import say
-from patch.models.checks import check_device, require_tokens
+from patch.models.checks import require_tokens
 from patch.models.facts import within_context
 from patch.models.keep_masks import measured_sparsity
 from patch.models.modes import streamed
 from patch.models.packed_size import packed_bytes
-from patch.models.structure import maskable_linears, vocabulary_size
+from patch.models.structure import vocabulary_size
 from patch.pruning.compensation import Compensation, compensate
 from patch.pruning.hybrid import Hybrid
-from patch.pruning.model import prune_tiles
+from patch.pruning.model import check_prunable, prune_tiles
 from patch.pruning.one_shot_settings import OneShotSettings, block_options, default_nsamples
-from patch.pruning.options import DEFAULT_SEQLEN, TileOptions
+from patch.pruning.options import DEFAULT_DAMPING, DEFAULT_SEQLEN, TileOptions
+from patch.pruning.registry import get_method, make_options
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def oneshot(
     def measured() -> float | None:
         return None if other is None else heldout_perplexity(model, other, device=device, progress=progress)
 
-    check_device(device)
-    linears = maskable_linears(model, chosen.exclude)
+    method = get_method(chosen.method)
+    options = make_options(method, "tiles", chosen.sparsity, None, DEFAULT_DAMPING, False, "fp32")
+    linears = check_prunable(model, method, options, windows, exclude=chosen.exclude, device=device)
     dense = measured()
     before = {name: linear.weight.detach().to("cpu", copy=True) for name, linear in linears.items()}
     hybrid = prune_hybrid(model, windows, chosen, device=device, progress=progress)

@@ -134,3 +134,12 @@ def test_bad_arguments_are_refused_before_any_work(tiny_model, windows, monkeypa
     monkeypatch.setattr(one_shot, "heldout_perplexity", lambda *_, **__: pytest.fail("work before the checks"))
     with pytest.raises(error, match=message):
         patch.oneshot(tiny_model("llama"), **{"calibration": windows, "heldout": windows} | arguments)
+
+
+def test_a_damaged_model_is_refused_before_any_work(tiny_model, windows, monkeypatch):
+    monkeypatch.setattr(one_shot, "heldout_perplexity", lambda *_, **__: pytest.fail("work before the checks"))
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"model: expected finite weights, 1 \(model\.norm\.weight\) of 21 tensors"):
+        patch.oneshot(model, calibration=windows, heldout=windows)
