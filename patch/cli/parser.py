@@ -26,6 +26,7 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", tuple: "A,B"}
 
 COMMANDS = {
     "oneshot": "patch.cli.commands.oneshot",
+    "permute": "patch.cli.commands.permute",
     "prune": "patch.cli.commands.prune",
     "learn": "patch.cli.commands.learn",
     "compensate": "patch.cli.commands.compensate",

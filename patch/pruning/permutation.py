@@ -14,7 +14,7 @@ Permutations for N:M Sparsity", 2021; PermLLM (arXiv 2510.10136).
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from patch.models.keep_masks import keep_masks
 from patch.models.modes import block_device, calibration_mode
 from patch.models.structure import decoder_blocks, decoder_of, input_embeddings, linear_at, maskable_linears
 from patch.pruning.channel_search import DEFAULT_STEPS, best_order, pruning_costs
+from patch.pruning.fisher import tile_losses
 from patch.pruning.hessian import Statistics, full_precision
 from patch.pruning.options import DEFAULT_DAMPING, GROUP
 from patch.pruning.selection import working_dtype
@@ -39,6 +40,8 @@ _ATTENTIONS = ((("v_proj",), "o_proj"), (("v_proj",), "out_proj"))
 _OTHER_MODEL = "Use the orders of this model."
 # Rows that an order of the residual stream is found from: 128 MiB for a hidden size of 4096.
 _STREAM_ROWS = 8192
+# Calibration samples whose gradients say what a layer is worth.
+_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def permute_channels(
     stream = _stream(model, folds) if hidden else {}
     # Those that write the inner channels read the stream, with the queries and keys beside them.
     readers = [name for name in linears if stream.get(f"{name}.weight") == 1]
+    losses = _layer_losses(model, readers, calibration, device, progress)
     generator = torch.Generator().manual_seed(seed)
     inner: dict[str, Tensor] = {}
     of_stream: list[Tensor] = []
@@ -132,8 +136,8 @@ def permute_channels(
             costs = pruning_costs(linear.weight, statistics.hessian, damping)
         if name in readers:
             rows = torch.randperm(len(costs), generator=generator)[: max(1, _STREAM_ROWS // len(readers))]
-            # A share of the layer's own: layers differ in scale, and their outputs with them.
-            of_stream.append((costs[rows.to(costs.device)] / costs.sum()).cpu())
+            # Layers differ in scale, and their outputs with them: all are brought to the loss of the model.
+            of_stream.append((costs[rows.to(costs.device)] * (losses[name] / costs.sum())).cpu())
         if name in folds:
             fold = folds[name]
             inner[name] = best_order(fold.by_row(costs), fold.heads, steps, generator)
@@ -150,6 +154,19 @@ def permute_channels(
     )
     order = best_order(torch.cat(of_stream), 1, steps, generator) if of_stream else None
     return _apply_checked(model, ChannelOrders(inner, order), calibration[:1])
+
+
+def _layer_losses(
+    model: nn.Module, names: Sequence[str], calibration: Tensor, device: torch.device | str | None, progress: bool
+) -> dict[str, float]:
+    """What the weights of a layer are worth to the model: the loss that all of them add when they are pruned."""
+    masks = {name: torch.zeros_like(linear_at(model, name).weight, dtype=torch.bool, device="cpu") for name in names}
+    if not masks:
+        return {}
+    whole = max(max(keep.shape) for keep in masks.values())
+    samples = calibration[:_SAMPLES]
+    found = tile_losses(model, masks, samples, (whole, whole), device=device, progress=progress)
+    return {name: float(loss.sum()) for name, loss in found.items()}
 
 
 @torch.no_grad()
