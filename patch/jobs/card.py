@@ -44,6 +44,7 @@ def card_text(facts: Mapping[str, Any], numbers: Mapping[str, Mapping[str, Any]]
         f"Made from `{model}` by `patch-llm oneshot`. Weights are in tiles of {rows_of_tile}x{columns}: those that",
         f"{_WHERE[settings.budget]} can best do without (by {settings.tiles_by}) are 2:4 sparse, the others dense.",
         "What is kept was then changed to make up for what is not.",
+        *_reordered(numbers.get("reorder", {})),
         "",
         "| | held-out perplexity | of dense | bytes of these layers |",
         "|---|---|---|---|",
@@ -75,6 +76,15 @@ def card_text(facts: Mapping[str, Any], numbers: Mapping[str, Mapping[str, Any]]
         + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _reordered(orders: Mapping[str, Any]) -> list[str]:
+    if not orders.get("layers"):
+        return []
+    stream = " and the residual stream" if orders["residual"] else ""
+    return [
+        f"Before, the channels that {orders['layers']} layers read{stream} were reordered, which changes no result."
+    ]
 
 
 def _share(packed: Mapping[str, Any]) -> str:

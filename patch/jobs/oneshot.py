@@ -1,4 +1,4 @@
-"""One-shot as a job: measure, prune, reconstruct, pack, open again; every stage is kept until all are done.
+"""One-shot as a job: measure, reorder, prune, reconstruct, pack, open again; every stage is kept until all are done.
 
 Stages are folders in NAME.stages beside the packed folder NAME. Each says what it was made from, so the same job goes
 on where it stopped, and one with another model, text or setting makes again what depends on it.
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from patch.artifacts.apply import apply_artifact
@@ -33,14 +35,19 @@ from patch.models.packed_size import packed_bytes
 from patch.models.structure import linear_at, vocabulary_size
 from patch.packed.convert import pack_model
 from patch.packed.load import open_as
-from patch.packed.save import save_packed
+from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import cast_model
-from patch.pruning.one_shot import heldout_perplexity, prune_hybrid, reconstruct, verdict
+from patch.pruning.one_shot import heldout_perplexity, prune_hybrid, reconstruct, reorder, verdict
 from patch.pruning.one_shot_settings import OneShotSettings
+from patch.pruning.permutation import ChannelOrders, apply_orders
 from patch.runs.folders import require_nothing_else
 from patch.runs.stages import STAGE_FILE, digest, finished, remove_stages, stages_folder
 
-DENSE, PRUNE, RECONSTRUCT, PACK = STAGES = ("dense", "prune", "reconstruct", "pack")
+DENSE, REORDER, PRUNE, RECONSTRUCT, PACK = STAGES = ("dense", "reorder", "prune", "reconstruct", "pack")
+# The reordered dense model, which masks of kept stages belong to.
+REORDERED = "reordered"
+_ORDERS = "orders.safetensors"
+_INNER, _HIDDEN = "inner.", "hidden"
 _LEFTOVERS = ("*.parts", "*.tmp-*", "*.old-*")
 _PROMPT_TOKENS = 16
 DECODED_TOKENS = 32
@@ -49,7 +56,7 @@ DECODED_TOKENS = 32
 def check_stages_folder(out: Path) -> None:
     """Refuse a place for the stages that holds other things, or cannot be written; `out` is checked by the caller."""
     folder = require_place_for_folder("--out", stages_folder(out))
-    require_nothing_else("--out", folder, (*STAGES[:-1], *_LEFTOVERS))
+    require_nothing_else("--out", folder, (*STAGES[:-1], REORDERED, *_LEFTOVERS))
 
 
 def kept_stages(out: Path) -> list[str]:
@@ -111,6 +118,7 @@ class _Run:
     def __init__(self, job: Job):
         self.job, self.folder = job, stages_folder(job.out)
         self._dense: PreTrainedModel | None = job.load()
+        self._orders: ChannelOrders | None = None
         self.made_from = fingerprints(self._dense)
         self.numbers: dict[str, dict[str, Any]] = {}
         self.key: dict[str, Any] = {
@@ -124,11 +132,17 @@ class _Run:
         job = self.job
         self._stage(DENSE, {}, self._measure_dense)
         settings = dataclasses.asdict(job.settings)
+        calibration = job.texts.sha256("calibration")
+        if not settings.pop("keep_order"):
+            self._stage(REORDER, {"calibration": calibration}, self._reorder)
+            self._read_orders()
         rebuilding = {name: settings.pop(name) for name in ("reconstruct", "epochs", "batch_size")}
-        self._stage(PRUNE, settings | {"calibration": job.texts.sha256("calibration")}, self._prune)
+        self._stage(PRUNE, settings | {"calibration": calibration}, self._prune)
         self._stage(RECONSTRUCT, rebuilding, self._reconstruct)
         out, warnings = self._pack()
-        if not job.keep_stages:
+        if job.keep_stages and self._orders is not None:
+            save_dense(self._take(), job.tokenizer, self.folder / REORDERED)
+        elif not job.keep_stages:
             self._remove_stages()
         return Outcome(out, self.numbers, warnings)
 
@@ -157,6 +171,8 @@ class _Run:
         """The dense model, to read only."""
         if self._dense is None:
             self._dense = self.job.load()
+            if self._orders is not None:
+                apply_orders(self._dense, self._orders)
         return self._dense
 
     def _take(self) -> PreTrainedModel:
@@ -172,6 +188,29 @@ class _Run:
     def _measure_dense(self, sealed: Callable[..., bytes]) -> None:
         content = sealed(perplexity=self._perplexity(self._model()))
         write_folder(self.folder / DENSE, lambda directory: (directory / STAGE_FILE).write_bytes(content))
+
+    def _reorder(self, sealed: Callable[..., bytes]) -> None:
+        orders = reorder(self._take(), self.job.texts.calibration, device=self.job.device)
+        tensors: dict[str, Tensor] = {}
+        if orders is not None:
+            tensors = {f"{_INNER}{name}": order for name, order in orders.inner.items()}
+            tensors |= {} if orders.hidden is None else {_HIDDEN: orders.hidden}
+        content = sealed(layers=0 if orders is None else len(orders.inner), residual=_HIDDEN in tensors)
+
+        def write(directory: Path) -> None:
+            save_file(tensors, directory / _ORDERS)
+            (directory / STAGE_FILE).write_bytes(content)
+
+        write_folder(self.folder / REORDER, write)
+
+    def _read_orders(self) -> None:
+        """From here on the dense model is the reordered one."""
+        tensors = load_file(self.folder / REORDER / _ORDERS)
+        if tensors:
+            inner = {name.removeprefix(_INNER): order for name, order in tensors.items() if name != _HIDDEN}
+            self._orders = ChannelOrders(inner, tensors.get(_HIDDEN))
+            self._dense = None
+            self.made_from = fingerprints(self._model())
 
     def _prune(self, sealed: Callable[..., bytes]) -> None:
         job, model = self.job, self._take()

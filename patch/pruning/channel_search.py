@@ -16,11 +16,11 @@ from patch.pruning.options import GROUP
 DEFAULT_STEPS = 200
 # Groups whose columns are compared with each other in a step. Others come together in the next: the work of a step
 # grows with the columns and not with their square.
-_WINDOW = 32
+WINDOW = 32
 # Of what a group loses: rounding alone must not keep two columns changing places.
 _LEAST_GAIN = 1e-5
 # Rows that an order is found from. The others follow: what neighbours differ in is the scale of a column.
-_ROWS = 4096
+SEARCHED_ROWS = 4096
 
 
 def pruning_costs(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
@@ -40,13 +40,13 @@ def best_order(costs: Tensor, heads: int, steps: int, generator: torch.Generator
     heads  equal parts of the columns, each a multiple of 4
     No step makes it worse but by rounding. Columns of a group, and groups, are in the order of their first column.
     """
-    if len(costs) > _ROWS:
-        costs = costs[torch.randperm(len(costs), generator=generator)[:_ROWS].to(costs.device)]
+    if len(costs) > SEARCHED_ROWS:
+        costs = costs[torch.randperm(len(costs), generator=generator)[:SEARCHED_ROWS].to(costs.device)]
     columns = costs.T.contiguous()
     groups = torch.arange(len(columns)).reshape(heads, -1, GROUP)
     for _ in range(steps):
         for head in groups:
-            for window in torch.randperm(len(head), generator=generator).split(_WINDOW):
+            for window in torch.randperm(len(head), generator=generator).split(WINDOW):
                 head[window] = _exchanged(columns, head[window], generator)
     groups = groups.sort(2).values
     return torch.cat([head[head[:, 0].argsort()] for head in groups]).flatten()

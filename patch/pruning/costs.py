@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 
 from patch.files.progress import duration
+from patch.pruning.channel_search import DEFAULT_STEPS, SEARCHED_ROWS, WINDOW
 from patch.pruning.counts import Counts
 from patch.pruning.fisher import DEFAULT_CHUNK
-from patch.pruning.one_shot_settings import OneShotSettings, block_options
+from patch.pruning.one_shot_settings import REORDER_SAMPLES, OneShotSettings, block_options
 from patch.pruning.options import TileOptions
 from patch.pruning.plan import PROCESS_BYTES, WORK_BYTES, WORK_STATISTICS
 from patch.pruning.registry import get_method
@@ -148,6 +149,9 @@ def oneshot_costs(
     dense = counts.elems * counts.itemsize
     packed = dense - round(SAVED_SHARE * settings.sparsity * counts.masked_elems * counts.itemsize)
     steps = [Step("dense", "perplexity", parts.forward(windows), parts.forward_bytes)]
+    if not settings.keep_order:
+        few = _Parts(counts, settings, min(nsamples, REORDER_SAMPLES), is_offloaded=placement == "offload")
+        steps += few.reorder()
     steps += parts.prune()
     steps.append(Step("prune", "perplexity", parts.forward(windows), parts.forward_bytes))
     steps += parts.reconstruct()
@@ -176,6 +180,10 @@ class _Parts:
         """Of whole forward passes, for which every block is fetched and put back for every sample."""
         flops = sum(block.flops for block in self.counts.blocks) + self.counts.around_flops
         return Work(model=samples * flops) + self._moved(samples)
+
+    def reorder(self) -> list[Step]:
+        """Without the loss of layers, a Fisher pass of few samples."""
+        return [Step("reorder", "order of the channels", *self._pass(self._search, True))]
 
     def prune(self) -> list[Step]:
         if self.settings.sparsity == 0:
@@ -228,6 +236,11 @@ class _Parts:
 
     def _inverse(self, rows: int, cols: int) -> Work:
         return Work(solve=cols**3, memory=8 * rows * cols)
+
+    def _search(self, rows: int, cols: int) -> Work:
+        """As if every layer's columns were moved: half of them are, the others share one order."""
+        compared = DEFAULT_STEPS * cols * WINDOW * min(rows, SEARCHED_ROWS)
+        return self._inverse(rows, cols) + Work(memory=2 * compared)
 
     def _sweep(self, rows: int, cols: int) -> Work:
         """Three factorizations, the columns of a block one by one, the rest of the row by a product."""

@@ -24,8 +24,9 @@ from patch.models.structure import vocabulary_size
 from patch.pruning.compensation import Compensation, compensate
 from patch.pruning.hybrid import Hybrid
 from patch.pruning.model import check_prunable, prune_tiles
-from patch.pruning.one_shot_settings import OneShotSettings, block_options, default_nsamples
+from patch.pruning.one_shot_settings import REORDER_SAMPLES, OneShotSettings, block_options, default_nsamples
 from patch.pruning.options import DEFAULT_DAMPING, DEFAULT_SEQLEN, TileOptions
+from patch.pruning.permutation import ChannelOrders, can_permute, permute_channels
 from patch.pruning.registry import get_method, make_options
 
 
@@ -35,6 +36,7 @@ class OneShot:
 
     masks          {layer name: keep (N, K) bool}: dense tiles are all True, others exactly 2:4
     tile_is_sparse {layer name: (rows, cols) bool}
+    orders         of the channels, by which the model was reordered first (`patch.pruning.permutation`); None: it was not
     dense          perplexity of the dense model
     pruned         with the masks and the weights of the pruning method
     reconstructed  of the model as it is now
@@ -44,6 +46,7 @@ class OneShot:
 
     masks: dict[str, Tensor]
     tile_is_sparse: dict[str, Tensor]
+    orders: ChannelOrders | None
     dense: float | None
     pruned: float | None
     reconstructed: float | None
@@ -83,7 +86,7 @@ def oneshot(
                  held twice for as long as pruning takes
     progress     say on stderr what is done, and how far it is
     settings     of `OneShotSettings`: sparsity=0.45, method="sparsegpt", tiles_by="fisher", budget="model",
-                 tile=(128, 128), reconstruct="blocks", epochs=None, batch_size=None, exclude=()
+                 tile=(128, 128), keep_order=False, reconstruct="blocks", epochs=None, batch_size=None, exclude=()
     raises       ValueError or TypeError before any work
     """
     chosen = OneShotSettings(**settings)
@@ -99,6 +102,7 @@ def oneshot(
     options = make_options(method, "tiles", chosen.sparsity, None, DEFAULT_DAMPING, False, "fp32")
     linears = check_prunable(model, method, options, windows, exclude=chosen.exclude, device=device)
     dense = measured()
+    orders = None if chosen.keep_order else reorder(model, windows, device=device, progress=progress)
     before = {name: linear.weight.detach().to("cpu", copy=True) for name, linear in linears.items()}
     hybrid = prune_hybrid(model, windows, chosen, device=device, progress=progress)
     masks = hybrid.masks
@@ -112,7 +116,17 @@ def oneshot(
         for line in verdict(dense, reconstructed, vocabulary_size(model), pruned):
             say(line, show=progress)
     packed, plain = packed_bytes(masks)
-    return OneShot(masks, hybrid.tile_is_sparse, dense, pruned, reconstructed, compensation, packed, plain)
+    return OneShot(masks, hybrid.tile_is_sparse, orders, dense, pruned, reconstructed, compensation, packed, plain)
+
+
+def reorder(
+    model: nn.Module, calibration: Tensor, *, device: torch.device | str | None = None, progress: bool = True
+) -> ChannelOrders | None:
+    """Before `oneshot` prunes: reorder channels in place; None for a model in which none is known that can be."""
+    if not can_permute(model):
+        say(f"channels of {type(model).__name__} stay in their order: none is known that can be moved", show=progress)
+        return None
+    return permute_channels(model, calibration[:REORDER_SAMPLES], device=device, progress=progress)
 
 
 def prune_hybrid(

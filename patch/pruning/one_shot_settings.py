@@ -11,6 +11,8 @@ from patch.settings import AtLeastOne, Names, Share, Tile, setting
 
 # More calibration tokens than these gained next to nothing where it was measured.
 _TOKENS = 131_072
+# Calibration samples by which channels are reordered, at most.
+REORDER_SAMPLES = 128
 
 
 def default_nsamples(seqlen: int) -> int:
@@ -32,6 +34,9 @@ class OneShotSettings:
     tiles_by: TilesBy = setting("fisher", "what ranks tiles: fisher, error or share", metavar="BY")
     budget: Budget = setting("model", "what has the sparsity: the model, every block, or every layer", metavar="OF")
     tile: Tile = setting((128, 128), "rows,columns of a tile", metavar="R,C")
+    keep_order: bool = setting(
+        False, "leave channels in their order; else they are reordered first, so that 2:4 costs less"
+    )
     reconstruct: CompensationMethod = setting(
         "blocks", "how the kept weights make up for the others: blocks, least_squares or sparsegpt", metavar="METHOD"
     )

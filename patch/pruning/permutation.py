@@ -169,6 +169,11 @@ def _layer_losses(
     return {name: float(loss.sum()) for name, loss in found.items()}
 
 
+def can_permute(model: nn.Module) -> bool:
+    """Whether `permute_channels` knows channels of this model that can be reordered."""
+    return bool(_folds(model, maskable_linears(model)))
+
+
 @torch.no_grad()
 def apply_orders(model: nn.Module, orders: ChannelOrders) -> None:
     """Reorder the channels of a dense model in place; raises ValueError, before any work, for orders of another."""
