@@ -36,7 +36,7 @@ class OneShot:
 
     masks          {layer name: keep (N, K) bool}: dense tiles are all True, others exactly 2:4
     tile_is_sparse {layer name: (rows, cols) bool}
-    orders         of the channels, by which the model was reordered first (`patch.pruning.permutation`); None: it was not
+    orders         of the channels, in which they were put first (`patch.pruning.permutation`); None: as they were
     dense          perplexity of the dense model
     pruned         with the masks and the weights of the pruning method
     reconstructed  of the model as it is now
