@@ -72,13 +72,28 @@ def tile_prior(
     require_number("tile_prior, density", density, ge=0.5, le=1, advice=advice)
     _check_strength("tile_prior", strength)
     require_finite("tile_prior, tile_scores", tile_scores, "Compute them again from a keep mask.")
+    order = torch.argsort(tile_scores.flatten(), descending=True, stable=True)
+    dense = torch.zeros(raw.numel(), dtype=torch.bool, device=raw.device)
+    dense[order[: round(2 * raw.numel() * (density - 0.5))].to(raw.device)] = True
+    return chosen_tile_prior(raw, dense.reshape(raw.shape), strength, std=std)
+
+
+@torch.no_grad()
+def chosen_tile_prior(raw: Tensor, dense: Tensor, strength: float, *, std: float | None = None) -> Tensor:
+    """Tile logits that favour given dense tiles, such as a choice over the whole model: raw +- std * strength.
+
+    raw            (rows, cols) random draw.
+    dense          (rows, cols) bool, True for +.
+    strength, std  as in pattern_prior.
+    raises         ValueError for shapes that differ, a grid that is not bool, a negative strength.
+    """
+    require_tensor("tile_prior, raw", raw, shape=("rows", "cols"), advice="Draw logits per tile.")
+    advice = "Use the same tile size for both."
+    require_tensor("tile_prior, dense", dense, dtypes=(torch.bool,), shape=raw.shape, advice=advice)
+    _check_strength("tile_prior", strength)
     if strength == 0:
         return raw.clone()
-    dense_tiles = round(2 * raw.numel() * (density - 0.5))
-    order = torch.argsort(tile_scores.flatten(), descending=True, stable=True)
-    sign = torch.full((raw.numel(),), -1.0, dtype=raw.dtype, device=raw.device)
-    sign[order[:dense_tiles].to(raw.device)] = 1.0
-    return raw + sign.reshape(raw.shape) * (_deviation(raw, std) * strength)
+    return raw + (2 * dense.to(raw) - 1) * (_deviation(raw, std) * strength)
 
 
 @torch.no_grad()

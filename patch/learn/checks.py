@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.learn.config import LearnConfig
+from patch.learn.masked_linear import two_of_four
 from patch.models.checks import (
     require_finite_model,
     require_layers,
@@ -47,12 +48,13 @@ def check_inputs(
             require_mask(keep, linears[name].weight.shape, what)
             if config.mode == "tile":
                 all_sparse = torch.ones(tile_grid(tuple(keep.shape)), dtype=torch.bool)
-                require_two_of_four(what, keep, all_sparse, "Mode tile keeps them; prune with pattern 2:4.")
+                advice = "Mode tile keeps them; prune with pattern 2:4 or tiles."
+                require_two_of_four(what, two_of_four(keep, linears[name].weight), all_sparse, advice)
         _require_patterns(prior_masks)
     if tile_scores is not None:
         require_layers(tile_scores, linears, "tile_scores")
         for name, scores in tile_scores.items():
-            what, advice = f"tile_scores['{name}']", "Compute them with patch.priors.tile_scores and the same tile."
+            what, advice = f"tile_scores['{name}']", "Compute them with the tile of the configuration."
             grid = tile_grid(tuple(linears[name].weight.shape), config.tile)
             require_tensor(what, scores, dtypes=FLOATS, shape=grid, advice=advice)
             require_finite(what, scores, advice)

@@ -43,6 +43,9 @@ class LearnConfig:
         0.45, "target share of zeros, required but for maskllm, where it is 0.5 (default: none)", metavar="SHARE"
     )
     tile: Tile = setting((128, 128), "rows,columns of a tile", metavar="R,C")
+    objective: Literal["tokens", "distill"] = setting(
+        "tokens", "tokens: the loss of predicting the text; distill: the divergence from the dense model's predictions"
+    )
     lr: Positive = setting(1e-3, "learning rate of AdamW (default of the preset)", metavar="LR")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = setting(0.0, "cosine decay ends at lr * min_lr_ratio")
     betas: Betas = setting((0.9, 0.95), "of AdamW")
@@ -68,6 +71,10 @@ class LearnConfig:
     hard_tile: bool = setting(False, "straight-through samples of tiles")
     pattern_prior_strength: NotNegative = setting(3.0, "in standard deviations of the initial logits; 0: no prior")
     tile_prior_strength: NotNegative = setting(3.0, "as pattern_prior_strength, of the tiles")
+    tile_prior_budget: Literal["layer", "model"] = setting(
+        "layer",
+        "whose best-scored tiles the prior favours: every layer's own, as published, or the whole model's",
+    )
     prior_mode: Literal["add", "overwrite"] = setting("add", "see patch.priors.pattern_prior")
     init_std: Positive = setting(0.014, "standard deviation of the initial logits")
     layer_target: bool = setting(False, "a density target per decoder block instead of one for the model")

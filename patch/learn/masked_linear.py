@@ -9,13 +9,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import patch_kernels
 from patch.files.schema import listed
 from patch.learn.config import LearnConfig
 from patch.mask import exact_budget, harden, nonzero_budget, tile_areas, tile_counts
 from patch.models.structure import decoder_blocks
-from patch.priors import pattern_prior, tile_prior
+from patch.priors import chosen_tile_prior, pattern_prior, tile_prior
+from patch.pruning.options import GROUP
+from patch.pruning.selection import keep_two_of_four
 from patch_kernels import MaskSampling, tile_grid
 from patch_kernels.reference import unpack_keep
 
@@ -41,6 +44,8 @@ class SamplingState:
     hard_tile: bool = False
     # Only the first forward pass of a micro-batch stashes its sums; a recomputation in backward must not.
     collect: bool = False
+    # The layers then run as the dense ones that they are made from: a teacher without a second copy of the weights.
+    is_off: bool = False
     sums: dict[int, Tensor] = field(default_factory=dict)
     _tensors: dict[tuple[torch.device, bool], MaskSampling] = field(default_factory=dict, repr=False)
 
@@ -118,6 +123,8 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.state
+        if state.is_off:
+            return functional.linear(x, self.weight, self.bias)
         y, sums = patch_kernels.masked_linear(
             x,
             self.weight,
@@ -157,7 +164,8 @@ class MaskedLayers:
     model       changed in place by the constructor: each Linear in `linears` (by module path) becomes a
                 MaskedLinear.
     prior_masks keep masks (N, K) by layer name: start of the 2:4 logits, or the fixed patterns in mode
-    "tile". tile_scores (rows, cols) by layer name: start of the tile logits.
+                "tile"; see `two_of_four` for dense tiles.
+    tile_scores (rows, cols) by layer name: start of the tile logits.
     """
 
     def __init__(
@@ -176,8 +184,10 @@ class MaskedLayers:
         self.block_of_layer = _block_of_layer(model, list(linears)) if config.layer_target else None
         self.layers: dict[str, MaskedLinear] = {}
         self._tile_areas: dict[str, Tensor] = {}
+        if tile_scores is not None and config.tile_prior_budget == "model":
+            tile_scores = dense_tiles(linears, tile_scores, config)
         for index, (name, linear) in enumerate(linears.items()):
-            keep = None if prior_masks is None else prior_masks[name].to(linear.weight.device)
+            keep = None if prior_masks is None else two_of_four(prior_masks[name], linear.weight)
             scores = None if tile_scores is None else tile_scores[name]
             pattern, tile = initial_logits(linear, index, config, keep, scores)
             self.layers[name] = MaskedLinear(
@@ -262,12 +272,42 @@ class MaskedLayers:
         return tile_areas(layer.tile, layer.shape) - tile_counts(layer.pattern_keep().cpu(), layer.tile)
 
 
+@torch.no_grad()
+def two_of_four(keep: Tensor, weight: Tensor) -> Tensor:
+    """The keep mask (N, K) of a prior on the weight's device, with a 2:4 pattern under its dense tiles too.
+
+    A dense tile keeps all and says nothing about patterns, and learning may still make it sparse: its groups get their
+    two largest weights, the only choice that needs no calibration. Other groups are as they came.
+    """
+    keep = keep.to(weight.device)
+    is_full = keep.reshape(-1, GROUP).all(1, keepdim=True).expand(-1, GROUP).reshape(keep.shape)
+    return keep & (keep_two_of_four(weight.detach().abs()) | ~is_full)
+
+
+def dense_tiles(
+    linears: Mapping[str, nn.Linear], tile_scores: Mapping[str, Tensor], config: LearnConfig
+) -> dict[str, Tensor]:
+    """Which tiles the prior of budget "model" favours, (rows, cols) bool by layer name.
+
+    tile_scores  (rows, cols) by layer name: what the model loses by a tile's 2:4 pattern, in any one unit.
+    returns      the tiles that lose most per weight which a pattern would prune (ragged tiles have fewer), until the
+                 nonzeros of the target sparsity are spent.
+    """
+    # K and the columns of a tile are multiples of 4, so that a pattern keeps half of every tile.
+    gains = [tile_areas(config.tile, (linear.out_features, linear.in_features)) // 2 for linear in linears.values()]
+    spare = sum(int(gain.sum()) for gain in gains)
+    budget = nonzero_budget(2 * spare, config.target_sparsity) - spare
+    scores = [tile_scores[name].cpu().double() / gain for name, gain in zip(linears, gains, strict=True)]
+    return dict(zip(linears, exact_budget(scores, gains, budget), strict=True))
+
+
 def initial_logits(
     linear: nn.Linear, index: int, config: LearnConfig, keep: Tensor | None, scores: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """(pattern, tile) start logits of a layer, None where the mode has none; a function of (seed, index) and
     priors.
 
+    scores  (rows, cols) of the tiles, or bool: those that are to be dense.
     float32, because rounding to the nearest a 16-bit logit near 0.04 cannot be moved by a step of 1e-4 (half
     a unit in the last place); float64 for a float64 weight. With config.logits_dtype "bfloat16" the pattern
     logits are bfloat16, and the optimizer rounds them stochastically.
@@ -290,8 +330,11 @@ def initial_logits(
         if scores is not None:
             # The nominal deviation: a layer has few tiles, so the sample's is noisy, and undefined for one
             # tile.
-            target = 1.0 - config.target_sparsity
-            tile = tile_prior(tile, scores.to(device), target, config.tile_prior_strength, std=config.init_std)
+            strength, std, scores = config.tile_prior_strength, config.init_std, scores.to(device)
+            if scores.dtype == torch.bool:
+                tile = chosen_tile_prior(tile, scores, strength, std=std)
+            else:
+                tile = tile_prior(tile, scores, 1.0 - config.target_sparsity, strength, std=std)
     return pattern, tile
 
 

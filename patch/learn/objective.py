@@ -1,4 +1,5 @@
-"""The regulariser terms: density of the masks, and the share of the weights' norm that they keep."""
+"""Terms of the objective: density of the masks, the share of the weights' norm that they keep, and the divergence from
+the dense model's predictions."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from patch.learn.masked_linear import MaskedLayers
 
@@ -44,6 +46,16 @@ def weight_norm_ratio(
     power = 2 if squared else 1
     kept = sum(_norm(_select(mask, weight)) ** power for mask, weight in zip(masks, weights, strict=True))
     return cast(Tensor, kept / sum(_norm(weight.detach()) ** power for weight in weights))
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over all positions of KL(softmax(target) || softmax(logits)), scalar in float32 (float64 for float64).
+
+    logits, target  (..., vocabulary) of one shape; no gradient flows to target.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    student, teacher = (each.flatten(0, -2).log_softmax(-1, dtype=dtype) for each in (logits, target.detach()))
+    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def _as_list(what: str, tensors: Iterable[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:

@@ -76,9 +76,11 @@ def learn(
                   an error it is dense again.
     train_blocks  (blocks, tokens) int64 token ids; the labels are the ids themselves. Shuffled by
                   config.seed; what does not fill a global batch is left out.
-    prior_masks   keep masks (N, K) bool by layer name, from one-shot 2:4 pruning; required (exactly 2 of 4)
-                  in mode "tile", where they are the fixed patterns. Elsewhere dense tiles may keep all of theirs.
-    tile_scores   (rows, cols) by layer name, from patch.priors.tile_scores of an unstructured mask.
+    prior_masks   keep masks (N, K) bool by layer name, from one-shot 2:4 pruning; required (2 of 4
+                  or all of 4) in mode "tile", where they are the fixed patterns. Groups of dense tiles, which keep all
+                  4, start from (in mode "tile": get) the pattern of their two largest weights.
+    tile_scores   (rows, cols) by layer name: with config.tile_prior_budget "layer" from patch.priors.tile_scores of an
+                  unstructured mask, with "model" what the model loses by each tile's 2:4 pattern, in any one unit.
     output_dir    folder for checkpoints, metrics.jsonl and the result: a new one, or one of an earlier run; None
                   keeps nothing.
     resume        go on from the newest complete checkpoint in output_dir (or start, if there is none). A

@@ -1,7 +1,7 @@
 """The training loop of the mask logits: transformers' Trainer with PATCH's objective and its own checkpoints.
 
-The loss of an optimiser step with A micro-batches is the mean token loss of the whole batch plus the mean
-over the micro-batches of
+The loss of an optimiser step with A micro-batches is the mean token loss of the whole batch (objective "distill":
+the mean divergence of the predictions from the dense model's) plus the mean over the micro-batches of
     sparse_reg * |density - target|  -  weight_reg * (1 - t/T) * (kept share of the weights' norm)
 with a new mask per micro-batch. Source: PATCH (Hourri, Mozaffari, Mehri Dehnavi 2025), training objective.
 """
@@ -22,9 +22,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from patch.learn import state as state_files
 from patch.learn.config import LearnConfig
 from patch.learn.masked_linear import MaskedLayers
-from patch.learn.objective import Objective
+from patch.learn.objective import Objective, divergence
 from patch.learn.optimizer import make_optimizer, scale_gradients
 from patch.learn.schedules import Schedule, learning_rate_factor
+from patch.models.modes import evaluating
 from patch.runs import checkpoints as run_checkpoints
 from patch.runs.metrics import MetricsLog
 from patch.runs.progress import StepBar, shows_bars
@@ -86,16 +87,21 @@ class MaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Token loss plus the regularisers of this micro-batch's masks."""
+        """Token loss, or divergence from the dense model, plus the regularisers of this micro-batch's masks."""
         state, step = self.layers.state, self.state.global_step
         accumulation = self.args.gradient_accumulation_steps
         state.draw = (step * accumulation + self._micro_step) * self.args.world_size + self.args.process_index
         for device in self._devices:
             state.sampling(device)
         state.sums.clear()
+        target = self._dense_logits(inputs["input_ids"]) if self.config.objective == "distill" else None
         state.collect = True
         try:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if target is None:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            else:
+                outputs = model(input_ids=inputs["input_ids"])
+                loss = divergence(outputs.logits, target)
         finally:
             state.collect = False
         penalty, density, ratio = self._objective(self.layers.take_sums(), step / self.args.max_steps)
@@ -103,6 +109,8 @@ class MaskTrainer(Trainer):
         # divide by the number of micro-batches, and the penalty has to be; elsewhere Trainer divides both.
         is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         share = 1.0 / accumulation
+        if target is not None and is_scaled:
+            loss = loss * share
         token_loss = loss.detach().double() * (1.0 if is_scaled else share)
         loss = loss + penalty.to(loss.dtype) * (share if is_scaled else 1.0)
         values = torch.stack([token_loss, penalty.detach() * share, density * share, ratio * share])
@@ -110,6 +118,16 @@ class MaskTrainer(Trainer):
         self._step_values = values if earlier is None else earlier + values
         self._micro_step += 1
         return (loss, outputs) if return_outputs else loss
+
+    def _dense_logits(self, ids: Tensor) -> Tensor:
+        """What the same frozen weights predict without masks, noise and dropout."""
+        state = self.layers.state
+        state.is_off = True
+        try:
+            with evaluating(self.model):
+                return self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            state.is_off = False
 
     def begin_step(self) -> None:
         """Set what is constant during an optimiser step."""

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from support import ROOT
 from support.commands import run
 
@@ -49,6 +50,30 @@ def test_learning_from_a_pruned_model_says_so(work, tmp_path, capsys, caplog):
     assert status == 0
     assert "% of the weights to mask are zero already" in caplog.text and "Give --model the dense model" in caplog.text
     assert re.search(r"sparsity 0\.\d+ by the masks, but 0\.[56]\d+ of the weights in these layers are 0", out)
+
+
+@pytest.mark.parametrize(
+    ("budget", "flags", "used"),
+    [
+        ("model", [], "model"),
+        ("block", [], "model"),
+        ("layer", [], "layer"),
+        ("model", ["--set", "learn.tile_prior_budget=layer"], "layer"),
+        ("model", ["--preset", "tile"], "model"),
+    ],
+)
+def test_learning_from_chosen_tiles_spends_the_budget_that_chose_them(
+    work, tmp_path, capsys, caplog, budget, flags, used
+):
+    prune = "prune --model {w}/model --method magnitude --data {w}/train.txt --seqlen 32 --nsamples 4 --tile 64,64"
+    prune += f" --pattern tiles --sparsity 0.4 --budget {budget} --out"
+    assert call(capsys, work, prune, tmp_path / "tiles")[0] == 0
+    arguments = ["--prior", tmp_path / "tiles", "--steps", 2, "--exact-budget", "--out", tmp_path / "o", *flags]
+    status, _, err = call(capsys, work, LEARN, *arguments)
+    assert status == 0, err
+    assert "the prior's tile scores are for sparsity" not in caplog.text
+    resolved = yaml.safe_load((tmp_path / "o" / "config.resolved.yaml").read_text())
+    assert resolved["learn"]["tile_prior_budget"] == used
 
 
 def test_short_plans_name_the_flags_that_help(caplog):

@@ -9,11 +9,19 @@ from torch.nn import functional
 
 import patch_kernels
 from patch.learn.config import LearnConfig
-from patch.learn.masked_linear import MaskedLayers, MaskedLinear, SamplingState, initial_logits
+from patch.learn.masked_linear import (
+    MaskedLayers,
+    MaskedLinear,
+    SamplingState,
+    dense_tiles,
+    initial_logits,
+    two_of_four,
+)
 from patch.mask import combine, harden, sample_pattern_mask, sample_tile_mask
 from patch.models.structure import maskable_linears
-from patch.priors import pattern_prior, tile_prior
-from patch_kernels import reference
+from patch.priors import chosen_tile_prior, pattern_prior, tile_prior
+from patch.pruning.selection import keep_two_of_four
+from patch_kernels import PATTERNS, reference, tile_grid
 
 SHAPE, TILE = (10, 24), (4, 8)
 SETTINGS = {
@@ -175,10 +183,58 @@ def test_initial_logits_are_draw_plus_prior():
     pattern, tile = initial_logits(linear, 2, config(), keep, scores)
     torch.testing.assert_close(pattern, pattern_prior(plain, keep, 3.0))
     torch.testing.assert_close(tile, tile_prior(plain_tile, scores, 0.7, 3.0, std=0.014))
+    dense = scores > 0.5
+    _, tile = initial_logits(linear, 2, config(), keep, dense)
+    torch.testing.assert_close(tile, chosen_tile_prior(plain_tile, dense, 3.0, std=0.014))
     other, _ = initial_logits(linear, 3, config(), None, None)
     assert not torch.equal(other, plain)
     assert initial_logits(linear, 2, config("tile"), keep, scores)[0] is None
     assert initial_logits(linear, 2, config("maskllm"), keep, scores)[1] is None
+
+
+def test_groups_of_dense_tiles_start_from_their_two_largest_weights():
+    weight = torch.tensor([[1.0, -4.0, 3.0, 2.0, 5.0, 6.0, 7.0, 8.0], [0.0, 0.0, 0.0, 0.0, 9.0, -9.0, 9.0, 1.0]])
+    keep = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 1, 1, 1]]).bool()
+    expected = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 1, 1, 1]]).bool()
+    assert torch.equal(two_of_four(keep, weight), expected)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "first", "second"),
+    [
+        (0.5, [[0, 0], [0, 0]], [[0, 0], [0, 0]]),
+        (0.33, [[0, 0], [0, 0]], [[1, 0], [1, 0]]),  # 1218 nonzeros to spend: 512 + 256, a third tile takes 512
+        (0.32, [[0, 1], [0, 0]], [[1, 0], [1, 0]]),
+        (0.0, [[1, 1], [1, 1]], [[1, 1], [1, 1]]),
+    ],
+)
+def test_tile_prior_may_spend_the_budget_over_the_whole_model(sparsity, first, second):
+    """The ragged tile that loses 3 comes before the whole ones that lose 4 and 3: it has half of their weights."""
+    linears = {"first": nn.Linear(64, 64), "second": nn.Linear(64, 48)}
+    scores = {"first": torch.tensor([[1.0, 4.0], [3.0, 2.0]]), "second": torch.tensor([[8.0, 1.0], [3.0, 0.4]])}
+    chosen = dense_tiles(linears, scores, LearnConfig.from_preset("joint", sparsity, tile=(32, 32)))
+    assert {name: grid.int().tolist() for name, grid in chosen.items()} == {"first": first, "second": second}
+
+
+@pytest.mark.parametrize("mode", ["joint", "tile"])
+def test_masked_layers_start_from_the_model_s_budget_and_from_masks_with_dense_tiles(tiny_model, mode):
+    model = tiny_model()
+    linears = maskable_linears(model)
+    keep = {name: torch.ones_like(linear.weight, dtype=torch.bool) for name, linear in linears.items()}
+    settings = LearnConfig.from_preset(mode, 0.45, tile=(64, 64), tile_prior_budget="model", tile_prior_strength=30.0)
+    grids = {name: torch.zeros(tile_grid(tuple(linear.weight.shape), (64, 64))) for name, linear in linears.items()}
+    losses = {name: grid + index for index, (name, grid) in enumerate(grids.items())}
+    layers = MaskedLayers(model, linears, settings, prior_masks=keep, tile_scores=losses)
+    chosen = dense_tiles(linears, losses, settings)
+    for name, layer in layers.layers.items():
+        assert torch.equal(layer.tile_logits > 0, chosen[name])
+        magnitude = keep_two_of_four(layer.weight.detach().abs())
+        if mode == "tile":
+            assert torch.equal(layer.pattern_keep(), magnitude)
+        else:
+            _, index = (magnitude.reshape(-1, 1, 4) == PATTERNS).all(2).nonzero().unbind(1)
+            raw, _ = initial_logits(linears[name], layer.index, settings, None, None)
+            assert torch.equal((layer.pattern_logits - raw).argmax(1), index)
 
 
 def test_layer_with_one_tile_has_finite_logits():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import resource
 
@@ -91,6 +92,20 @@ def test_estimate_is_the_measured_peak(arch, dtype, mode, accumulation, checkpoi
     expected = estimate(model, config)
     assert expected.peak_phase == "step"
     assert expected.peak == pytest.approx(measured_peak(model, config), rel=0.05)
+
+
+@cpu_only
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_estimate_of_distillation(checkpointing):
+    """The teacher is no second copy of the weights: what it adds is a few times the logits of a micro-batch."""
+    model = model_of("llama", torch.bfloat16)
+    config = config_of("joint", 2, grad_checkpoint=checkpointing, objective="distill")
+    found, without = (estimate(model, c) for c in (config, dataclasses.replace(config, objective="tokens")))
+    assert found.peak == pytest.approx(measured_peak(model, config), rel=0.05)
+    assert found.by_kind["masked weights"] == without.by_kind["masked weights"]
+    assert found.by_kind["other weights"] == without.by_kind["other weights"]
+    logits_bytes = 4 * config.local_batch_size * SEQLEN * 260
+    assert 0 <= found.peak - without.peak <= 4 * logits_bytes
 
 
 @cpu_only

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patch.mask import PATTERNS, harden
-from patch.priors import NOMINAL_STD, pattern_prior, tile_prior, tile_scores
+from patch.priors import NOMINAL_STD, chosen_tile_prior, pattern_prior, tile_prior, tile_scores
 
 RAW = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) * 0.014
 KEEP = PATTERNS.reshape(2, 12)  # group g keeps pattern g
@@ -71,6 +71,14 @@ def test_tile_prior_adds_to_the_draw_and_breaks_ties_in_row_major_order():
     assert ((logits - RAW).flatten()[18:] < 0).all()
 
 
+def test_chosen_tiles_get_the_same_shift_as_the_best_scored_ones():
+    dense = torch.rand(6, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert torch.equal(chosen_tile_prior(torch.zeros(6, 6), dense, 2.0, std=0.5), torch.where(dense, 1.0, -1.0))
+    chosen = chosen_tile_prior(RAW, dense, 3.0, std=1.0)
+    assert torch.equal(chosen, tile_prior(RAW, dense.float(), 0.5 + 0.5 * dense.float().mean().item(), 3.0, std=1.0))
+    assert torch.equal(chosen_tile_prior(RAW, dense, 0.0), RAW)
+
+
 def test_tile_scores_are_shares_of_the_true_area():
     keep = torch.zeros(3, 10, dtype=torch.bool)
     keep[0, :4] = True
@@ -110,6 +118,12 @@ GRID = torch.zeros(2, 2)
             "tile_scores: expected finite values, got 4 that are NaN",
         ),
         (lambda: tile_prior(GRID, GRID, 0.6, -3.0), "strength: expected a number >= 0, got -3.0"),
+        (lambda: chosen_tile_prior(GRID, GRID, 3.0), "tile_prior, dense: expected torch.bool .* got torch.float32"),
+        (
+            lambda: chosen_tile_prior(GRID, GRID[:1] > 0, 3.0),
+            r"tile_prior, dense: expected .* \(2, 2\), got .* \(1, 2\)",
+        ),
+        (lambda: chosen_tile_prior(GRID, GRID > 0, -3.0), "strength: expected a number >= 0, got -3.0"),
         (lambda: tile_scores(GRID, (1, 4)), "keep: expected torch.bool"),
         (lambda: tile_scores(KEEP, (0, 4)), r"tile \(rows, columns\): expected two integers >= 1, got \(0, 4\)"),
     ],

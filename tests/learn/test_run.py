@@ -102,7 +102,11 @@ def plain_loop(model, blocks, settings, prior_masks, tile_scores):
             ids = blocks[order[start : start + settings.local_batch_size]]
             replaced = {f"{name}.weight": weights[name] * mask for name, mask in masks.items()}
             out = torch.func.functional_call(model, replaced, (ids,), {"use_cache": False}).logits
-            token_loss = nn.functional.cross_entropy(out[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+            if settings.objective == "distill":
+                dense = model(ids, use_cache=False).logits.detach().softmax(-1)
+                token_loss = (dense * (dense.log() - out.log_softmax(-1))).sum(-1).mean()
+            else:
+                token_loss = nn.functional.cross_entropy(out[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
             penalty = 0.0
             if settings.mode != "maskllm":
                 penalty = settings.sparse_reg * (density(masks) - (1 - settings.target_sparsity)).abs()
@@ -139,9 +143,11 @@ def plain_loop(model, blocks, settings, prior_masks, tile_scores):
     return result, history
 
 
-@pytest.mark.parametrize("mode", ["joint", "tile", "maskllm"])
-def test_trajectory_is_that_of_an_independent_plain_loop(tiny_model, tmp_path, mode):
-    settings = config(mode, warmup_steps=2, sparse_reg=7.0, weight_reg=1e-3)
+@pytest.mark.parametrize(
+    ("mode", "objective"), [("joint", "tokens"), ("tile", "tokens"), ("maskllm", "tokens"), ("joint", "distill")]
+)
+def test_trajectory_is_that_of_an_independent_plain_loop(tiny_model, tmp_path, mode, objective):
+    settings = config(mode, objective=objective, warmup_steps=2, sparse_reg=7.0, weight_reg=1e-3)
     model = tiny_model(dtype=torch.float64)
     given = priors(model)
     expected, history = plain_loop(tiny_model(dtype=torch.float64), BLOCKS, settings, **given)
@@ -179,8 +185,9 @@ def without_noise(monkeypatch):
     monkeypatch.setattr(SamplingState, "sampling", lambda self, device, noise=True: original(self, device, noise=False))
 
 
+@pytest.mark.parametrize("objective", ["tokens", "distill"])
 @pytest.mark.parametrize("accepts_loss_kwargs", [True, False])
-def test_accumulation_does_not_change_the_step(tiny_model, tmp_path, monkeypatch, accepts_loss_kwargs):
+def test_accumulation_does_not_change_the_step(tiny_model, tmp_path, monkeypatch, accepts_loss_kwargs, objective):
     """Without noise all micro-batches have one mask, so 1 x 4 and 4 x 1 blocks are the same objective."""
     without_noise(monkeypatch)
     runs = {}
@@ -188,7 +195,7 @@ def test_accumulation_does_not_change_the_step(tiny_model, tmp_path, monkeypatch
         model = tiny_model(dtype=torch.float64)
         if not accepts_loss_kwargs:
             model.accepts_loss_kwargs = False
-        settings = config(local_batch_size=local, warmup_steps=0, max_grad_norm=1000.0)
+        settings = config(objective=objective, local_batch_size=local, warmup_steps=0, max_grad_norm=1000.0)
         result = learn(model, BLOCKS, settings, output_dir=tmp_path / str(local))
         runs[local] = (final_logits(tmp_path / str(local)), result.metrics)
     for name, value in runs[4][0].items():
@@ -280,12 +287,13 @@ def test_result_is_a_plain_masked_model(tiny_model, arch, mode):
     assert result.soft_density == result.metrics[-1]["soft_density"]
 
 
-def test_gradient_checkpointing_gives_the_same_bits_and_is_switched_off(tiny_model, tmp_path):
+@pytest.mark.parametrize("objective", ["tokens", "distill"])
+def test_gradient_checkpointing_gives_the_same_bits_and_is_switched_off(tiny_model, tmp_path, objective):
     runs = {}
     for checkpointing in (False, True):
         model = tiny_model()
         folder = tmp_path / str(checkpointing)
-        learn(model, BLOCKS, config(grad_checkpoint=checkpointing), output_dir=folder)
+        learn(model, BLOCKS, config(objective=objective, grad_checkpoint=checkpointing), output_dir=folder)
         runs[checkpointing] = final_logits(folder)
         assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert_same_bits(runs[True], runs[False])
@@ -425,6 +433,26 @@ def test_resume_equals_the_uninterrupted_run(tiny_model, tmp_path, uninterrupted
     result = learn(model, BLOCKS, resumable(), output_dir=tmp_path, resume=True)
     check_equal_to(uninterrupted, tmp_path, result)
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+
+
+def test_resumed_distillation_equals_the_uninterrupted_run(tiny_model, tmp_path):
+    """OPT's dropout would show in the dense model's predictions if they were made in training mode."""
+    settings = resumable(objective="distill")
+    whole = learn(tiny_model("opt"), BLOCKS, settings, output_dir=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        learn(tiny_model("opt"), BLOCKS, settings, output_dir=tmp_path / "run", callbacks=[StopAt(3)])
+    result = learn(tiny_model("opt"), BLOCKS, settings, output_dir=tmp_path / "run", resume=True)
+    check_equal_to((tmp_path / "whole", whole), tmp_path / "run", result)
+
+
+def test_distillation_of_all_dense_tiles_has_nothing_to_learn_from(tiny_model):
+    """Nothing is pruned, so that the predictions are the dense model's: dropout aside, the divergence is 0."""
+    settings = config("tile", 0.0, objective="distill", tile_prior_strength=30.0, tile_temperature=(1e-3, 1e-3))
+    model = tiny_model()
+    given = priors(model)
+    given["tile_scores"] = {name: torch.ones_like(scores) for name, scores in given["tile_scores"].items()}
+    result = learn(model, BLOCKS, settings, **given)
+    assert [line["lm_loss"] for line in result.metrics] == [0.0] * 7
 
 
 def test_resume_after_sigkill_in_another_process(tiny_model, tmp_path, uninterrupted):
@@ -640,6 +668,10 @@ def full_masks(model, value=True):
     return {name: torch.full(tuple(m.weight.shape), value) for name, m in maskable_linears(model).items()}
 
 
+def one_of_four_masks(model):
+    return {name: (torch.arange(mask.shape[1]) % 4 == 1).expand(mask.shape) for name, mask in full_masks(model).items()}
+
+
 def with_nan(model):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
@@ -674,7 +706,7 @@ BAD = [
     (lambda m: learn(m, BLOCKS, {"mode": "joint"}), TypeError, "expected a LearnConfig, got dict"),
     (lambda m: learn(m, BLOCKS, config("tile")), ValueError, "expected 2:4 keep masks for mode tile"),
     (
-        lambda m: learn(m, BLOCKS, config("tile"), prior_masks=full_masks(m)),
+        lambda m: learn(m, BLOCKS, config("tile"), prior_masks=one_of_four_masks(m)),
         ValueError,
         r"prior_masks\['model.layers.0.self_attn.q_proj'\]: expected exactly 2 of 4 .* first at row 0, column 0",
     ),

@@ -106,7 +106,7 @@ def run(options: Options) -> None:
 
     require_trackers("--report-to", options.report_to)
     model = inputs.load_model(options.model, dtype=options.dtype, device=options.device)
-    masks, scores = _prior(options, config, model)
+    masks, scores, config = _prior(options, config, model)
     tokenizer = inputs.load_tokenizer(options.model)
     blocks = _blocks(options, config, model, tokenizer)
     plan = plan_learning(
@@ -240,32 +240,36 @@ def learning_config(options: Options) -> LearnConfig:
 
 def _prior(
     options: Options, config: LearnConfig, model: nn.Module
-) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
-    """(2:4 masks, tile scores) of --prior, or None for what there is not."""
+) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None, LearnConfig]:
+    """(2:4 masks, tile scores) of --prior, or None for what there is not, and the configuration that reads them."""
     if options.prior is None:
         if config.mode == "tile":
             expected = "expected a folder with 2:4 masks for preset tile"
             raise ValueError(f"--prior: {expected}, got none. Make one with `patch-llm prune`.")
-        return None, None
+        return None, None, config
     artifact = inputs.load_masks(options, options.prior, model, "--prior")
     if artifact.meta.get("pattern") == "unstructured":
         got = f"{options.prior} was pruned unstructured"
         raise ValueError(f"--prior: expected 2:4 masks, {got}. Make it with `patch-llm prune --pattern 2:4`.")
+    has_losses = artifact.meta.get("pattern") == "tiles"
     scores, tile = artifact.tile_scores or None, tuple(artifact.meta.get("tile") or ())
     if config.mode == "maskllm":
-        return artifact.masks, None
+        return artifact.masks, None, config
+    if has_losses and "tile_prior_budget" not in options.learn:
+        budget: Any = "layer" if (artifact.meta.get("tiles") or {}).get("budget") == "layer" else "model"
+        config = dataclasses.replace(config, tile_prior_budget=budget)
     if scores is None:
         logger.warning("%s has no tile scores: the tile logits start without a prior", options.prior)
     elif tile != config.tile:
         advice = f"Use that tile, or prune again with --tile {config.tile[0]},{config.tile[1]}."
         raise ValueError(f"--tile: expected the tile of the prior's scores, {tile}, got {config.tile}. {advice}")
-    elif artifact.meta.get("target_sparsity") != config.target_sparsity:
+    elif not has_losses and artifact.meta.get("target_sparsity") != config.target_sparsity:
         logger.warning(
             "the prior's tile scores are for sparsity %s, the target is %s",
             artifact.meta.get("target_sparsity"),
             config.target_sparsity,
         )
-    return artifact.masks, scores
+    return artifact.masks, scores, config
 
 
 def _seqlen(options: Options, model: Any) -> int:
