@@ -63,7 +63,8 @@ def pack_and_generate(
         for label, (measured, perplexity, size) in models.items()
     ]
     echo("\n" + format_table(timed) + "\n")
-    echo(f"Tokens/s: bf16, one sequence, the median of {tokens} new tokens; at this size most of the time is Python's.")
+    what = f"bf16, one sequence, the median of {tokens} new tokens; at this size most of the time is Python's"
+    echo(f"Perplexity: as above, in fp32. Tokens/s: {what}.")
     with torch.inference_mode():
         output = loaded.generate(
             ids,
