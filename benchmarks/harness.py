@@ -6,6 +6,7 @@ Every measured function runs interleaved with its rivals, so that a busy or thro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import math
@@ -14,7 +15,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -179,18 +181,41 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"expected {field} in /proc/self/status; peak memory is measured on Linux only")
 
 
+@dataclass
+class Peak:
+    """Growth of the resident memory in a `with resident_peak()`, known at its end; None where Linux does not say."""
+
+    grown_bytes: int | None = None
+
+
+@contextlib.contextmanager
+def resident_peak() -> Iterator[Peak]:
+    """Measure how far the resident memory of this process rises above what it is at the beginning."""
+    peak = Peak()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve the body unseen
+        # getrusage would report the peak of the parent process, which exec inherits; this resets our own.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
+    except (OSError, AttributeError):  # another system, or a sandbox
+        yield peak
+        return
+    yield peak
+    peak.grown_bytes = _status_bytes("VmHWM") - before
+
+
 def _measure_memory(function: Callable[[], Callable[[], object]], connection) -> None:
     step = function()
-    ctypes.CDLL(None).malloc_trim(0)  # what preparing freed must not serve the step unseen
-    # getrusage would report the peak of the parent process, which exec inherits; this resets our own.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    step()
-    connection.send(_status_bytes("VmHWM") - before)
+    with resident_peak() as peak:
+        step()
+    connection.send(peak.grown_bytes)
 
 
 def peak_bytes(prepare: Callable[[], Callable[[], object]]) -> int:
-    """Growth of the peak resident memory by one call of the function that prepare() returns, in its own process."""
+    """Growth of the peak resident memory by one call of the function that prepare() returns, in its own process.
+
+    raises  OSError where Linux does not say.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_memory, args=(prepare, sender))
@@ -198,6 +223,8 @@ def peak_bytes(prepare: Callable[[], Callable[[], object]]) -> int:
     sender.close()  # so that a process that dies ends the wait
     grown = receiver.recv()
     process.join()
+    if grown is None:
+        raise OSError("expected /proc/self/status and clear_refs; peak memory is measured on Linux only")
     return grown
 
 
@@ -297,15 +324,15 @@ def in_range(options: argparse.Namespace, flags: argparse.ArgumentParser, ranges
                 flags.error(f"--{name.replace('_', '-')}: expected numbers of {least} {limit}, got {number}.")
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of an earlier --csv; ends the program with one sentence where there are none."""
+def read_rows(path: Path, flag: str = "--from-csv") -> list[dict[str, str]]:
+    """Rows of an earlier --csv, given by a flag; ends the program with one sentence where there are none."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"--from-csv: expected a file that --csv wrote, got {path}: {error}") from None
+        raise SystemExit(f"{flag}: expected a file that --csv wrote, got {path}: {error}") from None
     if not rows or "method" not in rows[0]:
-        raise SystemExit(f"--from-csv: expected rows that --csv wrote, got none in {path}.")
+        raise SystemExit(f"{flag}: expected rows that --csv wrote, got none in {path}.")
     return rows
 
 

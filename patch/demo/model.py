@@ -1,4 +1,4 @@
-"""The tokenizer of the demo and a small Llama trained on its text."""
+"""The tokenizer of the demo and a small model trained on its text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import nn
 from patch_kernels.checks import require_at_least
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from patch.demo.settings import Architecture
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -41,13 +43,24 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def build_model(
-    *, vocab_size: int, hidden_size: int, intermediate_size: int, layers: int, heads: int, seed: int
-) -> LlamaForCausalLM:
-    """Llama with random weights in fp32; the token embedding is shared with the output head."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+    heads: int,
+    seed: int,
+    architecture: Architecture = "llama",
+) -> PreTrainedModel:
+    """Causal model with random weights in fp32; the token embedding is shared with the output head.
+
+    architecture  "llama", or "qwen2", which has biases on q, k and v
+    """
+    import transformers
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    prefix = {"llama": "Llama", "qwen2": "Qwen2"}[architecture]
+    config = getattr(transformers, f"{prefix}Config")(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -60,7 +73,7 @@ def build_model(
         eos_token_id=1,
         pad_token_id=2,
     )
-    return LlamaForCausalLM(config)
+    return getattr(transformers, f"{prefix}ForCausalLM")(config)
 
 
 def train_dense(

@@ -258,6 +258,7 @@ def make_dense(
         layers=settings.layers,
         heads=settings.heads,
         seed=settings.seed,
+        architecture=settings.architecture,
     )
     elems = sum(linear.weight.numel() for linear in maskable_linears(model).values())
     tokens = settings.steps * settings.batch_size * settings.block_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -19,10 +19,14 @@ Targets = Annotated[
 ]
 
 
+Architecture = Literal["llama", "qwen2"]
+
+
 @record
 class ModelSettings:
     """The dense model and its training."""
 
+    architecture: Architecture = "llama"
     vocab_size: AtLeastOne = 1024
     hidden_size: AtLeastOne = 256
     intermediate_size: AtLeastOne = 768

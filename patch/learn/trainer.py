@@ -121,11 +121,11 @@ class MaskTrainer(Trainer):
 
     def _dense_logits(self, ids: Tensor) -> Tensor:
         """What the same frozen weights predict without masks, noise and dropout."""
-        state = self.layers.state
+        state, model = self.layers.state, cast(nn.Module, self.model)
         state.is_off = True
         try:
-            with evaluating(self.model):
-                return self.model(input_ids=ids, use_cache=False).logits
+            with evaluating(model):
+                return model(input_ids=ids, use_cache=False).logits
         finally:
             state.is_off = False
 

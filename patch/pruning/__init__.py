@@ -1,8 +1,9 @@
 """Pruning: one-shot methods for one weight or a whole model, ProxSparse for a whole model, compensation for any mask.
 
-A one-shot method is one module with a function `prune(weight, statistics, options) -> Pruned` and, if it needs
-calibration data, a class `Statistics` that takes a layer's inputs one sample at a time and keeps only what the method
-uses. The row of patch.pruning.registry says the rest (docs/inside/add_a_method.md).
+A one-shot method is one module with the functions `prune(weight, statistics, options, stays) -> Pruned` and
+`costs(weight, statistics, options)`, and, if it needs calibration data, a class `Statistics` that takes a layer's
+inputs one sample at a time and keeps only what the method uses. The row of patch.pruning.registry says the rest
+(docs/inside/add_a_method.md).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from patch.pruning.hybrid import Hybrid
     from patch.pruning.model import check_prunable, prune_model, prune_tiles
     from patch.pruning.options import COMPENSATIONS, PATTERNS, BlockOptions, PruneOptions, TileOptions
+    from patch.pruning.permutation import ChannelOrders, apply_orders, permute_channels
     from patch.pruning.proxsparse.config import ProxSparseConfig
     from patch.pruning.registry import METHODS, Method, get_method
     from patch.pruning.selection import Pruned
@@ -26,6 +28,7 @@ __all__ = [
     "METHODS",
     "PATTERNS",
     "BlockOptions",
+    "ChannelOrders",
     "Compensation",
     "Hybrid",
     "Method",
@@ -33,9 +36,11 @@ __all__ = [
     "PruneOptions",
     "Pruned",
     "TileOptions",
+    "apply_orders",
     "check_prunable",
     "compensate",
     "get_method",
+    "permute_channels",
     "prune_model",
     "prune_tiles",
     "prune_weight",
@@ -48,6 +53,7 @@ __getattr__, __dir__ = lazy_names(
         "METHODS": "registry",
         "PATTERNS": "options",
         "BlockOptions": "options",
+        "ChannelOrders": "permutation",
         "Hybrid": "hybrid",
         "TileOptions": "options",
         "Compensation": "compensation",
@@ -55,9 +61,11 @@ __getattr__, __dir__ = lazy_names(
         "ProxSparseConfig": "proxsparse.config",
         "PruneOptions": "options",
         "Pruned": "selection",
+        "apply_orders": "permutation",
         "check_prunable": "model",
         "compensate": "compensation",
         "get_method": "registry",
+        "permute_channels": "permutation",
         "prune_model": "model",
         "prune_tiles": "model",
         "prune_weight": "weight",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from patch.mask import tile_areas, tile_counts, tile_sums
 from patch.models.facts import weights_fingerprint
 from patch.models.keep_masks import keep_mask_of
 from patch.models.modes import placed
-from patch.models.structure import decoder_blocks
+from patch.models.structure import decoder_blocks, linear_at
+from patch.priors import tile_scores
 from patch.pruning.fisher import tile_losses
 from patch.pruning.options import PruneOptions, TileOptions
 from patch.pruning.registry import METHODS, Method
@@ -59,7 +61,6 @@ class TilePruning:
     tiles: TileOptions
     linears: Mapping[str, nn.Linear]
     calibration: Tensor | None
-    exclude: Sequence[str] = ()
     stages: Path | None = None
     device: torch.device | str | None = None
     progress: bool = True
@@ -119,24 +120,20 @@ class TilePruning:
 
     def _shares(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Share of a tile that the method's unstructured mask keeps, times what the tile gains: so the share ranks."""
-        from patch.pruning.tile_scores import reference_tile_scores
+        twin = copy.deepcopy(self.model)
+        linears = {name: linear_at(twin, name) for name in self.linears}
+        other = replace(self, model=twin, linears=linears)
+        options, tile = replace(self.options, pattern="unstructured"), self.tiles.tile
+        scores: dict[str, Tensor] = {}
 
-        shares = reference_tile_scores(
-            self.model,
-            self.name,
-            self.options.sparsity,
-            self.tiles.tile,
-            calibration=self.calibration if self.method.reads_inputs else None,
-            exclude=self.exclude,
-            damping=self.options.damping,
-            shift_zero_metrics=self.options.shift_zero_metrics,
-            precision=self.options.precision,
-            device=self.device,
-            progress=self.progress,
-        )
-        tile = self.tiles.tile
-        gains = {name: tile_areas(tile, _shape(keep)) - tile_counts(keep, tile) for name, keep in masks.items()}
-        return {name: share.cpu().double() * gains[name] for name, share in shares.items()}
+        def update(name: str, linear: nn.Linear, statistics: Any) -> Pruned:
+            pruned = self.method.prune(linear.weight, statistics, options)
+            gains = tile_areas(tile, _shape(masks[name])) - tile_counts(masks[name], tile)
+            scores[name] = tile_scores(pruned.keep, tile).cpu().double() * gains
+            return pruned
+
+        other._for_each(self.method, update, f"unstructured reference ({self.name})")
+        return scores
 
     def _groups(self) -> dict[str, object] | None:
         """What shares a budget, by layer."""

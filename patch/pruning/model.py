@@ -165,7 +165,6 @@ def prune_tiles(
         tiles=tiles,
         linears=linears,
         calibration=calibration,
-        exclude=exclude,
         stages=None if stages is None else Path(stages),
         device=device,
         progress=progress,

@@ -31,8 +31,9 @@ class Method:
     """A pruning method.
 
     label                   its name in tables
-    module                  module with `prune(weight, statistics, options) -> Pruned` and, with reads_inputs, a class
-                            `Statistics`; with learns: `learn_masks` and `check_learnable` (see proxsparse.training)
+    module                  module with `prune(weight, statistics, options, stays) -> Pruned`, `costs` for pattern tiles
+                            and, with reads_inputs, a class `Statistics`; with learns: `learn_masks` and
+                            `check_learnable` (see proxsparse.training)
     reads_inputs            whether it gathers statistics of the layers' inputs from calibration data
     updates_weights         whether kept weights change, so that a mask alone is not the result
     learns                  masks are learned for the whole model at once

@@ -21,6 +21,8 @@ from patch_kernels.checks import FLOATS, require_tensor
 _LEAST_BINS, _MOST_BINS, _WEIGHTS_PER_BIN = 512, 20_000, 1000
 # SLiM scales up the one percent of input channels that matter most. The factor is AWQ's middle ground.
 _IMPORTANT_SHARE, _IMPORTANT_FACTOR = 100, 2.0
+# Parts of a group's largest weight at which it may be clipped; below a third no rounding is ever cheaper.
+_CLIPPED_PARTS = tuple(part / 40 for part in range(39, 13, -1))
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,19 @@ def quantize_weight(
     block: int | None = None,
     along_rows: bool = False,
     column_factor: Tensor | None = None,
+    search: bool = False,
 ) -> Quantized:
     """Quantise weight (N, K); nothing is changed in place.
 
     keep           (N, K) bool, True where a weight stays; others are 0 before and after and have no part in the
                    scales. None: all stay.
     bits           q, 2 to 8
-    clip           SLiM-Quant for the whole matrix; False: its AbsMax. Groups always use their AbsMax.
+    clip           SLiM-Quant for the whole matrix; False: its AbsMax. Groups use their AbsMax, but for `search`.
     block          length of a group, None for one scale per matrix: groups of `block` consecutive entries of a
                    row (along_rows) or of a column, which it must divide
     column_factor  (K,) from `important_columns`
+    search         with block: clip each group at the part of its AbsMax, from 1 to 0.35 in steps of 0.025, that has
+                   the least squared error
     A matrix or group of zeros has scale 1. Scores and scales are fp32 (fp64 for fp64 weights).
     raises         ValueError or TypeError before any work.
     """
@@ -67,6 +72,9 @@ def quantize_weight(
     Grid(bits, block)  # refuses other numbers
     if block is not None:
         check_groups(tuple(weight.shape), block, along_rows, "weight")
+    elif search:
+        advice = "Pass block, or clip=True for the whole matrix."
+        raise ValueError(f"search: expected a group size as block as well, got None. {advice}")
     kept = weight.detach().to(working_dtype(weight))
     if keep is not None:
         kept = kept.masked_fill(~keep, 0)
@@ -77,10 +85,9 @@ def quantize_weight(
         limit = clipping_value(kept if keep is None else kept[keep], bits).reshape(1, 1)
     else:
         limit = groups.abs().amax(dim=_axis(block, along_rows), keepdim=True)
-    # A tensor divided by a tensor: number / tensor is a product with the reciprocal, one rounding more.
-    scale = torch.full_like(limit, 2 ** (bits - 1) - 1) / limit
-    scale = scale.masked_fill(~scale.isfinite(), 1)  # all zeros, or too small for the reciprocal
-    rounded = (groups * scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        if search:
+            limit = _searched_limit(groups, limit, bits, _axis(block, along_rows))
+    scale, rounded = _rounded(groups, limit, bits)
     restored = (rounded / scale).reshape(kept.shape)
     if column_factor is not None:
         restored = restored / column_factor.to(restored)
@@ -136,6 +143,29 @@ def important_columns(weight: Tensor, energy: Tensor) -> Tensor:
     factor = torch.ones_like(score)
     factor[score.topk(max(1, score.numel() // _IMPORTANT_SHARE)).indices] = _IMPORTANT_FACTOR
     return factor
+
+
+def _rounded(groups: Tensor, limit: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(scales, codes) of groups whose largest code stands for `limit`, which broadcasts to them."""
+    # A tensor divided by a tensor: number / tensor is a product with the reciprocal, one rounding more.
+    scale = torch.full_like(limit, 2 ** (bits - 1) - 1) / limit
+    scale = scale.masked_fill(~scale.isfinite(), 1)  # all zeros, or too small for the reciprocal
+    return scale, (groups * scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _searched_limit(groups: Tensor, largest: Tensor, bits: int, axis: int | tuple[int, int]) -> Tensor:
+    """The limit of each group with the least squared error; of equal ones the largest."""
+
+    def error(limit: Tensor) -> Tensor:
+        scale, rounded = _rounded(groups, limit, bits)
+        return (rounded / scale - groups).square().sum(dim=axis, keepdim=True)
+
+    best, least = largest, error(largest)
+    for part in _CLIPPED_PARTS:
+        limit = largest * part
+        new = error(limit)
+        best, least = torch.where(new < least, limit, best), torch.minimum(new, least)
+    return best
 
 
 def _clipping_error(density: Tensor, centres: Tensor, index: int, bits: int) -> Tensor:

@@ -35,10 +35,10 @@ REFUSED = [
     ([*PRUNE, "--damping", "-1"], "damping: expected a finite share of the mean diagonal, 0 or more, got -1"),
     ([*PRUNE, "--block-size", "0"], "--block-size: expected an integer >= 1, got 0"),
     ([*PRUNE, "--block-size", "6"], "--block-size: expected a multiple of 4, got 6. Pattern 2:4"),
-    ([*PRUNE, "--pattern", "4:8"], "pattern: expected one of 2:4, unstructured, got '4:8'"),
+    ([*PRUNE, "--pattern", "4:8"], "pattern: expected one of 2:4, tiles, unstructured, got '4:8'"),
     (
         [*PRUNE, "--sparsity", "0.45"],
-        "--sparsity: expected 0.5 for pattern 2:4, got 0.45. Use --pattern unstructured",
+        "--sparsity: expected 0.5 for pattern 2:4, got 0.45. Use --pattern tiles",
     ),
     (
         [*PRUNE, "--sparsity", "45", "--pattern", "unstructured"],

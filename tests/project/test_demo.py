@@ -83,11 +83,14 @@ def test_batches_visit_every_block_once_per_pass():
         next(demo_model.shuffled_batches(6, 8, seed=0))
 
 
-def test_training_lowers_the_loss_and_is_deterministic():
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_training_lowers_the_loss_and_is_deterministic(architecture):
     blocks = torch.arange(64).remainder(7).view(8, 8)
+    sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2}
     finals = []
     for _ in range(2):
-        model = demo_model.build_model(vocab_size=16, hidden_size=32, intermediate_size=32, layers=1, heads=2, seed=0)
+        model = demo_model.build_model(**sizes, seed=0, architecture=architecture)
+        assert model.config.model_type == architecture
         losses = demo_model.train_dense(model, blocks, steps=12, batch_size=4, matrix_lr=0.01, vector_lr=0.01, seed=0)
         finals.append(losses)
     assert finals[0] == finals[1]

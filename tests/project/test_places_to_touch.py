@@ -24,11 +24,12 @@ from patch_kernels import tiles_that_are_two_of_four
 def toy(monkeypatch):
     """A method that keeps the small weights, as add_a_method.md asks for: a module and a row."""
 
-    def prune(weight, statistics, options):
-        return by_magnitude(1 / weight, statistics, options)
+    def prune(weight, statistics, options, stays=None):
+        return by_magnitude(1 / weight, statistics, options, stays)
 
     module = types.ModuleType("toy_method", "Keeps the small weights.")
     module.prune = prune
+    module.costs = lambda weight, statistics, options: 1 / weight.detach().abs()
     monkeypatch.setitem(sys.modules, "toy_method", module)
     monkeypatch.setitem(METHODS, "toy", Method("Toy", "toy_method"))
 
@@ -45,6 +46,8 @@ def test_a_registered_method_prunes_a_weight_and_a_model(tiny_model):
     weight = dense["model.layers.0.mlp.up_proj.weight"]
     pruned = prune_weight(weight, "toy", pattern="2:4", sparsity=0.5)
     assert small_ones_kept(weight, pruned.keep)
+    tiles = prune_weight(weight, "toy", pattern="tiles", sparsity=0.25, tile=(32, 32))
+    assert int(tiles.keep.sum()) == 0.75 * weight.numel()
     masks = prune_model(model, "toy", pattern="2:4", sparsity=0.5, progress=False)
     for name, keep in masks.items():
         assert tiles_that_are_two_of_four(keep).all() and small_ones_kept(dense[f"{name}.weight"], keep)

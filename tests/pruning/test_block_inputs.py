@@ -348,7 +348,7 @@ def test_statistics_live_for_one_block_only(tiny_model, monkeypatch):
 
     prune = wanda.prune
 
-    def counting(weight, statistics, options):
+    def counting(weight, statistics, options, stays=None):
         left.append(len(alive))
         return prune(weight, statistics, options)
 
@@ -584,7 +584,7 @@ def test_gpt2_is_refused():
 
 
 def test_failure_inside_a_method_names_the_layer(tiny_model, monkeypatch):
-    def failing(weight, statistics, options):
+    def failing(weight, statistics, options, stays=None):
         raise ValueError("expected something, got nothing. Try again.")
 
     monkeypatch.setattr(wanda, "prune", failing)

@@ -353,7 +353,7 @@ BAD = {
         (W, "magnitude"),
         {"pattern": "4:8"},
         ValueError,
-        "expected one of 2:4, unstructured, got '4:8'",
+        "expected one of 2:4, tiles, unstructured, got '4:8'",
     ),
     "2:4 at 0.45": (
         (W, "magnitude"),

@@ -178,7 +178,7 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path, model, tiny_model, t
             ValueError,
             "sparsity_type: expected '2:4' with prune_method 'maskllm', got 'unstructured'",
         ),
-        ({"sparsity_type": "4:8"}, ValueError, "sparsity_type: expected one of 2:4, unstructured, got '4:8'"),
+        ({"sparsity_type": "4:8"}, ValueError, "sparsity_type: expected one of 2:4, tiles, unstructured, got '4:8'"),
         ({"sparsity_ratio": 0.0}, ValueError, "prune_args: sparsity_ratio: expected 0.5 for .*2:4.*, got 0.0"),
         ({"sparsity_ratio": 0.7}, ValueError, "sparsity_ratio: expected a share of zeros from 0 to 0.5, got 0.7"),
         ({"sparsity_ratio": "0.5"}, ValueError, "sparsity_ratio: expected a share of zeros from 0 to 0.5, got '0.5'"),

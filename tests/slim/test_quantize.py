@@ -77,6 +77,26 @@ def test_absmax_per_group(along_rows):
     assert made.scale.shape == ((24, 4) if along_rows else (3, 32))
 
 
+@pytest.mark.parametrize("along_rows", [True, False])
+def test_searched_groups_have_the_cheapest_part_of_their_largest_weight(along_rows):
+    weight, bits = heavy_tailed(16, 32), 3
+    keep = kept_of(weight)
+    made = quantize_weight(weight, keep, bits=bits, block=16, along_rows=along_rows, search=True)
+    scale = made.scale.repeat_interleave(16, 1 if along_rows else 0)
+    assert torch.equal(made.weight, (made.codes / scale).masked_fill(~keep, 0))
+    group = (slice(0, 1), slice(0, 16)) if along_rows else (slice(0, 16), slice(0, 1))
+    kept = weight.masked_fill(~keep, 0)[group]
+    errors = {}
+    for part in range(40, 13, -1):
+        scale = 3 / (kept.abs().max() * (part / 40))
+        errors[part] = float(((kept * scale).round().clamp(-4, 3) / scale - kept).square().sum())
+    best = min(errors, key=errors.__getitem__)
+    assert best < 40
+    assert float(made.scale[0, 0]) == float(3 / (kept.abs().max() * (best / 40)))
+    plain = quantize_weight(weight, keep, bits=bits, block=16, along_rows=along_rows)
+    assert (made.weight - weight)[keep].norm() < (plain.weight - weight)[keep].norm()
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_clipping_value_is_that_of_the_reference(bits):
     weight = heavy_tailed(64, 96)
@@ -153,6 +173,7 @@ def test_important_columns_are_rounded_more_finely():
         ({"bits": 4.0}, ValueError, "bitwidth: expected 2 to 8 bits, got 4.0"),
         ({"block": 0}, ValueError, "block: expected a group size of 1 or more, got 0"),
         ({"block": 3}, ValueError, "weight, rows: expected a multiple of the group size 3, got 4"),
+        ({"search": True}, ValueError, "search: expected a group size as block as well, got None. Pass block, or"),
         ({"block": 3, "along_rows": True}, ValueError, "weight, columns: expected a multiple .* 3, got 8"),
     ],
 )
