@@ -14,8 +14,8 @@ from patch.evaluate.results import broken_perplexity
 NOTES = """
 Perplexity: {tokens} held-out tokens of files that neither training nor pruning saw, windows of {window}, fp32; as the
 method leaves the model. SparseGPT and the hybrid, which is made by it, also change the weights they keep.
-Reconstructed: the dense weights under the same mask, the kept ones then trained block by block on {samples} calibration
-windows (`patch-llm compensate`): the same for every row, so this is the column to compare masks by.
+Reconstructed: the dense weights under the same mask, the kept ones then trained block by block, {passes} over
+{samples} calibration windows (`patch-llm compensate`): the same for every row, so compare masks by this column.
 Linear bytes: the linear layers in bf16, dense or packed.
 Tokens: the text a mask is made from, all from the same part. One-shot masks need little by design; mask learning sees
 more (and takes longer), so this is no comparison at equal cost."""

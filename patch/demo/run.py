@@ -234,7 +234,9 @@ class Demo:
         report.write_results(self.out, self.rows, {"hybrid": hybrids, "PATCH joint": learned} | others, grids)
         self.echo("\n" + report.table(self.rows))
         samples, window = bench.calibration.shape
-        self.echo(report.NOTES.format(tokens=bench.heldout.numel(), window=window, samples=samples))
+        epochs = self.settings.blocks.epochs
+        passes = "one pass" if epochs == 1 else f"{epochs} passes"
+        self.echo(report.NOTES.format(tokens=bench.heldout.numel(), window=window, samples=samples, passes=passes))
         self.say(f"wrote {', '.join(str(self.out / name) for name in report.FILES)}")
 
     def _pack(self, bench: Bench, hybrids: list[dict[str, Any]]) -> None:

@@ -140,6 +140,7 @@ def test_table_holds_every_method_with_true_sparsity_and_bytes(finished):
     text = "\n".join(lines)
     assert "method" in text and "SparseGPT 2:4" in text
     assert "no comparison at equal cost" in text
+    assert "one pass over\n4 calibration windows (`patch-llm compensate`)" in text
     assert (out / "perplexity.png").stat().st_size > 5000
     assert (out / "tiles.png").stat().st_size > 2000
 
