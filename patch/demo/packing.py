@@ -63,7 +63,7 @@ def pack_and_generate(
         for label, (measured, perplexity, size) in models.items()
     ]
     echo("\n" + format_table(timed) + "\n")
-    what = f"bf16, one sequence, the median of {tokens} new tokens; at this size most of the time is Python's"
+    what = f"bf16, one sequence, the median of {tokens} new tokens"
     echo(f"Perplexity: as above, in fp32. Tokens/s: {what}.")
     with torch.inference_mode():
         output = loaded.generate(
