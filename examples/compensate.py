@@ -1,4 +1,4 @@
-"""Update kept weights so that they make up for a mask: python examples/compensate.py MODEL MASKS TEXT HELDOUT OUT."""
+"""Train kept weights, block by block, until they make up for a mask: python examples/compensate.py MODEL MASKS ..."""
 
 import argparse
 

@@ -11,7 +11,7 @@ from patch.files.paths import require_new
 from patch.learn import LearnConfig, learn
 from patch.models.facts import fingerprints
 from patch.models.keep_masks import measured_sparsity
-from patch.pruning import prune_model
+from patch.pruning import prune_tiles
 
 
 def main() -> None:
@@ -31,16 +31,25 @@ def main() -> None:
     blocks = pack_blocks(tokenize(tokenizer, load_documents(options.text)), options.tokens)
 
     made_from = fingerprints(model)
-    # A one-shot mask is where learning starts from; it is made on a copy, since pruning works in place.
-    prior = prune_model(copy.deepcopy(model), "wanda", pattern="2:4", sparsity=0.5, calibration=blocks[:128])
+    # A one-shot hybrid is where learning starts from; it is made on a copy, since pruning works in place.
+    prior = prune_tiles(copy.deepcopy(model), "sparsegpt", sparsity=options.sparsity, calibration=blocks[:128])
     config = LearnConfig.from_preset(
         "joint",
         sparsity=options.sparsity,
         global_batch_size=options.batch_size,
+        tile_prior_budget="model",
         exact_budget=True,
     )
     blocks = blocks[: options.steps * options.batch_size]
-    result = learn(model, blocks, config, prior_masks=prior, output_dir=f"{options.out}-run", resume=True)
+    result = learn(
+        model,
+        blocks,
+        config,
+        prior_masks=prior.masks,
+        tile_scores=prior.tile_scores,
+        output_dir=f"{options.out}-run",
+        resume=True,
+    )
     save_artifact(
         options.out,
         result.masks,

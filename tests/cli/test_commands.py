@@ -398,7 +398,7 @@ def test_demo_command(tmp_path, capsys):
         "--model",
         tmp_path / "d" / "dense",
         "--masks",
-        tmp_path / "d" / "patch-35",
+        tmp_path / "d" / "hybrid-35-reconstructed",
         "--out",
         tmp_path / "packed",
     ]

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from support.demo import TINY, write_sources
 
+from patch.artifacts.artifact import load_artifact
 from patch.demo import corpus as corpus_module
+from patch.demo import methods, packing, report
 from patch.demo import model as demo_model
 from patch.demo import run as demo_run
 from patch.demo.settings import DemoSettings
+from patch.packed.load import load
+from patch.packed.swap import packed_layers
 from patch.settings import load_config
 
 SETTINGS = load_config(DemoSettings, overrides=TINY)
+SHORT = ["dense", "magnitude 2:4", "Wanda 2:4", "SparseGPT 2:4", "hybrid 35%", "PATCH joint 35%"]
+ALL = [*SHORT[:5], "hybrid 25%", "MaskLLM 2:4", "PATCH joint 35%", "PATCH joint 25%"]
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +36,14 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(sources, tmp_path_factory):
-    """(folder, rows, printed lines) of one finished miniature demo."""
+    """(folder, rows, printed lines) of one finished miniature demo with all rows."""
     out, lines = tmp_path_factory.mktemp("demo"), []
-    rows = demo_run.run_demo(out, SETTINGS, text=sources, echo=lines.append)
+    rows = demo_run.run_demo(out, SETTINGS, text=sources, everything=True, echo=lines.append)
     return out, rows, lines
+
+
+def reused(lines):
+    return sum("done before, reused" in line for line in lines)
 
 
 def test_standard_library_is_split_by_file():
@@ -109,55 +122,100 @@ def test_tokenizer_round_trips_text():
 
 def test_table_holds_every_method_with_true_sparsity_and_bytes(finished):
     out, rows, lines = finished
-    assert [row["method"] for row in rows] == [
-        "dense",
-        "magnitude 2:4",
-        "Wanda 2:4",
-        "SparseGPT 2:4",
-        "MaskLLM 2:4",
-        "PATCH joint 35%",
-    ]
+    assert [row["method"] for row in rows] == ALL
     elems = 4 * 64 * 64 + 3 * 64 * 96
     assert {row["dense_linear_bytes"] for row in rows} == {2 * elems}
-    assert [row["sparsity"] for row in rows[:5]] == [0.0, 0.5, 0.5, 0.5, 0.5]
-    assert 0 <= rows[5]["sparsity"] <= 0.5
+    # A 32x32 tile less is 512 zeros: 24 of 34 and 17 of 34 tiles are sparse.
+    shares = {"35%": round(24 * 512 / elems, 6), "25%": 17 * 512 / elems, "2:4": 0.5, "dense": 0.0}
+    assert [row["sparsity"] for row in rows] == [shares[row["method"].split()[-1]] for row in rows]
     # Layers smaller than a 128x128 tile are padded in the packed format, so these are larger than dense.
     assert rows[1]["linear_bytes"] == 7 * 18432
-    assert [row["tokens_seen"] for row in rows] == [0, 0, 4 * 32, 4 * 32, 7 * 2 * 32, 7 * 2 * 32]
+    assert [row["tokens_seen"] for row in rows] == [0, 0, *[4 * 32] * 4, *[7 * 2 * 32] * 3]
     with open(out / "results.csv", newline="") as file:
         stored = list(csv.DictReader(file))
     assert [float(row["perplexity"]) for row in stored] == [row["perplexity"] for row in rows]
-    assert [row["compensated"] == "" for row in rows] == [True, *[False] * 5]
-    said = [float(line.split("compensated: ")[1].split(",")[0]) for line in lines if "  compensated: " in line]
-    assert said == [round(row["compensated"], 2) for row in rows[1:]]
+    assert [row["reconstructed"] == "" for row in rows] == [True, *[False] * 8]
+    said = [float(line.split("reconstructed: ")[1].split(",")[0]) for line in lines if "  reconstructed: " in line]
+    assert said == [round(row["reconstructed"], 2) for row in rows[1:]]
     text = "\n".join(lines)
     assert "method" in text and "SparseGPT 2:4" in text
     assert "no comparison at equal cost" in text
-    assert "logits equal" in text
+    assert "one pass over\n4 calibration windows (`patch-llm compensate`)" in text
     assert (out / "perplexity.png").stat().st_size > 5000
     assert (out / "tiles.png").stat().st_size > 2000
 
 
-def test_a_mask_that_compensation_made_worse_is_named():
-    assert demo_run._compared(10.0, 9.5) == "compensated: 9.50"
-    assert demo_run._compared(10.0, 10.5) == "compensated: 10.50, WORSE than without"
+def test_the_reconstructed_hybrid_is_packed_and_timed(finished):
+    out, rows, lines = finished
+    hybrid, rebuilt = (load_artifact(out / name) for name in ("hybrid-35", "hybrid-35-reconstructed"))
+    assert all(torch.equal(keep, rebuilt.masks[name]) for name, keep in hybrid.masks.items())
+    assert hybrid.tile_scores and hybrid.tile_is_sparse and hybrid.meta["pattern"] == "tiles"
+    pruned = load(out / "pruned")
+    for name, weight in rebuilt.weights.items():
+        assert torch.equal(pruned.get_submodule(name).weight, weight.bfloat16())
+        assert not weight[~hybrid.masks[name]].any()
+    packed = load(out / "packed")
+    held = sum(layer.payload.numel() for _, layer in packed_layers(packed))
+    assert held == rows[4]["linear_bytes"]
+    assert any(f"packed hybrid 35%, reconstructed ({held:,} bytes of weights)" in line for line in lines)
+    assert any(line.endswith("saved, reloaded: logits equal") for line in lines)
+    (table,) = (line for line in lines if "tokens/s" in line)
+    dense, hybrid_line = (re.split(r"  +", line.strip()) for line in table.strip().splitlines()[2:])
+    assert dense[:2] == ["dense", f"{rows[0]['perplexity']:.2f}"]
+    assert hybrid_line[:3] == ["hybrid 35%, reconstructed, packed", f"{rows[4]['reconstructed']:.2f}", f"{held:,}"]
+    assert all(int(line[-1]) > 0 for line in (dense, hybrid_line))
+    assert any(line.startswith(f"\nThe packed model continues {packing.PROMPT!r}:") for line in lines)
 
 
-def test_a_perplexity_that_exploded_is_said(finished):
+def test_a_saved_model_with_other_logits_is_an_error(finished, sources, tmp_path, monkeypatch):
+    out, _, _ = finished
+    shutil.copytree(out, tmp_path / "d")
+    model = load(out / "packed")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    monkeypatch.setattr(packing, "load", lambda folder: model)
+    with pytest.raises(RuntimeError, match=r"expected the logits of the saved model, they differ by up to \d"):
+        demo_run.run_demo(tmp_path / "d", SETTINGS, text=sources, echo=lambda line: None)
+
+
+def test_the_short_demo_is_a_part_of_the_whole_one(finished, sources, tmp_path):
+    out, rows, _ = finished
+    shutil.copytree(out, tmp_path / "d")
     lines: list[str] = []
-    demo = demo_run.Demo.__new__(demo_run.Demo)
-    demo.rows, demo.tokenizer, demo.say = [], range(300), lines.append
-    result = {"perplexity": 290.0, "compensated": 17000.0, "sparsity": 0.5, "packed_bytes": 1, "dense_bytes": 2}
-    demo.row("Wanda 2:4", result, 0.5, 0)
-    said = "worse than a uniform guess over 300 tokens: the model or its masks are broken"
-    assert lines[-1] == f"  WARNING: Wanda 2:4: perplexity 17,000 is {said}"
-    demo.row("dense", result | {"compensated": None}, None, 0)
-    assert len(lines) == 4 and "WARNING" not in lines[-1]
+    short = demo_run.run_demo(tmp_path / "d", SETTINGS, text=sources, echo=lines.append)
+    assert short == [row for row in rows if row["method"] in SHORT]
+    assert reused(lines) == 2 + 2 * 5 and not any("running" in line for line in lines)
+    assert "to a hybrid with 35% zeros, learn 1 mask for 7 steps (448 tokens)" in lines[1]
+
+
+def test_learning_starts_from_the_hybrid():
+    joint, maskllm = (SETTINGS.learn.config(mode, 0.5, (32, 32), 0) for mode in ("joint", "maskllm"))
+    assert joint.tile_prior_budget == "model" and joint.exact_budget
+    assert not maskllm.exact_budget
+
+
+def test_a_mask_that_reconstruction_made_worse_is_named():
+    def said(reconstructed):
+        return report.row_lines(report.table_row("hybrid 45%", RESULT, 0.5, 0, reconstructed), 300)
+
+    assert said(9.5) == ["hybrid 45%: perplexity 10.00, sparsity 50.0%", "reconstructed: 9.50"]
+    assert said(10.5)[1:] == ["reconstructed: 10.50, WORSE than without"]
+
+
+def test_a_perplexity_that_exploded_is_said():
+    broken = "worse than a uniform guess over 300 tokens: the model or its masks are broken"
+    lines = report.row_lines(report.table_row("Wanda 2:4", RESULT, 0.5, 0, 17000.0), 300)
+    assert lines[-1] == f"WARNING: Wanda 2:4: perplexity 17,000 is {broken}"
+    assert len(report.row_lines(report.table_row("dense", RESULT, 0.0, 0, None), 300)) == 1
+
+
+RESULT = {"perplexity": 10.0, "sparsity": 0.5, "packed_bytes": 1, "dense_bytes": 2}
 
 
 def test_the_plan_comes_first_and_texts_are_left_for_other_commands(finished):
     out, _, lines = finished
-    assert "plan: train a model for" in lines[1] and "learn 2 masks for" in lines[1]
+    assert "plan: train a model for 4 steps (256 tokens), prune it to 2:4 by 3 methods and to hybrids" in lines[1]
+    assert "to hybrids with 35%, 25% zeros, learn 3 masks for 7 steps each (448 tokens)" in lines[1]
     assert any("step 1/" in line and "left of" in line for line in lines)
     assert all((out / name).stat().st_size > 0 for name in ("text.txt", "heldout.txt"))
 
@@ -173,9 +231,9 @@ def test_a_second_run_reuses_every_stage(finished, sources):
     out, rows, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/stage.json")}
     lines = []
-    again = demo_run.run_demo(out, SETTINGS, text=sources, echo=lines.append)
+    again = demo_run.run_demo(out, SETTINGS, text=sources, everything=True, echo=lines.append)
     assert again == rows
-    assert sum("done before, reused" in line for line in lines) == 7
+    assert reused(lines) == 2 + 2 * 8
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/stage.json")}
 
 
@@ -186,36 +244,50 @@ def test_an_interrupt_loses_no_finished_stage(finished, sources, tmp_path, monke
         def interrupt(*arguments, **keywords):
             raise KeyboardInterrupt
 
-        patched.setattr(demo_run, "learn", interrupt)
+        patched.setattr(methods, "learn", interrupt)
         with pytest.raises(KeyboardInterrupt):
             demo_run.run_demo(tmp_path, SETTINGS, text=sources, echo=lambda line: None)
-    lines = []
-    assert demo_run.run_demo(tmp_path, SETTINGS, text=sources, echo=lines.append) == rows
-    assert sum("done before, reused" in line for line in lines) == 5
+    lines: list[str] = []
+    again = demo_run.run_demo(tmp_path, SETTINGS, text=sources, echo=lines.append)
+    assert again == [row for row in rows if row["method"] in SHORT]
+    assert reused(lines) == 2 + 2 * 4
     assert sorted(path.name for path in tmp_path.iterdir() if ".tmp-" in path.name) == []
 
 
 def test_changed_settings_and_damage_are_noticed(finished, sources, tmp_path):
-    import dataclasses
-    import shutil
-
     out, _, _ = finished
     shutil.copytree(out, tmp_path / "d")
-    lines = []
     learn = dataclasses.replace(SETTINGS.learn, steps=3)
-    demo_run.run_demo(tmp_path / "d", dataclasses.replace(SETTINGS, learn=learn), text=sources, echo=lines.append)
-    assert sum("done before, reused" in line for line in lines) == 5
-    assert any("patch-35: running" in line for line in lines)
+    changed = dataclasses.replace(SETTINGS, learn=learn)
+
+    def again(settings):
+        lines: list[str] = []
+        demo_run.run_demo(tmp_path / "d", settings, text=sources, echo=lines.append)
+        return [line.split("] ")[1].removesuffix(": running") for line in lines if line.endswith(": running")]
+
+    assert again(changed) == ["patch-35", "patch-35-reconstructed"]
     stage = json.loads((out / "wanda" / "stage.json").read_text())
     (tmp_path / "d" / "wanda" / "stage.json").write_text(json.dumps(stage).replace("5", "6"))
-    lines = []
-    demo_run.run_demo(tmp_path / "d", dataclasses.replace(SETTINGS, learn=learn), text=sources, echo=lines.append)
-    assert any("wanda: running" in line for line in lines)
+    assert again(changed) == ["wanda"]
+    blocks = dataclasses.replace(SETTINGS.blocks, lr=0.01)
+    names = ["magnitude", "wanda", "sparsegpt", "hybrid-35", "patch-35"]
+    assert again(dataclasses.replace(changed, blocks=blocks)) == [f"{name}-reconstructed" for name in names]
+
+
+def test_stages_of_an_older_version_are_reused_or_made_again(finished, sources, tmp_path):
+    """One that compensated by least squares inside its stages, and learned from the SparseGPT masks."""
+    out, rows, _ = finished
+    for name in ("dense", "baseline", "magnitude", "wanda", "sparsegpt", "patch-35"):
+        shutil.copytree(out / name, tmp_path / name)
+    stage = json.loads((tmp_path / "patch-35" / "stage.json").read_text())
+    (tmp_path / "patch-35" / "stage.json").write_text(json.dumps(stage | {"key": "older"}))
+    lines: list[str] = []
+    again = demo_run.run_demo(tmp_path, SETTINGS, text=sources, echo=lines.append)
+    assert again == [row for row in rows if row["method"] in SHORT]
+    assert reused(lines) == 5
 
 
 def test_too_many_calibration_blocks_are_refused(sources, tmp_path):
-    import dataclasses
-
     settings = dataclasses.replace(SETTINGS, calibration_blocks=10**6)
     with pytest.raises(ValueError, match="'learn': expected at least calibration_blocks = 1000000, got"):
         demo_run.run_demo(tmp_path, settings, text=sources, echo=lambda line: None)

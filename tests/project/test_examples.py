@@ -80,6 +80,19 @@ def test_prune(work, capsys, monkeypatch, method):
             example(capsys, monkeypatch, name, "no-model", *["absent"] * others, out)
 
 
+def test_a_hybrid_then_compensate(work, capsys, monkeypatch):
+    out, texts = work / "hybrid", (work / "text.txt", work / "heldout.txt")
+    flags = ("--method", "sparsegpt", "--sparsity", 0.25, "--samples", 4)
+    printed = example(capsys, monkeypatch, "prune.py", work / "model", texts[0], out, *flags)
+    artifact = load_artifact(out, expect={"pattern": "tiles", "sparsity": 0.25})
+    assert 0.25 <= float(printed.split("sparsity ")[1].split(",")[0]) < 0.5
+    arguments = (work / "model", out, *texts, work / "reconstructed", "--samples", 8, "--tokens", 32)
+    example(capsys, monkeypatch, "compensate.py", *arguments)
+    rebuilt = load_artifact(work / "reconstructed")
+    assert rebuilt.meta["pattern"] == "tiles" and rebuilt.weights.keys() == artifact.masks.keys()
+    assert not any(weight[~artifact.masks[name]].any() for name, weight in rebuilt.weights.items())
+
+
 def test_learn_then_compensate(work, capsys, monkeypatch):
     learned = work / "learned"
     flags = ("--steps", 3, "--batch-size", 2, "--tokens", 32)

@@ -12,11 +12,13 @@ from patch.files.schema import record
 from patch.settings import NewPath, save_resolved, setting
 
 NAME = "demo"
-SUMMARY = "train a small model, prune, learn masks, compare, pack and generate (a few minutes)"
+SUMMARY = "train a small model, prune, reconstruct, learn a mask, compare, pack and generate (a few minutes)"
 EXAMPLES = """\
 examples:
   patch-llm demo --out demo
-  patch-llm demo --out demo --set settings.learn.steps=500
+  patch-llm demo --out demo --all
+      the same and, from there, MaskLLM and masks with 35 and 25 % zeros
+  patch-llm demo --out demo --set settings.learn.steps=1000
 
 Run the same command again after an interrupt: finished stages are reused. --out holds results.csv, perplexity.png,
 tiles.png and one folder per stage; demo/dense, demo/packed and demo/pruned are models for the other commands,
@@ -30,6 +32,7 @@ class Options:
 
     out: NewPath = setting(Path("demo-results"), "folder to write", metavar="DIR")
     text: NewPath | None = setting(None, "folder of .py files (default: Python's standard library)", metavar="DIR")
+    all: bool = setting(False, "also MaskLLM, and hybrid and learned masks at settings.more_targets")
     settings: DemoSettings = setting(factory=DemoSettings)
 
 
@@ -41,7 +44,7 @@ def run(options: Options) -> None:
     from patch.demo.run import Demo
 
     hide_bars_without_terminal()
-    demo = Demo(options.out, options.settings, text=options.text)
+    demo = Demo(options.out, options.settings, text=options.text, everything=options.all)
     save_resolved(options, options.out, header="patch-llm demo --config THIS_FILE")
     demo.run()
 
