@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,6 +84,32 @@ def peak_bytes(
 def _statistics_bytes(linear: nn.Linear, new_statistics: Callable[[Tensor], Any]) -> int:
     statistics = new_statistics(torch.empty_like(linear.weight, device="meta"))
     return sum(value.nbytes for value in vars(statistics).values() if isinstance(value, Tensor))
+
+
+def reconstruction_bytes(model: nn.Module, calibration: Tensor, batch_size: int) -> int:
+    """About how much memory the fit of blocks needs beside the model.
+
+    Hidden states four times (inputs, targets, outputs before and after); of the largest block a float32 copy, masters,
+    gradients and moments; activations as Korthikanti et al. ("Reducing Activation Recomputation", 2022, eq. 2) count
+    them, without the attention's.
+    """
+    blocks = decoder_blocks(model)[1]
+    weights = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    item = next(blocks.parameters()).element_size()
+    hidden = getattr(getattr(decoder_of(model), "config", None), "hidden_size", 0)
+    activations = 34 * 2 * batch_size * calibration.shape[1] * hidden
+    return 4 * calibration.numel() * hidden * item + 24 * max(weights) + activations
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is left on a GPU, or in the host as Linux counts it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def warn_of_few_tokens(tokens: Mapping[str, int], linears: Mapping[str, nn.Linear]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from patch.models.structure import maskable_linears
 from patch.pruning import COMPENSATIONS, PruneOptions, compensate, prune_model
 from patch.pruning.compensation import compensated, output_error
 from patch.pruning.hessian import Statistics, eliminate
+from patch.pruning.plan import free_bytes
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -363,6 +365,23 @@ def test_the_command_refuses(work, tmp_path, capsys, monkeypatch, extra, message
     assert command(work, tmp_path / "out", *extra) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_least_squares_where_memory_is_short(work, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("patch.pruning.plan.free_bytes", lambda device: 1 << 20)
+    flags = ["--model", work / "model", "--masks", work / "masks", "--data", work / "train.txt", "--seqlen", "32"]
+    flags += ["--heldout", work / "held.txt", "--heldout-windows", "1", "--nsamples", "8"]
+    for extra, method in (((), "least_squares"), (("--epochs", "1"), "blocks"), (("--method", "blocks"), "blocks")):
+        out = tmp_path / f"{len(extra)}{method}"
+        assert cli.main(["compensate", *map(str, flags), "--out", str(out), *extra]) == 0
+        said = capsys.readouterr().err
+        assert ("method least_squares: blocks needs about" in said) == (method == "least_squares")
+        assert load_artifact(out).meta["compensation"]["method"] == method
+
+
+def test_free_memory_is_that_of_this_machine():
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free_bytes(torch.device("cpu")) < total
 
 
 def test_the_command_does_not_replace_the_masks_it_reads(work, capsys):

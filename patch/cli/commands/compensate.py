@@ -15,6 +15,7 @@ from patch.settings import RESOLVED_NAME, AtLeastOne, NewPath, Positive, dump_ya
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from patch.pruning import Compensation
 
@@ -44,8 +45,9 @@ class Options(inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementS
         None, "text to measure on (default: the evaluation split, if --data is a named set)", metavar="TEXT"
     )
     heldout_windows: AtLeastOne = setting(64, "held-out windows of seqlen tokens, at most")
-    method: CompensationMethod = setting(
-        "blocks", "blocks (trains each block), least_squares (each layer exactly) or sparsegpt (cheaper)"
+    method: CompensationMethod | None = setting(
+        None,
+        "blocks (trains each block; default where memory allows), least_squares (each layer) or sparsegpt (cheaper)",
     )
     epochs: AtLeastOne | None = setting(None, "blocks: passes over the calibration samples (default 4)")
     lr: Positive | None = setting(
@@ -82,6 +84,8 @@ def run(options: Options) -> None:
     seqlen = calibration.shape[1]
     heldout = _heldout_windows(options, tokenizer, heldout_source, seqlen)
     linears = maskable_linears(model)
+    method = _method(options, model, calibration, blocks)
+    blocks = blocks if method == "blocks" else None
     if found := zeros_already(linears):
         say(f"WARNING: {found}")
     stages = stages_folder(out)
@@ -90,19 +94,21 @@ def run(options: Options) -> None:
         source.masks,
         calibration=calibration,
         heldout=heldout,
-        method=options.method,
+        method=method,
         damping=options.damping,
         precision=options.precision,
         blocks=blocks,
         stages=None if blocks is None else stages,
         exclude=[name for name in linears if name not in source.masks],
     )
-    resolved = dataclasses.replace(options, overwrite=False)  # repeating a run must not replace its result
+    resolved = dataclasses.replace(
+        options, method=method, overwrite=False
+    )  # repeating a run must not replace its result
     compensation = outputs.provenance(
         options.data,
         text_sha256,
         masks=options.masks,
-        method=options.method,
+        method=method,
         damping=options.damping,
         precision=options.precision,
         blocks=None if blocks is None else dataclasses.asdict(blocks),
@@ -154,12 +160,29 @@ def _block_options(options: Options) -> BlockOptions | None:
     """How blocks are trained, None with another method, whose settings of that are refused."""
     values = {"epochs": options.epochs, "lr": options.lr, "batch_size": options.batch_size}
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    if options.method == "blocks":
+    if options.method in (None, "blocks"):
         return BlockOptions(**given, seed=options.seed)
     for name, value in given.items():
         advice = "Leave it out, or use --method blocks."
         raise ValueError(f"{name}: expected none with method {options.method}, got {value!r}. {advice}")
     return None
+
+
+def _method(
+    options: Options, model: PreTrainedModel, calibration: Tensor, blocks: BlockOptions | None
+) -> CompensationMethod:
+    """The method that was asked for; without one, blocks where the memory that is left is enough for it."""
+    from patch.pruning.plan import free_bytes, reconstruction_bytes
+
+    is_asked_for = options.method is not None or any((options.epochs, options.lr, options.batch_size))
+    if blocks is None or is_asked_for:
+        return options.method or "blocks"
+    needed, free = reconstruction_bytes(model, calibration, blocks.batch_size), free_bytes(model.device)
+    if needed <= free:
+        return "blocks"
+    advice = "Give --method blocks to try it all the same, with a smaller --batch-size, --nsamples or --seqlen"
+    say(f"method least_squares: blocks needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. {advice}")
+    return "least_squares"
 
 
 def _heldout_source(options: Options) -> str:
