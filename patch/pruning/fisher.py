@@ -26,8 +26,8 @@ from patch.files.folder import write_folder
 from patch.files.progress import Progress
 from patch.files.strict_json import dump_json
 from patch.mask import tile_sums
-from patch.models.modes import block_device, calibration_mode, placed
-from patch.models.structure import decoder_blocks, linear_at
+from patch.models.modes import block_device, calibration_mode, placed, streamed
+from patch.models.structure import decoder_blocks, input_embeddings, linear_at
 from patch.pruning.block_inputs import BlockCall, hidden_of, moved, split_call
 from patch.pruning.selection import working_dtype
 from patch.runs.checkpoints import load_tensors
@@ -57,7 +57,7 @@ def tile_losses(
     calibration  (samples, tokens) int64 token ids; the gradient is that of a sample's loss, its mean over the tokens
     tile         rows, columns of a tile
     device       where each block, and what is around the blocks, is put while it runs; None: where it is
-    chunk        samples whose hidden states between the blocks are held at once
+    chunk        samples whose hidden states between the blocks are held at once, where the blocks are
     stages       folder that keeps the sums after each chunk: the same call again goes on there; None: nowhere
     key          of all that the sums depend on
     progress     say how far it is
@@ -68,16 +68,17 @@ def tile_losses(
     members = [_members(block, linears) for block in blocks]
     losses = {name: torch.zeros(tile_grid(keep.shape, tile), dtype=torch.float64) for name, keep in masks.items()}
     first = next(index for index, own in enumerate(members) if own)
+    homes = [block_device(block) for block in blocks]
     done = _restore(losses, stages, key)
     total = (len(calibration) - done) * (len(blocks) - first)
     with (
         calibration_mode(model),
         _no_trained_parameters(model),
-        _placed_around(model, blocks, device),
         Progress(total, "gradients of the loss", "block", show=progress) as bar,
     ):
         for samples in calibration[done:].split(chunk):
-            runs = [_Run(model, blocks, ids[None], device) for ids in samples]
+            with streamed(model, device):
+                runs = [_Run(model, blocks, ids[None], homes) for ids in samples]
             for index in reversed(range(first, len(blocks))):
                 with placed(blocks[index], device):
                     for run in runs:
@@ -140,15 +141,15 @@ class _Run:
 
     last: Tensor
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor, device: torch.device | str | None):
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor, homes: list[torch.device]):
+        """homes: where the hidden states before each block are kept."""
         self.boundaries: list[_Boundary] = []
-        ids = ids.to(next(_outside(model, blocks)).device)
+        self._homes = homes
+        ids = ids.to(block_device(input_embeddings(model)))
         with ExitStack() as hooks, torch.no_grad():
-            for index, block in enumerate(blocks):
-                for handle in self._attach(index, block, index + 1 == len(blocks), device):
-                    hooks.callback(handle.remove)
-                if device is not None:  # an exception inside a block skips its hook
-                    hooks.callback(block.to, block_device(block))
+            for block in blocks:
+                hooks.callback(block.register_forward_pre_hook(self._note, with_kwargs=True).remove)
+            hooks.callback(blocks[-1].register_forward_hook(self._cut).remove)
             logits: Tensor = model(input_ids=ids).logits
             # What is behind the last block ran with gradients.
             loss = functional.cross_entropy(logits[0, :-1].to(working_dtype(logits)), ids[0, 1:].to(logits.device))
@@ -175,27 +176,16 @@ class _Run:
             assert hidden.grad is not None
             self.gradient = hidden.grad
 
-    def _attach(self, index: int, block: nn.Module, is_last: bool, device: torch.device | str | None) -> list[Any]:
-        home = block_device(block)
+    def _note(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden, args, kwargs = split_call(args, kwargs)
+        home = self._homes[len(self.boundaries)]
+        self.boundaries.append(_Boundary(hidden.to(home), BlockCall(moved(args, home), moved(kwargs, home))))
 
-        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            hidden, args, kwargs = split_call(args, kwargs)
-            self.boundaries.append(_Boundary(hidden.to(home), BlockCall(moved(args, None), moved(kwargs, None))))
-            if device is None:
-                return (hidden, *args), kwargs
-            module.to(device)
-            return (hidden.to(device), *moved(args, device)), moved(kwargs, device)
-
-        def after(module: nn.Module, args: tuple, output: Any) -> Any:
-            if device is not None:
-                module.to(home)
-            if not is_last:
-                return output
-            self.last = hidden_of(output).detach().requires_grad_(True)
-            torch.set_grad_enabled(True)
-            return (self.last, *output[1:]) if isinstance(output, tuple) else self.last
-
-        return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+    def _cut(self, block: nn.Module, args: tuple, output: Any) -> Any:
+        """The last block's output as a tensor of its own, from which on gradients are recorded."""
+        self.last = hidden_of(output).detach().requires_grad_(True)
+        torch.set_grad_enabled(True)
+        return (self.last, *output[1:]) if isinstance(output, tuple) else self.last
 
 
 @contextmanager
@@ -211,22 +201,3 @@ def _no_trained_parameters(model: nn.Module) -> Iterator[None]:
         for parameter, trained, gradient in before:
             parameter.requires_grad_(trained)
             parameter.grad = gradient
-
-
-@contextmanager
-def _placed_around(model: nn.Module, blocks: nn.ModuleList, device: torch.device | str | None) -> Iterator[None]:
-    """Keep embeddings, norms and head on `device` during the body; None leaves them where they are."""
-    tensors = [] if device is None else [(tensor, tensor.device) for tensor in _outside(model, blocks)]
-    try:
-        for tensor, _ in tensors:
-            tensor.data = tensor.data.to(device)
-        yield
-    finally:
-        for tensor, home in tensors:
-            tensor.data = tensor.data.to(home)
-
-
-def _outside(model: nn.Module, blocks: nn.ModuleList) -> Iterator[Tensor]:
-    """Parameters and buffers that are in no block."""
-    inside = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}
-    yield from (tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in inside)

@@ -368,7 +368,7 @@ def test_the_command_refuses(work, tmp_path, capsys, monkeypatch, extra, message
 
 
 def test_the_command_takes_least_squares_where_memory_is_short(work, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("patch.pruning.plan.free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr("patch.pruning.plan.free_bytes", lambda device: 1 << 10)
     flags = ["--model", work / "model", "--masks", work / "masks", "--data", work / "train.txt", "--seqlen", "32"]
     flags += ["--heldout", work / "held.txt", "--heldout-windows", "1", "--nsamples", "8"]
     for extra, method in (((), "least_squares"), (("--epochs", "1"), "blocks"), (("--method", "blocks"), "blocks")):
