@@ -47,7 +47,7 @@ class Options(inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementS
     method: CompensationMethod = setting(
         "blocks", "blocks (trains each block), least_squares (each layer exactly) or sparsegpt (cheaper)"
     )
-    epochs: AtLeastOne | None = setting(None, "blocks: passes over the calibration samples (default 4)")
+    epochs: AtLeastOne | None = setting(None, "blocks: passes over the calibration samples (default 2)")
     lr: Positive | None = setting(
         None, "blocks: learning rate in root mean squares of a layer's weights (default 0.02)", metavar="LR"
     )
