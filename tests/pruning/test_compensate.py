@@ -17,7 +17,7 @@ from patch.evaluate.cross_entropy import perplexity
 from patch.models.facts import fingerprints
 from patch.models.keep_masks import keep_masks
 from patch.models.structure import maskable_linears
-from patch.pruning import COMPENSATIONS, PruneOptions, compensate, prune_model
+from patch.pruning import COMPENSATIONS, PruneOptions, compensate, prune_model, reconstruction
 from patch.pruning.compensation import compensated, output_error
 from patch.pruning.hessian import Statistics, eliminate
 

@@ -200,9 +200,10 @@ def _plan(options: Options, model: PreTrainedModel, device: torch.device, texts:
     linears = maskable_linears(model, options.exclude)
     weights = sum(linear.weight.numel() for linear in linears.values())
     windows = options.heldout_windows if texts is None else len(texts.heldout)
+    order = "" if own_settings.keep_order else "reorder channels; "
     lines = [
         f"{len(linears)} linear layers with {weights / 1e6:,.2f} M weights, {options.sparsity:.0%} of them to be zero",
-        f"{'' if own_settings.keep_order else 'reorder channels; '}prune with {options.method}, tiles by {options.tiles_by}; "
+        f"{order}prune with {options.method}, tiles by {options.tiles_by}; "
         f"reconstruct by {options.reconstruct}; on {samples} samples of {seqlen} tokens ({samples * seqlen:,} tokens)",
         f"measure on {windows} windows of {seqlen} tokens{'' if texts is None else f': {texts.where}'}",
     ]
