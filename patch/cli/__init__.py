@@ -18,7 +18,7 @@ from patch.files.failures import as_file_error, file_error_text
 from patch.settings import load_config
 
 # Errors of the user or the environment; their text says what to do. Others are our mistakes.
-EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError)
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError, FloatingPointError, MemoryError)
 INTERNAL_ERROR, INTERRUPTED = 1, 130
 
 

@@ -75,7 +75,7 @@ class DemoSettings:
 
     model: ModelSettings = Field(default_factory=ModelSettings)
     learn: LearnSettings = Field(default_factory=LearnSettings)
-    blocks: BlockOptions = Field(default_factory=lambda: BlockOptions(epochs=2))
+    blocks: BlockOptions = Field(default_factory=BlockOptions)
     tile: Tile = (128, 128)
     targets: Targets = (0.45,)
     more_targets: Targets = (0.35, 0.25)

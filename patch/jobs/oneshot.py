@@ -6,7 +6,9 @@ on where it stopped, and one with another model, text or setting makes again wha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -140,10 +142,12 @@ class _Run:
         self._stage(PRUNE, settings | {"calibration": calibration}, self._prune)
         self._stage(RECONSTRUCT, rebuilding, self._reconstruct)
         out, warnings = self._pack()
-        if job.keep_stages and self._orders is not None:
-            save_dense(self._take(), job.tokenizer, self.folder / REORDERED)
-        elif not job.keep_stages:
+        if not job.keep_stages:
             self._remove_stages()
+        elif self._orders is not None:
+            save_dense(self._take(), job.tokenizer, self.folder / REORDERED)
+        else:
+            self._remove_reordered()
         return Outcome(out, self.numbers, warnings)
 
     def _stage(self, name: str, settings: Mapping[str, Any], make: Callable[[Callable[..., bytes]], None]) -> None:
@@ -161,11 +165,15 @@ class _Run:
             make(sealed)
         else:
             self.numbers[name] = found
-            say(f"stage {STAGES.index(name) + 1} of {len(STAGES)}, {name}: done before")
+            say(f"{self._heading(name)}: done before")
 
     def _begin(self, name: str) -> float:
-        say(f"stage {STAGES.index(name) + 1} of {len(STAGES)}, {name}")
+        say(self._heading(name))
         return time.monotonic()
+
+    def _heading(self, name: str) -> str:
+        wanted = [stage for stage in STAGES if stage != REORDER or not self.job.settings.keep_order]
+        return f"stage {wanted.index(name) + 1} of {len(wanted)}, {name}"
 
     def _model(self) -> PreTrainedModel:
         """The dense model, to read only."""
@@ -309,7 +317,13 @@ class _Run:
         meta |= {"sparsity": job.settings.sparsity, "tile": job.settings.tile, "versions": versions()}
         return meta | self.made_from | {"text_sha256": job.texts.text_sha256}
 
+    def _remove_reordered(self) -> None:
+        """Of an earlier job that kept its stages."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder / REORDERED)
+
     def _remove_stages(self) -> None:
+        self._remove_reordered()
         for name in STAGES:
             remove_stages(_parts(self.folder, name))
         remove_stages(self.folder)

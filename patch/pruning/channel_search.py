@@ -73,7 +73,9 @@ def _exchanged(columns: Tensor, groups: Tensor, generator: torch.Generator) -> T
         own = given.diagonal()
         gain = own[:, None] + own - given - given.T
         best = gain.argmax(1)
-        agreed = (best[best] == count) & (gain[count, best] > _LEAST_GAIN * own)
+        gains = gain[count, best] > _LEAST_GAIN * own
+        # Of both: the least gain is a share of what each loses, and rounding differs.
+        agreed = (best[best] == count) & gains & gains[best]
         if not agreed.any():
             return torch.cat([rest, offered[taken][:, None]], 1)
         taken = taken[torch.where(agreed, best, count)]

@@ -167,16 +167,20 @@ def reconstruct(
 ) -> Compensation:
     """The second half: mask a DENSE model in place and update what is kept; stages as in `prune_hybrid`."""
     of_blocks: dict[str, Any] = {"stages": stages, "blocks": block_options(settings)}
-    return compensate(
-        model,
-        masks,
-        calibration=calibration,
-        method=settings.reconstruct,
-        exclude=settings.exclude,
-        device=device,
-        progress=progress,
-        **(of_blocks if settings.reconstruct == "blocks" else {}),
-    )
+    try:
+        return compensate(
+            model,
+            masks,
+            calibration=calibration,
+            method=settings.reconstruct,
+            exclude=settings.exclude,
+            device=device,
+            progress=progress,
+            **(of_blocks if settings.reconstruct == "blocks" else {}),
+        )
+    except MemoryError as error:
+        # Here the method is that of pruning.
+        raise MemoryError(str(error).replace("method=", "reconstruct=")) from error
 
 
 def heldout_perplexity(

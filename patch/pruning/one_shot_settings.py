@@ -40,7 +40,7 @@ class OneShotSettings:
     reconstruct: CompensationMethod = setting(
         "blocks", "how the kept weights make up for the others: blocks, least_squares or sparsegpt", metavar="METHOD"
     )
-    epochs: AtLeastOne | None = setting(None, "blocks: passes over the calibration samples (default 4)")
+    epochs: AtLeastOne | None = setting(None, "blocks: passes over the calibration samples (default 2)")
     batch_size: AtLeastOne | None = setting(
         None, "blocks: calibration samples a step (default 8); fewer need less memory"
     )

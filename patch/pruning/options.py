@@ -72,7 +72,7 @@ class TileOptions:
 class BlockOptions:
     """How `fit_block` trains a block. raises ValueError naming the field."""
 
-    epochs: AtLeastOne = setting(4, "passes over the calibration samples for each block")
+    epochs: AtLeastOne = setting(2, "passes over the calibration samples for each block")
     lr: Positive = setting(
         0.02,
         "learning rate of Adam in root mean squares of a layer's kept weights; it falls linearly to 0",

@@ -64,8 +64,7 @@ class Reconstruction:
         try:
             fit_block(index, block, members, self._masks, inputs, targets, self._options)
         except torch.OutOfMemoryError as error:
-            advice = "Give a smaller batch_size (--batch-size), shorter samples (--seqlen), or method='least_squares'"
-            raise RuntimeError(f"out of memory while block {index} was fitted. {advice}.") from error
+            raise MemoryError(self._too_large(index, targets[0].shape[-2])) from error
         fitted = list(inputs.run(index, block))
         after = relative_error(fitted, targets)
         if after < before:
@@ -78,6 +77,13 @@ class Reconstruction:
         self.errors[index] = before, after
         self._keep(index, members)
         return outputs
+
+    def _too_large(self, index: int, seqlen: int) -> str:
+        size = self._options.batch_size
+        fewer = f"batch_size={size // 2}, " if size > 1 else ""
+        got = f"got too little for {size} of {seqlen} tokens"
+        advice = f"Give {fewer}shorter ones such as seqlen={max(1, seqlen // 2)}, or method='least_squares'"
+        return f"batch_size: expected memory to fit block {index} to so many samples a step, {got}. {advice}."
 
     def _folder(self, index: int) -> Path:
         assert self._stages is not None

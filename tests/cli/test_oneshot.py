@@ -17,14 +17,22 @@ from support.scale import LLAMA_7B
 
 import patch
 from patch import cli
+from patch.artifacts.artifact import load_artifact
 from patch.cli.commands import oneshot as command
 from patch.files.folder import verify_folder, write_folder
 from patch.jobs import oneshot as job
+from patch.models.structure import maskable_linears
 from patch.packed.swap import packed_layers
-from patch.pruning import block_fit, reconstruction
+from patch.pruning import block_fit, permutation, reconstruction
 
 COMMAND = "oneshot --model {w}/model --data {w}/train.txt --seqlen 32 --nsamples 4 --heldout-windows 2 --tile 64"
-DONE = {"prune_hybrid": ["dense"], "reconstruct": ["dense", "prune"], "pack_model": ["dense", "prune", "reconstruct"]}
+DONE = {
+    "reorder": ["dense"],
+    "prune_hybrid": ["dense", "reorder"],
+    "reconstruct": ["dense", "reorder", "prune"],
+    "pack_model": ["dense", "reorder", "prune", "reconstruct"],
+}
+STAGES = ["dense", "prune", "reconstruct", "reorder", "reordered"]
 
 
 def call(capsys, work, *more, text=COMMAND):
@@ -81,18 +89,29 @@ def test_the_card_says_what_was_done(made, work):
         r"Mean relative error of the blocks' outputs on the calibration text: 0\.\d{5}, 0\.\d{5} after", card
     )
     assert 'model = patch.load("oneshot")' in card and f"torch {torch.__version__}" in card
+    assert "\nBefore, the channels that 4 layers read and the residual stream were reordered, which changes no" in card
     assert "base_model" not in card  # the model is a folder here
 
 
 def test_kept_stages_are_artifacts_of_the_model(made, work, capsys):
     stages = made.with_name("oneshot.stages")
-    assert sorted(path.name for path in stages.iterdir()) == ["dense", "prune", "reconstruct"]
-    masks, weights = "--masks {s}/reconstruct", "export --model {w}/model --format packed --dtype bf16"
+    assert sorted(path.name for path in stages.iterdir()) == STAGES
+    masks, weights = "--masks {s}/reconstruct", "export --model {s}/reordered --format packed --dtype bf16"
     arguments = f"{weights} {masks} --out {{w}}/exported".format(w=work, s=stages).split()
     assert run(capsys, *arguments)[0] == 0
     exported, packed = (dict(patch.load(path).state_dict()) for path in (work / "exported", made))
     assert exported.keys() == packed.keys()
     assert all(torch.equal(exported[name], packed[name]) for name in packed)
+    dense, reordered = patch.load(work / "model"), patch.load(stages / "reordered")
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        difference = (reordered(input_ids=ids).logits - dense(input_ids=ids).logits).abs().max()
+    assert 0 < difference < 1e-5
+    for name in ("prune", "reconstruct"):
+        artifact = load_artifact(stages / name, model=reordered)
+        assert artifact.masks.keys() == maskable_linears(reordered).keys()
+        with pytest.raises(ValueError, match="model"):
+            load_artifact(stages / name, model=dense)
 
 
 @pytest.mark.parametrize("stopped", DONE)
@@ -113,7 +132,7 @@ def test_an_interrupted_job_goes_on_where_it_stopped(made, work, tmp_path, capsy
     assert status == 0
     said = [line for line in err.splitlines() if line.startswith("stage ")]
     assert said == [
-        f"stage {number} of 4, {name}{': done before' if name in done else ''}"
+        f"stage {number} of 5, {name}{': done before' if name in done else ''}"
         for number, name in enumerate(job.STAGES, 1)
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o"]
@@ -132,7 +151,7 @@ def test_an_interrupt_inside_a_stage_keeps_its_parts(made, work, tmp_path, capsy
     monkeypatch.setattr(reconstruction, "fit_block", stop_at_the_second)
     status, _, err = call(capsys, work, "--out", out)
     assert status == 130
-    assert f"what is finished (dense, prune, parts of reconstruct) is kept in {out}.stages" in err
+    assert f"what is finished (dense, reorder, prune, parts of reconstruct) is kept in {out}.stages" in err
 
     def count(index, *arguments, **settings):
         blocks.append(index)
@@ -143,6 +162,68 @@ def test_an_interrupt_inside_a_stage_keeps_its_parts(made, work, tmp_path, capsy
     assert status == 0 and blocks == [0, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o"]
     assert (out / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+def test_an_interrupt_inside_the_search_leaves_no_stage_of_it(work, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(permutation, "best_order", interrupt)
+    status, _, err = call(capsys, work, "--out", tmp_path / "o")
+    assert status == 130
+    assert f"what is finished (dense) is kept in {tmp_path / 'o'}.stages" in err
+    assert [path.name for path in (tmp_path / "o.stages").iterdir()] == ["dense"]
+
+
+@pytest.mark.usefixtures("stages")
+def test_channels_keep_their_order_when_asked(work, stages, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(job, "reorder", lambda *_, **__: pytest.fail("reordered"))
+    more = ["--keep-order", "--keep-stages", "--reconstruct", "least_squares"]
+    status, _, err = call(capsys, work, "--out", tmp_path / "o", *more)
+    assert status == 0
+    assert "plan: prune with sparsegpt, " in err and "reorder" not in err
+    assert re.findall(r"^stage .*", err, re.M) == [
+        *("stage 1 of 4, dense: done before", "stage 2 of 4, prune", "stage 3 of 4, reconstruct", "stage 4 of 4, pack"),
+    ]
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert " --keep-order " in card and "reordered" not in card
+    assert not (stages / "reordered").exists()
+    load_artifact(stages / "reconstruct", model=patch.load(work / "model"))
+
+
+def test_a_model_without_movable_channels_goes_on(work, tmp_path, capsys):
+    config = transformers.GPTNeoXConfig(
+        vocab_size=260,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    )
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    build_byte_tokenizer().save_pretrained(tmp_path / "neox")
+    more = ["--model", tmp_path / "neox", "--out", tmp_path / "o", "--reconstruct", "least_squares", "--keep-stages"]
+    status, _, err = call(capsys, work, *more)
+    assert status == 0
+    assert "plan: prune with sparsegpt, " in err and "reorder 0" not in err
+    assert err.count("channels of GPTNeoXForCausalLM stay in their order: none is known that can be moved\n") == 1
+    assert "reordered" not in (tmp_path / "o" / "README.md").read_text()
+    stages = tmp_path / "o.stages"
+    assert sorted(path.name for path in stages.iterdir()) == ["dense", "prune", "reconstruct", "reorder"]
+    load_artifact(stages / "reconstruct", model=patch.load(tmp_path / "neox"))
+
+
+def test_too_little_memory_is_said_in_flags(made, work, stages, tmp_path, capsys, monkeypatch):
+    def full(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    shutil.rmtree(stages / "reconstruct")
+    monkeypatch.setattr(reconstruction, "fit_block", full)
+    status, _, err = call(capsys, work, "--out", tmp_path / "o")
+    assert status == 2
+    expected = "--batch-size: expected memory to fit block 0 to so many samples a step, got too little for 8 of 32"
+    advice = "Give --batch-size 4, shorter ones such as --seqlen 16, or --reconstruct least_squares."
+    assert err.endswith(f"{expected} tokens. {advice}\n")
 
 
 def test_an_interrupt_before_the_first_stage_leaves_nothing(work, tmp_path, capsys, monkeypatch):
@@ -166,14 +247,14 @@ def stages(made, tmp_path):
 
 
 def done_before(err):
-    return re.findall(r"^stage \d of 4, (\w+): done before$", err, re.M)
+    return re.findall(r"^stage \d of 5, (\w+): done before$", err, re.M)
 
 
 def test_a_damaged_stage_is_made_again(made, work, stages, tmp_path, capsys, caplog):
     (stages / "prune" / "masks.safetensors").write_bytes(b"damaged")
     status, _, err = call(capsys, work, "--out", tmp_path / "o")
     assert status == 0
-    assert done_before(err) == ["dense", "reconstruct"]
+    assert done_before(err) == ["dense", "reorder", "reconstruct"]
     assert "making stage prune again: " in caplog.text and "masks.safetensors: expected" in caplog.text
     assert (tmp_path / "o" / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
@@ -181,9 +262,9 @@ def test_a_damaged_stage_is_made_again(made, work, stages, tmp_path, capsys, cap
 @pytest.mark.parametrize(
     ("more", "kept"),
     [
-        (["--sparsity", "0.35"], ["dense"]),
+        (["--sparsity", "0.35"], ["dense", "reorder"]),
         (["--nsamples", "3"], ["dense"]),
-        (["--batch-size", "2"], ["dense", "prune"]),
+        (["--batch-size", "2"], ["dense", "reorder", "prune"]),
         (["--dtype", "bf16"], []),
         (["--heldout", "{w}/held.txt"], []),
         (["--model", "{w}/another"], []),
@@ -268,13 +349,14 @@ def test_the_plan_comes_first(made, work):
     assert plan[0] == "14 linear layers with 0.25 M weights, 45% of them to be zero"
     assert (
         plan[1]
-        == "prune with sparsegpt, tiles by fisher; reconstruct by blocks; on 4 samples of 32 tokens (128 tokens)"
+        == "reorder channels; prune with sparsegpt, tiles by fisher; reconstruct by blocks; on 4 samples of 32 tokens "
+        "(128 tokens)"
     )
     assert re.fullmatch(r"measure on 2 windows of 32 tokens: the last 64 of .* before calibration was drawn", plan[2])
-    each = r"dense \d+ s, prune \d+ s, reconstruct \d+ s, pack \d+ s"
+    each = r"dense \d+ s, reorder \d+ s, prune \d+ s, reconstruct \d+ s, pack \d+ s"
     assert re.fullmatch(rf"about \d+ s on this machine, by a model that may be far off: {each}", plan[3])
     assert re.fullmatch(r"peak memory about 0\.\d GB", plan[4])
-    assert len(plan) == 5 and said.index(f"plan: {plan[4]}") < said.index("stage 1 of 4, dense")
+    assert len(plan) == 5 and said.index(f"plan: {plan[4]}") < said.index("stage 1 of 5, dense")
 
 
 def test_a_dry_run_reads_the_configuration_alone(work, tmp_path, capsys):
@@ -285,6 +367,7 @@ def test_a_dry_run_reads_the_configuration_alone(work, tmp_path, capsys):
     assert status == 0
     assert "plan: 14 linear layers with 0.25 M weights, 45% of them to be zero\n" in out
     assert "on 1024 samples of 128 tokens (131,072 tokens)\nplan: measure on 64 windows of 128 tokens\n" in out
+    assert re.search(r"^reorder +order of the channels +\d+ \w+ +0\.\d GB$", out, re.M)
     assert re.search(r"^reconstruct +block fit +\d+ \w+ +0\.\d GB$", out, re.M)
     assert re.search(
         r"^a GPU of 24 GB: the whole model fits, 23\.\d GB left; with --offload it fits, 23\.\d GB", out, re.M

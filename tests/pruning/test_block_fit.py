@@ -207,13 +207,17 @@ def test_what_the_forward_pass_uses_may_be_made_from_the_weights():
     assert all(not linear.weight[~masks[name]].any() for name, linear in members.items())
 
 
-def test_too_little_memory_names_the_flags(monkeypatch):
+def test_too_little_memory_names_the_settings(monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(reconstruction, "fit_block", full)
-    with pytest.raises(RuntimeError, match=r"out of memory while block 0 was fitted. .*--batch-size.*--seqlen.*least"):
+    with pytest.raises(MemoryError) as refused:
         run(build())
+    assert str(refused.value) == (
+        "batch_size: expected memory to fit block 0 to so many samples a step, got too little for 4 of 24 tokens. "
+        "Give batch_size=2, shorter ones such as seqlen=12, or method='least_squares'."
+    )
 
 
 @pytest.mark.parametrize(

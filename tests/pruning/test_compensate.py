@@ -18,7 +18,7 @@ from patch.evaluate.cross_entropy import perplexity
 from patch.models.facts import fingerprints
 from patch.models.keep_masks import keep_masks
 from patch.models.structure import maskable_linears
-from patch.pruning import COMPENSATIONS, PruneOptions, compensate, prune_model
+from patch.pruning import COMPENSATIONS, PruneOptions, compensate, prune_model, reconstruction
 from patch.pruning.compensation import compensated, output_error
 from patch.pruning.hessian import Statistics, eliminate
 from patch.pruning.plan import free_bytes
@@ -280,6 +280,18 @@ def command(work, out, *extra, data="train.txt"):
     if "--method" not in extra:
         flags += ["--epochs", "1"]
     return cli.main(["compensate", *flags, "--nsamples", "8", "--seqlen", "32", *map(str, extra)])
+
+
+def test_too_little_memory_is_said_in_flags(work, tmp_path, capsys, monkeypatch):
+    def full(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(reconstruction, "fit_block", full)
+    assert command(work, tmp_path / "out", "--heldout", work / "held.txt", "--batch-size", 1) == 2
+    got = "got too little for 1 of 32 tokens. Give shorter ones such as --seqlen 16, or --method least_squares.\n"
+    assert capsys.readouterr().err.endswith(
+        f"--batch-size: expected memory to fit block 0 to so many samples a step, {got}"
+    )
 
 
 def test_the_command_saves_weights_and_both_perplexities(work, tmp_path, capsys):

@@ -123,12 +123,13 @@ def names(found):
 def test_steps_are_those_of_the_settings(counts):
     last = "pack, open again, perplexity"
     assert names(costs_with(counts)) == [
-        *("provisional patterns", "Fisher information", "sweep", "least squares", "block fit", last),
+        *("order of the channels", "provisional patterns", "Fisher information", "sweep"),
+        *("least squares", "block fit", last),
     ]
-    assert names(costs_with(counts, tiles_by="error", reconstruct="least_squares")) == [
+    assert names(costs_with(counts, tiles_by="error", reconstruct="least_squares", keep_order=True)) == [
         *("errors of tiles", "sweep", "least squares", last),
     ]
-    assert names(costs_with(counts, tiles_by="share", reconstruct="sparsegpt")) == [
+    assert names(costs_with(counts, tiles_by="share", reconstruct="sparsegpt", keep_order=True)) == [
         *("provisional patterns", "unstructured reference", "sweep", "sweep", last),
     ]
     fit = {
@@ -155,7 +156,7 @@ def test_memory_is_where_the_model_is(counts):
         assert offloaded.memory(in_turn)[0] < device and offloaded.memory(in_turn)[1] >= host + weights
     assert offloaded.seconds(H100) > whole.seconds(H100)
     assert whole.seconds(H100) == pytest.approx(
-        sum(whole.seconds(H100, s) for s in ("dense", "prune", "reconstruct", "pack"))
+        sum(whole.seconds(H100, s) for s in ("dense", "reorder", "prune", "reconstruct", "pack"))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from patch.mask import tile_counts
 from patch.models.keep_masks import keep_masks
 from patch.models.packed_size import packed_bytes
 from patch.models.structure import maskable_linears
-from patch.pruning import one_shot
+from patch.pruning import one_shot, permutation
 from patch.pruning.one_shot import verdict
 from patch.pruning.one_shot_settings import OneShotSettings, default_nsamples, hybrid_methods
 
@@ -54,10 +55,31 @@ def test_it_is_pruning_and_compensating_the_dense_weights(tiny_model, windows):
     result = patch.oneshot(model, calibration=windows, **QUICK)
     assert (result.dense, result.pruned, result.reconstructed) == (None, None, None)
     settings = OneShotSettings(tile=TILE)
-    masks = one_shot.prune_hybrid(tiny_model("llama"), windows, settings, progress=False).masks
+    orders = one_shot.reorder(other, windows, progress=False)
+    assert torch.equal(orders.hidden, result.orders.hidden) and orders.inner.keys() == result.orders.inner.keys()
+    masks = one_shot.prune_hybrid(copy.deepcopy(other), windows, settings, progress=False).masks
     one_shot.reconstruct(other, masks, windows, settings, progress=False)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+def test_channels_keep_their_order_when_asked(tiny_model, windows):
+    model, other = tiny_model("llama"), tiny_model("llama")
+    cheap = QUICK | {"reconstruct": "least_squares"}
+    result = patch.oneshot(model, calibration=windows, keep_order=True, **cheap)
+    assert result.orders is None
+    assert torch.equal(model.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    settings = OneShotSettings(tile=TILE)
+    masks = one_shot.prune_hybrid(other, windows, settings, progress=False).masks
+    assert all(torch.equal(keep, masks[name]) for name, keep in result.masks.items())
+
+
+def test_a_model_without_movable_channels_keeps_their_order(tiny_model, windows, monkeypatch, capsys):
+    monkeypatch.setattr(permutation, "_folds", lambda *_: {})
+    result = patch.oneshot(tiny_model("llama"), calibration=windows, tile=TILE, reconstruct="least_squares")
+    assert result.orders is None
+    said = "channels of LlamaForCausalLM stay in their order: none is known that can be moved"
+    assert capsys.readouterr().err.splitlines().count(said) == 1
 
 
 def test_a_text_is_cut_in_two(tiny_model, tokenizer, text_file, capsys):
@@ -76,6 +98,7 @@ def test_excluded_layers_stay_as_they_are(tiny_model, windows):
     result = patch.oneshot(model, calibration=windows, exclude=["*.k_proj"], reconstruct="least_squares", **QUICK)
     assert len(result.masks) == 12
     name = "model.layers.1.self_attn.k_proj.weight"
+    permutation.apply_orders(dense, result.orders)
     assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
 
 

@@ -123,6 +123,15 @@ def test_the_search_finds_the_best_groups_of_a_small_layer(heads):
         assert lost(costs[:, part]) == min(lost(costs[:, columns]) for columns in splits)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_columns_of_very_different_costs_stay_an_order(seed):
+    """What is worth an exchange to one group is not to another, and both must agree."""
+    generator = torch.Generator().manual_seed(seed)
+    costs = torch.rand(4, 64, generator=generator) * 10.0 ** (torch.arange(64) % 8)
+    order = best_order(costs, 1, 20, generator)
+    assert torch.equal(order.sort().values, torch.arange(64))
+
+
 def test_the_search_separates_large_columns():
     costs = torch.ones(3, 512)
     costs[:, :256] = 100

@@ -37,6 +37,7 @@ n samples of S tokens, T = n S; F operations of a forward pass of the blocks on 
 | step | operations | bytes beside the model |
 |---|---|---|
 | perplexity | W (F + F') for W windows | logits twice, once in float32 |
+| order of the channels | 2 n F, 2 T K^2, K^3 a layer, 12,800 K min(N, 4096) bytes; n at most 128 | as the sweep |
 | provisional patterns | 2 n F | 20 N K |
 | Fisher information | m (4 F + 2 F'), 30 bytes a weight and sample | gradients of a block; host: states of 8 samples |
 | sweep | 2 n F, 2 T K^2 a tensor that layers read, 4/3 K^3 + N K^2 a layer | 4 K^2 a tensor in a block, 20 N K |

@@ -49,7 +49,7 @@ class Options(inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementS
         None,
         "blocks (trains each block; default where memory allows), least_squares (each layer) or sparsegpt (cheaper)",
     )
-    epochs: AtLeastOne | None = setting(None, "blocks: passes over the calibration samples (default 4)")
+    epochs: AtLeastOne | None = setting(None, "blocks: passes over the calibration samples (default 2)")
     lr: Positive | None = setting(
         None, "blocks: learning rate in root mean squares of a layer's weights (default 0.02)", metavar="LR"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import shlex
@@ -189,16 +190,21 @@ def _plan(options: Options, model: PreTrainedModel, device: torch.device, texts:
     from patch.evaluate.tables import format_table
     from patch.models.structure import maskable_linears
     from patch.pruning import costs
+    from patch.pruning.permutation import can_permute
 
+    own_settings = _own(options)
+    if not can_permute(model):
+        own_settings = dataclasses.replace(own_settings, keep_order=True)
     seqlen = _seqlen(options, model)
     samples = options.nsamples or default_nsamples(seqlen)
     linears = maskable_linears(model, options.exclude)
     weights = sum(linear.weight.numel() for linear in linears.values())
     windows = options.heldout_windows if texts is None else len(texts.heldout)
+    order = "" if own_settings.keep_order else "reorder channels; "
     lines = [
         f"{len(linears)} linear layers with {weights / 1e6:,.2f} M weights, {options.sparsity:.0%} of them to be zero",
-        f"prune with {options.method}, tiles by {options.tiles_by}; reconstruct by {options.reconstruct}; on "
-        f"{samples} samples of {seqlen} tokens ({samples * seqlen:,} tokens)",
+        f"{order}prune with {options.method}, tiles by {options.tiles_by}; "
+        f"reconstruct by {options.reconstruct}; on {samples} samples of {seqlen} tokens ({samples * seqlen:,} tokens)",
         f"measure on {windows} windows of {seqlen} tokens{'' if texts is None else f': {texts.where}'}",
     ]
     dtype = _dtype(options, model)
@@ -209,7 +215,7 @@ def _plan(options: Options, model: PreTrainedModel, device: torch.device, texts:
     placements: tuple[costs.Placement, ...] = (here, "gpu", "offload")
     sizes = {"nsamples": samples, "windows": windows}
     own, whole, offloaded = (
-        costs.oneshot_costs(counts, _own(options), **sizes, placement=placement) for placement in placements
+        costs.oneshot_costs(counts, own_settings, **sizes, placement=placement) for placement in placements
     )
     rates = costs.measured_rates(device, dtype)
     stages = dict.fromkeys(step.stage for step in own.steps)
