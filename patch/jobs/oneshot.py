@@ -39,7 +39,7 @@ from patch.packed.convert import pack_model
 from patch.packed.load import open_as
 from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import cast_model
-from patch.pruning.one_shot import heldout_perplexity, prune_hybrid, reconstruct, reorder, verdict
+from patch.pruning.one_shot import heldout_perplexity, prune_hybrid, reconstruct, reordered, verdict
 from patch.pruning.one_shot_settings import OneShotSettings
 from patch.pruning.permutation import ChannelOrders, apply_orders
 from patch.runs.folders import require_nothing_else
@@ -135,7 +135,7 @@ class _Run:
         self._stage(DENSE, {}, self._measure_dense)
         settings = dataclasses.asdict(job.settings)
         calibration = job.texts.sha256("calibration")
-        if not settings.pop("keep_order"):
+        if settings.pop("reorder"):
             self._stage(REORDER, {"calibration": calibration}, self._reorder)
             self._read_orders()
         rebuilding = {name: settings.pop(name) for name in ("reconstruct", "epochs", "batch_size")}
@@ -172,7 +172,7 @@ class _Run:
         return time.monotonic()
 
     def _heading(self, name: str) -> str:
-        wanted = [stage for stage in STAGES if stage != REORDER or not self.job.settings.keep_order]
+        wanted = [stage for stage in STAGES if stage != REORDER or self.job.settings.reorder]
         return f"stage {wanted.index(name) + 1} of {len(wanted)}, {name}"
 
     def _model(self) -> PreTrainedModel:
@@ -198,7 +198,7 @@ class _Run:
         write_folder(self.folder / DENSE, lambda directory: (directory / STAGE_FILE).write_bytes(content))
 
     def _reorder(self, sealed: Callable[..., bytes]) -> None:
-        orders = reorder(self._take(), self.job.texts.calibration, device=self.job.device)
+        orders = reordered(self._take(), self.job.texts.calibration, device=self.job.device)
         tensors: dict[str, Tensor] = {}
         if orders is not None:
             tensors = {f"{_INNER}{name}": order for name, order in orders.inner.items()}

@@ -149,7 +149,7 @@ def oneshot_costs(
     dense = counts.elems * counts.itemsize
     packed = dense - round(SAVED_SHARE * settings.sparsity * counts.masked_elems * counts.itemsize)
     steps = [Step("dense", "perplexity", parts.forward(windows), parts.forward_bytes)]
-    if not settings.keep_order:
+    if settings.reorder:
         few = _Parts(counts, settings, min(nsamples, REORDER_SAMPLES), is_offloaded=placement == "offload")
         steps += few.reorder()
     steps += parts.prune()

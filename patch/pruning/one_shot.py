@@ -21,6 +21,7 @@ from patch.models.keep_masks import measured_sparsity
 from patch.models.modes import streamed
 from patch.models.packed_size import packed_bytes
 from patch.models.structure import vocabulary_size
+from patch.pruning.channel_search import DEFAULT_STEPS
 from patch.pruning.compensation import Compensation, compensate
 from patch.pruning.hybrid import Hybrid
 from patch.pruning.model import check_prunable, prune_tiles
@@ -86,7 +87,7 @@ def oneshot(
                  held twice for as long as pruning takes
     progress     say on stderr what is done, and how far it is
     settings     of `OneShotSettings`: sparsity=0.45, method="sparsegpt", tiles_by="fisher", budget="model",
-                 tile=(128, 128), keep_order=False, reconstruct="blocks", epochs=None, batch_size=None, exclude=()
+                 tile=(128, 128), reorder=False, reconstruct="blocks", epochs=None, batch_size=None, exclude=()
     raises       ValueError or TypeError before any work
     """
     chosen = OneShotSettings(**settings)
@@ -102,7 +103,7 @@ def oneshot(
     options = make_options(method, "tiles", chosen.sparsity, None, DEFAULT_DAMPING, False, "fp32")
     linears = check_prunable(model, method, options, windows, exclude=chosen.exclude, device=device)
     dense = measured()
-    orders = None if chosen.keep_order else reorder(model, windows, device=device, progress=progress)
+    orders = reordered(model, windows, device=device, progress=progress) if chosen.reorder else None
     before = {name: linear.weight.detach().to("cpu", copy=True) for name, linear in linears.items()}
     hybrid = prune_hybrid(model, windows, chosen, device=device, progress=progress)
     masks = hybrid.masks
@@ -119,14 +120,14 @@ def oneshot(
     return OneShot(masks, hybrid.tile_is_sparse, orders, dense, pruned, reconstructed, compensation, packed, plain)
 
 
-def reorder(
+def reordered(
     model: nn.Module, calibration: Tensor, *, device: torch.device | str | None = None, progress: bool = True
 ) -> ChannelOrders | None:
     """Before `oneshot` prunes: reorder channels in place; None for a model in which none is known that can be."""
     if not can_permute(model):
         say(f"channels of {type(model).__name__} stay in their order: none is known that can be moved", show=progress)
         return None
-    return permute_channels(model, calibration[:REORDER_SAMPLES], device=device, progress=progress)
+    return permute_channels(model, calibration[:REORDER_SAMPLES], steps=DEFAULT_STEPS, device=device, progress=progress)
 
 
 def prune_hybrid(

@@ -23,11 +23,12 @@ from patch.files.folder import verify_folder, write_folder
 from patch.jobs import oneshot as job
 from patch.models.structure import maskable_linears
 from patch.packed.swap import packed_layers
-from patch.pruning import block_fit, permutation, reconstruction
+from patch.pruning import block_fit, one_shot, permutation, reconstruction
 
 COMMAND = "oneshot --model {w}/model --data {w}/train.txt --seqlen 32 --nsamples 4 --heldout-windows 2 --tile 64"
+REORDERING = f"{COMMAND} --reorder"
 DONE = {
-    "reorder": ["dense"],
+    "reordered": ["dense"],
     "prune_hybrid": ["dense", "reorder"],
     "reconstruct": ["dense", "reorder", "prune"],
     "pack_model": ["dense", "reorder", "prune", "reconstruct"],
@@ -35,8 +36,16 @@ DONE = {
 STAGES = ["dense", "prune", "reconstruct", "reorder", "reordered"]
 
 
-def call(capsys, work, *more, text=COMMAND):
+def call(capsys, work, *more, text=REORDERING):
     return run(capsys, *text.format(w=work).split(), *more)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """A short search: most tests go through it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(one_shot, "DEFAULT_STEPS", 3)
+        yield
 
 
 def tree(folder):
@@ -48,7 +57,7 @@ def made(work):
     """Folder of a finished job that kept its stages."""
     out = work / "oneshot"
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as said:
-        assert cli.main([*COMMAND.format(w=work).split(), "--keep-stages", "--out", str(out)]) == 0
+        assert cli.main([*REORDERING.format(w=work).split(), "--keep-stages", "--out", str(out)]) == 0
     (work / "oneshot.out").write_text(printed.getvalue())
     (work / "oneshot.err").write_text(said.getvalue())
     return out
@@ -82,7 +91,7 @@ def test_the_card_says_what_was_done(made, work):
         value = re.search(rf"  {label} +(\d+\.\d{{4}})", said)[1]
         assert re.search(rf"^\| {row} \| {re.escape(value)} \|", card, re.M)
     again = f"patch-llm oneshot --model {work}/model --data {work}/train.txt --sparsity 0.45 --out {made} --nsamples 4"
-    assert f"```\n{again} --seqlen 32 --tile 64,64 --heldout-windows 2\n```" in card
+    assert f"```\n{again} --seqlen 32 --tile 64,64 --reorder --heldout-windows 2\n```" in card
     assert "4 samples of 32 tokens (128 tokens) of a text with SHA-256" in card
     assert re.search(r"2 windows of 32 tokens: the last 64 of [\d,]+ tokens of .*, cut off before calibration", card)
     assert re.search(
@@ -176,17 +185,17 @@ def test_an_interrupt_inside_the_search_leaves_no_stage_of_it(work, tmp_path, ca
 
 
 @pytest.mark.usefixtures("stages")
-def test_channels_keep_their_order_when_asked(work, stages, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(job, "reorder", lambda *_, **__: pytest.fail("reordered"))
-    more = ["--keep-order", "--keep-stages", "--reconstruct", "least_squares"]
-    status, _, err = call(capsys, work, "--out", tmp_path / "o", *more)
+def test_channels_keep_their_order_unless_asked(work, stages, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(job, "reordered", lambda *_, **__: pytest.fail("reordered"))
+    more = ["--keep-stages", "--reconstruct", "least_squares"]
+    status, _, err = call(capsys, work, "--out", tmp_path / "o", *more, text=COMMAND)
     assert status == 0
     assert "plan: prune with sparsegpt, " in err and "reorder" not in err
     assert re.findall(r"^stage .*", err, re.M) == [
         *("stage 1 of 4, dense: done before", "stage 2 of 4, prune", "stage 3 of 4, reconstruct", "stage 4 of 4, pack"),
     ]
     card = (tmp_path / "o" / "README.md").read_text()
-    assert " --keep-order " in card and "reordered" not in card
+    assert "--reorder" not in card and "reordered" not in card
     assert not (stages / "reordered").exists()
     load_artifact(stages / "reconstruct", model=patch.load(work / "model"))
 

@@ -122,14 +122,14 @@ def names(found):
 
 def test_steps_are_those_of_the_settings(counts):
     last = "pack, open again, perplexity"
-    assert names(costs_with(counts)) == [
+    assert names(costs_with(counts, reorder=True)) == [
         *("order of the channels", "provisional patterns", "Fisher information", "sweep"),
         *("least squares", "block fit", last),
     ]
-    assert names(costs_with(counts, tiles_by="error", reconstruct="least_squares", keep_order=True)) == [
+    assert names(costs_with(counts, tiles_by="error", reconstruct="least_squares")) == [
         *("errors of tiles", "sweep", "least squares", last),
     ]
-    assert names(costs_with(counts, tiles_by="share", reconstruct="sparsegpt", keep_order=True)) == [
+    assert names(costs_with(counts, tiles_by="share", reconstruct="sparsegpt")) == [
         *("provisional patterns", "unstructured reference", "sweep", "sweep", last),
     ]
     fit = {

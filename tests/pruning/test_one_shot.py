@@ -23,6 +23,12 @@ TILE = (64, 64)
 QUICK = {"tile": TILE, "progress": False}
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """A short search of the order of channels."""
+    monkeypatch.setattr(one_shot, "DEFAULT_STEPS", 3)
+
+
 @pytest.fixture
 def windows():
     return torch.randint(0, 250, (6, 32), generator=torch.Generator().manual_seed(0))
@@ -52,10 +58,10 @@ def test_a_model_is_made_hybrid_in_place_and_measured(tiny_model, windows):
 
 def test_it_is_pruning_and_compensating_the_dense_weights(tiny_model, windows):
     model, other = tiny_model("llama"), tiny_model("llama")
-    result = patch.oneshot(model, calibration=windows, **QUICK)
+    result = patch.oneshot(model, calibration=windows, reorder=True, **QUICK)
     assert (result.dense, result.pruned, result.reconstructed) == (None, None, None)
     settings = OneShotSettings(tile=TILE)
-    orders = one_shot.reorder(other, windows, progress=False)
+    orders = one_shot.reordered(other, windows, progress=False)
     assert torch.equal(orders.hidden, result.orders.hidden) and orders.inner.keys() == result.orders.inner.keys()
     masks = one_shot.prune_hybrid(copy.deepcopy(other), windows, settings, progress=False).masks
     one_shot.reconstruct(other, masks, windows, settings, progress=False)
@@ -63,10 +69,10 @@ def test_it_is_pruning_and_compensating_the_dense_weights(tiny_model, windows):
         assert torch.equal(parameter, other.get_parameter(name)), name
 
 
-def test_channels_keep_their_order_when_asked(tiny_model, windows):
+def test_channels_keep_their_order_unless_asked(tiny_model, windows):
     model, other = tiny_model("llama"), tiny_model("llama")
     cheap = QUICK | {"reconstruct": "least_squares"}
-    result = patch.oneshot(model, calibration=windows, keep_order=True, **cheap)
+    result = patch.oneshot(model, calibration=windows, **cheap)
     assert result.orders is None
     assert torch.equal(model.get_input_embeddings().weight, other.get_input_embeddings().weight)
     settings = OneShotSettings(tile=TILE)
@@ -98,7 +104,6 @@ def test_excluded_layers_stay_as_they_are(tiny_model, windows):
     result = patch.oneshot(model, calibration=windows, exclude=["*.k_proj"], reconstruct="least_squares", **QUICK)
     assert len(result.masks) == 12
     name = "model.layers.1.self_attn.k_proj.weight"
-    permutation.apply_orders(dense, result.orders)
     assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
 
 

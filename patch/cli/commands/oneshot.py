@@ -194,13 +194,13 @@ def _plan(options: Options, model: PreTrainedModel, device: torch.device, texts:
 
     own_settings = _own(options)
     if not can_permute(model):
-        own_settings = dataclasses.replace(own_settings, keep_order=True)
+        own_settings = dataclasses.replace(own_settings, reorder=False)
     seqlen = _seqlen(options, model)
     samples = options.nsamples or default_nsamples(seqlen)
     linears = maskable_linears(model, options.exclude)
     weights = sum(linear.weight.numel() for linear in linears.values())
     windows = options.heldout_windows if texts is None else len(texts.heldout)
-    order = "" if own_settings.keep_order else "reorder channels; "
+    order = "reorder channels; " if own_settings.reorder else ""
     lines = [
         f"{len(linears)} linear layers with {weights / 1e6:,.2f} M weights, {options.sparsity:.0%} of them to be zero",
         f"{order}prune with {options.method}, tiles by {options.tiles_by}; "

@@ -14,7 +14,7 @@ examples:
   patch-llm prune --model llama-permuted --method sparsegpt --pattern tiles --sparsity 0.45 --data c4 --out hybrid
 
 The result is an ordinary dense model. Masks made from the original do not fit it: prune, learn and compensate start
-from the new folder. `patch-llm oneshot` does this by itself.
+from the new folder. `patch-llm oneshot --reorder` does this by itself.
 """
 
 
