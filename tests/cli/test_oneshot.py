@@ -372,7 +372,9 @@ def test_a_dry_run_reads_the_configuration_alone(work, tmp_path, capsys):
     (tmp_path / "shapes").mkdir()
     shutil.copy(work / "model" / "config.json", tmp_path / "shapes")
     before = tree(tmp_path)
-    status, out, _ = run(capsys, "oneshot", "--model", tmp_path / "shapes", "--dry-run", "--out", tmp_path / "o")
+    status, out, _ = run(
+        capsys, "oneshot", "--model", tmp_path / "shapes", "--dry-run", "--reorder", "--out", tmp_path / "o"
+    )
     assert status == 0
     assert "plan: 14 linear layers with 0.25 M weights, 45% of them to be zero\n" in out
     assert "on 1024 samples of 128 tokens (131,072 tokens)\nplan: measure on 64 windows of 128 tokens\n" in out

@@ -384,7 +384,7 @@ def test_the_command_takes_least_squares_where_memory_is_short(work, tmp_path, c
     flags = ["--model", work / "model", "--masks", work / "masks", "--data", work / "train.txt", "--seqlen", "32"]
     flags += ["--heldout", work / "held.txt", "--heldout-windows", "1", "--nsamples", "8"]
     for extra, method in (((), "least_squares"), (("--epochs", "1"), "blocks"), (("--method", "blocks"), "blocks")):
-        out = tmp_path / f"{len(extra)}{method}"
+        out = tmp_path / "-".join(("out", *extra))
         assert cli.main(["compensate", *map(str, flags), "--out", str(out), *extra]) == 0
         said = capsys.readouterr().err
         assert ("method least_squares: blocks needs about" in said) == (method == "least_squares")

@@ -82,7 +82,8 @@ def test_channels_keep_their_order_unless_asked(tiny_model, windows):
 
 def test_a_model_without_movable_channels_keeps_their_order(tiny_model, windows, monkeypatch, capsys):
     monkeypatch.setattr(permutation, "_folds", lambda *_: {})
-    result = patch.oneshot(tiny_model("llama"), calibration=windows, tile=TILE, reconstruct="least_squares")
+    options = {"tile": TILE, "reconstruct": "least_squares", "reorder": True}
+    result = patch.oneshot(tiny_model("llama"), calibration=windows, **options)
     assert result.orders is None
     said = "channels of LlamaForCausalLM stay in their order: none is known that can be moved"
     assert capsys.readouterr().err.splitlines().count(said) == 1
