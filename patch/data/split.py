@@ -16,6 +16,7 @@ from patch.data.tokens import calibration_windows, evaluation_text, sample_joine
 
 # Of a local text without another one beside it, at most this part of its end is held out.
 _TAIL = 10
+_FITTED = "The weights are fitted to --data, so perplexity on it says nothing."
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ def require_two_texts(source: str, heldout: str | None) -> None:
     """Refuse a held-out text that is the calibration text; for a named set that name is its evaluation split."""
     same = heldout is not None and source not in NAMED_SETS and Path(heldout).resolve() == Path(source).resolve()
     if same:
-        why = "The weights are fitted to --data, so perplexity on it says nothing."
-        raise ValueError(f"heldout: expected another text than --data, got {heldout!r} for both. {why}")
+        raise ValueError(f"heldout: expected another text than --data, got {heldout!r} for both. {_FITTED}")
 
 
 def calibration_and_heldout(
@@ -89,6 +89,10 @@ def calibration_and_heldout(
     sizes: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "text_field": text_field}
     calibration, digest = calibration_windows(tokenizer, name, **sizes)
     other = name if heldout is None else os.fspath(heldout)
+    if name not in NAMED_SETS and other not in NAMED_SETS:
+        if digest == text_sha256(load_documents(other, text_field=text_field)):
+            got = f"got {other!r}, which holds the same text"
+            raise ValueError(f"heldout: expected another text than --data, {got}. {_FITTED}")
     where = f"the evaluation split of {other}" if other in NAMED_SETS else other
     return Texts(calibration, _heldout_windows(tokenizer, other, seqlen, max_windows, text_field), digest, where)
 

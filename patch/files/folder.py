@@ -92,7 +92,7 @@ def write_folder(path: str | os.PathLike, write: Callable[[Path], object], *, re
     with naming(target), _only_writer(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         resolve_folder(target, must_exist=False)
-        if replace and (foreign := _foreign(target)):
+        if replace and (foreign := foreign_files(target)):
             expected = "expected a new or empty folder or one written before"
             raise ValueError(f"{target}: {expected}, found {foreign}; choose another path or move them away")
         _remove_stale(target)
@@ -176,7 +176,7 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield path.relative_to(folder).as_posix()
 
 
-def _foreign(target: Path) -> str:
+def foreign_files(target: Path) -> str:
     """What is at a path that this module did not write, so that it must never be deleted; "" for nothing."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         return "a file or link"

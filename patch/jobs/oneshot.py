@@ -24,7 +24,7 @@ from patch.artifacts.apply import apply_artifact
 from patch.artifacts.artifact import load_artifact, save_artifact
 from patch.data.split import Texts
 from patch.evaluate.decode import WARM_UP_TOKENS, decode_milliseconds
-from patch.files.folder import write_folder
+from patch.files.folder import foreign_files, write_folder
 from patch.files.paths import require_place_for_folder
 from patch.files.progress import duration, say
 from patch.files.strict_json import dump_json
@@ -59,6 +59,12 @@ def check_stages_folder(out: Path) -> None:
     """Refuse a place for the stages that holds other things, or cannot be written; `out` is checked by the caller."""
     folder = require_place_for_folder("--out", stages_folder(out))
     require_nothing_else("--out", folder, (*STAGES[:-1], REORDERED, *_LEFTOVERS))
+    for stage in (*STAGES[:-1], REORDERED):
+        if foreign := foreign_files(folder / stage):
+            got = f"{folder / stage} holds {foreign}"
+            raise ValueError(
+                f"--out: expected stages of an earlier run, {got}. Move them away, or choose another --out."
+            )
 
 
 def kept_stages(out: Path) -> list[str]:
@@ -275,7 +281,8 @@ class _Run:
                 "seconds": round(time.monotonic() - start, 3),
             }
             dense, pruned = (self.numbers[name]["perplexity"] for name in (DENSE, PRUNE))
-            warnings.extend(verdict(dense, perplexity, vocabulary, pruned))
+            sizes = {"packed_bytes": packed, "dense_bytes": plain}
+            warnings.extend(verdict(dense, perplexity, vocabulary, pruned, **sizes))
             (directory / CARD).write_text(self._card(model, warnings), encoding="utf-8")
 
         return save_packed(model, job.tokenizer, job.out, replace=job.replace, finish=finish), warnings

@@ -29,7 +29,7 @@ from patch.models.facts import weights_fingerprint
 from patch.models.keep_masks import check_keep_masks, set_keep_mask
 from patch.models.structure import decoder_blocks
 from patch.pruning.hessian import Statistics, damped_until, eliminate, full_precision, inverse_factor, inverse_of
-from patch.pruning.options import BlockOptions, CompensationMethod, Precision, PruneOptions
+from patch.pruning.options import BlockOptions, CompensationMethod, Precision, PruneOptions, require_options
 from patch.pruning.plan import say_plan
 from patch.pruning.reconstruction import Reconstruction
 from patch.pruning.selection import Pruned, check_updated, check_weight, working_dtype
@@ -113,6 +113,8 @@ def compensate(
     if method != "blocks" and (blocks is not None or stages is not None):
         given = "blocks" if blocks is not None else "stages"
         raise ValueError(f"{given}: expected none with method '{method}', got one. Leave it out, or use 'blocks'.")
+    if blocks is not None:
+        require_options("blocks", blocks, BlockOptions)
     options = PruneOptions("unstructured", 0.0, block_size, damping, precision=precision)
     linears = check_keep_masks(model, keep_masks, exclude)
     require_tokens(model, calibration, "calibration")

@@ -7,8 +7,9 @@ attention mask, since nobody can know of tokens without values that none is need
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,18 @@ class Counts:
         return sum(rows * cols for block in self.blocks for rows, cols in block.layers)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the traceback that torch logs of an operation that cannot be walked: the caller says so in a sentence."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def counted(config: Any, *, seqlen: int, dtype: torch.dtype, exclude: Sequence[str] = ()) -> Counts:
     """Counts for a transformers configuration of a causal language model; allocates next to nothing.
 
@@ -75,7 +88,7 @@ def counted(config: Any, *, seqlen: int, dtype: torch.dtype, exclude: Sequence[s
     exclude  patterns of layers that stay dense
     raises   whatever a model raises that computes with values of tensors, which fake ones do not have (some mixtures)
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         linears = maskable_linears(model, exclude)
         _, blocks = decoder_blocks(model)

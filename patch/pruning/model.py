@@ -18,12 +18,15 @@ from patch.models.keep_masks import apply_keep_masks, keep_mask_of, set_keep_mas
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, maskable_linears
 from patch.pruning.hybrid import Hybrid, TilePruning
-from patch.pruning.options import Pattern, Precision, PruneOptions, TileOptions
+from patch.pruning.options import Pattern, Precision, PruneOptions, TileOptions, require_options
 from patch.pruning.plan import say_plan
 from patch.pruning.proxsparse.config import ProxSparseConfig
 from patch.pruning.registry import Method, get_method, make_options
 from patch.pruning.selection import check_weight
 from patch.pruning.sequential import store, update_blocks
+from patch_kernels.checks import require_number
+
+_LESS_SPARSE = "45 percent is 0.45; dense and 2:4 tiles reach no more than 0.5, pattern='unstructured' does."
 
 
 def prune_model(
@@ -66,7 +69,6 @@ def prune_model(
     were pruned by then stay pruned and have their mask. Source: the sequential scheme of SparseGPT and Wanda.
     """
     chosen = get_method(method)
-    options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     if pattern != "tiles" and (tiles is not None or stages is not None):
         given = "tiles" if tiles is not None else "stages"
         raise ValueError(f"{given}: expected none with pattern {pattern}, got one. Leave it out, or use 'tiles'.")
@@ -87,6 +89,7 @@ def prune_model(
             device=device,
             progress=progress,
         ).masks
+    options = make_options(chosen, pattern, sparsity, block_size, damping, shift_zero_metrics, precision)
     if chosen.needs_calibration and calibration is None:
         advice = "Pass windows of (samples, seqlen) token ids, or use method='magnitude'."
         raise ValueError(f"calibration: expected token ids for method '{method}', got none. {advice}")
@@ -142,7 +145,9 @@ def prune_tiles(
     progress: bool = True,
 ) -> Hybrid:
     """`prune_model` with pattern "tiles", and what its tiles were chosen by; arguments as there."""
-    chosen, tiles = get_method(method), tiles or TileOptions()
+    chosen, tiles = get_method(method), TileOptions() if tiles is None else tiles
+    require_options("tiles", tiles, TileOptions)
+    require_number("sparsity", sparsity, ge=0, le=0.5, advice=_LESS_SPARSE)
     options = make_options(chosen, "tiles", sparsity, block_size, damping, shift_zero_metrics, precision)
     if calibration is None and (chosen.reads_inputs or tiles.by == "fisher"):
         reader, way_out = f"method '{method}'", "method='magnitude' with by='error'"

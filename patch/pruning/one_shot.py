@@ -95,6 +95,9 @@ def oneshot(
     require_tokens(model, windows, "calibration")
     if other is not None:
         require_tokens(model, other, "heldout")
+        if torch.equal(windows, other):
+            why = "The weights are fitted to them, so perplexity on them says nothing."
+            raise ValueError(f"heldout: expected other tokens than calibration, got the same. {why}")
 
     def measured() -> float | None:
         return None if other is None else heldout_perplexity(model, other, device=device, progress=progress)
@@ -113,10 +116,11 @@ def oneshot(
             linear.weight.copy_(before.pop(name))
     compensation = reconstruct(model, masks, windows, chosen, device=device, progress=progress)
     reconstructed = measured()
-    if dense is not None and reconstructed is not None:
-        for line in verdict(dense, reconstructed, vocabulary_size(model), pruned):
-            say(line, show=progress)
     packed, plain = packed_bytes(masks)
+    if dense is not None and reconstructed is not None:
+        sizes = {"packed_bytes": packed, "dense_bytes": plain}
+        for line in verdict(dense, reconstructed, vocabulary_size(model), pruned, **sizes):
+            say(line, show=progress)
     return OneShot(masks, hybrid.tile_is_sparse, orders, dense, pruned, reconstructed, compensation, packed, plain)
 
 
@@ -192,12 +196,24 @@ def heldout_perplexity(
         return perplexity(model, windows.reshape(-1), windows.shape[1], progress=progress)
 
 
-def verdict(dense: float, result: float, vocabulary: int | None, pruned: float | None = None) -> list[str]:
-    """Warnings about the perplexity of a result that nobody should have to find out; [] for a usual one.
+def verdict(
+    dense: float,
+    result: float,
+    vocabulary: int | None,
+    pruned: float | None = None,
+    *,
+    packed_bytes: int = 0,
+    dense_bytes: int = 0,
+) -> list[str]:
+    """Warnings about a result that nobody should have to find out; [] for a usual one.
 
-    pruned  before reconstruction
+    dense, result, pruned      perplexities: of the dense model, the result, and before reconstruction
+    packed_bytes, dense_bytes  of the masked layers
     """
     lines = []
+    if packed_bytes > dense_bytes:
+        why = "tiles of 128x128 at the edges of its layers hold padding"
+        lines.append(f"packed, the layers are LARGER than dense ({packed_bytes:,} of {dense_bytes:,} bytes): {why}")
     if broken := broken_perplexity(result, vocabulary):
         lines.append(f"the perplexity of the result, {result:,.0f}, is {broken}")
     elif result > SUSPICIOUS * dense:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -80,3 +80,10 @@ class BlockOptions:
     )
     batch_size: AtLeastOne = setting(8, "calibration samples a step")
     seed: Seed = setting(0, "seed of the order of the samples")
+
+
+def require_options(what: str, value: Any, kind: type) -> None:
+    """raises TypeError for what is not of a record of options; `what` begins the message."""
+    if not isinstance(value, kind):
+        name = kind.__name__
+        raise TypeError(f"{what}: expected patch.pruning.{name}, got {type(value).__name__}. Write {name}(...).")

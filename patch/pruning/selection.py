@@ -33,10 +33,15 @@ def check_weight(weight: torch.Tensor, options: PruneOptions, label: str) -> Non
     require_tensor(label, weight, dtypes=FLOATS, shape=shape, advice=advice, error=TypeError)
     if weight.device.type == "meta":
         raise ValueError(f"{label}: expected a weight with values, got one on the meta device. Load the model first.")
-    if options.pattern != "unstructured":
-        advice = "Leave it dense with exclude, or prune with pattern='unstructured'."
-        require_multiple(f"{label}, in_features for pattern {options.pattern}", weight.shape[1], GROUP, advice)
+    check_width(weight.shape[1], options.pattern, label)
     require_finite(label, weight, "The checkpoint is damaged or overflowed its dtype; load it in bf16 or fp32.")
+
+
+def check_width(in_features: int, pattern: str, label: str) -> None:
+    """Refuse a layer of which some columns are in no group of four, where a pattern needs groups."""
+    if pattern != "unstructured":
+        advice = "Leave it dense with exclude, or prune with pattern='unstructured'."
+        require_multiple(f"{label}, in_features for pattern {pattern}", in_features, GROUP, advice)
 
 
 def check_inputs(x: torch.Tensor, in_features: int, device: torch.device, label: str) -> None:

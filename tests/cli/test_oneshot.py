@@ -313,6 +313,18 @@ REFUSED = [
     ),
     (["--data", "{w}/absent.txt"], "--data: expected a file (.txt, .jsonl, .parquet) or one of c4"),
     (["--heldout", "{w}/absent.txt"], "--heldout: expected a file (.txt, .jsonl, .parquet) or one of c4"),
+    (
+        ["--heldout", "{t}/copy.txt"],
+        "--heldout: expected another text than --data, got '{t}/copy.txt', which holds the",
+    ),
+    (
+        ["--model", "{t}/odd"],
+        "layer 'model.layers.0.mlp.down_proj', in_features for pattern tiles: expected a multiple",
+    ),
+    (
+        ["--out", "{t}/stage"],
+        "--out: expected stages of an earlier run, {t}/stage.stages/prune holds other files. Move",
+    ),
     (["--heldout", "{w}/train.txt"], "--heldout: expected another text than --data, got '{w}/train.txt' for both."),
     (
         ["--data", "{w}/short.txt"],
@@ -334,6 +346,11 @@ REFUSED = [
 @pytest.mark.parametrize(("more", "message"), REFUSED, ids=range(len(REFUSED)))
 @pytest.mark.usefixtures("made")
 def test_bad_input_is_refused_before_any_work(work, tmp_path, capsys, monkeypatch, more, message):
+    shutil.copy(work / "train.txt", tmp_path / "copy.txt")
+    build_tiny_model("llama", intermediate_size=90).save_pretrained(tmp_path / "odd")
+    build_byte_tokenizer().save_pretrained(tmp_path / "odd")
+    (tmp_path / "stage.stages" / "prune").mkdir(parents=True)
+    (tmp_path / "stage.stages" / "prune" / "notes.txt").write_text("mine")
     (tmp_path / "used.stages").mkdir()
     (tmp_path / "used.stages" / "notes.txt").write_text("mine")
     (tmp_path / "file.stages").write_text("mine")

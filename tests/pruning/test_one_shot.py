@@ -100,6 +100,20 @@ def test_a_text_is_cut_in_two(tiny_model, tokenizer, text_file, capsys):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_tokens_to_measure_on_are_others(tiny_model, windows):
+    with pytest.raises(ValueError, match="heldout: expected other tokens than calibration, got the same"):
+        patch.oneshot(tiny_model("llama"), calibration=windows, heldout=windows.clone(), **QUICK)
+
+
+def test_a_result_that_packs_to_more_is_said():
+    said = one_shot.verdict(10.0, 10.5, 260, 11.0, packed_bytes=200, dense_bytes=100)
+    assert said == [
+        "WARNING: packed, the layers are LARGER than dense (200 of 100 bytes): tiles of 128x128 at the edges of its "
+        "layers hold padding"
+    ]
+    assert one_shot.verdict(10.0, 10.5, 260, 11.0, packed_bytes=60, dense_bytes=100) == []
+
+
 def test_excluded_layers_stay_as_they_are(tiny_model, windows):
     model, dense = tiny_model("llama"), tiny_model("llama")
     result = patch.oneshot(model, calibration=windows, exclude=["*.k_proj"], reconstruct="least_squares", **QUICK)
@@ -111,7 +125,7 @@ def test_excluded_layers_stay_as_they_are(tiny_model, windows):
 def test_progress_says_what_is_wrong_with_a_result(tiny_model, windows, monkeypatch, capsys):
     values = iter([10.0, 12.0, 300.0])
     monkeypatch.setattr(one_shot, "heldout_perplexity", lambda *_, **__: next(values))
-    patch.oneshot(tiny_model("llama"), calibration=windows, heldout=windows, tile=TILE, reconstruct="least_squares")
+    patch.oneshot(tiny_model("llama"), calibration=windows, heldout=windows + 1, tile=TILE, reconstruct="least_squares")
     err = capsys.readouterr().err
     assert "WARNING: the perplexity of the result, 300, is worse than a uniform guess over 260 tokens" in err
     assert "WARNING: reconstruction made it WORSE (12.0000 before, 300.0000 after); give it more text" in err
@@ -162,7 +176,7 @@ def test_methods_are_those_that_leave_tiles_dense():
 def test_bad_arguments_are_refused_before_any_work(tiny_model, windows, monkeypatch, arguments, error, message):
     monkeypatch.setattr(one_shot, "heldout_perplexity", lambda *_, **__: pytest.fail("work before the checks"))
     with pytest.raises(error, match=message):
-        patch.oneshot(tiny_model("llama"), **{"calibration": windows, "heldout": windows} | arguments)
+        patch.oneshot(tiny_model("llama"), **{"calibration": windows, "heldout": windows + 1} | arguments)
 
 
 def test_a_damaged_model_is_refused_before_any_work(tiny_model, windows, monkeypatch):
@@ -171,4 +185,4 @@ def test_a_damaged_model_is_refused_before_any_work(tiny_model, windows, monkeyp
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match=r"model: expected finite weights, 1 \(model\.norm\.weight\) of 21 tensors"):
-        patch.oneshot(model, calibration=windows, heldout=windows)
+        patch.oneshot(model, calibration=windows, heldout=windows + 1)

@@ -233,7 +233,8 @@ def test_one_weight_keeps_the_tiles_that_cost_most(method):
 
 
 REFUSED = {
-    "too sparse": ({"sparsity": 0.6}, "sparsity: expected 0 to 0.5 for pattern tiles, got 0.6. .*unstructured"),
+    "too sparse": ({"sparsity": 0.6}, "sparsity: expected .*0.5, got 0.6. .*unstructured"),
+    "sparsity NaN": ({"sparsity": float("nan")}, "sparsity: expected .*0.5, got nan"),
     "no text": ({"calibration": None}, "token ids for method 'wanda', got none. .*method='magnitude' with by='error'"),
     "no text for fisher": (
         {"method": "magnitude", "calibration": None},
@@ -263,6 +264,15 @@ def test_bad_input_is_refused_before_any_work(case):
     model = build()
     with pytest.raises(ValueError, match=message):
         prune_model(model, values.pop("method"), progress=False, **values)
+    assert not keep_masks(model)
+
+
+def test_options_are_records():
+    model = build()
+    with pytest.raises(TypeError, match=r"tiles: expected patch.pruning.TileOptions, got dict. Write TileOptions\("):
+        prune_tiles(model, "wanda", sparsity=0.4, calibration=token_ids(), tiles={"by": "fisher"})
+    with pytest.raises(TypeError, match=r"blocks: expected patch.pruning.BlockOptions, got dict. Write BlockOptions\("):
+        compensate(model, two_of_four(model), calibration=token_ids(), blocks={"epochs": 1})
     assert not keep_masks(model)
 
 

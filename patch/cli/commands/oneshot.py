@@ -150,8 +150,14 @@ def command_of(options: Options) -> str:
 
 
 def _shapes(options: Options) -> PreTrainedModel:
-    """The model without its weights, in the dtype that they have."""
-    return cast("PreTrainedModel", inputs.load_model_shapes(options.model))
+    """The model without its weights, in the dtype that they have; refused where a layer fits no 2:4 pattern."""
+    from patch.models.structure import maskable_linears
+    from patch.pruning.selection import check_width
+
+    model = cast("PreTrainedModel", inputs.load_model_shapes(options.model))
+    for name, linear in maskable_linears(model, options.exclude).items():
+        check_width(linear.in_features, "tiles", f"layer '{name}'")
+    return model
 
 
 def _own(options: Options) -> OneShotSettings:
