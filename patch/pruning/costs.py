@@ -20,7 +20,7 @@ from patch.pruning.channel_search import DEFAULT_STEPS, SEARCHED_ROWS, WINDOW
 from patch.pruning.counts import Counts
 from patch.pruning.fisher import DEFAULT_CHUNK
 from patch.pruning.one_shot_settings import REORDER_SAMPLES, OneShotSettings, block_options
-from patch.pruning.options import TileOptions
+from patch.pruning.options import DEFAULT_NSAMPLES, TileOptions
 from patch.pruning.plan import PROCESS_BYTES, WORK_BYTES, WORK_STATISTICS
 from patch.pruning.registry import get_method
 
@@ -152,7 +152,7 @@ def oneshot_costs(
     if settings.reorder:
         few = _Parts(counts, settings, min(nsamples, REORDER_SAMPLES), is_offloaded=placement == "offload")
         steps += few.reorder()
-    steps += parts.prune()
+    steps += _Parts(counts, settings, min(nsamples, DEFAULT_NSAMPLES), is_offloaded=placement == "offload").prune()
     steps.append(Step("prune", "perplexity", parts.forward(windows), parts.forward_bytes))
     steps += parts.reconstruct()
     steps.append(Step("reconstruct", "perplexity", parts.forward(windows), parts.forward_bytes))

@@ -26,7 +26,7 @@ from patch.pruning.compensation import Compensation, compensate
 from patch.pruning.hybrid import Hybrid
 from patch.pruning.model import check_prunable, prune_tiles
 from patch.pruning.one_shot_settings import REORDER_SAMPLES, OneShotSettings, block_options, default_nsamples
-from patch.pruning.options import DEFAULT_DAMPING, DEFAULT_SEQLEN, TileOptions
+from patch.pruning.options import DEFAULT_DAMPING, DEFAULT_NSAMPLES, DEFAULT_SEQLEN, TileOptions
 from patch.pruning.permutation import ChannelOrders, can_permute, permute_channels
 from patch.pruning.registry import get_method, make_options
 
@@ -153,7 +153,7 @@ def prune_hybrid(
         sparsity=settings.sparsity,
         tiles=TileOptions(settings.tiles_by, settings.budget, settings.tile),
         stages=stages,
-        calibration=calibration,
+        calibration=calibration[:DEFAULT_NSAMPLES],  # more gain nothing: reconstruction is what reads all
         exclude=settings.exclude,
         device=device,
         progress=progress,
