@@ -19,6 +19,7 @@ from patch.models.structure import decoder_blocks
 from patch.priors import chosen_tile_prior, pattern_prior, tile_prior
 from patch.pruning.options import GROUP
 from patch.pruning.selection import keep_two_of_four
+from patch.pruning.tiles import costliest_tiles
 from patch_kernels import MaskSampling, tile_grid
 from patch_kernels.reference import unpack_keep
 
@@ -297,8 +298,7 @@ def dense_tiles(
     gains = [tile_areas(config.tile, (linear.out_features, linear.in_features)) // 2 for linear in linears.values()]
     spare = sum(int(gain.sum()) for gain in gains)
     budget = nonzero_budget(2 * spare, config.target_sparsity) - spare
-    scores = [tile_scores[name].cpu().double() / gain for name, gain in zip(linears, gains, strict=True)]
-    return dict(zip(linears, exact_budget(scores, gains, budget), strict=True))
+    return dict(zip(linears, costliest_tiles([tile_scores[name] for name in linears], gains, budget), strict=True))
 
 
 def initial_logits(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.files.progress import tracked
-from patch.mask import tile_areas, tile_counts, tile_sums
+from patch.mask import expand_tiles, tile_areas, tile_counts, tile_sums
 from patch.models.facts import weights_fingerprint
 from patch.models.keep_masks import keep_mask_of
 from patch.models.modes import placed
@@ -24,7 +24,7 @@ from patch.pruning.options import PruneOptions, TileOptions
 from patch.pruning.registry import METHODS, Method
 from patch.pruning.selection import Pruned, keep_two_of_four, zeros_first
 from patch.pruning.sequential import store, update_blocks
-from patch.pruning.tiles import choose_dense_tiles, stays_dense
+from patch.pruning.tiles import choose_dense_tiles
 from patch.runs.identity import data_fingerprint, tensors_fingerprint
 from patch.runs.stages import digest
 
@@ -149,7 +149,7 @@ class TilePruning:
         options, tile = two_of_four(self.options), self.tiles.tile
 
         def update(name: str, linear: nn.Linear, statistics: Any) -> Pruned:
-            stays = stays_dense(linear.weight.shape, dense[name], tile).to(linear.weight.device)
+            stays = expand_tiles(dense[name], tile, _shape(linear.weight)).to(linear.weight.device)
             return self.method.prune(linear.weight, statistics, options, stays)
 
         self._for_each(self.method, update, f"pruning ({self.name})")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from patch.mask import exact_budget, expand_tiles, nonzero_budget, tile_areas, tile_counts
+from patch.mask import exact_budget, nonzero_budget, tile_areas, tile_counts
 
 
 def choose_dense_tiles(
@@ -38,18 +37,16 @@ def choose_dense_tiles(
             for name, counts in zip(names, kept, strict=True)
         ]
         budget = nonzero_budget(sum(masks[name].numel() for name in names), sparsity)
-        scores = [losses[name].cpu().double() / gain.clamp(min=1) for name, gain in zip(names, gains, strict=True)]
         # A 2:4 mask may keep a weight more than the budget of an odd number of weights.
         spare = max(0, budget - sum(int(counts.sum()) for counts in kept))
-        chosen |= zip(names, exact_budget(scores, gains, spare), strict=True)
+        chosen |= zip(names, costliest_tiles([losses[name] for name in names], gains, spare), strict=True)
     return {name: chosen[name] for name in masks}
 
 
-def with_dense_tiles(keep: Tensor, dense: Tensor, tile: tuple[int, int]) -> Tensor:
-    """The mask (N, K) bool with all of its dense tiles (rows, cols) kept."""
-    return keep | stays_dense(keep.shape, dense, tile).to(keep.device)
+def costliest_tiles(losses: Sequence[Tensor], gains: Sequence[Tensor], spare: int) -> list[Tensor]:
+    """Grids (rows, cols) bool of the tiles that lose most per weight that they gain by being dense.
 
-
-def stays_dense(shape: tuple[int, ...] | torch.Size, dense: Tensor, tile: tuple[int, int]) -> Tensor:
-    """Where a weight of a shape (N, K) lies in a dense tile of (rows, cols): bool (N, K)."""
-    return expand_tiles(dense, tile, (shape[0], shape[1]))
+    gains  matching int64 grids, the weights that a 2:4 pattern prunes in a tile; spare: how many of them may stay
+    """
+    scores = [loss.cpu().double() / gain.clamp(min=1) for loss, gain in zip(losses, gains, strict=True)]
+    return exact_budget(scores, gains, spare)

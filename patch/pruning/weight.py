@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from patch.mask import expand_tiles
 from patch.pruning.hybrid import tile_errors, two_of_four
 from patch.pruning.options import Pattern, Precision, TileOptions
 from patch.pruning.registry import METHODS, get_method, make_options
 from patch.pruning.selection import Pruned, check_inputs, check_weight
-from patch.pruning.tiles import choose_dense_tiles, stays_dense
+from patch.pruning.tiles import choose_dense_tiles
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def prune_weight(
     tile = TileOptions(tile=tile).tile
     keep, errors = tile_errors(weight, chosen.costs(weight, statistics, options), tile)
     dense = choose_dense_tiles({"": errors}, {"": keep}, sparsity, tile)[""]
-    stays = stays_dense(weight.shape, dense, tile).to(weight.device)
+    stays = expand_tiles(dense, tile, (weight.shape[0], weight.shape[1])).to(weight.device)
     return chosen.prune(weight, statistics, two_of_four(options), stays)
 
 

@@ -7,15 +7,15 @@ import copy
 import pytest
 import torch
 from support.methods import ONE_WEIGHT_METHODS
-from support.models import build_tiny_model
+from support.models import build_spread_model, build_tiny_model
 from torch.nn import functional
 
-from patch.mask import nonzero_budget, tile_areas, tile_counts
+from patch.mask import expand_tiles, nonzero_budget, tile_areas, tile_counts
 from patch.models.keep_masks import keep_masks, measured_sparsity
 from patch.models.structure import linear_at, maskable_linears
 from patch.pruning import TileOptions, compensate, prune_model, prune_tiles, prune_weight
 from patch.pruning.fisher import tile_losses
-from patch.pruning.tiles import choose_dense_tiles, stays_dense
+from patch.pruning.tiles import choose_dense_tiles
 
 # 32 hidden and 48 intermediate channels: tiles of 20 x 24 are ragged on both sides.
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -24,12 +24,7 @@ TILE = (20, 24)
 
 def build(arch="llama", dtype=torch.float32):
     """A tiny model whose layers have gradients of different sizes."""
-    model = build_tiny_model(arch, dtype=dtype, **SMALL)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for linear in maskable_linears(model).values():
-            linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * 0.3)
-    return model
+    return build_spread_model(arch, scale=0.3, dtype=dtype, **SMALL)
 
 
 def token_ids(samples=4, seqlen=16, seed=0):
@@ -157,7 +152,7 @@ def test_masks_are_dense_tiles_and_two_of_four(method, by):
     assert 0.3 <= measured_sparsity(pruned.masks) < 0.3 + 240 / sum(k.numel() for k in pruned.masks.values())
     for name, keep in pruned.masks.items():
         weight, original = linear_at(model, name).weight, linear_at(dense, name).weight
-        inside = stays_dense(keep.shape, ~pruned.tile_is_sparse[name], TILE)
+        inside = expand_tiles(~pruned.tile_is_sparse[name], TILE, keep.shape)
         assert keep[inside].all()
         groups, apart = keep.reshape(-1, 4), ~inside.reshape(-1, 4).any(1)
         assert (groups[apart].sum(1) == 2).all()
@@ -180,7 +175,7 @@ def test_dense_tiles_make_up_for_the_others():
     for name, grid in pruned.tile_is_sparse.items():
         weight = linear_at(model, name).weight
         assert torch.equal(weight, linear_at(again, name).weight), name
-        inside = stays_dense(weight.shape, ~grid, TILE)
+        inside = expand_tiles(~grid, TILE, weight.shape)
         moved += int((weight != linear_at(original, name).weight)[inside].sum())
     assert moved > 0
 
