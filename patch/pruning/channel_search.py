@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patch.pruning.hessian import damped_until, inverse_of
 from patch.pruning.options import GROUP
 
 DEFAULT_STEPS = 200
@@ -21,16 +20,6 @@ WINDOW = 32
 _LEAST_GAIN = 1e-5
 # Rows that an order is found from. The others follow: what neighbours differ in is the scale of a column.
 SEARCHED_ROWS = 4096
-
-
-def pruning_costs(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
-    """Error of a layer's output for each weight (N, K) that is pruned, the rest of its row making up for it.
-
-    w^2 / inverse(H)_kk with H (K, K) of the inputs, damped; in the dtype of H. Source: Hassibi and Stork, "Optimal
-    Brain Surgeon", 1992, eq. 5.
-    """
-    inverse = damped_until(hessian, damping, inverse_of)
-    return weight.detach().to(hessian.dtype).square() / inverse.diagonal()
 
 
 @torch.no_grad()
@@ -50,12 +39,6 @@ def best_order(costs: Tensor, heads: int, steps: int, generator: torch.Generator
                 head[window] = _exchanged(columns, head[window], generator)
     groups = groups.sort(2).values
     return torch.cat([head[head[:, 0].argsort()] for head in groups]).flatten()
-
-
-def lost(costs: Tensor) -> float:
-    """What a 2:4 pattern of costs (N, K) prunes: the sum of the two least of every four neighbours."""
-    least = costs.reshape(-1, GROUP).topk(GROUP // 2, largest=False).values
-    return float(least.sum(dtype=torch.float64))
 
 
 def _exchanged(columns: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:

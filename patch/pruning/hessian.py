@@ -90,6 +90,16 @@ def inverse_of(damped: Tensor) -> Tensor | None:
     return inverse if all_finite(inverse) else None
 
 
+def removal_costs(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
+    """What pruning each weight (N, K) adds to the squared error of the layer's output once its row makes up for it.
+
+    w^2 / inverse(H)_kk with H (K, K) damped, in the dtype of H (Optimal Brain Surgeon, eq. 5, without the half).
+    """
+    with full_precision():
+        inverse = damped_until(hessian, damping, inverse_of)
+    return weight.detach().to(hessian.dtype).square() / inverse.diagonal()
+
+
 def eliminate(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor | None:
     """Remove `pruned` from every row at once and let the other weights make up for it exactly.
 

@@ -25,9 +25,9 @@ from patch.models.checks import check_device, require_finite_model, require_toke
 from patch.models.keep_masks import keep_masks
 from patch.models.modes import block_device, calibration_mode
 from patch.models.structure import decoder_blocks, decoder_of, input_embeddings, linear_at, maskable_linears
-from patch.pruning.channel_search import DEFAULT_STEPS, best_order, pruning_costs
+from patch.pruning.channel_search import DEFAULT_STEPS, best_order
 from patch.pruning.fisher import tile_losses
-from patch.pruning.hessian import Statistics, full_precision
+from patch.pruning.hessian import Statistics, removal_costs
 from patch.pruning.options import DEFAULT_DAMPING, GROUP
 from patch.pruning.selection import working_dtype
 from patch.pruning.sequential import update_blocks
@@ -132,8 +132,7 @@ def permute_channels(
     of_stream: list[Tensor] = []
 
     def weigh(name: str, linear: nn.Linear, statistics: Statistics) -> None:
-        with full_precision():
-            costs = pruning_costs(linear.weight, statistics.hessian, damping)
+        costs = removal_costs(linear.weight, statistics.hessian, damping)
         if name in readers:
             rows = torch.randperm(len(costs), generator=generator)[: max(1, _STREAM_ROWS // len(readers))]
             # Layers differ in scale, and their outputs with them: all are brought to the loss of the model.

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from patch.pruning.hessian import Statistics, damped_until, full_precision, inverse_factor, inverse_of
+from patch.pruning.hessian import Statistics, damped_until, full_precision, inverse_factor, removal_costs
 from patch.pruning.options import GROUP, PruneOptions
 from patch.pruning.selection import (
     Pruned,
@@ -48,13 +48,8 @@ def prune(weight: Tensor, statistics: Statistics, options: PruneOptions, stays: 
 
 
 def costs(weight: Tensor, statistics: Statistics, options: PruneOptions) -> Tensor:
-    """What pruning each weight (N, K) adds to the squared error of the layer's output once all others make up for it.
-
-    Half of w^2 / inverse(H)_cc (Optimal Brain Surgeon, eq. 5), without the factor.
-    """
-    with full_precision():
-        inverse = damped_until(statistics.hessian, options.damping, inverse_of)
-    return weight.detach().to(inverse.dtype).square() / inverse.diagonal()
+    """What pruning each weight (N, K) adds to the squared error of the layer's output once others make up for it."""
+    return removal_costs(weight, statistics.hessian, options.damping)
 
 
 def sweep(

@@ -11,11 +11,18 @@ import torch
 from support.models import build_tiny_model, mask_model
 
 from patch.models.structure import maskable_linears
-from patch.pruning.channel_search import best_order, lost, pruning_costs
+from patch.pruning.channel_search import best_order
+from patch.pruning.hessian import removal_costs
 from patch.pruning.permutation import ChannelOrders, apply_orders, permute_channels
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 DOWN, OUT = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"
+
+
+def lost(costs):
+    """What a 2:4 pattern of costs (N, K) prunes: the sum of the two least of every four neighbours."""
+    least = costs.reshape(-1, 4).topk(2, largest=False).values
+    return float(least.sum(dtype=torch.float64))
 
 
 def token_ids(samples=4, seqlen=32, seed=0):
@@ -152,7 +159,7 @@ def test_costs_are_those_of_the_optimal_surgeon():
     weight = torch.randn(2, 4, generator=generator, dtype=torch.float64)
     x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
     hessian = x.T @ x
-    costs = pruning_costs(weight, hessian, 0.0)
+    costs = removal_costs(weight, hessian, 0.0)
     for row, column in itertools.product(range(2), range(4)):
         rest = [k for k in range(4) if k != column]
         fit = torch.linalg.lstsq(x[:, rest], x[:, column]).solution
