@@ -18,20 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patch.files.folder import write_folder
 from patch.files.progress import Progress
-from patch.files.strict_json import dump_json
 from patch.mask import tile_sums
 from patch.models.modes import block_device, calibration_mode, placed, streamed
 from patch.models.structure import decoder_blocks, input_embeddings, linear_at
 from patch.pruning.block_inputs import BlockCall, hidden_of, moved, split_call
 from patch.pruning.selection import working_dtype
 from patch.runs.checkpoints import load_tensors
-from patch.runs.stages import STAGE_FILE, finished
+from patch.runs.stages import finished, write_tensors
 from patch_kernels import tile_grid
 
 DEFAULT_CHUNK = 8
@@ -112,12 +109,7 @@ def _restore(losses: dict[str, Tensor], stages: Path | None, key: str) -> int:
 def _keep(losses: Mapping[str, Tensor], samples: int, stages: Path | None, key: str) -> None:
     if stages is None:
         return
-
-    def write(folder: Path) -> None:
-        save_file(dict(losses), folder / _SUMS)
-        (folder / STAGE_FILE).write_bytes(dump_json({"key": key, "result": {"samples": samples}}))
-
-    write_folder(stages / _STAGE, write)
+    write_tensors(stages / _STAGE, key, {"samples": samples}, _SUMS, losses)
 
 
 def _members(block: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:

@@ -7,19 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from patch.files.folder import write_folder
-from patch.files.strict_json import dump_json
 from patch.pruning.block_fit import fit_block
 from patch.pruning.block_inputs import BlockInputs
 from patch.pruning.options import BlockOptions
 from patch.pruning.selection import Pruned
 from patch.pruning.sequential import store
 from patch.runs.checkpoints import load_tensors
-from patch.runs.identity import plain
-from patch.runs.stages import STAGE_FILE, finished
+from patch.runs.stages import finished, write_tensors
 
 logger = logging.getLogger(__name__)
 _WEIGHTS = "weights.safetensors"
@@ -92,12 +88,8 @@ class Reconstruction:
     def _keep(self, index: int, members: Mapping[str, nn.Linear]) -> None:
         if self._stages is None:
             return
-
-        def write(folder: Path) -> None:
-            save_file({name: plain(linear.weight) for name, linear in members.items()}, folder / _WEIGHTS)
-            (folder / STAGE_FILE).write_bytes(dump_json({"key": self._key, "result": {"error": self.errors[index]}}))
-
-        write_folder(self._folder(index), write)
+        weights = {name: linear.weight for name, linear in members.items()}
+        write_tensors(self._folder(index), self._key, {"error": self.errors[index]}, _WEIGHTS, weights)
 
 
 def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:

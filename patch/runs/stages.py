@@ -10,11 +10,15 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from patch.files.folder import verify_folder
-from patch.files.strict_json import read_json
+from patch.files.folder import verify_folder, write_folder
+from patch.files.strict_json import dump_json, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,19 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
         logger.warning("making stage %s again: %s", folder.name, error)
         return None
     return content["result"] if content["key"] == key else None
+
+
+def write_tensors(folder: Path, key: str, result: Mapping[str, Any], file: str, tensors: Mapping[str, Tensor]) -> None:
+    """Make a stage folder with this key and result, and its tensors in a safetensors file."""
+    from safetensors.torch import save_file
+
+    from patch.runs.identity import plain  # brings torch, which help must not wait for
+
+    def write(directory: Path) -> None:
+        save_file({name: plain(tensor) for name, tensor in tensors.items()}, directory / file)
+        (directory / STAGE_FILE).write_bytes(dump_json({"key": key, "result": dict(result)}))
+
+    write_folder(folder, write)
 
 
 def stages_folder(out: Path) -> Path:
