@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from patch.models.modes import block_device
-from patch.pruning.block_inputs import BlockInputs, hidden_of, moved
+from patch.pruning.block_inputs import BlockInputs, each_tensor, hidden_of, moved
 from patch.pruning.options import BlockOptions
 
 # What makes a layer's weight in the forward pass from its trained weight: effective(layer name, weight (N, K)).
@@ -68,7 +68,8 @@ def fit_block(
                 for part in samples.split(size if forward.batched else 1):
                     wanted = torch.cat([targets[int(sample)] for sample in part]).to(device).float()
                     error = (forward(part.tolist(), weights) - wanted).square().mean()
-                    (error * (len(part) / len(samples))).backward(retain_graph=True)
+                    # Parts share the graph of the effective weights. Kept without need, it would hold the activations.
+                    (error * (len(part) / len(samples))).backward(retain_graph=effective is not None)
                 for name, master in masters.items():
                     if master.grad is None:  # of an expert that no token was sent to
                         continue
@@ -128,10 +129,4 @@ def _path(block: nn.Module, layer: nn.Module) -> str:
 
 def _float(value: Any) -> Any:
     """Copy of a nest of containers with its floating-point tensors in float32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(_float(item) for item in value)
-    if type(value) is dict:
-        return {key: _float(item) for key, item in value.items()}
-    return value
+    return each_tensor(value, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)

@@ -8,7 +8,7 @@ per sample."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -213,12 +213,17 @@ def moved(value: Any, device: torch.device | str | None) -> Any:
     The containers are rebuilt even when nothing moves: a block that writes into a dict it was given must not
     change what the next sample gets.
     """
+    return each_tensor(value, lambda tensor: tensor if device is None else tensor.to(device))
+
+
+def each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Copy of a nest of containers with its tensors changed; other values and other mappings are as they are."""
     if isinstance(value, torch.Tensor):
-        return value if device is None else value.to(device)
+        return change(value)
     if type(value) in (tuple, list):
-        return type(value)(moved(item, device) for item in value)
+        return type(value)(each_tensor(item, change) for item in value)
     if type(value) is dict:
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: each_tensor(item, change) for key, item in value.items()}
     return value
 
 
