@@ -93,14 +93,16 @@ def calibration_and_heldout(
         if digest == text_sha256(load_documents(other, text_field=text_field)):
             got = f"got {other!r}, which holds the same text"
             raise ValueError(f"heldout: expected another text than --data, {got}. {_FITTED}")
+    text, most = evaluation_text(other, text_field=text_field)
     where = f"the evaluation split of {other}" if other in NAMED_SETS else other
-    return Texts(calibration, _heldout_windows(tokenizer, other, seqlen, max_windows, text_field), digest, where)
+    measured = heldout_windows(tokenizer, text, other, seqlen, min(max_windows, most or max_windows))
+    return Texts(calibration, measured, digest, where)
 
 
-def _heldout_windows(tokenizer: Any, source: str, seqlen: int, max_windows: int, text_field: str | None) -> Tensor:
-    text, most = evaluation_text(source, text_field=text_field)
+def heldout_windows(tokenizer: Any, text: str, source: str, seqlen: int, max_windows: int) -> Tensor:
+    """The first windows (windows, seqlen) int64 of a text to measure on; `source` names it where it is too short."""
     ids = torch.tensor(tokenize(tokenizer, [text])[0], dtype=torch.int64)
-    windows = min(len(ids) // seqlen, max_windows, most or max_windows)
+    windows = min(len(ids) // seqlen, max_windows)
     if windows == 0:
         advice = "Give more text or a smaller --seqlen."
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patch.cli import inputs, outputs
@@ -70,6 +69,8 @@ def run(options: Options) -> None:
     if options.overwrite:
         outputs.check_input_stays(masks, out)
     from patch.artifacts.artifact import save_artifact
+    from patch.data.split import heldout_windows
+    from patch.data.tokens import evaluation_text
     from patch.evaluate.results import broken_perplexity
     from patch.models.keep_masks import zeros_already
     from patch.models.structure import maskable_linears, vocabulary_size
@@ -82,7 +83,8 @@ def run(options: Options) -> None:
     tokenizer = inputs.load_tokenizer(options.model)
     calibration, text_sha256 = inputs.load_calibration(options, model, tokenizer)
     seqlen = calibration.shape[1]
-    heldout = _heldout_windows(options, tokenizer, heldout_source, seqlen)
+    text, _ = evaluation_text(heldout_source, text_field=options.text_field)
+    heldout = heldout_windows(tokenizer, text, heldout_source, seqlen, options.heldout_windows)
     linears = maskable_linears(model)
     method = _method(options, model, calibration, blocks)
     blocks = blocks if method == "blocks" else None
@@ -101,9 +103,8 @@ def run(options: Options) -> None:
         stages=None if blocks is None else stages,
         exclude=[name for name in linears if name not in source.masks],
     )
-    resolved = dataclasses.replace(
-        options, method=method, overwrite=False
-    )  # repeating a run must not replace its result
+    # Repeating a run must not replace its result.
+    resolved = dataclasses.replace(options, method=method, overwrite=False)
     compensation = outputs.provenance(
         options.data,
         text_sha256,
@@ -188,6 +189,7 @@ def _method(
 def _heldout_source(options: Options) -> str:
     """Where the held-out text comes from; never the text the weights are fitted to."""
     from patch.data.sources import NAMED_SETS
+    from patch.data.split import require_two_texts
 
     if options.heldout is None:
         if options.data not in NAMED_SETS:
@@ -195,26 +197,8 @@ def _heldout_source(options: Options) -> str:
             raise ValueError(f"heldout: expected a text that is not in --data, got none. {advice}")
         return options.data
     inputs.check_text_source(options.heldout, "--heldout")
-    if options.data not in NAMED_SETS and Path(options.heldout).resolve() == Path(options.data).resolve():
-        why = "The weights are fitted to --data, so perplexity on it says nothing."
-        raise ValueError(f"heldout: expected another text than --data, got {options.heldout!r} for both. {why}")
+    require_two_texts(options.data, options.heldout)
     return options.heldout
-
-
-def _heldout_windows(options: Options, tokenizer: Any, source: str, seqlen: int) -> Tensor:
-    import torch
-
-    from patch.data.tokens import evaluation_text, tokenize
-
-    text, _ = evaluation_text(source, text_field=options.text_field)
-    ids = torch.tensor(tokenize(tokenizer, [text])[0], dtype=torch.int64)
-    windows = min(len(ids) // seqlen, options.heldout_windows)
-    if windows == 0:
-        raise ValueError(
-            f"heldout: expected at least one window of {seqlen} tokens, {source!r} has {len(ids)} tokens. Give more "
-            "text or a smaller --seqlen."
-        )
-    return ids[: windows * seqlen].reshape(windows, seqlen)
 
 
 def _print_errors(result: Compensation) -> None:
