@@ -21,7 +21,7 @@ from patch.pruning.counts import Counts
 from patch.pruning.fisher import DEFAULT_CHUNK
 from patch.pruning.one_shot_settings import REORDER_SAMPLES, OneShotSettings, block_options
 from patch.pruning.options import DEFAULT_NSAMPLES, TileOptions
-from patch.pruning.plan import PROCESS_BYTES, WORK_BYTES, WORK_STATISTICS
+from patch.pruning.plan import FIT_BYTES, PROCESS_BYTES, WORK_BYTES, WORK_STATISTICS
 from patch.pruning.registry import get_method
 
 # Where the model is while a block is worked on: all of it where the block is, or the others in host memory.
@@ -38,8 +38,6 @@ _SWEEP_COLUMNS = 128
 _FISHER_BYTES = 30
 # Of a weight and step of Adam: master weight, gradient, two moments, all read and written.
 _ADAM_BYTES = 40
-# Of a weight while its block is fitted: master, gradient, two moments and a copy in float32, two more of 16 bits.
-_FIT_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -270,7 +268,7 @@ class _Parts:
             steps = options.epochs * -(-self.nsamples // options.batch_size)
             work += Work(memory=steps * _ADAM_BYTES * block.elems)
         largest = max(self.counts.blocks, key=lambda block: block.elems)
-        trained = _FIT_BYTES * largest.elems + min(options.batch_size, self.nsamples) * largest.saved_bytes
+        trained = FIT_BYTES * largest.elems + min(options.batch_size, self.nsamples) * largest.saved_bytes
         # Inputs, targets, outputs before and after.
         return Step("reconstruct", "block fit", work, trained + 4 * self.hidden)
 

@@ -22,6 +22,8 @@ PROCESS_BYTES = 500 << 20
 WORK_BYTES = 20
 # The damped Hessian, its factor, its inverse and that one's factor.
 WORK_STATISTICS = 4
+# Of a weight while its block is fitted: master, gradient, two moments and a copy in float32, two more of 16 bits.
+FIT_BYTES = 24
 
 
 def say_plan(
@@ -98,7 +100,7 @@ def reconstruction_bytes(model: nn.Module, calibration: Tensor, batch_size: int)
     item = next(blocks.parameters()).element_size()
     hidden = getattr(getattr(decoder_of(model), "config", None), "hidden_size", 0)
     activations = 34 * 2 * batch_size * calibration.shape[1] * hidden
-    return 4 * calibration.numel() * hidden * item + 24 * max(weights) + activations
+    return 4 * calibration.numel() * hidden * item + FIT_BYTES * max(weights) + activations
 
 
 def free_bytes(device: torch.device) -> int:
