@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from support.models import build_tiny_model
+from support.models import build_spread_model
 
 from patch.models.keep_masks import keep_masks
 from patch.models.structure import decoder_blocks, linear_at, maskable_linears
@@ -19,12 +19,7 @@ QUICK = BlockOptions(epochs=3, batch_size=4)
 
 
 def build(arch="llama", dtype=torch.float32):
-    model = build_tiny_model(arch, dtype=dtype, **(SMALL if arch != "opt" else {"num_hidden_layers": 2}))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for linear in maskable_linears(model).values():
-            linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * 0.2)
-    return model
+    return build_spread_model(arch, scale=0.2, dtype=dtype, **(SMALL if arch != "opt" else {}))
 
 
 def token_ids(samples=8, seqlen=24, seed=0):

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from support.models import build_byte_tokenizer, build_tiny_model
+from support.models import build_byte_tokenizer, build_spread_model
 
 from patch import cli
 from patch.artifacts.apply import apply_artifact
@@ -32,12 +32,7 @@ def token_ids(samples=4, seqlen=32, seed=0):
 
 def build(dtype=torch.float32):
     """A tiny Llama whose weights are large enough that a mask matters."""
-    model = build_tiny_model("llama", dtype=dtype, **SMALL)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for linear in maskable_linears(model).values():
-            linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * 0.3)
-    return model
+    return build_spread_model(scale=0.3, dtype=dtype, **SMALL)
 
 
 def random_masks(model, share=0.4, seed=1):

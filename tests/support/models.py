@@ -47,6 +47,16 @@ def build_tiny_model(arch: str = "llama", *, seed: int = 0, dtype: torch.dtype =
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def build_spread_model(arch: str = "llama", *, scale: float, dtype: torch.dtype = torch.float32, **overrides):
+    """A tiny model with normal weights of this deviation in its layers, large enough that a mask matters."""
+    model = build_tiny_model(arch, dtype=dtype, **overrides)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for linear in maskable_linears(model).values():
+            linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * scale)
+    return model
+
+
 def build_tiny_multimodal(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16):
     """Wrapper of a tiny text decoder and a tinier vision tower: "gemma3", "qwen2_5_vl" or "llava"."""
     import transformers
