@@ -20,7 +20,7 @@ from patch.pruning.options import TileOptions
 
 PRIOR = "sparsegpt"
 FISHER = "fisher"  # a prior of tiles: the loss that each adds, over the whole model
-ABLATIONS = ("tiles", "tile", "layer", "prior")
+ABLATIONS = ("tiles", "learning", "tile", "layer", "prior")
 ABLATION_TILES = (64, 32, 16)
 
 
@@ -188,6 +188,12 @@ def _ablation(settings: Settings, ablation: str) -> list[Cell]:
         return [_tiles(settings, PRIOR, target, **change) for change in changes]
     base, label = f"joint-{_percent(target)}", f"PATCH joint {_share(target)}"
     make = functools.partial(_learned, settings, group="ablation", mode="joint", target=target)
+    if ablation == "learning":
+        base, label = f"{base}-fisher", f"PATCH joint from Fisher {_share(target)}"
+        return [
+            make(f"{base}-distill", label=f"{label}, distilled", tiles=FISHER, objective="distill"),
+            make(f"{base}-hard", label=f"{label}, straight through", tiles=FISHER, hard_pattern=True, hard_tile=True),
+        ]
     if ablation == "tile":
         sizes = [size for size in ABLATION_TILES if size < settings.tile[0]]
         return [make(f"{base}-tile{s}", label=f"{label}, tile {s}x{s}", tile=(s, s)) for s in sizes]

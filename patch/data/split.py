@@ -14,6 +14,7 @@ from torch import Tensor
 from patch.data.sources import LOCAL_JOIN, NAMED_SETS, load_documents
 from patch.data.tokens import calibration_windows, evaluation_text, sample_joined, text_sha256, tokenize
 
+DEFAULT_HELDOUT_WINDOWS = 64
 # Of a local text without another one beside it, at most this part of its end is held out.
 _TAIL = 10
 _FITTED = "The weights are fitted to --data, so perplexity on it says nothing."
@@ -58,7 +59,7 @@ def calibration_and_heldout(
     seqlen: int,
     seed: int = 0,
     text_field: str | None = None,
-    max_windows: int = 64,
+    max_windows: int = DEFAULT_HELDOUT_WINDOWS,
 ) -> Texts:
     """Calibration samples by the convention of their source, and windows to measure on.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import random
 from array import array
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from patch.data.sources import LOCAL_JOIN, NAMED_SETS, iter_documents, load_documents, named_rows
 from patch.files.schema import require_integer, require_seed
+
+logger = logging.getLogger(__name__)
 
 TOKENIZE_BATCH = 1000
 
@@ -100,11 +103,17 @@ def sample_windows(
 
 
 def sample_joined(token_ids: Sequence[int], nsamples: int, seqlen: int, seed: int) -> Tensor:
-    """Random windows of one long text, (nsamples, seqlen) int64: the rule of the published pruners for WikiText-2."""
+    """Random windows of one long text, (nsamples, seqlen) int64: the rule of the published pruners for WikiText-2.
+
+    Windows may overlap. When they hold more tokens than the text a warning says so.
+    """
     _check_sampling(nsamples, seqlen, seed)
     if len(token_ids) <= seqlen:
         expected = f"expected a text of more than {seqlen} tokens"
         raise ValueError(f"{expected}, got {len(token_ids)}; give more text or a smaller seqlen")
+    if nsamples * seqlen > len(token_ids):
+        given = f"{nsamples} samples of {seqlen} tokens are drawn from a text of {len(token_ids):,} tokens"
+        logger.warning("%s, so they overlap and say less than so many: give more text", given)
     draw = random.Random(seed)
     ids = torch.as_tensor(token_ids, dtype=torch.long)
     starts = [draw.randint(0, len(ids) - seqlen - 1) for _ in range(nsamples)]

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patch.data.split import Texts, calibration_and_heldout
+from patch.data.split import DEFAULT_HELDOUT_WINDOWS, Texts, calibration_and_heldout
 from patch.evaluate.cross_entropy import perplexity
 from patch.evaluate.results import broken_perplexity
 from patch.files.progress import say
+from patch.files.schema import require_integer
 from patch.models.checks import require_tokens
 from patch.models.facts import within_context
 from patch.models.keep_masks import measured_sparsity
@@ -70,6 +71,7 @@ def oneshot(
     nsamples: int | None = None,
     seqlen: int | None = None,
     seed: int = 0,
+    heldout_windows: int = DEFAULT_HELDOUT_WINDOWS,
     device: torch.device | str | None = None,
     progress: bool = True,
     **settings: Any,
@@ -83,6 +85,7 @@ def oneshot(
                  file the last tenth, which is then not calibrated on; beside token ids nothing is measured
     nsamples, seqlen, seed  of the samples of a calibration text; None: as many as make 131,072 tokens, at least 128, of
                  2048 tokens or what the model allows
+    heldout_windows  of seqlen tokens, at most, that are measured on of a text
     device       where each block is put while it is worked on; None: where it is. The weights of the masked layers are
                  held twice for as long as pruning takes
     progress     say on stderr what is done, and how far it is
@@ -91,7 +94,8 @@ def oneshot(
     raises       ValueError or TypeError before any work
     """
     chosen = OneShotSettings(**settings)
-    windows, other = _tokens(model, tokenizer, calibration, heldout, nsamples, seqlen, seed)
+    require_integer("heldout_windows", heldout_windows)
+    windows, other = _tokens(model, tokenizer, calibration, heldout, nsamples, seqlen, seed, heldout_windows)
     require_tokens(model, windows, "calibration")
     if other is not None:
         require_tokens(model, other, "heldout")
@@ -236,6 +240,7 @@ def _tokens(
     nsamples: int | None,
     seqlen: int | None,
     seed: int,
+    max_windows: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Calibration and held-out windows, from tokens or texts."""
     given = [isinstance(tokens, Tensor) for tokens in (calibration, heldout) if tokens is not None]
@@ -247,6 +252,12 @@ def _tokens(
         raise TypeError("tokenizer: expected the model's tokenizer for texts, got None. Pass it, or token ids.")
     length = seqlen or within_context(model, DEFAULT_SEQLEN)
     texts: Texts = calibration_and_heldout(
-        tokenizer, calibration, heldout, nsamples=nsamples or default_nsamples(length), seqlen=length, seed=seed
+        tokenizer,
+        calibration,
+        heldout,
+        nsamples=nsamples or default_nsamples(length),
+        seqlen=length,
+        seed=seed,
+        max_windows=max_windows,
     )
     return texts.calibration, texts.heldout

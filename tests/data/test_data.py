@@ -86,6 +86,14 @@ def test_sample_joined_draws_as_the_published_samplers_do():
     assert tokens.sample_joined(list(range(100)), 5, 8, 0)[:, 0].tolist() == starts
 
 
+def test_more_samples_than_a_text_holds_are_said(caplog):
+    tokens.sample_joined(list(range(40)), 5, 8, 0)
+    assert not caplog.messages
+    tokens.sample_joined(list(range(40)), 6, 8, 0)
+    said = "6 samples of 8 tokens are drawn from a text of 40 tokens, so they overlap and say less than so many"
+    assert caplog.messages == [f"{said}: give more text"]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -235,6 +235,8 @@ def test_ablations_change_one_setting_each(inputs, tmp_path, capsys):
     }
     assert changed == {
         "joint-35-fisher": {"tile_prior_budget"},
+        "joint-35-fisher-distill": {"tile_prior_budget", "objective"},
+        "joint-35-fisher-hard": {"tile_prior_budget", "hard_pattern", "hard_tile"},
         "joint-35-tile16": {"tile"},
         "joint-35-layer": {"layer_target"},
         "joint-35-prior-none": set(),
@@ -306,7 +308,7 @@ def test_summary_is_mean_and_sample_deviation():
     ("extra", "message"),
     [
         (("--cells", "wander"), "--cells: expected names or patterns of cells, got 'wander'. Known: dense, magnitude"),
-        (("--ablations", "seed"), "expected one of tiles, tile, layer, prior, got 'seed'"),
+        (("--ablations", "seed"), "expected one of tiles, learning, tile, layer, prior, got 'seed'"),
         (("--compensations", "adam"), "expected one of blocks, least_squares, sparsegpt, got 'adam'"),
         (("--targets", "45"), "quality: target_sparsity: expected a share of zeros from 0 to 0.5, got 45.0"),
         (("--heldout", "absent.txt"), "got 'absent.txt', which is no file"),

@@ -92,9 +92,11 @@ def test_a_model_without_movable_channels_keeps_their_order(tiny_model, windows,
 def test_a_text_is_cut_in_two(tiny_model, tokenizer, text_file, capsys):
     model, other = tiny_model("llama"), tiny_model("llama")
     sizes = {"nsamples": 3, "seqlen": 32, "seed": 5}
-    result = patch.oneshot(model, tokenizer, calibration=text_file, reconstruct="least_squares", **sizes, **QUICK)
+    given = {"calibration": text_file, "heldout_windows": 2, "reconstruct": "least_squares"}
+    result = patch.oneshot(model, tokenizer, **given, **sizes, **QUICK)
     assert capsys.readouterr() == ("", "")
-    texts = calibration_and_heldout(tokenizer, text_file, **sizes)
+    texts = calibration_and_heldout(tokenizer, text_file, max_windows=2, **sizes)
+    assert len(texts.heldout) == 2
     assert result.dense == ppl(other, texts.heldout)
     patch.oneshot(other, calibration=texts.calibration, reconstruct="least_squares", **QUICK)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -166,6 +168,7 @@ def test_methods_are_those_that_leave_tiles_dense():
             TypeError,
             "tokenizer: expected the model's tokenizer for texts, got None",
         ),
+        ({"heldout_windows": 0}, ValueError, "heldout_windows: expected an integer >= 1, got 0"),
         ({"heldout": "text.txt"}, TypeError, "heldout: expected token ids beside token ids, or a text beside a text"),
         ({"calibration": torch.full((2, 8), 999)}, ValueError, "calibration: expected token ids from 0 below the"),
         ({"heldout": torch.full((2, 8), 999)}, ValueError, "heldout: expected token ids from 0 below the vocabulary"),
