@@ -290,7 +290,7 @@ class Study:
         if method != "blocks":
             return self.settings.nsamples, {}
         nsamples = self.settings.reconstruction_samples
-        return nsamples, {"samples": nsamples} | dataclasses.asdict(self.settings.blocks)
+        return nsamples, {"samples": nsamples} | dataclasses.asdict(self.settings.blocks.for_samples(nsamples))
 
     def _measure(self, made: Made) -> dict[str, Any]:
         """Perplexity as the method leaves the model and of the dense weights under its masks; bytes and tokens."""

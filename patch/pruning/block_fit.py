@@ -55,7 +55,7 @@ def fit_block(
     optimizer = torch.optim.Adam(
         [{"params": [master], "lr": rate} for master, rate in zip(masters.values(), rates, strict=True)], betas=_BETAS
     )
-    size = options.batch_size
+    size = options.samples_a_step(len(targets))
     steps = options.epochs * -(-len(targets) // size)
     generator = torch.Generator().manual_seed(options.seed * 4096 + index)
     forward = _Forward(index, block, inputs, others)

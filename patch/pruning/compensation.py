@@ -143,7 +143,7 @@ def compensate(
     errors: dict[str, tuple[float, float]] = {}
     reconstruction = None
     if method == "blocks":
-        blocks = blocks or BlockOptions()
+        blocks = (blocks or BlockOptions()).for_samples(len(calibration))
         folder = None if stages is None else Path(stages)
         key = "" if folder is None else _key(model, masks, calibration, options, blocks)
         reconstruction = Reconstruction(masks, blocks, folder, key)

@@ -262,13 +262,14 @@ class _Parts:
 
     def _fit(self) -> Step:
         options, work = block_options(self.settings), Work()
+        size = options.samples_a_step(self.nsamples)
         for block in self.counts.blocks:
             # The error before and after; forward and backward passes.
             work += Work(model=2 * self.nsamples * block.flops, fit=3 * options.epochs * self.nsamples * block.flops)
-            steps = options.epochs * -(-self.nsamples // options.batch_size)
+            steps = options.epochs * -(-self.nsamples // size)
             work += Work(memory=steps * _ADAM_BYTES * block.elems)
         largest = max(self.counts.blocks, key=lambda block: block.elems)
-        trained = FIT_BYTES * largest.elems + min(options.batch_size, self.nsamples) * largest.saved_bytes
+        trained = FIT_BYTES * largest.elems + min(size, self.nsamples) * largest.saved_bytes
         # Inputs, targets, outputs before and after.
         return Step("reconstruct", "block fit", work, trained + 4 * self.hidden)
 

@@ -40,7 +40,7 @@ class OneShotSettings:
     )
     epochs: AtLeastOne | None = setting(None, "blocks: passes over the calibration samples (default 2)")
     batch_size: AtLeastOne | None = setting(
-        None, "blocks: calibration samples a step (default 8); fewer need less memory"
+        None, "blocks: calibration samples a step (default: 8, or fewer for 128 steps); fewer need less memory"
     )
     exclude: Names = setting((), "layers to leave dense, as patterns such as '*.k_proj'", metavar="A,B")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -21,6 +22,8 @@ DEFAULT_BLOCK_SIZE = 128
 DEFAULT_DAMPING = 0.01
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048
+_MOST_A_STEP = 8
+_LEAST_STEPS = 128
 
 ShareBelowOne = Annotated[
     float, Field(ge=0, lt=1), Says("a share of zeros from 0 up to but not including 1", "Write 0.45 for 45 %.")
@@ -78,8 +81,18 @@ class BlockOptions:
         "learning rate of Adam in root mean squares of a layer's kept weights; it falls linearly to 0",
         metavar="LR",
     )
-    batch_size: AtLeastOne = setting(8, "calibration samples a step")
+    batch_size: AtLeastOne | None = setting(
+        None, "calibration samples a step; None: 8, or as many fewer as it takes to make 128 steps"
+    )
     seed: Seed = setting(0, "seed of the order of the samples")
+
+    def samples_a_step(self, nsamples: int) -> int:
+        """The batch size for so many samples: 32 steps, say, leave a block unfinished whatever the rate."""
+        return self.batch_size or max(1, min(_MOST_A_STEP, self.epochs * nsamples // _LEAST_STEPS))
+
+    def for_samples(self, nsamples: int) -> BlockOptions:
+        """These options with the batch size as a number."""
+        return dataclasses.replace(self, batch_size=self.samples_a_step(nsamples))
 
 
 def require_options(what: str, value: Any, kind: type) -> None:

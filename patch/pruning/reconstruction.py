@@ -60,7 +60,7 @@ class Reconstruction:
         try:
             fit_block(index, block, members, self._masks, inputs, targets, self._options)
         except torch.OutOfMemoryError as error:
-            raise MemoryError(self._too_large(index, targets[0].shape[-2])) from error
+            raise MemoryError(self._too_large(index, len(targets), targets[0].shape[-2])) from error
         fitted = list(inputs.run(index, block))
         after = relative_error(fitted, targets)
         if after < before:
@@ -74,8 +74,8 @@ class Reconstruction:
         self._keep(index, members)
         return outputs
 
-    def _too_large(self, index: int, seqlen: int) -> str:
-        size = self._options.batch_size
+    def _too_large(self, index: int, nsamples: int, seqlen: int) -> str:
+        size = self._options.samples_a_step(nsamples)
         fewer = f"batch_size={size // 2}, " if size > 1 else ""
         got = f"got too little for {size} of {seqlen} tokens"
         advice = f"Give {fewer}shorter ones such as seqlen={max(1, seqlen // 2)}, or method='least_squares'"

@@ -41,6 +41,15 @@ def weights_of(model):
     return {name: linear.weight.detach().clone() for name, linear in maskable_linears(model).items()}
 
 
+@pytest.mark.parametrize(
+    ("epochs", "nsamples", "expected"), [(2, 512, 8), (2, 4096, 8), (2, 128, 2), (1, 128, 1), (4, 128, 4), (1, 5, 1)]
+)
+def test_few_samples_are_taken_in_small_steps(epochs, nsamples, expected):
+    assert BlockOptions(epochs=epochs).samples_a_step(nsamples) == expected
+    assert BlockOptions(epochs=epochs, batch_size=8).samples_a_step(nsamples) == 8
+    assert BlockOptions(epochs=epochs).for_samples(nsamples) == BlockOptions(epochs=epochs, batch_size=expected)
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3", "opt"])
 def test_every_block_comes_nearer_to_the_dense_output_than_least_squares(arch):
     layers, blocks = build(arch), build(arch)

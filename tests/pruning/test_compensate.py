@@ -300,7 +300,7 @@ def test_the_command_saves_weights_and_both_perplexities(work, tmp_path, capsys)
     assert ("WARNING: this is WORSE" in said) == (after > before)
     assert artifact.meta["method"] == "joint"
     assert done["method"] == "blocks"
-    assert done["blocks"] == {"epochs": 1, "lr": 0.02, "batch_size": 8, "seed": 0}
+    assert done["blocks"] == {"epochs": 1, "lr": 0.02, "batch_size": 1, "seed": 0}
     assert "trained 2 blocks; mean relative output error on the calibration text:" in said
     assert not (tmp_path / "out.stages").exists()
     assert done["heldout"] == str(work / "held.txt")

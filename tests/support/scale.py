@@ -42,7 +42,7 @@ n samples of S tokens, T = n S; F operations of a forward pass of the blocks on 
 | Fisher information | m (4 F + 2 F'), 30 bytes a weight and sample | gradients of a block; host: states of 8 samples |
 | sweep | 2 n F, 2 T K^2 a tensor that layers read, 4/3 K^3 + N K^2 a layer | 4 K^2 a tensor in a block, 20 N K |
 | least squares | 2 n F, 2 T K^2, K^3 + 2 N K^2 a layer, (K/2)^3 / 3 in 2 s N rows | as the sweep |
-| block fit | 2 n F + 3 E n F | 24 bytes a weight of a block, activations of 8 samples, states four times |
+| block fit | 2 n F + 3 E n F | 24 bytes a weight of a block, activations of a step of 2 samples, states four times |
 | pack | W (F + F'), ten readings of all weights | host: the masked weights; then the packed model a second time |
 
 m is at most 64. States are the hidden states of all n samples, on the device where blocks are worked on: once in every

@@ -52,7 +52,9 @@ class Options(inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementS
     lr: Positive | None = setting(
         None, "blocks: learning rate in root mean squares of a layer's weights (default 0.02)", metavar="LR"
     )
-    batch_size: AtLeastOne | None = setting(None, "blocks: calibration samples a step (default 8)")
+    batch_size: AtLeastOne | None = setting(
+        None, "blocks: calibration samples a step (default: 8, or fewer for 128 steps)"
+    )
     damping: Damping = setting(0.01, "share of the Hessian's mean diagonal added to it", metavar="SHARE")
     precision: Precision = setting("fp32", "of the Hessian and the update")
     seqlen: inputs.TokensToPredict = setting(None, inputs.SEQLEN_HELP, metavar="N")
@@ -112,7 +114,7 @@ def run(options: Options) -> None:
         method=method,
         damping=options.damping,
         precision=options.precision,
-        blocks=None if blocks is None else dataclasses.asdict(blocks),
+        blocks=None if blocks is None else dataclasses.asdict(blocks.for_samples(len(calibration))),
         nsamples=options.nsamples,
         seqlen=seqlen,
         seed=options.seed,
@@ -178,7 +180,10 @@ def _method(
     is_asked_for = options.method is not None or any((options.epochs, options.lr, options.batch_size))
     if blocks is None or is_asked_for:
         return options.method or "blocks"
-    needed, free = reconstruction_bytes(model, calibration, blocks.batch_size), free_bytes(model.device)
+    needed, free = (
+        reconstruction_bytes(model, calibration, blocks.samples_a_step(len(calibration))),
+        free_bytes(model.device),
+    )
     if needed <= free:
         return "blocks"
     advice = "Give --method blocks to try it all the same, with a smaller --batch-size, --nsamples or --seqlen"
