@@ -12,6 +12,7 @@ from patch.settings import AtLeastOne, NotNegative, Positive, Seed, Share, Tile,
 
 Mode = Literal["joint", "tile", "maskllm"]
 Moments = Literal["float32", "bfloat16", "int8"]
+Objective = Literal["tokens", "distill"]
 MOMENTS: tuple[Moments, ...] = get_args(Moments)
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[
@@ -43,7 +44,7 @@ class LearnConfig:
         0.45, "target share of zeros, required but for maskllm, where it is 0.5 (default: none)", metavar="SHARE"
     )
     tile: Tile = setting((128, 128), "rows,columns of a tile", metavar="R,C")
-    objective: Literal["tokens", "distill"] = setting(
+    objective: Objective = setting(
         "tokens", "tokens: the loss of predicting the text; distill: the divergence from the dense model's predictions"
     )
     lr: Positive = setting(1e-3, "learning rate of AdamW (default of the preset)", metavar="LR")
