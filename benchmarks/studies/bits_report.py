@@ -19,6 +19,8 @@ NOTES = """
 * rounded to nearest: nothing is trained for the rounding. The hybrids were reconstructed by blocks before it.
 * reconstructed: each decoder block trained through the rounding for the dense block's output, scales fixed.
 * Rounding is simulated; there is no kernel for these widths here.
+
+![perplexity against bytes a weight](bits.png)
 """
 
 
