@@ -17,7 +17,7 @@ from patch.data.tokens import calibration_windows, evaluation_text, sample_joine
 DEFAULT_HELDOUT_WINDOWS = 64
 # Of a local text without another one beside it, at most this part of its end is held out.
 _TAIL = 10
-_FITTED = "The weights are fitted to --data, so perplexity on it says nothing."
+_FITTED = "The weights are fitted to that, so perplexity on it says nothing."
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ def require_two_texts(source: str, heldout: str | None) -> None:
     """Refuse a held-out text that is the calibration text; for a named set that name is its evaluation split."""
     same = heldout is not None and source not in NAMED_SETS and Path(heldout).resolve() == Path(source).resolve()
     if same:
-        raise ValueError(f"heldout: expected another text than --data, got {heldout!r} for both. {_FITTED}")
+        raise ValueError(
+            f"heldout: expected another text than that to calibrate on, got {heldout!r} for both. {_FITTED}"
+        )
 
 
 def calibration_and_heldout(
@@ -78,9 +80,9 @@ def calibration_and_heldout(
         windows = min(max_windows, len(ids) // _TAIL // seqlen)
         if windows == 0:
             got = f"{name} has {len(ids):,} tokens in all"
-            advice = "Give more text, a smaller --seqlen, or another text with --heldout."
+            advice = "Give more text, a smaller seqlen, or another text to measure on."
             raise ValueError(
-                f"heldout: expected a window of {seqlen} tokens in the last tenth of --data, {got}. {advice}"
+                f"heldout: expected a window of {seqlen} tokens in the last tenth of the text, {got}. {advice}"
             )
         tail = windows * seqlen
         calibration = sample_joined(ids[:-tail], nsamples, seqlen, seed)
@@ -93,7 +95,7 @@ def calibration_and_heldout(
     if name not in NAMED_SETS and other not in NAMED_SETS:
         if digest == text_sha256(load_documents(other, text_field=text_field)):
             got = f"got {other!r}, which holds the same text"
-            raise ValueError(f"heldout: expected another text than --data, {got}. {_FITTED}")
+            raise ValueError(f"heldout: expected another text than that to calibrate on, {got}. {_FITTED}")
     text, most = evaluation_text(other, text_field=text_field)
     where = f"the evaluation split of {other}" if other in NAMED_SETS else other
     measured = heldout_windows(tokenizer, text, other, seqlen, min(max_windows, most or max_windows))
@@ -105,7 +107,7 @@ def heldout_windows(tokenizer: Any, text: str, source: str, seqlen: int, max_win
     ids = torch.tensor(tokenize(tokenizer, [text])[0], dtype=torch.int64)
     windows = min(len(ids) // seqlen, max_windows)
     if windows == 0:
-        advice = "Give more text or a smaller --seqlen."
+        advice = "Give more text or a smaller seqlen."
         raise ValueError(
             f"heldout: expected at least one window of {seqlen} tokens, {source!r} has {len(ids)} tokens. {advice}"
         )

@@ -111,6 +111,10 @@ def sample_joined(token_ids: Sequence[int], nsamples: int, seqlen: int, seed: in
     if len(token_ids) <= seqlen:
         expected = f"expected a text of more than {seqlen} tokens"
         raise ValueError(f"{expected}, got {len(token_ids)}; give more text or a smaller seqlen")
+    different = len(token_ids) - seqlen
+    if nsamples > different:
+        expected = f"expected at most {different:,} different samples of {seqlen} tokens"
+        raise ValueError(f"nsamples: {expected} from {len(token_ids):,}, got {nsamples}. Ask for fewer.")
     if nsamples * seqlen > len(token_ids):
         given = f"{nsamples} samples of {seqlen} tokens are drawn from a text of {len(token_ids):,} tokens"
         logger.warning("%s, so they overlap and say less than so many: give more text", given)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patch.files.schema import listed
+from patch.files.schema import listed, require_integer
+from patch.models.facts import context_length
 from patch.models.structure import decoder_of
 from patch_kernels.checks import all_finite, require_tensor
 
@@ -93,6 +94,16 @@ def require_tokens(model: nn.Module, ids: Any, what: str, *, least: int = 1, pos
             sizes = f"{least} to {longest} tokens (max_position_embeddings)"
         expected = f"expected samples of {sizes}"
         raise ValueError(f"{what}: {expected}, got {ids.shape[1]}. Cut windows of such a length.")
+
+
+def require_seqlen(model: Any, seqlen: Any) -> None:
+    """Refuse a length of samples that a model, or one of its configuration, cannot read, before any text is read."""
+    require_integer("seqlen", seqlen, least=2)
+    longest = context_length(model)
+    if longest is not None and seqlen > longest:
+        raise ValueError(
+            f"seqlen: expected 2 to {longest} tokens (max_position_embeddings), got {seqlen}. Choose a shorter one."
+        )
 
 
 def require_trained_dtype(weight: Tensor, what: str) -> None:

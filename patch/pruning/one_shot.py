@@ -16,7 +16,7 @@ from patch.evaluate.cross_entropy import perplexity
 from patch.evaluate.results import broken_perplexity
 from patch.files.progress import say
 from patch.files.schema import require_integer
-from patch.models.checks import require_tokens
+from patch.models.checks import require_seqlen, require_tokens
 from patch.models.facts import within_context
 from patch.models.keep_masks import measured_sparsity
 from patch.models.modes import streamed
@@ -98,10 +98,10 @@ def oneshot(
     windows, other = _tokens(model, tokenizer, calibration, heldout, nsamples, seqlen, seed, heldout_windows)
     require_tokens(model, windows, "calibration")
     if other is not None:
-        require_tokens(model, other, "heldout")
-        if torch.equal(windows, other):
-            why = "The weights are fitted to them, so perplexity on them says nothing."
-            raise ValueError(f"heldout: expected other tokens than calibration, got the same. {why}")
+        require_tokens(model, other, "heldout", least=2)
+        if shared := len(_rows(windows) & _rows(other)):
+            why = "The weights are fitted to these, so perplexity on them says nothing."
+            raise ValueError(f"heldout: expected other windows than calibration, got {shared} of the same. {why}")
 
     def measured() -> float | None:
         return None if other is None else heldout_perplexity(model, other, device=device, progress=progress)
@@ -243,14 +243,23 @@ def _tokens(
     max_windows: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Calibration and held-out windows, from tokens or texts."""
+    for name, source in (("calibration", calibration), ("heldout", "" if heldout is None else heldout)):
+        if not isinstance(source, Tensor | str | os.PathLike):
+            expected = "expected a tensor of token ids, or a text: a file or the name of a set"
+            raise TypeError(f"{name}: {expected}, got {type(source).__name__}.")
     given = [isinstance(tokens, Tensor) for tokens in (calibration, heldout) if tokens is not None]
     if all(given):
+        for name, value in (("nsamples", nsamples), ("seqlen", seqlen)):
+            if value is not None:
+                raise ValueError(f"{name}: expected none beside token ids, got {value!r}. Cut the tokens instead.")
         return calibration, heldout
     if any(given):
         raise TypeError("heldout: expected token ids beside token ids, or a text beside a text, got one of each.")
-    if tokenizer is None:
-        raise TypeError("tokenizer: expected the model's tokenizer for texts, got None. Pass it, or token ids.")
-    length = seqlen or within_context(model, DEFAULT_SEQLEN)
+    if not callable(tokenizer):
+        got = None if tokenizer is None else type(tokenizer).__name__
+        raise TypeError(f"tokenizer: expected the model's tokenizer for texts, got {got}. Pass it, or token ids.")
+    length = within_context(model, DEFAULT_SEQLEN) if seqlen is None else seqlen
+    require_seqlen(model, length)
     texts: Texts = calibration_and_heldout(
         tokenizer,
         calibration,
@@ -261,3 +270,7 @@ def _tokens(
         max_windows=max_windows,
     )
     return texts.calibration, texts.heldout
+
+
+def _rows(windows: Tensor) -> set[bytes]:
+    return {row.numpy().tobytes() for row in windows.cpu().contiguous()}

@@ -117,6 +117,13 @@ def test_prune_says_what_it_will_do_and_what_packing_will_take(work, tmp_path, c
     assert run(capsys, "prune", "--config", resolved, "--out", tmp_path / "q")[0] == 0
 
 
+def test_prune_to_tiles_says_when_none_stays_dense(work, tmp_path, capsys):
+    flags = ["--model", work / "model", "--method", "magnitude", "--pattern", "tiles", "--tiles-by", "error"]
+    said = "at a sparsity of 0.5 no tile stays dense; give --sparsity 0.45 or less for a hybrid\n"
+    assert said in run(capsys, "prune", *flags, "--out", tmp_path / "p")[2]
+    assert said not in run(capsys, "prune", *flags, "--sparsity", 0.45, "--out", tmp_path / "q")[2]
+
+
 def test_pruning_a_pruned_export_tells_the_zeros_that_are_there(work, tmp_path, capsys):
     from patch.artifacts.artifact import load_artifact
     from patch.models.keep_masks import measured_sparsity

@@ -228,7 +228,7 @@ def test_too_little_memory_is_said_in_flags(made, work, stages, tmp_path, capsys
 
     shutil.rmtree(stages / "reconstruct")
     monkeypatch.setattr(reconstruction, "fit_block", full)
-    status, _, err = call(capsys, work, "--out", tmp_path / "o")
+    status, _, err = call(capsys, work, "--batch-size", 8, "--out", tmp_path / "o")
     assert status == 2
     expected = "--batch-size: expected memory to fit block 0 to so many samples a step, got too little for 8 of 32"
     advice = "Give --batch-size 4, shorter ones such as --seqlen 16, or --reconstruct least_squares."
@@ -315,7 +315,7 @@ REFUSED = [
     (["--heldout", "{w}/absent.txt"], "--heldout: expected a file (.txt, .jsonl, .parquet) or one of c4"),
     (
         ["--heldout", "{t}/copy.txt"],
-        "--heldout: expected another text than --data, got '{t}/copy.txt', which holds the",
+        "--heldout: expected another text than that to calibrate on, got '{t}/copy.txt', which holds the",
     ),
     (
         ["--model", "{t}/odd"],
@@ -325,17 +325,20 @@ REFUSED = [
         ["--out", "{t}/stage"],
         "--out: expected stages of an earlier run, {t}/stage.stages/prune holds other files. Move",
     ),
-    (["--heldout", "{w}/train.txt"], "--heldout: expected another text than --data, got '{w}/train.txt' for both."),
+    (
+        ["--heldout", "{w}/train.txt"],
+        "--heldout: expected another text than that to calibrate on, got '{w}/train.txt' for both.",
+    ),
     (
         ["--data", "{w}/short.txt"],
-        "--heldout: expected a window of 32 tokens in the last tenth of --data, {w}/short.txt has 9 tokens in all.",
+        "--heldout: expected a window of 32 tokens in the last tenth of the text, {w}/short.txt has 9 tokens in all.",
     ),
     (
         ["--heldout", "{w}/short.txt"],
         "--heldout: expected at least one window of 32 tokens, '{w}/short.txt' has 9 tokens.",
     ),
     (["--seqlen", "1"], "--seqlen: expected an integer >= 2, got 1"),
-    (["--seqlen", "500"], "calibration: expected samples of 1 to 128 tokens (max_position_embeddings), got 500"),
+    (["--seqlen", "500"], "--seqlen: expected 2 to 128 tokens (max_position_embeddings), got 500"),
     (["--exclude", "*.nothing"], "got '*.nothing' which matches none"),
     (["--device", "cuda:99"], "--device: expected a GPU that is there, got 'cuda:99'"),
     (["--model", "{w}/absent"], "--model: expected a model folder, found none"),

@@ -106,6 +106,10 @@ def test_more_samples_than_a_text_holds_are_said(caplog):
             "seed: expected an integer from 0 to 4294967295, got -1",
         ),
         (lambda: tokens.sample_joined([1, 2], 1, 2, 0), "more than 2 tokens, got 2"),
+        (
+            lambda: tokens.sample_joined([1, 2, 3, 4], 3, 2, 0),
+            "nsamples: expected at most 2 different samples of 2 tokens from 4, got 3. Ask for fewer.",
+        ),
     ],
 )
 def test_samplers_refuse(call, message):

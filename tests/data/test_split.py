@@ -62,8 +62,12 @@ def test_digests_tell_tokens_apart(tokenizer, text_file):
 @pytest.mark.parametrize(
     ("source", "heldout", "message"),
     [
-        ("t.txt", None, "heldout: expected a window of 32 tokens in the last tenth of --data, .*t.txt has 300 tokens"),
-        ("t.txt", "t.txt", "heldout: expected another text than --data, got '.*t.txt' for both. The weights are"),
+        (
+            "t.txt",
+            None,
+            "heldout: expected a window of 32 tokens in the last tenth of the text, .*t.txt has 300 tokens",
+        ),
+        ("t.txt", "t.txt", "heldout: expected another text than that to calibrate on, got '.*t.txt' for both. The"),
         ("t.txt", "s.txt", "heldout: expected at least one window of 32 tokens, '.*s.txt' has 5 tokens. Give more"),
         ("s.txt", "t.txt", "calibration text .*s.txt: expected a text of more than 32 tokens, got 5"),
     ],

@@ -356,7 +356,7 @@ def test_the_command_says_when_the_result_is_broken(work, tmp_path, capsys, monk
     ("extra", "message"),
     [
         ((), "heldout: expected a text that is not in --data, got none. Give --heldout TEXT"),
-        (("--heldout", "train.txt"), "heldout: expected another text than --data"),
+        (("--heldout", "train.txt"), "heldout: expected another text than that to calibrate on"),
         (("--heldout", "none.txt"), "--heldout: expected a file"),
         (("--heldout", "held.txt", "--seqlen", "100000"), "expected a text of more than 100000 tokens, got 14492"),
         (("--heldout", "held.txt", "--nsamples", "0"), "nsamples: expected an integer >= 1, got 0"),

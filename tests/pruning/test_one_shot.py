@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -102,9 +103,22 @@ def test_a_text_is_cut_in_two(tiny_model, tokenizer, text_file, capsys):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("seqlen", "message"),
+    [
+        (129, "seqlen: expected 2 to 128 tokens (max_position_embeddings), got 129. Choose a shorter one."),
+        (1, "seqlen: expected an integer >= 2, got 1"),
+        ("long", "seqlen: expected an integer >= 2, got 'long'"),
+    ],
+)
+def test_a_length_is_refused_before_the_text_is_read(tiny_model, tokenizer, seqlen, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        patch.oneshot(tiny_model("llama"), tokenizer, calibration="absent.txt", seqlen=seqlen)
+
+
 def test_tokens_to_measure_on_are_others(tiny_model, windows):
-    with pytest.raises(ValueError, match="heldout: expected other tokens than calibration, got the same"):
-        patch.oneshot(tiny_model("llama"), calibration=windows, heldout=windows.clone(), **QUICK)
+    with pytest.raises(ValueError, match="heldout: expected other windows than calibration, got 2 of the same"):
+        patch.oneshot(tiny_model("llama"), calibration=windows, heldout=windows[1:3].clone(), **QUICK)
 
 
 def test_a_result_that_packs_to_more_is_said():
@@ -168,6 +182,20 @@ def test_methods_are_those_that_leave_tiles_dense():
             TypeError,
             "tokenizer: expected the model's tokenizer for texts, got None",
         ),
+        (
+            {"calibration": "text.txt", "heldout": None, "tokenizer": "models/llama"},
+            TypeError,
+            "tokenizer: expected the model's tokenizer for texts, got str. Pass it, or token ids.",
+        ),
+        (
+            {"calibration": [1, 2]},
+            TypeError,
+            "calibration: expected a tensor of token ids, or a text: a file or the name of a set, got list",
+        ),
+        ({"heldout": 5}, TypeError, "heldout: expected a tensor of token ids, or a text: a file or the name of a set"),
+        ({"nsamples": 4}, ValueError, "nsamples: expected none beside token ids, got 4. Cut the tokens instead."),
+        ({"seqlen": 16}, ValueError, "seqlen: expected none beside token ids, got 16. Cut the tokens instead."),
+        ({"heldout": torch.ones(3, 1, dtype=torch.int64)}, ValueError, "heldout: expected samples of 2 to 128 tokens"),
         ({"heldout_windows": 0}, ValueError, "heldout_windows: expected an integer >= 1, got 0"),
         ({"heldout": "text.txt"}, TypeError, "heldout: expected token ids beside token ids, or a text beside a text"),
         ({"calibration": torch.full((2, 8), 999)}, ValueError, "calibration: expected token ids from 0 below the"),

@@ -173,9 +173,10 @@ def _seqlen(options: Options, model: nn.Module) -> int:
 def _texts(options: Options, model: nn.Module, tokenizer: Any) -> Texts:
     """Calibration and held-out tokens, checked against the model."""
     from patch.data.split import calibration_and_heldout
-    from patch.models.checks import require_tokens
+    from patch.models.checks import require_seqlen, require_tokens
 
     seqlen = _seqlen(options, model)
+    require_seqlen(model, seqlen)
     texts = calibration_and_heldout(
         tokenizer,
         cast(str, options.data),

@@ -129,6 +129,8 @@ def run(options: Options) -> None:
         )
     stages = stages_folder(out)
     if tiles is not None:
+        if options.sparsity == 0.5:
+            say("at a sparsity of 0.5 no tile stays dense; give --sparsity 0.45 or less for a hybrid")
         hybrid = prune_tiles(
             model,
             options.method,
