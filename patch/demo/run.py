@@ -133,7 +133,7 @@ class Demo:
             f"plan: train a model for {settings.model.steps} steps ({dense * block:,} tokens), prune it to 2:4 by "
             f"{len(ONE_SHOT)} methods and to {hybrids} zeros, learn {masks} for {settings.learn.steps} steps{each} "
             f"({learn * block:,} tokens), reconstruct, compare, pack. By default that takes "
-            f"{'9 to 11 minutes' if self.everything else '5 to 9 minutes'} on 2 cores"
+            f"{'9 to 11 minutes' if self.everything else '5 to 6 minutes'} on 2 cores"
         )
 
     # -- stages ---
