@@ -1,7 +1,7 @@
 // Which kernel takes a call: what a tile costs each of them, in microseconds of one thread with the weight in memory.
-// Measured on an AMD EPYC of Zen 4, 3.7 GHz, by benchmarks/ops/bench_cpu_kernels.py, where nothing else is said; "guess"
-// where no such machine was at hand. Only ratios matter. A table and no measuring at run time: the same call takes the same kernel, so it has the
-// same bits.
+// Measured on an AMD EPYC of Zen 4, 3.7 GHz, by benchmarks/ops/bench_cpu_kernels.py, where nothing else is said;
+// "guess" where no such machine was at hand. Only ratios matter. A table and no measuring at run time: the same call
+// takes the same kernel, so it has the same bits.
 #pragma once
 
 #include "../math/elements.h"
@@ -23,9 +23,10 @@ constexpr float kNever = 1e9f;
 template <class T>
 struct CostsOf;
 #if defined(PK_AMX)
+// Xeon with AMX; many: the line through 16 and 512 tokens; torch, dense: more than one thread takes, so that 512 tokens
+// of two threads go to the tile registers, which are faster for them.
 template <>
-struct CostsOf<BFloat16> {  // Xeon with AMX; many: the line through 16 and 512 tokens; torch, dense: so that 512 tokens
-                            // take the tile registers, which two threads are faster with
+struct CostsOf<BFloat16> {
   static constexpr Costs kCosts = {{0.4f, 0.41f, 1.7f, 0.8f, 20.0f, 0.037f}, {0.2f, 0.42f, 1.9f, 0.8f, 16.6f, 0.027f}};
 };
 #elif defined(__AVX512BF16__)
