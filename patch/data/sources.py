@@ -123,6 +123,7 @@ NAMED_SETS = {
 
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 LOCAL_JOIN = "\n\n"
+DEFAULT_HELDOUT_WINDOWS = 64
 CONNECT = "connect to the Hugging Face hub once (and unset HF_HUB_OFFLINE)"  # advice of messages
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patch.data.sources import LOCAL_JOIN, NAMED_SETS, load_documents
+from patch.data.sources import DEFAULT_HELDOUT_WINDOWS, LOCAL_JOIN, NAMED_SETS, load_documents
 from patch.data.tokens import calibration_windows, evaluation_text, sample_joined, text_sha256, tokenize
 
-DEFAULT_HELDOUT_WINDOWS = 64
 # Of a local text without another one beside it, at most this part of its end is held out.
 _TAIL = 10
 _FITTED = "The weights are fitted to that, so perplexity on it says nothing."

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patch.data.split import DEFAULT_HELDOUT_WINDOWS, Texts, calibration_and_heldout
+from patch.data.sources import DEFAULT_HELDOUT_WINDOWS
+from patch.data.split import Texts, calibration_and_heldout
 from patch.evaluate.cross_entropy import perplexity
 from patch.evaluate.results import broken_perplexity
 from patch.files.progress import say

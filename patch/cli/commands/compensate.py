@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from patch.cli import inputs, outputs
+from patch.data.sources import DEFAULT_HELDOUT_WINDOWS
 from patch.files.progress import say
 from patch.files.schema import record
 from patch.pruning.options import BlockOptions, CompensationMethod, Damping, Precision
@@ -43,7 +44,7 @@ class Options(inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementS
     heldout: str | None = setting(
         None, "text to measure on (default: the evaluation split, if --data is a named set)", metavar="TEXT"
     )
-    heldout_windows: AtLeastOne = setting(64, "held-out windows of seqlen tokens, at most")
+    heldout_windows: AtLeastOne = setting(DEFAULT_HELDOUT_WINDOWS, "held-out windows of seqlen tokens, at most")
     method: CompensationMethod | None = setting(
         None,
         "blocks (trains each block; default where memory allows), least_squares (each layer) or sparsegpt (cheaper)",
@@ -89,7 +90,7 @@ def run(options: Options) -> None:
     heldout = heldout_windows(tokenizer, text, heldout_source, seqlen, options.heldout_windows)
     linears = maskable_linears(model)
     method = _method(options, model, calibration, blocks)
-    blocks = blocks if method == "blocks" else None
+    blocks = blocks.for_samples(len(calibration)) if blocks is not None and method == "blocks" else None
     if found := zeros_already(linears):
         say(f"WARNING: {found}")
     stages = stages_folder(out)
@@ -114,7 +115,7 @@ def run(options: Options) -> None:
         method=method,
         damping=options.damping,
         precision=options.precision,
-        blocks=None if blocks is None else dataclasses.asdict(blocks.for_samples(len(calibration))),
+        blocks=None if blocks is None else dataclasses.asdict(blocks),
         nsamples=options.nsamples,
         seqlen=seqlen,
         seed=options.seed,
@@ -180,10 +181,8 @@ def _method(
     is_asked_for = options.method is not None or any((options.epochs, options.lr, options.batch_size))
     if blocks is None or is_asked_for:
         return options.method or "blocks"
-    needed, free = (
-        reconstruction_bytes(model, calibration, blocks.samples_a_step(len(calibration))),
-        free_bytes(model.device),
-    )
+    size = blocks.samples_a_step(len(calibration))
+    needed, free = reconstruction_bytes(model, calibration, size), free_bytes(model.device)
     if needed <= free:
         return "blocks"
     advice = "Give --method blocks to try it all the same, with a smaller --batch-size, --nsamples or --seqlen"

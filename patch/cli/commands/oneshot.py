@@ -13,6 +13,7 @@ from pydantic import model_validator
 
 from patch import settings
 from patch.cli import inputs, outputs
+from patch.data.sources import DEFAULT_HELDOUT_WINDOWS
 from patch.files.progress import duration, say
 from patch.files.schema import default_of, fields_of, plain, record
 from patch.pruning.one_shot_settings import OneShotSettings, default_nsamples
@@ -60,7 +61,7 @@ class Options(OneShotSettings, inputs.CalibrationSettings, inputs.PlacementSetti
         "text to measure on (default: the evaluation split of a named set, the last tenth of a file)",
         metavar="TEXT",
     )
-    heldout_windows: AtLeastOne = setting(64, "held-out windows of seqlen tokens, at most")
+    heldout_windows: AtLeastOne = setting(DEFAULT_HELDOUT_WINDOWS, "held-out windows of seqlen tokens, at most")
     nsamples: AtLeastOne | None = setting(  # type: ignore[assignment]  # as many as make some tokens
         None, "calibration samples (default: 131072 tokens, at least 128 samples)"
     )
