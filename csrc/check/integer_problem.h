@@ -94,36 +94,79 @@ class IntegerProblem {
   static constexpr uint16_t kNaN = 0x7FFF;
 
  public:
+  // A layer: some tile rows of the weight. Its y (tokens, rows) lies where those rows would lie if y were transposed.
+  struct Part {
+    int first_row, rows, tile_rows;
+    int64_t payload_offset;
+    std::vector<int32_t> words;  // its schedule
+  };
+
   explicit IntegerProblem(const Sizes& s)
       : sizes(s),
         tile_rows(static_cast<int>(ceil_div(s.rows, kTile))),
         tile_cols(static_cast<int>(ceil_div(s.cols, kTile))),
         is_sparse(tile_rows * tile_cols),
         bias(s.rows),
-        words(schedule_words(tile_rows, tile_cols)),
         x(static_cast<size_t>(s.tokens) * x_stride()),
         y(static_cast<size_t>(s.tokens) * s.rows + 2 * kCanaries) {
     std::mt19937 random(s.seed);
     draw_types(random);
     draw_weight(random);
     draw_x(random);
-    make_schedule(is_sparse.data(), tile_rows, tile_cols, words.data());
+    cut(1);
     expect();
     poison();
   }
 
+  // Layers that one launch computes: the weight is cut between tile rows, into at most as many as there are.
+  void cut(int layers) {
+    layers = std::min({layers, kMaxLayers, tile_rows});
+    parts.clear();
+    for (int i = 0; i < layers; ++i) {
+      Part part;
+      const int first = tile_rows * i / layers, last = tile_rows * (i + 1) / layers;
+      part.first_row = kTile * first;
+      part.rows = std::min(sizes.rows, kTile * last) - part.first_row;
+      part.tile_rows = last - first;
+      const uint8_t* flags = is_sparse.data() + static_cast<size_t>(first) * tile_cols;
+      part.payload_offset = cpu::payload_bytes(is_sparse.data(), flags - is_sparse.data());
+      part.words.resize(schedule_words(part.tile_rows, tile_cols));
+      make_schedule(flags, part.tile_rows, tile_cols, part.words.data());
+      parts.push_back(std::move(part));
+    }
+  }
+
   int x_stride() const { return (sizes.cols + 7) / 8 * 8 + 8 * sizes.x_padding; }
 
+  // Where a problem's data lie: here, or where they were copied to.
+  struct Places {
+    const uint16_t* x;
+    const uint8_t* payload;
+    const uint16_t* bias;
+    uint16_t* y;                        // with its canaries
+    std::vector<const int32_t*> words;  // of each part
+  };
+  Places own_places() {
+    Places places{x.data, payload->data, bias.data(), y.data, {}};
+    for (const Part& part : parts) places.words.push_back(part.words.data());
+    return places;
+  }
+
   // The problem as kernels see it; items and splits are the caller's.
-  GemmProblem view() {
+  GemmProblem view() { return view(own_places()); }
+  GemmProblem view(const Places& at) const {
     GemmProblem p{};
-    p.x = x.data;
-    p.payload = payload->data;
-    p.bias = sizes.bias ? bias.data() : nullptr;
-    p.y = y.data + kCanaries;
-    p.tokens = sizes.tokens, p.rows = sizes.rows, p.cols = sizes.cols, p.x_stride = x_stride();
-    p.schedule = schedule_view(words.data(), tile_rows, tile_cols);
+    p.x = at.x;
+    p.tokens = sizes.tokens, p.cols = sizes.cols, p.x_stride = x_stride();
     p.token_ctas = p.row_ctas = p.splits = 1;
+    for (const Part& part : parts) {
+      GemmLayer& layer = p.layers[p.layer_count++];
+      layer.payload = at.payload + part.payload_offset;
+      layer.bias = sizes.bias ? at.bias + part.first_row : nullptr;
+      layer.y = at.y + y_offset(part);
+      layer.rows = part.rows;
+      layer.schedule = schedule_view(at.words[p.layer_count - 1], part.tile_rows, tile_cols);
+    }
     return p;
   }
 
@@ -132,18 +175,24 @@ class IntegerProblem {
     for (size_t i = 0; i < kCanaries; ++i) {
       if (y.data[i] != kCanary || y.data[y.size - 1 - i] != kCanary) return "write outside y";
     }
-    const uint16_t* got = y.data + kCanaries;
-    for (size_t i = 0; i < expected.size(); ++i) {
-      if (got[i] != expected[i]) {
-        char text[128];
-        snprintf(text, sizeof(text), "y[token %d][row %d] is %g, expected %g", static_cast<int>(i / sizes.rows),
-                 static_cast<int>(i % sizes.rows), static_cast<double>(Element::widen(got[i])),
-                 static_cast<double>(Element::widen(expected[i])));
-        return text;
+    for (const Part& part : parts) {
+      const uint16_t* got = y.data + y_offset(part);
+      for (int token = 0; token < sizes.tokens; ++token) {
+        for (int r = 0; r < part.rows; ++r, ++got) {
+          const uint16_t wanted = expected[static_cast<size_t>(token) * sizes.rows + part.first_row + r];
+          if (*got == wanted) continue;
+          char text[128];
+          snprintf(text, sizeof(text), "y[token %d][row %d] is %g, expected %g", token, part.first_row + r,
+                   static_cast<double>(Element::widen(*got)), static_cast<double>(Element::widen(wanted)));
+          return text;
+        }
       }
     }
     return "";
   }
+
+  // Elements before a layer's y.
+  size_t y_offset(const Part& part) const { return kCanaries + static_cast<size_t>(sizes.tokens) * part.first_row; }
 
   // Canaries around y, NaN in it: as before any kernel ran.
   void poison() {
@@ -237,7 +286,7 @@ class IntegerProblem {
   const int tile_rows, tile_cols;
   std::vector<uint8_t> is_sparse;
   std::vector<uint16_t> bias;
-  std::vector<int32_t> words;  // the schedule
+  std::vector<Part> parts;
   std::unique_ptr<Aligned<uint8_t>> payload;
   Aligned<uint16_t> x, y;
 

@@ -122,40 +122,22 @@ class MachineSm90 {
         : "memory");
   }
   __device__ __forceinline__ void wait_returned(uint32_t address, uint32_t parity) { wait(address, parity); }
-  // For data that threads of other CTAs wrote and published.
-  __device__ __forceinline__ void wait_published(uint32_t address, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(address),
-        "r"(parity)
-        : "memory");
-  }
-  // Called by the one lane of a producer.
+  // Called by one thread.
   __device__ __forceinline__ void arrive_expect(uint32_t address, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(address), "r"(bytes) : "memory");
   }
-  // One thread a CTA of `ranks`. Gives a slot back: what was read from it has arrived, so nothing has to be published.
+  // One lane of each warp, or one for each CTA of `ranks`. Gives a slot back: what the warp read from it has arrived,
+  // so nothing has to be published.
   __device__ __forceinline__ void arrive_cluster(uint32_t address, const sm90::Ranks& ranks) {
-    if (ranks.count == 1) return arrive_here(address);
-    if (thread() < ranks.count) {
+    if (ranks.count == 1) {
+      if (lane() == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(address) : "memory");
+    } else if (lane() < ranks.count) {
       asm volatile(
-          "mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(remote(address, ranks.first + thread() * ranks.stride))
+          "mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(remote(address, ranks.first + lane() * ranks.stride))
           : "memory");
     }
   }
-  // The same after writing shared memory that those CTAs will read. One fence, then arrivals that need none.
-  __device__ __forceinline__ void publish_cluster(uint32_t address, const sm90::Ranks& ranks) {
-    if (thread() < ranks.count) {
-      asm volatile("fence.acq_rel.cluster;\n" ::: "memory");
-      asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(
-                       remote(address, ranks.first + thread() * ranks.stride))
-                   : "memory");
-    }
-  }
+  __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
   // Copies into shared memory; they complete on mbarriers.
   __device__ __forceinline__ void copy_x(const TensorMap& map, uint32_t to, int col, int token, int, uint32_t barrier,
@@ -270,22 +252,40 @@ class MachineSm90 {
     static_cast<uint16_t*>(to)[index] = bits;
   }
 
-  // Exchange of partial sums through distributed shared memory.
-  __device__ __forceinline__ void store_pair(uint32_t address, float a, float b) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(a), "f"(b) : "memory");
+  // Exchange of partial sums. f(i) for i < count, each by a thread of its own.
+  template <class F>
+  __device__ __forceinline__ void each_of(int count, F&& f) {
+    if (thread() < count) f(thread());
   }
-  __device__ __forceinline__ float load_remote(uint32_t address, int rank) {
-    float value;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(value) : "r"(remote(address, rank)) : "memory");
-    return value;
+  // From here into the shared memory of another CTA of the cluster, completing on its barrier (PTX ISA,
+  // "cp.async.bulk", .shared::cta to .shared::cluster). `to` and `barrier` are addresses as in this CTA.
+  __device__ __forceinline__ void push(uint32_t to, uint32_t from, int bytes, uint32_t barrier, int rank) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
+                     remote(to, rank)),
+                 "r"(from), "r"(bytes), "r"(remote(barrier, rank))
+                 : "memory");
+  }
+  __device__ __forceinline__ void store_float(uint32_t address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(address), "f"(value) : "memory");
+  }
+  __device__ __forceinline__ void load_four(float (&values)[4], uint32_t address) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+                 : "r"(address)
+                 : "memory");
   }
 
   static __device__ __forceinline__ uint32_t load_entry(const uint32_t* entry) { return __ldg(entry); }
+  static __device__ __forceinline__ int load_row(const int32_t* row) { return __ldg(row); }
   static __device__ __forceinline__ float load_element(const void* from, int index) {
     return static_cast<float>(static_cast<const Element*>(from)[index]);
   }
   static __device__ __forceinline__ void store_element(void* to, int64_t index, float value) {
     static_cast<Element*>(to)[index] = static_cast<Element>(value);
+  }
+  // Four values in two words; `index` is a multiple of four.
+  static __device__ __forceinline__ void store_four(void* to, int64_t index, uint32_t low, uint32_t high) {
+    *reinterpret_cast<uint2*>(static_cast<Element*>(to) + index) = make_uint2(low, high);
   }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t word;
@@ -295,11 +295,9 @@ class MachineSm90 {
 
  private:
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x) & 127; }
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) & 31; }
   // The thread that speaks for its warpgroup.
   static __device__ __forceinline__ bool elected() { return thread() == 0; }
-  static __device__ __forceinline__ void arrive_here(uint32_t address) {
-    if (elected()) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(address) : "memory");
-  }
   static __device__ __forceinline__ uint32_t remote(uint32_t address, int rank) {
     uint32_t mapped;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(mapped) : "r"(address), "r"(rank));

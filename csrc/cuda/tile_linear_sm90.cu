@@ -9,15 +9,19 @@
 namespace patch_kernels::cuda {
 namespace {
 
+struct YMaps {
+  CUtensorMap of[kMaxLayers];
+};
+
 template <class C, class Element>
 __global__ void __launch_bounds__(C::kThreads, C::kPairs ? 1 : 2)
     sm90_kernel(const __grid_constant__ GemmProblem p, const __grid_constant__ CUtensorMap x_map,
-                const __grid_constant__ CUtensorMap y_map) {
+                const __grid_constant__ YMaps y_maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t smem[];
   MachineSm90<Element, !C::kPairs> machine(smem);
   if ((machine.smem_base() & 1023) != 0) __trap();  // the swizzle is a function of the address
-  sm90::tile_gemm<C>(machine, p, x_map, y_map);
+  sm90::tile_gemm<C>(machine, p, x_map, y_maps.of);
 #endif
 }
 
@@ -81,19 +85,24 @@ void launch(const GemmProblem& p, const LaunchPlan& plan, cudaStream_t stream) {
   constexpr CUtensorMapDataType kType = OnCard<Packed>::kTensorMap;
   auto* kernel = prepared_kernel<C, typename OnCard<Packed>::Element>();
   const CUtensorMap x_map = tensor_map(p.x, p.tokens, p.cols, p.x_stride, C::kBn, kType);
-  const bool y_by_tensor = C::kPairs && p.rows % 8 == 0;
-  const CUtensorMap y_map = y_by_tensor ? tensor_map(p.y, p.tokens, p.rows, p.rows, C::kStageTokens, kType) : x_map;
+  YMaps y_maps;
+  for (int i = 0; i < kMaxLayers; ++i) {
+    const GemmLayer& layer = p.layers[i];
+    // Prefetched even where it is not used, so it must be a map.
+    const bool is_used = C::kPairs && i < p.layer_count && layer.rows % 8 == 0;
+    y_maps.of[i] = is_used ? tensor_map(layer.y, p.tokens, layer.rows, layer.rows, C::kStageTokens, kType) : x_map;
+  }
   cudaLaunchAttribute attributes[2];
   const int ctas = p.token_ctas * p.row_ctas * p.splits;
   const cudaLaunchConfig_t config =
       launch_config<C>(p.items.workers, ctas, stream, attributes, plan.overlaps_previous ? 2 : 1);
-  check(cudaLaunchKernelEx(&config, kernel, p, x_map, y_map), "tile_linear");
+  check(cudaLaunchKernelEx(&config, kernel, p, x_map, y_maps), "tile_linear");
 }
 
 }  // namespace
 
 void sm90_tile_linear(const GemmProblem& p, const LaunchPlan& plan, DType dtype, void* stream) {
-  const bool known = sm90::with_config(plan.pairs, plan.bn, [&](auto config) {
+  const bool known = sm90::with_config(plan.pairs, plan.bn, plan.splits, [&](auto config) {
     using C = decltype(config);
     with_packed(dtype, [&](auto packed) { launch<C, decltype(packed)>(p, plan, static_cast<cudaStream_t>(stream)); });
   });

@@ -41,11 +41,12 @@ enum class Fault {
   kLocalCount,          // and the barrier counts only that
   kMissingSumsWait,     // partial sums are read before all are there
   kMissingSumsRelease,  // and overwritten before all are read
+  kShortPush,           // a push leaves out the last 16 bytes, though its barrier counts them
   kNoZeroFill,          // garbage beyond the edges of x
   kNoSwizzle,           // x lies unswizzled
   kShiftedMetadata,     // metadata of the neighbouring thread
   kMissingStoreWait,    // a staging buffer is refilled before it was stored
-  kMissingProxyFence,   // staged y is not made visible to the copy engine
+  kMissingProxyFence,   // staged y, or sums to push, are not made visible to the copy engine
   kNotReturned,         // a CTA does not wait for the last arrivals of its peers
   kCutShort,            // a split ends one tile early
 };
@@ -54,7 +55,7 @@ struct FaultPlan {
   Fault fault = Fault::kNone;
   std::chrono::microseconds retire_delay{0};  // lets producers run ahead before a group is retired
   std::chrono::seconds patience{20};          // with a wait before it is called a deadlock
-  bool late_arrivals = false;                 // those of other CTAs take a millisecond
+  bool late_arrivals = false;                 // those of other CTAs, and what they push, take a millisecond
 };
 
 // mbarrier of the PTX ISA: a phase completes when all arrivals and all transaction bytes are in.
@@ -107,12 +108,12 @@ template <class Config>
 BarrierKind barrier_kind(int index) {
   const sm90::Smem<Config> smem{0};
   const auto before = [&](uint32_t address) { return smem.barrier(index) < address; };
-  return before(smem.x_empty(0))      ? kXFull
-         : before(smem.w_full(0, 0))  ? kXEmpty
-         : before(smem.w_empty(0, 0)) ? kWFull
-         : before(smem.sums_full(0))  ? kWEmpty
-         : before(smem.sums_empty(0)) ? kSumsFull
-                                      : kSumsEmpty;
+  return before(smem.x_empty(0))         ? kXFull
+         : before(smem.w_full(0, 0))     ? kXEmpty
+         : before(smem.w_empty(0, 0))    ? kWFull
+         : before(smem.sums_full(0, 0))  ? kWEmpty
+         : before(smem.sums_empty(0, 0)) ? kSumsFull
+                                         : kSumsEmpty;
 }
 
 struct Cta {
@@ -143,14 +144,15 @@ struct Cluster {
     for (int i = 0; i < ctas; ++i) cta.emplace_back(smem_bytes, barriers).roles = roles;
   }
 
-  // An arrival that is on its way for a while, as between SMs.
-  void arrive_later(int rank, uint32_t address) {
+  // What is on its way for a while, as between SMs. f(cta) is done when it gets to the CTA of that rank.
+  template <class F>
+  void later(int rank, F&& f) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    on_the_way_.emplace_back([this, rank, address] {
+    on_the_way_.emplace_back([this, rank, f] {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
       try {
         require(cta[rank].roles > 0, "an arrival finds that its CTA has left");
-        cta[rank].barrier(address).arrive();
+        f(cta[rank]);
       } catch (const Failure& failure) {
         complain(failure.what());
       }
@@ -224,8 +226,8 @@ class Machine {
 
   // Barriers.
   void init_barrier(uint32_t address, int count) {
-    if (has(Fault::kLocalCount) && kind(address) == kWEmpty) count = 1;
-    if (has(Fault::kLocalCount) && kind(address) == kXEmpty) count = sm90::kConsumers;
+    if (has(Fault::kLocalCount) && kind(address) == kWEmpty) count = sm90::kWarps;
+    if (has(Fault::kLocalCount) && kind(address) == kXEmpty) count = sm90::kWarps * sm90::kConsumers;
     cta_.barrier(address).init(count);
   }
   void cluster_arrive(int) {}
@@ -248,19 +250,16 @@ class Machine {
     for (int i = 0; i < ranks.count; ++i) {
       const int rank = ranks.first + i * ranks.stride;
       if ((has(Fault::kLocalRelease) || has(Fault::kLocalCount)) && is_shared && rank != rank_) continue;
-      if (rank != rank_ && cluster_.faults.late_arrivals) {
-        cluster_.arrive_later(rank, address);
-      } else {
-        peer(rank).barrier(address).arrive();
-      }
+      reach(rank, [address](Cta& cta) {
+        for (int warp = 0; warp < sm90::kWarps; ++warp) cta.barrier(address).arrive();
+      });
     }
   }
+  void warp_sync() {}
 
   void wait_returned(uint32_t address, uint32_t parity) {
     if (!has(Fault::kNotReturned)) wait(address, parity);
   }
-  void publish_cluster(uint32_t address, const sm90::Ranks& ranks) { arrive_cluster(address, ranks); }
-  void wait_published(uint32_t address, uint32_t parity) { wait(address, parity); }
 
   // Copies into shared memory.
   void copy_x(const TensorMap& map, uint32_t to, int col, int token, int tokens, uint32_t barrier,
@@ -373,22 +372,42 @@ class Machine {
   static void store_bits(void* to, int64_t index, uint16_t bits) { static_cast<uint16_t*>(to)[index] = bits; }
 
   // Exchange of partial sums.
-  void store_pair(uint32_t address, float a, float b) {
-    memcpy(cta_.at(address, 8), &a, 4);
-    memcpy(cta_.at(address + 4, 4), &b, 4);
+  template <class F>
+  void each_of(int count, F&& f) {
+    for (int i = 0; i < count; ++i) f(i);
   }
-  float load_remote(uint32_t address, int rank) {
-    float value;
-    memcpy(&value, peer(rank).at(address, 4), 4);
-    return value;
+  void push(uint32_t to, uint32_t from, int bytes, uint32_t barrier, int rank) {
+    require(!unfenced_, "the copy engine reads shared memory that was not fenced");
+    require(to % 16 == 0 && from % 16 == 0 && bytes % 16 == 0, "bulk copies are made of aligned 16-byte units");
+    require(rank != rank_, "a CTA pushes to itself");
+    const int copied = bytes - (has(Fault::kShortPush) ? 16 : 0);
+    reach(rank, [=, &own = cta_](Cta& cta) {  // this machine may have ended by then, its CTA not
+      require(own.roles > 0, "a push reads from a CTA that has left");
+      memcpy(cta.at(to, copied), own.at(from, copied), copied);
+      cta.barrier(barrier).complete_bytes(bytes);
+    });
+  }
+  void store_float(uint32_t address, float value) {
+    memcpy(cta_.at(address, 4), &value, 4);
+    unfenced_ = true;
+  }
+  void load_four(float (&values)[4], uint32_t address) {
+    require(address % 16 == 0, "a load of 16 bytes is not aligned");
+    memcpy(values, cta_.at(address, 16), 16);
   }
 
   static uint32_t load_entry(const uint32_t* entry) { return *entry; }
+  static int load_row(const int32_t* row) { return *row; }
   static float load_element(const void* from, int index) {
     return Element::widen(static_cast<const uint16_t*>(from)[index]);
   }
   static void store_element(void* to, int64_t index, float value) {
     static_cast<uint16_t*>(to)[index] = Element::round(value);
+  }
+  static void store_four(void* to, int64_t index, uint32_t low, uint32_t high) {
+    require(index % 4 == 0, "a store of 8 bytes is not aligned");
+    const uint32_t words[2] = {low, high};
+    memcpy(static_cast<uint16_t*>(to) + index, words, 8);
   }
   static uint32_t pack(float low, float high) {
     return static_cast<uint32_t>(Element::round(high)) << 16 | Element::round(low);
@@ -399,6 +418,15 @@ class Machine {
   Cta& peer(int rank) {
     require(rank >= 0 && rank < static_cast<int>(cluster_.cta.size()), "no CTA of that rank in the cluster");
     return cluster_.cta[rank];
+  }
+  // Does f to a CTA: at once, or after a while if it is another one and the plan says so.
+  template <class F>
+  void reach(int rank, F&& f) {
+    if (rank != rank_ && cluster_.faults.late_arrivals) {
+      cluster_.later(rank, f);
+    } else {
+      f(peer(rank));
+    }
   }
   // The CTAs that a copy goes to.
   template <class F>

@@ -41,13 +41,13 @@ template <class Element>
 void mislead(Told told, IntegerProblem<Element>& problem, GemmProblem& p, int& grid_x) {
   switch (told) {
     case Told::kCut:
-      const_cast<int32_t*>(p.schedule.row_cuts)[kMaxSplits] -= 1;
+      const_cast<int32_t*>(p.layers[0].schedule.row_cuts)[kMaxSplits] -= 1;
       break;
     case Told::kOrder:
-      const_cast<int32_t*>(p.schedule.order)[1] = p.schedule.order[0];
+      const_cast<int32_t*>(p.layers[0].schedule.order)[1] = p.layers[0].schedule.order[0];
       break;
     case Told::kType:
-      const_cast<uint32_t*>(p.schedule.tiles)[problem.is_sparse.size() - 1] ^= 1;
+      const_cast<uint32_t*>(p.layers[0].schedule.tiles)[problem.is_sparse.size() - 1] ^= 1;
       break;
     case Told::kNibble: {
       uint8_t* tile = problem.payload->data;
@@ -77,7 +77,7 @@ template <class Config, class Element>
 std::string run_typed(const Case& c, const Planted& planted) {
   IntegerProblem<Element> problem(c.sizes);
   GemmProblem p = problem.view();
-  p.items = {p.schedule.tile_rows, static_cast<int>(ceil_div(p.tokens, c.bn)), c.groups_per_block, c.workers};
+  p.items = {p.layers[0].schedule.tile_rows, static_cast<int>(ceil_div(p.tokens, c.bn)), c.groups_per_block, c.workers};
   p.splits = c.splits;
   int grid_x = c.workers;
   mislead(planted.told, problem, p, grid_x);

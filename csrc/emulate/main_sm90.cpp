@@ -17,14 +17,17 @@ struct Case {
   bool pairs = false;
   int bn = 8, token_ctas = 1, row_ctas = 1, splits = 1, workers = 1, groups_per_block = 1;
   bool cut_by_pair = false;
+  int layers = 1;
 };
 
 std::string describe(const Case& c) {
   char text[192];
-  snprintf(text, sizeof(text),
-           " %s pairs %d bn %d token_ctas %d row_ctas %d splits %d workers %d groups_per_block %d cut_by_pair %d",
-           with_packed(c.dtype, [](auto packed) { return packed.kShortName; }), c.pairs, c.bn, c.token_ctas, c.row_ctas,
-           c.splits, c.workers, c.groups_per_block, c.cut_by_pair);
+  snprintf(
+      text, sizeof(text),
+      " %s pairs %d bn %d token_ctas %d row_ctas %d splits %d workers %d groups_per_block %d cut_by_pair %d layers "
+      "%d",
+      with_packed(c.dtype, [](auto packed) { return packed.kShortName; }), c.pairs, c.bn, c.token_ctas, c.row_ctas,
+      c.splits, c.workers, c.groups_per_block, c.cut_by_pair, c.layers);
   return describe(c.sizes) + text;
 }
 
@@ -33,7 +36,11 @@ template <class Config, class Element>
 std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
   using M = Machine<Element>;
   const typename M::TensorMap x_map{static_cast<uint16_t*>(const_cast<void*>(p.x)), p.tokens, p.cols, p.x_stride};
-  const typename M::TensorMap y_map{static_cast<uint16_t*>(p.y), p.tokens, p.rows, p.rows};
+  typename M::TensorMap y_maps[kMaxLayers];
+  for (int i = 0; i < p.layer_count; ++i) {
+    const GemmLayer& layer = p.layers[i];
+    y_maps[i] = {static_cast<uint16_t*>(layer.y), p.tokens, layer.rows, layer.rows};
+  }
   const int roles = sm90::kConsumers + 1 + Config::kRings, ctas = p.token_ctas * p.row_ctas * p.splits;
   for (int index = 0; index < p.items.workers; ++index) {
     Cluster cluster(ctas, roles, Config::kBarrierOffset, Config::kBarriers, faults);
@@ -47,7 +54,7 @@ std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
         threads.emplace_back([&, rank, role] {
           try {
             M machine(cluster, index, rank, role);
-            sm90::tile_gemm<Config>(machine, p, x_map, y_map);
+            sm90::tile_gemm<Config>(machine, p, x_map, y_maps);
             --cluster.cta[rank].roles;
           } catch (const Failure& failure) {
             cluster.complain(failure.what());
@@ -64,8 +71,7 @@ std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
 
 template <class Element>
 std::string run_plan(const Case& c, GemmProblem p, const FaultPlan& faults) {
-  const int tile_rows = p.schedule.tile_rows;
-  p.items.units = static_cast<int>(ceil_div(tile_rows, c.pairs ? 2 * c.row_ctas : 1));
+  place_layers(p, c.pairs ? 2 * c.row_ctas : 1);
   p.items.groups = static_cast<int>(ceil_div(c.sizes.tokens, c.bn * c.token_ctas));
   p.items.groups_per_block = c.groups_per_block;
   p.items.workers = c.workers;
@@ -74,17 +80,20 @@ std::string run_plan(const Case& c, GemmProblem p, const FaultPlan& faults) {
   p.splits = c.splits;
   p.cut_by_pair = c.cut_by_pair;
   std::string complaint = "no such configuration";
-  sm90::with_config(c.pairs, c.bn, [&](auto config) { complaint = run_grid<decltype(config), Element>(p, faults); });
+  sm90::with_config(c.pairs, c.bn, c.splits,
+                    [&](auto config) { complaint = run_grid<decltype(config), Element>(p, faults); });
   return complaint;
 }
 
 template <class Element>
 std::string run_typed(const Case& c, const FaultPlan& faults) {
   IntegerProblem<Element> problem(c.sizes);
+  problem.cut(c.layers);
   if (faults.fault == Fault::kCutShort) {
     // The last split ends one tile early. (Moving a cut between splits would be no fault.)
     GemmProblem p = problem.view();
-    const_cast<int32_t*>(c.pairs ? p.schedule.pair_cuts : p.schedule.row_cuts)[kMaxSplits] -= 1;
+    const Schedule& schedule = p.layers[0].schedule;
+    const_cast<int32_t*>(c.pairs ? schedule.pair_cuts : schedule.row_cuts)[kMaxSplits] -= 1;
   }
   const std::string complaint = run_plan<Element>(c, problem.view(), faults);
   return complaint.empty() ? problem.complaint() : complaint;
@@ -112,13 +121,16 @@ Case random_case(std::mt19937& random) {
   c.workers = between(random, 1, 3);
   c.groups_per_block = between(random, 1, 4);
   c.cut_by_pair = between(random, 0, 1) != 0;
+  c.layers = between(random, 0, 2) == 0 ? between(random, 2, kMaxLayers) : 1;
   return c;
 }
 
 int run_exact(int cases, uint32_t seed) {
   return run_cases(cases, seed, [](std::mt19937& random) {
     const Case c = random_case(random);
-    return outcome(c, run_case(c));
+    FaultPlan timing;
+    timing.late_arrivals = between(random, 0, 15) == 0;
+    return outcome(c, run_case(c, timing));
   });
 }
 
@@ -127,6 +139,7 @@ int run_exact(int cases, uint32_t seed) {
 int run_invariant(int cases, uint32_t seed) {
   return run_cases(cases, seed, [](std::mt19937& random) {
     Case wide = random_case(random);
+    wide.layers = 1;
     wide.dtype = DType::kBFloat16;
     wide.sizes.tokens = between(random, 33, 130);
     wide.pairs = true, wide.cut_by_pair = true;
@@ -144,8 +157,8 @@ int run_invariant(int cases, uint32_t seed) {
     }
     GemmProblem p = problem.view();
     std::string complaint = run_plan<Brain>(wide, p, {});
-    const auto* y = static_cast<const uint16_t*>(p.y);
-    const std::vector<uint16_t> first(y, y + static_cast<size_t>(narrow.sizes.tokens) * p.rows);
+    const auto* y = static_cast<const uint16_t*>(p.layers[0].y);
+    const std::vector<uint16_t> first(y, y + static_cast<size_t>(narrow.sizes.tokens) * p.layers[0].rows);
     p.tokens = narrow.sizes.tokens;
     if (complaint.empty()) complaint = run_plan<Brain>(narrow, p, {});
     if (complaint.empty() && !std::equal(first.begin(), first.end(), y)) complaint = "rows differ";
@@ -185,6 +198,8 @@ const std::map<std::string, Planted> kFaults = {
     {"local_count", {Fault::kLocalCount, true, 64, 2, 1, 1, true}},
     {"missing_sums_wait", {Fault::kMissingSumsWait, true, 128, 1, 1, 4, true}},
     {"missing_sums_release", {Fault::kMissingSumsRelease, true, 128, 1, 1, 4, true}},
+    {"missing_push_fence", {Fault::kMissingProxyFence, false, 32, 1, 1, 4, false}},
+    {"short_push", {Fault::kShortPush, true, 64, 2, 1, 2, false}},
     {"no_zero_fill", {Fault::kNoZeroFill, false, 8, 1, 1, 1, false}},
     {"no_swizzle", {Fault::kNoSwizzle, false, 8, 1, 1, 1, false}},
     {"shifted_metadata", {Fault::kShiftedMetadata, false, 8, 1, 1, 1, false}},
@@ -208,7 +223,8 @@ int run_fault(const char* name, const Planted& planted) {
   c.splits = planted.splits;
   c.dtype = DType::kBFloat16;
   FaultPlan plan;
-  plan.late_arrivals = planted.fault == Fault::kNotReturned;
+  plan.late_arrivals = planted.fault == Fault::kNotReturned || planted.fault == Fault::kMissingSumsWait ||
+                       planted.fault == Fault::kMissingSumsRelease;
   if (planted.delay) plan.retire_delay = std::chrono::microseconds(500);
   const std::string sound = run_case(c, plan);
   if (!sound.empty()) {

@@ -30,14 +30,12 @@ void cut_by_bytes(const std::vector<int64_t>& column_bytes, int32_t* cuts) {
 }  // namespace
 
 void make_schedule(const uint8_t* tile_is_sparse, int64_t tile_rows, int64_t tile_cols, int32_t* words) {
-  std::vector<int64_t> row_bytes(tile_rows, 0);
-  int64_t offset = 0;
-  auto* tiles = reinterpret_cast<uint32_t*>(words + kScheduleHeader);
-  for (int64_t t = 0; t < tile_rows * tile_cols; ++t) {
-    const bool is_sparse = tile_is_sparse[t] != 0;
-    tiles[t] = static_cast<uint32_t>(offset / kPayloadUnit) << 1 | static_cast<uint32_t>(is_sparse);
-    offset += tile_bytes(is_sparse);
-    row_bytes[t / tile_cols] += tile_bytes(is_sparse);
+  std::vector<int64_t> row_offset(tile_rows), row_bytes(tile_rows, 0);
+  int64_t end = 0;
+  for (int64_t r = 0; r < tile_rows; ++r) {
+    row_offset[r] = end;
+    for (int64_t k = 0; k < tile_cols; ++k) row_bytes[r] += tile_bytes(tile_is_sparse[r * tile_cols + k]);
+    end += row_bytes[r];
   }
   words[0] = kScheduleMagic;
   words[1] = static_cast<int32_t>(tile_rows);
@@ -46,6 +44,16 @@ void make_schedule(const uint8_t* tile_is_sparse, int64_t tile_rows, int64_t til
   int32_t* order = words + kScheduleHeader + tile_rows * tile_cols;
   std::iota(order, order + tile_rows, 0);
   std::stable_sort(order, order + tile_rows, [&](int32_t a, int32_t b) { return row_bytes[a] > row_bytes[b]; });
+
+  auto* entry = reinterpret_cast<uint32_t*>(words + kScheduleHeader);
+  for (int64_t position = 0; position < tile_rows; ++position) {
+    const uint8_t* flags = tile_is_sparse + order[position] * tile_cols;
+    int64_t offset = row_offset[order[position]];
+    for (int64_t k = 0; k < tile_cols; ++k) {
+      *entry++ = static_cast<uint32_t>(offset / kPayloadUnit) << 1 | static_cast<uint32_t>(flags[k] != 0);
+      offset += tile_bytes(flags[k]);
+    }
+  }
 
   int32_t* cuts = order + tile_rows;
   std::vector<int64_t> column_bytes(tile_cols);

@@ -16,7 +16,8 @@ constexpr int32_t kScheduleMagic = 0x504B5331;  // "PKS1"
 
 // Schedule of a layer: one int32 buffer, read by the kernels.
 //   header     3 words: magic, tile rows R, tile columns C
-//   tiles      R x C: (byte offset of the tile / 2048) << 1 | is_sparse, as uint32 (payloads up to 4 TiB)
+//   tiles      R x C: (byte offset of the tile / 2048) << 1 | is_sparse, as uint32 (payloads up to 4 TiB). Tile rows in
+//              the order below, so that a kernel finds a unit's tiles without reading the order first.
 //   order      R: tile rows by decreasing bytes. Unit u of a kernel that takes single rows is row order[u]; of one that
 //              takes pairs it is rows order[2u] and order[2u+1], neighbours in bytes, so its halves balance.
 //   row_cuts   R x 9: tile columns at which unit u is cut into 8 shares of about equal bytes
@@ -46,6 +47,11 @@ PK_HD Schedule schedule_view(const int32_t* words, int tile_rows, int tile_cols)
   view.tile_rows = tile_rows;
   view.tile_cols = tile_cols;
   return view;
+}
+
+// Tile entries of row order[position].
+PK_HD const uint32_t* row_tiles(const Schedule& schedule, int position) {
+  return schedule.tiles + static_cast<int64_t>(position) * schedule.tile_cols;
 }
 
 PK_HD constexpr bool entry_is_sparse(uint32_t entry) { return (entry & 1) != 0; }

@@ -1,4 +1,4 @@
-// What a GEMM kernel is told: y (tokens x rows) = x (tokens x cols) * weight^T + bias, the weight packed
+// What a GEMM kernel is told: for each layer y (tokens x rows) = x (tokens x cols) * weight^T + bias, the weight packed
 // (format/layout.h).
 #pragma once
 
@@ -15,17 +15,37 @@
 
 namespace patch_kernels {
 
-struct GemmProblem {
-  const void* x;           // (tokens, cols), row stride x_stride elements; 16-byte aligned rows
+constexpr int kMaxLayers = 4;  // that one launch computes: q, k and v, or gate and up
+
+// A layer of a launch.
+struct GemmLayer {
   const uint8_t* payload;  // packed tiles
   const void* bias;        // (rows) or null
   void* y;                 // (tokens, rows), contiguous
-  int tokens, rows, cols;
-  int x_stride;
+  int rows;
+  int first_unit;  // units of the launch before its own; 0 for the first
   Schedule schedule;
+};
+
+struct GemmProblem {
+  const void* x;  // (tokens, cols), row stride x_stride elements; 16-byte aligned rows
+  int tokens, cols;
+  int x_stride;
   ItemSpace items;
   int token_ctas, row_ctas, splits;  // see LaunchPlan
   bool cut_by_pair;  // units of one row are cut along K like their pair: the same sums from every kernel
+  int layer_count;   // layers of the same x; the sm_80 family takes one
+  GemmLayer layers[kMaxLayers];
 };
+
+// Numbers the layers' units one after the other; a unit takes `rows_per_unit` tile rows.
+inline void place_layers(GemmProblem& problem, int rows_per_unit) {
+  int units = 0;
+  for (int i = 0; i < problem.layer_count; ++i) {
+    problem.layers[i].first_unit = units;
+    units += static_cast<int>(ceil_div(problem.layers[i].schedule.tile_rows, rows_per_unit));
+  }
+  problem.items.units = units;
+}
 
 }  // namespace patch_kernels

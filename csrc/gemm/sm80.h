@@ -134,7 +134,7 @@ PK_DEVICE void copy_bytes(M& m, const uint8_t* from, uint32_t to) {
 template <class Config, class M>
 PK_DEVICE void load_w(M& m, const GemmProblem& p, const Walk<Config>& walk, uint32_t slot) {
   if (walk.is_sparse() && walk.half == 1) return;  // came with the first half
-  const uint8_t* from = p.payload + entry_offset(walk.entry) + walk.half * kSlotBytes;
+  const uint8_t* from = p.layers[0].payload + entry_offset(walk.entry) + walk.half * kSlotBytes;
   copy_bytes<Config, kSlotBytes>(m, from, slot);
   if (walk.is_sparse()) copy_bytes<Config, kMetaBytes>(m, from + kSlotBytes, slot + kSlotBytes);
 }
@@ -199,8 +199,9 @@ PK_DEVICE void multiply_k32(M& m, Sums<Config, M>& sums, int half, uint32_t x_sl
 // The bias joins the finished fp32 sums; then comes the only rounding.
 template <class Config, class M>
 PK_DEVICE void add_bias(M& m, const GemmProblem& p, Sums<Config, M>& sums, int tile_row) {
-  if (p.bias == nullptr) return;
-  const auto* bias = static_cast<const uint16_t*>(p.bias);
+  const GemmLayer& layer = p.layers[0];
+  if (layer.bias == nullptr) return;
+  const auto* bias = static_cast<const uint16_t*>(layer.bias);
   const int row0 = tile_row * kTile + m.warp() % Config::kRowWarps * (16 * Config::kRowBlocks);
   m.each_lane([&](int lane) {
     PK_UNROLL
@@ -208,7 +209,7 @@ PK_DEVICE void add_bias(M& m, const GemmProblem& p, Sums<Config, M>& sums, int t
       PK_UNROLL
       for (int v = 0; v < 4; v += 2) {
         const int row = row0 + 16 * i + sum_row(lane, v);
-        const float add = row < p.rows ? M::widen(bias[row]) : 0.0f;
+        const float add = row < layer.rows ? M::widen(bias[row]) : 0.0f;
         PK_UNROLL
         for (int j = 0; j < Config::kTokenBlocks; ++j) {
           sums[i][j].at(lane)[v] += add;
@@ -240,15 +241,16 @@ PK_DEVICE void each_sum(M& m, Sums<Config, M>& sums, Store store) {
 }
 
 PK_DEVICE uint16_t* y_at(const GemmProblem& p, int token, int row) {
-  return static_cast<uint16_t*>(p.y) + static_cast<int64_t>(token) * p.rows + row;
+  return static_cast<uint16_t*>(p.layers[0].y) + static_cast<int64_t>(token) * p.layers[0].rows + row;
 }
 
 template <class Config, class M>
 PK_DEVICE void store_y(M& m, const GemmProblem& p, Sums<Config, M>& sums, int row0, int token0) {
+  const int rows = p.layers[0].rows;
   if constexpr (!Config::kStaged) {
     each_sum<Config>(m, sums, [&](int token, int r, float sum) {
       const int row = row0 + r;
-      if (token0 + token < p.tokens && row < p.rows) *y_at(p, token0 + token, row) = M::round(sum);
+      if (token0 + token < p.tokens && row < rows) *y_at(p, token0 + token, row) = M::round(sum);
     });
     return;
   }
@@ -261,15 +263,15 @@ PK_DEVICE void store_y(M& m, const GemmProblem& p, Sums<Config, M>& sums, int ro
     constexpr int kUnits = kTile / 8;
     const int thread = 32 * m.warp() + lane, row = row0 + thread % kUnits * 8;
     for (int token = thread / kUnits; token < Config::kBn; token += Config::kThreads / kUnits) {
-      if (token0 + token >= p.tokens || row >= p.rows) break;
+      if (token0 + token >= p.tokens || row >= rows) break;
       const auto eight = m.load128(m.smem() + token * Config::kStagedRowBytes + thread % kUnits * 16);
       uint16_t* y = y_at(p, token0 + token, row);
-      if (p.rows % 8 == 0) {
+      if (rows % 8 == 0) {
         m.store128(y, eight);
       } else {
         PK_UNROLL
         for (int i = 0; i < 8; ++i) {
-          if (row + i < p.rows) y[i] = static_cast<uint16_t>(eight.words[i / 2] >> (16 * (i % 2)));
+          if (row + i < rows) y[i] = static_cast<uint16_t>(eight.words[i / 2] >> (16 * (i % 2)));
         }
       }
     }
@@ -280,7 +282,7 @@ PK_DEVICE void store_y(M& m, const GemmProblem& p, Sums<Config, M>& sums, int ro
 
 // Workspace of split sums: [split][token][padded row].
 PK_HD int64_t sm80_partial_index(const GemmProblem& p, int split, int token, int row) {
-  return (static_cast<int64_t>(split) * p.tokens + token) * (int64_t{kTile} * p.schedule.tile_rows) + row;
+  return (static_cast<int64_t>(split) * p.tokens + token) * (int64_t{kTile} * p.layers[0].schedule.tile_rows) + row;
 }
 
 // One CTA. With splits > 1 it leaves fp32 sums in `partials`, which sm80_add_splits adds up in a second launch: there
@@ -288,13 +290,14 @@ PK_HD int64_t sm80_partial_index(const GemmProblem& p, int split, int token, int
 template <class Config, class M>
 PK_DEVICE void sm80_tile_linear(M& m, const GemmProblem& p, float* partials) {
   using namespace sm80;
+  const Schedule& schedule = p.layers[0].schedule;
   const int rounds = item_rounds(p.items);
   for (int round = 0; round < rounds; ++round) {
     const Item item = item_of(p.items, m.block_x(), round);
     if (item.unit < 0) return;
-    const int tile_row = p.schedule.order[item.unit], token0 = item.group * Config::kBn;
-    const Range range = split_range(p.schedule.row_cuts + item.unit * kCuts, p.splits, m.block_y());
-    const uint32_t* tiles = p.schedule.tiles + static_cast<int64_t>(tile_row) * p.schedule.tile_cols;
+    const int tile_row = schedule.order[item.unit], token0 = item.group * Config::kBn;
+    const Range range = split_range(schedule.row_cuts + item.unit * kCuts, p.splits, m.block_y());
+    const uint32_t* tiles = row_tiles(schedule, item.unit);
 
     Sums<Config, M> sums = {};
     Walk<Config> load(tiles, range), use(tiles, range);
@@ -329,7 +332,7 @@ PK_DEVICE void sm80_tile_linear(M& m, const GemmProblem& p, float* partials) {
 
 // Threads of sm80_add_splits: one for four rows of a token.
 PK_HD int64_t sm80_add_threads(const GemmProblem& p) {
-  return static_cast<int64_t>(p.tokens) * p.schedule.tile_rows * (kTile / 4);
+  return static_cast<int64_t>(p.tokens) * p.layers[0].schedule.tile_rows * (kTile / 4);
 }
 
 // y = sum of the splits, always in the order 0, 1, ..., + bias.
@@ -338,7 +341,8 @@ PK_DEVICE void sm80_add_splits(const GemmProblem& p, const float* partials, int6
   struct alignas(16) Four {
     float v[4];
   };
-  const int fours = p.schedule.tile_rows * (kTile / 4);
+  const GemmLayer& layer = p.layers[0];
+  const int fours = layer.schedule.tile_rows * (kTile / 4);
   const int token = static_cast<int>(thread / fours), row = static_cast<int>(thread % fours) * 4;
   Four sum = {};
   for (int split = 0; split < p.splits; ++split) {
@@ -348,8 +352,8 @@ PK_DEVICE void sm80_add_splits(const GemmProblem& p, const float* partials, int6
   }
   PK_UNROLL
   for (int i = 0; i < 4; ++i) {
-    if (row + i >= p.rows) return;
-    const auto* bias = static_cast<const uint16_t*>(p.bias);
+    if (row + i >= layer.rows) return;
+    const auto* bias = static_cast<const uint16_t*>(layer.bias);
     const float biased = bias != nullptr ? sum.v[i] + M::widen(bias[row + i]) : sum.v[i];
     *sm80::y_at(p, token, row + i) = M::round(biased);
   }

@@ -8,9 +8,9 @@
 // Prefill (kPairs = true): each consumer has a tile row and a W ring of its own.
 // A cluster is token_ctas CTAs with the same weights and different tokens (each copies its share of every W slot and
 // multicasts it), times row_ctas CTAs with the same tokens and different weights (they take turns to copy and multicast
-// x), times `splits` CTAs with different columns. Sums of splits are exchanged through distributed shared memory and
-// added in rank order. Nothing lives in global memory between launches: no counters to reset, no workspace, so graphs
-// and concurrent streams cannot disturb each other.
+// x), times `splits` CTAs with different columns. Each of those copies its sums to the CTAs that finish them, shared
+// memory to shared memory, and they are added in rank order. Nothing lives in global memory between launches: no
+// counters to reset, no workspace, so graphs and concurrent streams cannot disturb each other.
 //
 // M is the machine: device PTX (cuda/machine_sm90.cuh) or an emulator with one host thread a role (emulate/). Control
 // flow is uniform in a role; what differs from thread to thread goes through each_thread.
@@ -22,11 +22,12 @@
 namespace patch_kernels::sm90 {
 
 constexpr int kConsumers = 2;
+constexpr int kWarps = 4;  // of a consumer; each arrives for itself on the barriers that give something back
 enum Role { kConsumer0, kConsumer1, kLoadX, kLoadW0, kLoadW1, kIdle };
 
 constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
-// kExchangeTokens: tokens of partial sums exchanged at once by a split launch; 0: the kernel does not split.
+// kExchangeTokens: tokens of partial sums copied at once by a split launch; 0: the kernel does not split.
 template <int kBn_, bool kPairs_, int kXSlots_, int kWSlots_, int kExchangeTokens_>
 struct Config {
   static constexpr int kBn = kBn_;
@@ -38,12 +39,12 @@ struct Config {
   static constexpr int kConsumerRows = 64 * kBlocks;
   static constexpr int kXSlotBytes = kBn * 128;
 
-  // Scratch of a consumer: two staging buffers of 16 tokens for stores of y, or partial sums with rows padded so that
-  // the eight rows of a quad group fall into different banks.
+  // Scratch of a consumer: two staging buffers of 16 tokens for stores of y, or twice a chunk of partial sums to send
+  // and the same received, so that one chunk travels while the next is written.
   static constexpr int kStageTokens = 16;
   static constexpr int kStageBytes = kConsumerRows * kStageTokens * kValueBytes;
-  static constexpr int kExchangeStride = kExchangeTokens + (kExchangeTokens >= 32 ? 8 : 0);
-  static constexpr int kExchangeBytes = kConsumerRows * kExchangeStride * 4;
+  static constexpr int kChunkBytes = kConsumerRows * kExchangeTokens * 4;
+  static constexpr int kExchangeBytes = 2 * 2 * kChunkBytes;
   static constexpr int kStoreBytes = kPairs ? 2 * kStageBytes : 0;
   static constexpr int kScratchBytes = round_up(kExchangeBytes > kStoreBytes ? kExchangeBytes : kStoreBytes, 1024);
 
@@ -51,7 +52,7 @@ struct Config {
   static constexpr int kWOffset = kXOffset + kXSlots * kXSlotBytes;
   static constexpr int kScratchOffset = kWOffset + kRings * kWSlots * kSparseTileBytes;
   static constexpr int kBarrierOffset = kScratchOffset + kConsumers * kScratchBytes;
-  static constexpr int kBarriers = 2 * kXSlots + 2 * kRings * kWSlots + 2 * kConsumers;
+  static constexpr int kBarriers = 2 * kXSlots + 2 * kRings * kWSlots + 4 * kConsumers;
   static constexpr int kSmemBytes = kBarrierOffset + 8 * kBarriers;
   static constexpr int kThreads = kPairs ? 384 : 320;
 
@@ -60,18 +61,19 @@ struct Config {
   static_assert(kSmemBytes <= (kPairs ? 232448 : 115712), "227 KB a CTA; decode leaves room for the next kernel's CTA");
 };
 
-using Decode8 = Config<8, false, 8, 5, 8>;
-using Decode16 = Config<16, false, 6, 5, 16>;
-using Decode32 = Config<32, false, 4, 4, 32>;
-using Prefill64 = Config<64, true, 4, 3, 64>;
-using Prefill128 = Config<128, true, 4, 3, 32>;
+using Decode8 = Config<8, false, 8, 4, 8>;
+using Decode16 = Config<16, false, 6, 4, 8>;
+using Decode32 = Config<32, false, 4, 4, 8>;
+using Prefill64 = Config<64, true, 4, 3, 16>;
+using Prefill128Split = Config<128, true, 4, 3, 8>;
+using Prefill128 = Config<128, true, 4, 4, 0>;
 using Prefill160 = Config<160, true, 3, 4, 0>;
 using Prefill176 = Config<176, true, 4, 3, 0>;
 using Prefill192 = Config<192, true, 4, 3, 0>;
 
 // Calls f with the configuration of a plan; false if there is none.
 template <class F>
-bool with_config(bool pairs, int bn, F&& f) {
+bool with_config(bool pairs, int bn, int splits, F&& f) {
   if (!pairs) {
     switch (bn) {
       case 8:
@@ -91,7 +93,7 @@ bool with_config(bool pairs, int bn, F&& f) {
       f(Prefill64{});
       return true;
     case 128:
-      f(Prefill128{});
+      splits > 1 ? f(Prefill128Split{}) : f(Prefill128{});
       return true;
     case 160:
       f(Prefill160{});
@@ -133,10 +135,14 @@ struct Smem {
   PK_BODY uint32_t w_empty(int ring, int slot) const {
     return barrier(2 * C::kXSlots + (C::kRings + ring) * C::kWSlots + slot);
   }
-  PK_BODY uint32_t sums_full(int consumer) const {
-    return barrier(2 * C::kXSlots + 2 * C::kRings * C::kWSlots + consumer);
+  // Chunks of sums take turns in two buffers, each of slots by rank in the split: `send` for that CTA, `received` from
+  // it. The own slot of `send` is where the own sums are read from.
+  PK_BODY uint32_t send(int consumer, int buffer) const { return scratch(consumer) + buffer * C::kChunkBytes; }
+  PK_BODY uint32_t received(int consumer, int buffer) const { return send(consumer, 2 + buffer); }
+  PK_BODY uint32_t sums_full(int consumer, int buffer) const {
+    return barrier(2 * C::kXSlots + 2 * C::kRings * C::kWSlots + 2 * consumer + buffer);
   }
-  PK_BODY uint32_t sums_empty(int consumer) const { return sums_full(kConsumers + consumer); }
+  PK_BODY uint32_t sums_empty(int consumer, int buffer) const { return sums_full(kConsumers + consumer, buffer); }
 };
 
 // This CTA's place: cluster rank = (split * row_ctas + row_cta) * token_ctas + token_cta.
@@ -166,24 +172,38 @@ PK_BODY Ranks sharing_sums(const GemmProblem& p, const Place& place) {  // row_c
 
 // One item as a role sees it.
 struct Work {
-  int row;     // tile row, -1: none (the last pair of an odd number of rows)
-  int token0;  // first token of this CTA
-  Range k;     // tile columns
+  int layer;
+  int position;             // of the tile row in the layer's order, -1: none (the last pair of an odd number of rows)
+  const uint32_t* entries;  // of its tiles
+  int token0;               // first token of this CTA
+  Range k;                  // tile columns
 };
 
 template <class C>
 PK_BODY Work work_of(const GemmProblem& p, const Item& item, const Place& place, int row_of_pair) {
   Work work;
-  const int pair = C::kPairs ? item.unit * p.row_ctas + place.row_cta : item.unit / 2;
-  const int position = C::kPairs ? 2 * pair + row_of_pair : item.unit;
-  work.row = position < p.schedule.tile_rows ? p.schedule.order[position] : -1;
+  work.layer = 0;
+#pragma unroll
+  for (int i = 1; i < kMaxLayers; ++i) {
+    if (i < p.layer_count && item.unit >= p.layers[i].first_unit) work.layer = i;
+  }
+  const GemmLayer& layer = p.layers[work.layer];
+  const int unit = item.unit - layer.first_unit;
+  const int pair = C::kPairs ? unit * p.row_ctas + place.row_cta : unit / 2;
+  const int position = C::kPairs ? 2 * pair + row_of_pair : unit;
+  work.position = position < layer.schedule.tile_rows ? position : -1;
+  work.entries = row_tiles(layer.schedule, position);
   work.token0 = (item.group * p.token_ctas + place.token_cta) * C::kBn;
   const bool by_pair = C::kPairs || p.cut_by_pair;
-  const int32_t* cuts = by_pair ? p.schedule.pair_cuts + pair * kCuts : p.schedule.row_cuts + item.unit * kCuts;
+  const int32_t* cuts = by_pair ? layer.schedule.pair_cuts + pair * kCuts : layer.schedule.row_cuts + unit * kCuts;
   // CTAs that share x walk all columns together, also one whose pair does not exist.
-  work.k = p.splits == 1 ? Range{0, p.schedule.tile_cols} : split_range(cuts, p.splits, place.split);
+  work.k = p.splits == 1 ? Range{0, layer.schedule.tile_cols} : split_range(cuts, p.splits, place.split);
   return work;
 }
+
+// Whether this CTA has any token of the item. In a cluster along tokens the last CTAs may have none: they pass on their
+// share of the weights and do nothing else.
+PK_BODY bool has_tokens(const GemmProblem& p, const Work& work) { return work.token0 < p.tokens; }
 
 // Runs f(item) over the items of this cluster.
 template <class M, class F>
@@ -207,6 +227,7 @@ PK_BODY void load_x(M& m, const GemmProblem& p, const typename M::TensorMap& x_m
   m.wait_for_previous_grid();
   for_each_item(m, p, [&](const Item& item) {
     const Work work = work_of<C>(p, item, place, 0);
+    if (!has_tokens(p, work)) return;
 #pragma unroll 1
     for (int step = 2 * work.k.begin; step < 2 * work.k.end; ++step) {
       // The slot of every CTA that shares x must be free: their consumers arrive here as well.
@@ -231,13 +252,14 @@ PK_BODY void load_w(M& m, const GemmProblem& p, const Place& place, int ring_ind
   const int dense_share = kSlotBytes / p.token_ctas, sparse_share = kSparseTileBytes / p.token_ctas;
   for_each_item(m, p, [&](const Item& item) {
     const Work work = work_of<C>(p, item, place, ring_index);
-    if (work.row < 0) return;
-    const uint32_t* entries = p.schedule.tiles + static_cast<int64_t>(work.row) * p.schedule.tile_cols;
+    if (work.position < 0) return;
+    const uint8_t* payload = p.layers[work.layer].payload;
+    const uint32_t* entries = work.entries;
     uint32_t next = work.k.begin < work.k.end ? M::load_entry(entries + work.k.begin) : 0;
     for (int k = work.k.begin; k < work.k.end; ++k) {
       const uint32_t entry = next;
       if (k + 1 < work.k.end) next = M::load_entry(entries + k + 1);  // its latency hides behind the waits below
-      const uint8_t* source = p.payload + entry_offset(entry);
+      const uint8_t* source = payload + entry_offset(entry);
       const int slots = entry_is_sparse(entry) ? 1 : 2;
       const int bytes = entry_is_sparse(entry) ? kSparseTileBytes : kSlotBytes;
       const int share = entry_is_sparse(entry) ? sparse_share : dense_share, skip = share * place.token_cta;
@@ -272,7 +294,7 @@ struct Consumer {
   const Smem<C> smem;
   Ring<C::kXSlots> x;
   Ring<C::kWSlots> w;
-  uint32_t exchange_parity = 0;
+  uint32_t chunks = 0;           // of sums exchanged so far: two buffers take turns, across items too
   int stores = 0;                // chunks stored so far: two staging buffers take turns, across items too
   int used_x = -1, used_w = -1;  // slots read by the newest group
   Floats<C::kBn / 2> sums[C::kBlocks];
@@ -358,22 +380,37 @@ struct Consumer {
   PK_BODY Kind kind_at(const uint32_t* entries, int k, int end) const {
     return k >= end ? kEnd : entry_is_sparse(M::load_entry(entries + k)) ? kSparse : kDense;
   }
+  PK_BODY Kind first_kind(const Work& work) const {
+    return work.position < 0 ? kEnd : kind_at(work.entries, work.k.begin, work.k.end);
+  }
 
-  PK_BODY void multiply(const Work& work) {
-    for (int b = 0; b < C::kBlocks; ++b) m.clear(sums[b]);
-    if (work.row < 0) {  // nothing to multiply, but the other consumer's x slots need this one's consent
-      for (int step = 2 * work.k.begin; step < 2 * work.k.end; ++step) {
-        m.wait(smem.x_full(x.slot), x.parity);
-        m.consumer_sync(index);  // elsewhere wgmma keeps the four warps together
-        m.arrive_cluster(smem.x_empty(x.slot), sharing_x(p, place));
-        x.advance();
-      }
-      return;
+  // No row to multiply, but the other consumer's x slots need this one's consent.
+  PK_BODY void pass_x(const Work& work) {
+    for (int step = 2 * work.k.begin; step < 2 * work.k.end; ++step) {
+      m.wait(smem.x_full(x.slot), x.parity);
+      m.warp_sync();
+      m.arrive_cluster(smem.x_empty(x.slot), sharing_x(p, place));
+      x.advance();
     }
-    const uint32_t* entries = p.schedule.tiles + static_cast<int64_t>(work.row) * p.schedule.tile_cols;
+  }
+  // No tokens, but the weights come for the CTAs that share them.
+  PK_BODY void pass_weights(const Work& work, Kind kind) {
+    for (int k = work.k.begin; kind != kEnd; kind = kind_at(work.entries, ++k, work.k.end)) {
+      for (int i = kind == kDense ? 2 : 1; i > 0; --i) {
+        m.wait(smem.w_full(ring(), w.slot), w.parity);
+        m.warp_sync();
+        m.arrive_cluster(smem.w_empty(ring(), w.slot), sharing_weights(p, place));
+        w.advance();
+      }
+    }
+  }
+
+  // `kind`: of the item's first tile.
+  PK_BODY void multiply(const Work& work, Kind kind) {
+    const uint32_t* entries = work.entries;
     const int end = work.k.end;
     int k = work.k.begin;
-    Kind kind = kind_at(entries, k, end);
+    for (int b = 0; b < C::kBlocks; ++b) m.clear(sums[b]);
     // wgmmas that share accumulators are ordered only if their shapes are the same (PTX ISA, "wgmma.mma_async"): a
     // change between dense and sparse drains the pipeline.
     while (kind != kEnd) {
@@ -399,19 +436,27 @@ struct Consumer {
     }
   }
 
-  PK_BODY float bias_at(int row) const { return row < p.rows ? M::load_element(p.bias, row) : 0.0f; }
+  // Where an item's sums go.
+  struct Target {
+    const GemmLayer& layer;
+    int row0, token0;  // first row of this consumer, first token of this CTA
+  };
 
-  PK_BODY void store_element(int token, int row, float sum) {
-    if (token < p.tokens && row < p.rows) M::store_element(p.y, static_cast<int64_t>(token) * p.rows + row, sum);
+  PK_BODY float bias_at(const Target& to, int row) const {
+    return row < to.layer.rows ? M::load_element(to.layer.bias, row) : 0.0f;
+  }
+  PK_BODY void store_element(const Target& to, int token, int row, float sum) {
+    if (token >= p.tokens || row >= to.layer.rows) return;
+    M::store_element(to.layer.y, static_cast<int64_t>(token) * to.layer.rows + row, sum);
   }
 
-  PK_BODY void add_bias(int row0) {
+  PK_BODY void add_bias(const Target& to) {
 #pragma unroll
     for (int b = 0; b < C::kBlocks; ++b) {
       m.each_thread([&](int t) {
         float* sum = sums[b].at(t);
-        const int row = row0 + 64 * b + fragment_row(t, 0);
-        const float bias[2] = {bias_at(row), bias_at(row + 8)};
+        const int row = to.row0 + 64 * b + fragment_row(t, 0);
+        const float bias[2] = {bias_at(to, row), bias_at(to, row + 8)};
 #pragma unroll
         for (int i = 0; i < C::kBn / 2; ++i) sum[i] += bias[(i >> 1) & 1];
       });
@@ -419,14 +464,14 @@ struct Consumer {
   }
 
   // Straight from the registers: few tokens.
-  PK_BODY void store_direct(int row0, int token0) {
+  PK_BODY void store_direct(const Target& to) {
 #pragma unroll
     for (int b = 0; b < C::kBlocks; ++b) {
       m.each_thread([&](int t) {
         const float* sum = sums[b].at(t);
 #pragma unroll
         for (int i = 0; i < C::kBn / 2; ++i) {
-          store_element(token0 + fragment_token(t, i), row0 + 64 * b + fragment_row(t, i), sum[i]);
+          store_element(to, to.token0 + fragment_token(t, i), to.row0 + 64 * b + fragment_row(t, i), sum[i]);
         }
       });
     }
@@ -434,12 +479,13 @@ struct Consumer {
 
   // Transposed through shared memory, 16 tokens at a time. If N is a multiple of 8 the copy engine stores them and
   // clips what lies outside y; else its rows are not aligned as a tensor map needs, and the threads store them.
-  PK_BODY void store_staged(const typename M::TensorMap& y_map, int row0, int token0) {
+  PK_BODY void store_staged(const Target& to, const typename M::TensorMap& y_map) {
     constexpr int kBlockBytes = C::kStageBytes / C::kBlocks;
-    const bool by_tensor = p.rows % 8 == 0;
+    const int rows = to.layer.rows, row0 = to.row0;
+    const bool by_tensor = rows % 8 == 0;
 #pragma unroll
     for (int chunk = 0; chunk < C::kBn / C::kStageTokens; ++chunk) {
-      const int first = token0 + chunk * C::kStageTokens;
+      const int first = to.token0 + chunk * C::kStageTokens;
       const uint32_t stage = smem.scratch(index) + (stores++ & 1) * C::kStageBytes;
       m.wait_stores_read();  // all but the newest store have left shared memory
       m.consumer_sync(index);
@@ -459,123 +505,207 @@ struct Consumer {
       }
       m.each_thread([&](int t) {  // one weight row a thread
         const uint32_t from = stage + t / 64 * kBlockBytes;
-        if (row0 + t >= p.rows) return;
+        if (row0 + t >= rows) return;
 #pragma unroll 1
         for (int i = 0; i < C::kStageTokens && first + i < p.tokens; ++i) {
           const uint16_t bits = m.load_half(from + swizzle128(i, kValueBytes * (t % 64)));
-          M::store_bits(p.y, static_cast<int64_t>(first + i) * p.rows + row0 + t, bits);
+          M::store_bits(to.layer.y, static_cast<int64_t>(first + i) * rows + row0 + t, bits);
         }
       });
     }
   }
 
-  // Adds the partial sums of the splits in rank order; each CTA finishes its share of the rows.
-  PK_BODY void store_exchanged(int row0, int token0) {
-    constexpr int kRows = C::kConsumerRows, kTokens = C::kExchangeTokens, kStride = C::kExchangeStride;
-    const uint32_t mine = smem.scratch(index);
-    const int rows = kRows / p.splits, first = rows * place.split;
-    int shift = 0;  // rows is a power of two
-    while (1 << shift < rows) ++shift;
+  // Exchange of a split's sums: each of its CTAs finishes kConsumerRows / splits rows, and gets the others' sums of
+  // them pushed into its shared memory, kExchangeTokens at a time. A push takes one copy a destination and completes on
+  // a barrier there, so nothing is published by a fence over the whole GPU, as reading remote sums would need.
+  struct Exchange {
+    int rows, row_bits;  // finished by each CTA: a power of two, and its logarithm
+    int floats, bytes;   // of a slot: the rows of kExchangeTokens tokens
+  };
+  PK_BODY Exchange exchange() const {
+    Exchange e;
+    e.rows = C::kConsumerRows / p.splits;
+    e.row_bits = 0;
+    while (1 << e.row_bits < e.rows) ++e.row_bits;
+    e.floats = e.rows * C::kExchangeTokens;
+    e.bytes = 4 * e.floats;
+    return e;
+  }
+  // Place of a float in a slot. A store instruction of the fragments covers eight rows of tokens 0, 2, 4, 6 (or 1, 3,
+  // 5, 7): the XOR puts those into different banks, and keeps four rows that begin at a multiple of four together.
+  static PK_BODY int slot_index(int token, int row, int row_bits) {
+    return ((token << row_bits) + row) ^ (token >> 1 & 3) << 3;
+  }
+
+  PK_BODY void push_sums(const Exchange& e, int chunk) {
+    const uint32_t number = chunks + chunk, buffer = number & 1, parity = number >> 1 & 1;
+    const uint32_t send = smem.send(index, buffer), full = smem.sums_full(index, buffer);
+    // All have received and added up what was in this buffer before.
+    m.wait(smem.sums_empty(index, buffer), parity ^ 1);
+    // Registers have no addresses: the chunk is selected, so that the loop over chunks need not be unrolled.
 #pragma unroll
-    for (int chunk = 0; chunk < C::kBn / kTokens; ++chunk) {
-      m.wait(smem.sums_empty(index), exchange_parity ^ 1);
+    for (int c = 0; c < C::kBn / C::kExchangeTokens; ++c) {
+      if (c != chunk) continue;
 #pragma unroll
       for (int b = 0; b < C::kBlocks; ++b) {
         m.each_thread([&](int t) {
-          const float* sum = sums[b].at(t) + chunk * (kTokens / 2);
+          const float* sum = sums[b].at(t) + c * (C::kExchangeTokens / 2);
 #pragma unroll
-          for (int i = 0; i < kTokens / 2; i += 2) {
-            const int place_in_row = (64 * b + fragment_row(t, i)) * kStride + fragment_token(t, i);
-            m.store_pair(mine + 4 * place_in_row, sum[i], sum[i + 1]);
+          for (int i = 0; i < C::kExchangeTokens / 2; ++i) {
+            const int row = 64 * b + fragment_row(t, i), in_row = row & (e.rows - 1);
+            const int at = (row >> e.row_bits) * e.floats + slot_index(fragment_token(t, i), in_row, e.row_bits);
+            m.store_float(send + 4 * at, sum[i]);
           }
         });
       }
-      m.consumer_sync(index);
-      m.publish_cluster(smem.sums_full(index), sharing_sums(p, place));
-      m.wait_published(smem.sums_full(index), exchange_parity);
-      m.each_thread([&](int t) {
-        for (int i = t; i < rows * kTokens; i += 128) {
-          const int row = first + (i & (rows - 1)), token = i >> shift;
-          float parts[kMaxSplits];  // all loads first, then the sum in rank order
-#pragma unroll
-          for (int split = 0; split < kMaxSplits; ++split) {
-            if (split < p.splits) {
-              parts[split] = m.load_remote(mine + 4 * (row * kStride + token), split * p.token_ctas + place.token_cta);
-            }
-          }
-          float sum = parts[0];
-#pragma unroll
-          for (int split = 1; split < kMaxSplits; ++split) {
-            if (split < p.splits) sum += parts[split];
-          }
-          if (p.bias) sum += bias_at(row0 + row);
-          store_element(token0 + chunk * kTokens + token, row0 + row, sum);
-        }
-      });
-      m.consumer_sync(index);
-      m.arrive_cluster(smem.sums_empty(index), sharing_sums(p, place));
-      exchange_parity ^= 1;
     }
-  }
-
-  PK_BODY void store(const typename M::TensorMap& y_map, int row0, int token0) {
-    if constexpr (C::kExchangeTokens > 0) {
-      if (p.splits > 1) return store_exchanged(row0, token0);
-    }
-    if (p.bias) add_bias(row0);
-    if constexpr (C::kPairs) {
-      store_staged(y_map, row0, token0);
-    } else {
-      store_direct(row0, token0);
-    }
-  }
-
-  PK_BODY void run(const typename M::TensorMap& y_map) {
-    for_each_item(m, p, [&](const Item& item) {
-      const Work work = work_of<C>(p, item, place, index);
-      multiply(work);
-      const int row0 = work.row < 0 ? p.rows : work.row * kTile + (C::kPairs ? 0 : 64 * index);
-      store(y_map, row0, work.token0);
+    m.fence_async_proxy();
+    m.consumer_sync(index);
+    m.each_of(p.splits, [&](int split) {
+      if (split == place.split) {
+        m.arrive_expect(full, (p.splits - 1) * e.bytes);
+      } else {  // a copy to oneself is undefined
+        m.push(smem.received(index, buffer) + place.split * e.bytes, send + split * e.bytes, e.bytes, full,
+               split * p.token_ctas + place.token_cta);
+      }
     });
-    if (p.splits > 1) m.wait_returned(smem.sums_empty(index), exchange_parity ^ 1);
+  }
+
+  PK_BODY void finish_sums(const Exchange& e, const Target& to, int chunk) {
+    const uint32_t number = chunks + chunk, buffer = number & 1, parity = number >> 1 & 1;
+    const uint32_t own = smem.send(index, buffer), received = smem.received(index, buffer);
+    const int first_row = to.row0 + e.rows * place.split, first_token = to.token0 + chunk * C::kExchangeTokens;
+    const bool whole = to.layer.rows % 4 == 0;  // rows of y are multiples of eight bytes
+    m.wait(smem.sums_full(index, buffer), parity);
+    m.each_thread([&](int t) {
+#pragma unroll 1
+      for (int i = 4 * t; i < e.floats; i += 4 * 128) {
+        const int in_row = i & (e.rows - 1), in_token = i >> e.row_bits;
+        const int row = first_row + in_row, token = first_token + in_token;
+        const uint32_t at = 4 * slot_index(in_token, in_row, e.row_bits);
+        float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int split = 0; split < kMaxSplits; ++split) {  // in rank order
+          if (split >= p.splits) break;
+          float part[4];
+          m.load_four(part, (split == place.split ? own : received) + split * e.bytes + at);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[j] = split == 0 ? part[j] : sum[j] + part[j];
+        }
+        if (to.layer.bias) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[j] += bias_at(to, row + j);
+        }
+        if (!whole) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) store_element(to, token, row + j, sum[j]);
+        } else if (token < p.tokens && row < to.layer.rows) {
+          M::store_four(to.layer.y, static_cast<int64_t>(token) * to.layer.rows + row, M::pack(sum[0], sum[1]),
+                        M::pack(sum[2], sum[3]));
+        }
+      }
+    });
+    m.warp_sync();
+    m.arrive_cluster(smem.sums_empty(index, buffer), sharing_sums(p, place));
+  }
+
+  PK_BODY void store_exchanged(const Target& to) {
+    constexpr int kChunks = C::kBn / C::kExchangeTokens;
+    const Exchange e = exchange();
+#pragma unroll 1
+    for (int chunk = 0; chunk <= kChunks; ++chunk) {  // one travels while the next is written
+      if (chunk < kChunks) push_sums(e, chunk);
+      if (chunk > 0) finish_sums(e, to, chunk - 1);
+    }
+    chunks += kChunks;
+  }
+
+  PK_BODY void store(const Target& to, const typename M::TensorMap& y_map) {
+    if constexpr (C::kExchangeTokens > 0) {
+      if (p.splits > 1) return store_exchanged(to);
+    }
+    if (to.layer.bias) add_bias(to);
+    if constexpr (C::kPairs) {
+      store_staged(to, y_map);
+    } else {
+      store_direct(to);
+    }
+  }
+
+  // The next item is looked up before the sums of this one are stored: what it reads arrives meanwhile.
+  PK_BODY void run(const typename M::TensorMap* y_maps) {
+    const int rounds = item_rounds(p.items);
+    Item item;
+    Work work;
+    Kind kind;
+    const auto look_up = [&](int round) {
+      item = round < rounds ? item_of(p.items, m.cluster(), round) : Item{-1, 0};
+      if (item.unit < 0) return;
+      work = work_of<C>(p, item, place, index);
+      kind = first_kind(work);
+    };
+    look_up(0);
+#pragma unroll 1
+    for (int round = 1; item.unit >= 0; ++round) {
+      const bool has_row = work.position >= 0, is_mine = has_row && has_tokens(p, work);
+      const GemmLayer& layer = p.layers[work.layer];
+      const int row = is_mine ? M::load_row(layer.schedule.order + work.position) : 0;
+      if (is_mine) {
+        multiply(work, kind);
+      } else if (has_row) {
+        pass_weights(work, kind);
+      } else if (has_tokens(p, work)) {
+        pass_x(work);
+      }
+      const Target target{layer, row * kTile + (C::kPairs ? 0 : 64 * index), work.token0};
+      const typename M::TensorMap& y_map = y_maps[work.layer];
+      look_up(round);
+      if (is_mine) store(target, y_map);
+    }
+    if constexpr (C::kExchangeTokens > 0) {
+      // Peers may still read what was pushed from here, and their last arrivals may be on their way.
+      for (uint32_t number = chunks; p.splits > 1 && number < chunks + 2; ++number) {
+        m.wait_returned(smem.sums_empty(index, number & 1), (number >> 1 & 1) ^ 1);
+      }
+    }
     if constexpr (C::kPairs) m.wait_stores();
   }
 };
 
 template <class C, class M>
 PK_BODY void tile_gemm(M& m, const GemmProblem& p, const typename M::TensorMap& x_map,
-                       const typename M::TensorMap& y_map) {
+                       const typename M::TensorMap* y_maps) {
   const Smem<C> smem{m.smem_base()};
   const int rank = m.cluster_rank(), row_rank = rank / p.token_ctas;
   const Place place{rank % p.token_ctas, row_rank % p.row_ctas, row_rank / p.row_ctas};
   m.one_thread([&] {
     for (int i = 0; i < C::kXSlots; ++i) {
       m.init_barrier(smem.x_full(i), 1);
-      m.init_barrier(smem.x_empty(i), kConsumers * p.row_ctas);
+      m.init_barrier(smem.x_empty(i), kWarps * kConsumers * p.row_ctas);
     }
     for (int ring = 0; ring < C::kRings; ++ring) {
       for (int i = 0; i < C::kWSlots; ++i) {
         m.init_barrier(smem.w_full(ring, i), 1);
-        m.init_barrier(smem.w_empty(ring, i), C::kPairs ? p.token_ctas : kConsumers);
+        m.init_barrier(smem.w_empty(ring, i), kWarps * (C::kPairs ? p.token_ctas : kConsumers));
       }
     }
-    for (int c = 0; c < kConsumers; ++c) {
-      m.init_barrier(smem.sums_full(c), p.splits);
-      m.init_barrier(smem.sums_empty(c), p.splits);
+    for (int i = 0; i < 2 * kConsumers; ++i) {
+      m.init_barrier(smem.sums_full(i / 2, i % 2), 1);
+      m.init_barrier(smem.sums_empty(i / 2, i % 2), kWarps * p.splits);
     }
   });
   // No CTA may arrive on or copy into one whose barriers are not there yet.
   const int ctas = p.token_ctas * p.row_ctas * p.splits;
   m.cluster_arrive(ctas);
   m.prefetch_map(x_map);
-  if constexpr (C::kPairs) m.prefetch_map(y_map);
+  for (int i = 0; C::kPairs && i < p.layer_count; ++i) m.prefetch_map(y_maps[i]);
   m.start_next_grid();
   m.cluster_wait(ctas);
   const int role = m.role();
   if (role <= kConsumer1) {
     m.template consumer_registers<C::kPairs>();
     Consumer<C, M> consumer(m, p, place, role);
-    consumer.run(y_map);
+    consumer.run(y_maps);
   } else {
     m.template producer_registers<C::kPairs>();
     if (role == kLoadX) {
