@@ -9,7 +9,6 @@ import importlib.util
 import os
 import re
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 
