@@ -1,6 +1,7 @@
 """Builds the compiled ops by CMake (CMakeLists.txt holds all sources and flags) and nothing else.
 
 PATCH_KERNELS_CUDA=auto|0|1   CUDA kernels: if nvcc is found (default), never, or fail without nvcc
+PATCH_CUTLASS_INCLUDE         CUTLASS's folder include, for CUDA; default that of the nvidia-cutlass wheel
 TORCH_CUDA_ARCH_LIST          for example "8.0;9.0a"; default 8.0 and 9.0a
 MAX_JOBS                      parallel compilations; default the number of cores
 """
@@ -19,6 +20,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))  # where pip finds the backend too
+from build_backend import KEPT_CUTLASS, find_cutlass, nvcc_path  # noqa: E402
+
 PYBIND11 = importlib.util.find_spec("pybind11")  # optional: patch_kernels._host is for tests and tools
 
 
@@ -36,12 +40,18 @@ def torch_dir() -> Path:
     )
 
 
-def nvcc_path() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    for candidate in (os.environ.get("CUDACXX"), shutil.which("nvcc"), f"{home}/bin/nvcc"):
-        if candidate and shutil.which(candidate):
-            return candidate
-    return None
+def cutlass_include() -> Path:
+    """Folder of CUTLASS's headers."""
+    include = find_cutlass()
+    if isinstance(include, str):
+        sys.exit(include)
+    site = [Path(sysconfig.get_path(key)) for key in ("platlib", "purelib")]
+    if "PATCH_CUTLASS_INCLUDE" in os.environ or include == KEPT_CUTLASS or set(site) & set(include.parents):
+        return include
+    # Of an isolated environment, which is gone after this build: kept, so that the next one compiles only what changed.
+    shutil.rmtree(KEPT_CUTLASS, ignore_errors=True)
+    copy = shutil.copytree(include, KEPT_CUTLASS.with_suffix(".part"), dirs_exist_ok=True)
+    return copy.rename(KEPT_CUTLASS)
 
 
 def cuda_flags() -> list[str]:
@@ -53,7 +63,7 @@ def cuda_flags() -> list[str]:
         sys.exit("patch-llm: PATCH_KERNELS_CUDA=1 needs nvcc, but none was found. Set CUDA_HOME or CUDACXX.")
     if nvcc is None:
         return ["-DPK_CUDA=OFF"]
-    flags = ["-DPK_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    flags = ["-DPK_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPK_CUTLASS_INCLUDE={cutlass_include()}"]
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
     names = []
     for arch in filter(None, archs):

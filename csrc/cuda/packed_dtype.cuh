@@ -22,22 +22,28 @@ struct OnCard<PackedBFloat16> {
   static constexpr CUtensorMapDataType kTensorMap = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 };
 
-// Name of an element's type in PTX instructions, an operand of constraint "C" in inline PTX; and its bits.
+// Bits of elements.
 template <class Element>
 struct Ptx;
 template <>
 struct Ptx<__half> {
-  static constexpr char kType[] = "f16";
   static __device__ __forceinline__ uint16_t round(float value) { return __half_as_ushort(__float2half_rn(value)); }
   static __device__ __forceinline__ float widen(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
 };
 template <>
 struct Ptx<__nv_bfloat16> {
-  static constexpr char kType[] = "bf16";
   static __device__ __forceinline__ uint16_t round(float value) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
   }
   static __device__ __forceinline__ float widen(uint16_t bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
 };
 
 }  // namespace patch_kernels::cuda
