@@ -34,7 +34,7 @@ format: $(VENV)/.lint
 abi: $(VENV)/.lint
 	$(BIN)/python tools/check_abi.py patch_kernels/libpatch_kernels_ops.so
 
-$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+$(VENV)/.installed: pyproject.toml setup.py tools/build_backend.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -e ".[test]"

@@ -18,7 +18,7 @@ from setuptools.build_meta import *  # noqa: F403  what a backend has to offer
 ROOT = Path(__file__).resolve().parents[1]
 # The first with what the kernels use, and the first not tried. 3.6, 3.7, 3.8 and 4.2 make the same SASS.
 CUTLASS_FLOOR, CUTLASS_CEILING = (3, 6), (4, 3)
-CUTLASS = "nvidia-cutlass>=3.6,<4.3"
+CUTLASS = "nvidia-cutlass>={}.{},<{}.{}".format(*CUTLASS_FLOOR, *CUTLASS_CEILING)
 KEPT_CUTLASS = ROOT / "build" / "cutlass"
 
 
@@ -57,12 +57,12 @@ def find_cutlass() -> Path | str:
         if version and CUTLASS_FLOOR <= version < CUTLASS_CEILING:
             return include
         if version and not found:
-            found = f"{include} holds CUTLASS {'.'.join(map(str, version))}"
+            found = f"{include} holds version {'.'.join(map(str, version))}"
     named = os.environ.get("PATCH_CUTLASS_INCLUDE")
     if named and not found:
         found = f"PATCH_CUTLASS_INCLUDE={named} holds no cutlass/version.h and cute/config.hpp"
     return (
-        f"patch-llm: the CUDA kernels need the headers of CUTLASS 3.6 to 4.2, but {found or 'none were found'}. "
+        f"patch-llm: the CUDA kernels need CUTLASS's headers, but {found or 'none were found'}. "
         f"Install them: pip install '{CUTLASS}', or set PATCH_CUTLASS_INCLUDE to CUTLASS's folder include; "
         "PATCH_KERNELS_CUDA=0 builds for the CPU alone."
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import setuptools
@@ -23,9 +26,35 @@ def driver(monkeypatch):
     spec = importlib.util.spec_from_file_location("driver", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("PATCH_KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+    settings = ("PATCH_KERNELS_CUDA", "PATCH_CUTLASS_INCLUDE", "TORCH_CUDA_ARCH_LIST")
+    for name in (*settings, "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     return module
+
+
+@pytest.fixture
+def backend(driver, monkeypatch, tmp_path):
+    """tools/build_backend.py where an nvcc is found, and no CUTLASS; its site-packages are tmp_path / "site"."""
+    module = sys.modules["build_backend"]
+    monkeypatch.setattr(module, "nvcc_path", lambda: "/opt/nvcc")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda key: str(tmp_path / "site"))
+    for where in (module, driver):
+        monkeypatch.setattr(where, "KEPT_CUTLASS", tmp_path / "build/cutlass")
+    for name in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
+        monkeypatch.setattr(module.build_meta, name, lambda settings: ["setuptools"])
+    return module
+
+
+def cutlass(folder: Path, version: str = "4.2.0") -> Path:
+    """CUTLASS's folder include below `folder`, as its wheel has it."""
+    include = folder / "cutlass_library/source/include"
+    for name in ("cute/config.hpp", "cutlass/version.h"):
+        (include / name).parent.mkdir(parents=True)
+    names = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+    (include / "cutlass/version.h").write_text("".join(f"#define CUTLASS_{name} {n} \n" for name, n in names))
+    (include / "cute/config.hpp").touch()
+    return include
 
 
 def test_no_torch_is_one_sentence(driver, monkeypatch, tmp_path):
@@ -60,9 +89,79 @@ def test_cuda_modes(driver, monkeypatch):
 
 def test_architecture_list(driver, monkeypatch):
     monkeypatch.setattr(driver, "nvcc_path", lambda: "/opt/nvcc")
-    assert driver.cuda_flags() == ["-DPK_CUDA=ON", "-DCMAKE_CUDA_COMPILER=/opt/nvcc"]
+    monkeypatch.setattr(driver, "cutlass_include", lambda: "/opt/cutlass")
+    flags = ["-DPK_CUDA=ON", "-DCMAKE_CUDA_COMPILER=/opt/nvcc", "-DPK_CUTLASS_INCLUDE=/opt/cutlass"]
+    assert driver.cuda_flags() == flags
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 12.0+PTX")
     assert driver.cuda_flags()[-1] == "-DCMAKE_CUDA_ARCHITECTURES=80-real;90a-real;120"
+
+
+CUTLASS_REQUIREMENT = "nvidia-cutlass>=3.6,<4.3"
+
+
+def test_no_cutlass_is_one_sentence(driver, backend, monkeypatch, tmp_path):
+    install = (
+        rf"\. Install them: pip install '{CUTLASS_REQUIREMENT}', or set PATCH_CUTLASS_INCLUDE to CUTLASS's folder "
+        "include; PATCH_KERNELS_CUDA=0 builds for the CPU alone"
+    )
+    with pytest.raises(SystemExit, match="need CUTLASS's headers, but none were found" + install):
+        driver.cutlass_include()
+    for version in ("3.5.1", "4.3.0"):
+        shutil.rmtree(tmp_path / "site", ignore_errors=True)
+        include = cutlass(tmp_path / "site", version)
+        with pytest.raises(SystemExit, match=rf"but {include} holds version {version}" + install):
+            driver.cutlass_include()
+    monkeypatch.setenv("PATCH_CUTLASS_INCLUDE", str(tmp_path))
+    missing = rf"but PATCH_CUTLASS_INCLUDE={tmp_path} holds no cutlass/version\.h and cute/config\.hpp"
+    with pytest.raises(SystemExit, match=missing + install):
+        driver.cutlass_include()
+
+
+def test_cutlass_is_found_by_path_under_build_isolation(driver, backend, monkeypatch, tmp_path):
+    for version in ("3.6.0", "4.2.1"):
+        shutil.rmtree(tmp_path / "site", ignore_errors=True)
+        installed = cutlass(tmp_path / "site", version)
+        assert driver.cutlass_include() == installed
+    named = cutlass(tmp_path / "named")
+    monkeypatch.setenv("PATCH_CUTLASS_INCLUDE", str(named))
+    assert driver.cutlass_include() == named
+
+
+def test_cutlass_of_an_isolated_build_is_kept_for_the_next_one(driver, backend, monkeypatch, tmp_path):
+    cutlass(tmp_path / "site", "3.5.1")  # passed over
+    isolated = cutlass(tmp_path / "isolated")
+    spec = SimpleNamespace(origin=str(tmp_path / "isolated/cutlass_library/__init__.py"))
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: spec)
+    kept = driver.cutlass_include()
+    assert kept == tmp_path / "build/cutlass" and backend.cutlass_version(kept) == (4, 2, 0)
+    shutil.rmtree(isolated)
+    assert driver.cutlass_include() == kept
+    assert backend.cuda_requirements() == []
+
+
+def test_cutlass_is_required_of_cuda_builds_alone(backend, monkeypatch, tmp_path):
+    def requirements():
+        wheel, editable = backend.get_requires_for_build_wheel(), backend.get_requires_for_build_editable()
+        assert wheel == editable
+        return wheel
+
+    assert requirements() == ["setuptools", CUTLASS_REQUIREMENT]
+    monkeypatch.setenv("PATCH_KERNELS_CUDA", "0")
+    assert requirements() == ["setuptools"]
+    monkeypatch.setenv("PATCH_KERNELS_CUDA", "auto")
+    monkeypatch.setattr(backend, "nvcc_path", lambda: None)
+    assert requirements() == ["setuptools"]
+    monkeypatch.setattr(backend, "nvcc_path", lambda: "/opt/nvcc")
+    cutlass(tmp_path / "site")
+    assert requirements() == ["setuptools"]
+
+
+def test_cmake_without_cutlass_is_one_sentence(tmp_path):
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DPK_CUDA=ON", f"-DPK_TORCH_DIR={torch}"]
+    run = subprocess.run([*command, "-DPK_CUTLASS_INCLUDE=/nowhere"], capture_output=True, text=True)
+    said = " ".join(run.stderr.split())
+    assert run.returncode and "no CUTLASS headers in PK_CUTLASS_INCLUDE='/nowhere'. Name the folder that holds" in said
 
 
 def test_importing_patch_is_light():
