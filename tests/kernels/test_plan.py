@@ -12,6 +12,8 @@ import pytest
 import torch
 from support import ROOT
 
+from benchmarks import shapes
+from benchmarks.ops import plan_table
 from patch_kernels.ops import tile_linear
 
 host = pytest.importorskip("patch_kernels._host", reason="built without pybind11")
@@ -409,3 +411,12 @@ def test_docs_list_every_constant():
         for program in programs:
             assert (ROOT / "benchmarks" / "micro" / f"{program}.cu").is_file(), name
         assert programs or "`--fit`" in measured, name
+
+
+def test_the_table_of_plans_is_up_to_date():
+    text = plan_table.TABLE.read_text(encoding="utf-8")
+    assert plan_table.table(text) == text, "run python -m benchmarks.ops.plan_table"
+    assert "nothing measured" in text.splitlines()[0]
+    earlier = plan_table.earlier_plans(text)
+    assert len(earlier) == len(plan_table.layers()) * len(shapes.TOKENS) == 121
+    assert earlier[12288, 4096, 4096] == ((176, 2, 2, 1, 0), "313.80")
