@@ -1,6 +1,7 @@
 """Every plan that tile_linear could take for a call, timed beside the one it takes: where the planner's model is wrong.
 
 python -m benchmarks.ops.bench_plans --csv plans.csv --budget-seconds 300     needs a GPU
+python -m benchmarks.ops.bench_plans --fit plans.csv                          the model's constants from these times
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import time
+from pathlib import Path
 
 import torch
 
 from benchmarks import harness, shapes
+from benchmarks.ops import plan_fit
 from benchmarks.ops.bench_tile_linear import fallback_reason, packed_weight
+from benchmarks.ops.plan_fit import CHOICE
 from patch_kernels import ops
 
-CHOICE = ("bn", "token_ctas", "row_ctas", "splits", "depth")
 CAPACITY = 256
 LAUNCHES = 20
 
@@ -32,15 +35,16 @@ class Plans:
             ctypes.c_int,
         ]
 
-    def choices(self, rows: int, cols: int, tokens: int, payload_bytes: int) -> list[tuple[int, ...]]:
-        """All choices of a call, the library's own first, each once."""
-        out = (ctypes.c_int * (len(CHOICE) * CAPACITY))()
+    def choices(self, rows: int, cols: int, tokens: int, payload_bytes: int) -> dict[tuple[int, ...], int]:
+        """All choices of a call, the library's own first, and the workers of each."""
+        width = len(CHOICE) + 1
+        out = (ctypes.c_int * (width * CAPACITY))()
         device = torch.cuda.current_device()
         count = self._library.patch_kernels_plan_choices(device, rows, cols, tokens, payload_bytes, out, CAPACITY)
         if count < 0:
             raise RuntimeError(f"bench_plans: the library does not know CUDA device {device}")
-        found = [tuple(out[len(CHOICE) * i : len(CHOICE) * (i + 1)]) for i in range(count)]
-        return list(dict.fromkeys(found))
+        found = [tuple(out[width * i : width * (i + 1)]) for i in range(count)]
+        return {numbers[:-1]: numbers[-1] for numbers in found}
 
     def force(self, choice: tuple[int, ...] | None) -> None:
         self._library.patch_kernels_force_plan((ctypes.c_int * len(CHOICE))(*choice) if choice else None)
@@ -49,8 +53,8 @@ class Plans:
 def measure(cell: shapes.Cell, sparsity: float, plans: Plans, samples: int) -> list[dict]:
     weight = torch.randn(cell.rows, cell.cols, device="cuda").bfloat16()
     tiled = [packed_weight(weight, sparsity)]
-    l2_bytes = torch.cuda.get_device_properties(weight.device).L2_cache_size
-    copies = harness.copies_to_exceed_l2(tiled[0].nbytes, l2_bytes, 8 << 30)
+    card = torch.cuda.get_device_properties(weight.device)
+    copies = harness.copies_to_exceed_l2(tiled[0].nbytes, card.L2_cache_size, 8 << 30)
     tiled += [dataclasses.replace(tiled[0], payload=tiled[0].payload.clone()) for _ in range(copies - 1)]
     x = torch.randn(cell.tokens, cell.cols, device="cuda").bfloat16()
     choices = plans.choices(cell.rows, cell.cols, cell.tokens, tiled[0].payload.numel())
@@ -64,24 +68,38 @@ def measure(cell: shapes.Cell, sparsity: float, plans: Plans, samples: int) -> l
     times = {name: harness.summary(t) for name, t in harness.interleaved_graph_times(graphs, samples).items()}
     best = min(summary["median_ms"] for summary in times.values())
     facts = {"model": cell.model, "layer": cell.layer, "tokens": cell.tokens, "sparsity": sparsity}
+    facts |= {"capability": 10 * card.major + card.minor, "sm_count": card.multi_processor_count}
     return [
         facts
         | dict(zip(CHOICE, choice, strict=True))
-        | {"chosen": index == 0}
+        | {"workers": workers, "chosen": index == 0}
         | times[str(choice)]
         | {"over_best": times[str(choice)]["median_ms"] / best}
-        for index, choice in enumerate(choices)
+        for index, (choice, workers) in enumerate(choices.items())
     ]
+
+
+def print_fit(path: Path, parser) -> None:
+    """Constants from the times of an earlier --csv; ends the program with a sentence for one that cannot be used."""
+    try:
+        times = plan_fit.read_times(path)
+        print(plan_fit.report(times, plan_fit.fit(times)))
+    except ValueError as error:
+        parser.exit(2, f"bench_plans: --fit: {error}\n")
 
 
 def main() -> None:
     parser = harness.parser(__doc__, repeats=False)
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3-8b"], choices=list(shapes.MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(shapes.TOKENS))
-    parser.add_argument("--sparsity", type=float, default=0.45)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.45, 0.0], help="one alone tells a fit less")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--budget-seconds", type=float, default=500)
+    parser.add_argument("--fit", type=Path, metavar="CSV", help="measure nothing; fit the planner's constants to these")
     options = parser.parse_args()
+    if options.fit:
+        print_fit(options.fit, parser)
+        return
     if not torch.cuda.is_available():
         parser.exit(2, "bench_plans: needs an NVIDIA GPU that torch can use, found none.\n")
     packed_weight(torch.randn(128, 128, device="cuda").bfloat16(), 0.5).matmul(
@@ -91,12 +109,13 @@ def main() -> None:
         parser.exit(2, f"bench_plans: there is no plan to choose here: {reason}\n")
     plans, rows, start = Plans(), [], time.monotonic()
 
-    def run(cell: shapes.Cell) -> None:
-        rows.extend(measure(cell, options.sparsity, plans, options.samples))
+    def run(call: tuple[shapes.Cell, float]) -> None:
+        rows.extend(measure(*call, plans, options.samples))
         if options.csv:
             harness.save_csv(options.csv, rows)
 
-    left = harness.run_within(shapes.cells(options.models, options.tokens), run, options.budget_seconds)
+    calls = [(cell, s) for cell in shapes.cells(options.models, options.tokens) for s in options.sparsity]
+    left = harness.run_within(calls, run, options.budget_seconds)
     chosen = [row for row in rows if row["chosen"]]
     best = [row for row in rows if row["over_best"] == 1]
     print("the plans that tile_linear takes, and their time over the best plan's")

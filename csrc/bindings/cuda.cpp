@@ -233,8 +233,8 @@ extern "C" __attribute__((visibility("default"))) void patch_kernels_force_plan(
   if (forced_choice.token_ctas * forced_choice.row_ctas * forced_choice.splits > kMaxSplits) forced_choice = {};
 }
 
-// Writes the possible choices of a call, at most `capacity`, the library's own first; returns their number, -1 if there
-// is no such device.
+// Writes the possible choices of a call and the workers that each has, six ints, at most `capacity`, the library's own
+// first; returns their number, -1 if there is no such device.
 extern "C" __attribute__((visibility("default"))) int patch_kernels_plan_choices(int device, int64_t rows, int64_t cols,
                                                                                  int64_t tokens, int64_t payload_bytes,
                                                                                  int* out, int capacity) {
@@ -251,8 +251,9 @@ extern "C" __attribute__((visibility("default"))) int patch_kernels_plan_choices
   int count = 0;
   for (const PlanChoice& choice : choices) {
     if (count == capacity) break;
-    const int numbers[5] = {choice.bn, choice.token_ctas, choice.row_ctas, choice.splits, choice.depth};
-    std::copy(numbers, numbers + 5, out + 5 * count++);
+    const int workers = plan_of(limits, choice, rows, cols, tokens).items.workers;
+    const int numbers[6] = {choice.bn, choice.token_ctas, choice.row_ctas, choice.splits, choice.depth, workers};
+    std::copy(numbers, numbers + 6, out + 6 * count++);
   }
   return count;
 }

@@ -1,11 +1,17 @@
 // patch_kernels._host: for tests and tools, without torch: the layout functions of format/layout.h, the operand maps of
-// gemm/ and the planner of gemm/plan.h.
+// gemm/, the planner of gemm/plan.h and the launches of check/self_check.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <map>
+#include <optional>
 #include <stdexcept>
+#include <string>
+#include <tuple>
 #include <vector>
 
+#include "../check/self_check.h"
 #include "../format/layout.h"
 #include "../gemm/fragments.h"
 #include "../gemm/plan.h"
@@ -60,19 +66,70 @@ const char* family_name(pk::Family family) {
   return family == pk::Family::kSm90 ? "sm90" : family == pk::Family::kSm80 ? "sm80" : "unpack";
 }
 
-pk::DeviceLimits limits_of(int compute_capability, int sm_count, int smem_bytes) {
+// `clusters`: clusters of 1, 2, 4, 8 CTAs that a card runs at once, as it said; none: it was not asked.
+pk::DeviceLimits limits_of(int compute_capability, int sm_count, int smem_bytes,
+                           const std::optional<std::array<int, 4>>& clusters) {
   pk::DeviceLimits limits{};
   limits.family = pk::best_family(compute_capability);
   limits.compute_capability = compute_capability;
   limits.sm_count = sm_count;
   limits.smem_bytes = smem_bytes;
+  limits.clusters_known = clusters.has_value();
+  for (int i = 0; clusters.has_value() && i < 4; ++i) limits.clusters[1 << i] = (*clusters)[i];
   return limits;
 }
 
+using Choice = std::tuple<int, int, int, int, int>;  // bn, token_ctas, row_ctas, splits, depth
+
+std::vector<Choice> choices_of(const std::vector<pk::PlanChoice>& choices) {
+  std::vector<Choice> all;
+  for (const pk::PlanChoice& c : choices) all.emplace_back(c.bn, c.token_ctas, c.row_ctas, c.splits, c.depth);
+  return all;
+}
+
+using Constants = std::map<std::string, double>;
+
+struct NamedConstant {
+  const char* name;
+  double pk::ModelConstants::* value;
+};
+constexpr NamedConstant kConstants[] = {
+#define PK_NAMED(name) {#name, &pk::ModelConstants::name}
+    PK_NAMED(cycles_per_us),           PK_NAMED(memory_bytes_per_cycle), PK_NAMED(link_bytes_per_cycle),
+    PK_NAMED(cluster_bytes_per_cycle), PK_NAMED(shared_bytes_per_cycle), PK_NAMED(shared_write_share),
+    PK_NAMED(macs_per_cycle),          PK_NAMED(launch_cycles),          PK_NAMED(item_cycles),
+    PK_NAMED(item_token_cycles),       PK_NAMED(switch_cycles),          PK_NAMED(exchange_chunk_cycles),
+    PK_NAMED(exchange_output_cycles),  PK_NAMED(sm80_macs_per_cycle),    PK_NAMED(sm80_sparse_share),
+    PK_NAMED(sm80_reduce_cycles),
+#undef PK_NAMED
+};
+static_assert(sizeof(kConstants) / sizeof(kConstants[0]) * sizeof(double) == sizeof(pk::ModelConstants),
+              "every constant has its name here");
+
+Constants model_constants() {
+  const pk::ModelConstants values;
+  Constants all;
+  for (const NamedConstant& constant : kConstants) all[constant.name] = values.*constant.value;
+  return all;
+}
+
+pk::ModelConstants constants_of(const Constants& changed) {
+  pk::ModelConstants values;
+  size_t found = 0;
+  for (const NamedConstant& constant : kConstants) {
+    const auto entry = changed.find(constant.name);
+    if (entry != changed.end()) values.*constant.value = entry->second, ++found;
+  }
+  if (found != changed.size()) {
+    throw std::invalid_argument("constants: expected names of model_constants(), got one that is not there");
+  }
+  return values;
+}
+
 py::dict choose_plan(int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes, bool batch_invariant,
-                     int compute_capability, int sm_count, int smem_bytes) {
-  const pk::DeviceLimits limits = limits_of(compute_capability, sm_count, smem_bytes);
-  const pk::LaunchPlan plan = pk::choose_plan(limits, rows, cols, tokens, payload_bytes, batch_invariant);
+                     const pk::DeviceLimits& limits, const Constants& constants) {
+  const pk::ModelConstants values = constants_of(constants);
+  const pk::LaunchPlan plan = pk::choose_plan(limits, rows, cols, tokens, payload_bytes, batch_invariant, values);
   py::dict parts;
   parts["family"] = family_name(plan.family);
   if (plan.family == pk::Family::kUnpack) return parts;
@@ -86,8 +143,43 @@ py::dict choose_plan(int64_t rows, int64_t cols, int64_t tokens, int64_t payload
   parts["groups"] = plan.items.groups;
   parts["groups_per_block"] = plan.items.groups_per_block;
   parts["workers"] = plan.items.workers;
-  parts["model_us"] = pk::model_time_us(limits, plan, rows, cols, tokens, payload_bytes);
+  parts["model_us"] = pk::model_time_us(limits, plan, rows, cols, tokens, payload_bytes, values);
   return parts;
+}
+
+// A call: rows, cols, tokens, payload bytes, the choice, and workers (0: as the limits have it).
+using Call = std::array<int64_t, 10>;
+
+std::vector<double> model_times_us(const std::vector<Call>& calls, const pk::DeviceLimits& limits,
+                                   const Constants& constants) {
+  const pk::ModelConstants values = constants_of(constants);
+  std::vector<double> times;
+  for (const Call& call : calls) {
+    const auto number = [&](int i) { return static_cast<int>(call[i]); };
+    const pk::PlanChoice choice{number(4), number(5), number(6), number(7), number(8)};
+    pk::LaunchPlan plan = pk::plan_of(limits, choice, call[0], call[1], call[2]);
+    if (number(9) > 0) plan.items.workers = number(9);
+    times.push_back(pk::model_time_us(limits, plan, call[0], call[1], call[2], call[3], values));
+  }
+  return times;
+}
+
+// What a card is checked with: of each problem its sizes, and the choice and ItemSpace of each launch.
+py::list self_checks(const pk::DeviceLimits& limits, bool is_half) {
+  py::list all;
+  for (const pk::SelfCheck& check : pk::self_checks(limits, is_half ? pk::DType::kFloat16 : pk::DType::kBFloat16)) {
+    py::list launches;
+    for (const pk::LaunchPlan& plan : check.plans) {
+      const pk::ItemSpace& items = plan.items;
+      launches.append(py::make_tuple(py::make_tuple(plan.bn, plan.token_ctas, plan.row_ctas, plan.splits, plan.depth),
+                                     py::make_tuple(items.units, items.groups, items.groups_per_block, items.workers)));
+    }
+    py::dict problem;
+    problem["rows"] = check.sizes.rows, problem["cols"] = check.sizes.cols, problem["tokens"] = check.sizes.tokens;
+    problem["launches"] = launches;
+    all.append(problem);
+  }
+  return all;
 }
 
 // The (unit, group) items of every worker, in their order.
@@ -123,6 +215,29 @@ void add_operand_maps(py::module_& m) {
   m.def("meta_address", [](int lane, int row0, int half) { return pk::meta_address(lane, row0, half); });
 }
 
+void add_planner(py::module_& m) {
+  py::class_<pk::DeviceLimits>(m, "DeviceLimits")
+      .def(py::init(&limits_of), py::arg("compute_capability") = 90, py::arg("sm_count") = 132,
+           py::arg("smem_bytes") = 232448, py::arg("clusters") = py::none());
+  const pk::DeviceLimits h100 = limits_of(90, 132, 232448, {});
+  m.def("model_constants", &model_constants);
+  m.def("choose_plan", &choose_plan, py::arg("rows"), py::arg("cols"), py::arg("tokens"), py::arg("payload_bytes"),
+        py::arg("batch_invariant") = false, py::arg("limits") = h100, py::arg("constants") = Constants{});
+  m.def(
+      "possible_choices",
+      [](int64_t cols, int64_t tokens, const pk::DeviceLimits& limits) {
+        return choices_of(pk::possible_choices(limits, cols, tokens));
+      },
+      py::arg("cols"), py::arg("tokens"), py::arg("limits") = h100);
+  m.def(
+      "launch_shapes", [](const pk::DeviceLimits& limits) { return choices_of(pk::launch_shapes(limits)); },
+      py::arg("limits") = h100);
+  m.def("family_complaint", &pk::family_complaint, py::arg("limits"));
+  m.def("model_times_us", &model_times_us, py::arg("calls"), py::arg("limits") = h100,
+        py::arg("constants") = Constants{});
+  m.def("self_checks", &self_checks, py::arg("limits"), py::arg("is_half") = true);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -141,9 +256,7 @@ PYBIND11_MODULE(_host, m) {
   m.attr("CUTS") = pk::kCuts;
   m.def("make_schedule", &make_schedule, py::arg("tile_is_sparse"));
   m.def("read_schedule", &read_schedule, py::arg("words"));
-  m.def("choose_plan", &choose_plan, py::arg("rows"), py::arg("cols"), py::arg("tokens"), py::arg("payload_bytes"),
-        py::arg("batch_invariant") = false, py::arg("compute_capability") = 90, py::arg("sm_count") = 132,
-        py::arg("smem_bytes") = 232448);
+  add_planner(m);
   m.def("items", &items, py::arg("units"), py::arg("groups"), py::arg("groups_per_block"), py::arg("workers"));
   m.def("exponentials", &exponentials);
 }

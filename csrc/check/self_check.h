@@ -1,6 +1,7 @@
 // What the first call on a GPU is checked with. The emulators run the same, so that a failure there means the card.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "../gemm/plan.h"
@@ -8,53 +9,47 @@
 
 namespace patch_kernels {
 
-// 3 x 3 tiles, ragged. K is a multiple of 8 for one type only and N for the other, so that both ways to store y are
-// taken.
-inline Sizes self_check_sizes(DType dtype) {
-  const bool is_half = dtype == DType::kFloat16;
+// A problem and the launches that must solve it exactly.
+struct SelfCheck {
   Sizes sizes;
-  sizes.rows = is_half ? 328 : 331;
-  sizes.cols = is_half ? 333 : 336;
-  sizes.tokens = 70;
-  sizes.bias = true;
-  sizes.seed = 1;
-  return sizes;
-}
-
-// Every kernel of a family, with the ways its CTAs can work together.
-inline std::vector<LaunchPlan> self_check_plans(Family family) {
-  const Sizes sizes = self_check_sizes(DType::kFloat16);  // the grid of tiles is the same for all types
   std::vector<LaunchPlan> plans;
-  const auto add = [&](bool pairs, int bn, int token_ctas, int row_ctas, int splits, int depth) {
-    LaunchPlan plan{};
-    plan.family = family;
-    plan.pairs = pairs, plan.bn = bn, plan.depth = depth;
-    plan.token_ctas = token_ctas, plan.row_ctas = row_ctas, plan.splits = splits;
-    plan.items = item_space(plan, sizes.rows, sizes.tokens);
-    plan.items.workers = 2;  // several items for each, so that rings and buffers go around
-    plans.push_back(plan);
+};
+
+// Three ragged problems. In each, K is a multiple of 8 for one type only and N for the other, so that both ways to
+// store y are taken.
+//   small  5 x 3 tiles, two items or more for each worker: rings, buffers and the deal of items go around
+//   long   17 tile columns: every ring goes around many times in an item
+//   full   as many clusters as the card runs at once, two rounds or more of items: every multiprocessor works beside
+//          others, and clusters come to lie as they do in a real call
+// The first two go through every launch shape that the planner can choose, the last through those of one width.
+inline std::vector<SelfCheck> self_checks(const DeviceLimits& device, DType dtype) {
+  const bool is_half = dtype == DType::kFloat16, is_sm90 = device.family == Family::kSm90;
+  const auto sizes = [&](int rows, int cols, int tokens) {
+    Sizes s;
+    s.rows = rows + (is_half ? 0 : 3);
+    s.cols = cols + (is_half ? 0 : 3);
+    s.tokens = tokens;
+    s.bias = true;
+    s.seed = 1;
+    return s;
   };
-  if (family == Family::kSm90) {
-    for (const int bn : {8, 16, 32}) {
-      for (const int splits : {1, 2, 8}) add(false, bn, 1, 1, splits, 0);
-    }
-    for (const int bn : {64, 128, 160, 176, 192}) {
-      for (const int token_ctas : {1, 2}) {
-        for (const int row_ctas : {1, 2}) add(true, bn, token_ctas, row_ctas, 1, 0);
-      }
-      if (bn > 128) continue;
-      add(true, bn, 2, 1, 2, 0);
-      add(true, bn, 1, 1, 8, 0);
-    }
-  } else {
-    for (const int splits : {1, 4}) {
-      for (const int bn : {16, 32}) {
-        for (const int depth : {2, 4}) add(false, bn, 1, 1, splits, depth);
-      }
-      for (const int depth : {1, 3}) add(false, 128, 1, 1, splits, depth);
+  std::vector<SelfCheck> checks = {{sizes(584, 333, 70), {}}, {sizes(200, 2133, 41), {}}};
+  for (const PlanChoice& shape : launch_shapes(device)) {
+    for (SelfCheck& check : checks) {
+      check.plans.push_back(plan_of(device, shape, check.sizes.rows, check.sizes.cols, check.sizes.tokens));
+      ItemSpace& items = check.plans.back().items;
+      items.workers = item_count(items) >= 4 ? 2 : 1;
     }
   }
-  return plans;
+  // Four tile rows, which are two pairs, and tokens for twice as many items as clusters of any size.
+  const int full_bn = is_sm90 ? 64 : 16, full_tokens = full_bn * std::max(device.sm_count, 2) / (is_sm90 ? 1 : 2) - 1;
+  SelfCheck full = {sizes(488, 133, full_tokens), {}};
+  for (const PlanChoice& shape : launch_shapes(device)) {
+    if (shape.bn != full_bn) continue;
+    full.plans.push_back(plan_of(device, shape, full.sizes.rows, full.sizes.cols, full.sizes.tokens));
+  }
+  checks.push_back(full);
+  return checks;
 }
 
 }  // namespace patch_kernels

@@ -80,14 +80,13 @@ class Arena {
   uint8_t *next_, *end_;
 };
 
-constexpr int64_t kSelfCheckBytes = int64_t{16} << 20;
+constexpr int64_t kSelfCheckBytes = int64_t{48} << 20;  // x, two y and partial sums of the largest problem
 
 // "" or what was wrong.
 template <class Packed>
-std::string check_family(const DeviceLimits& limits, void* workspace, cudaStream_t stream) {
+std::string run_self_check(const SelfCheck& self_check, void* workspace, cudaStream_t stream) {
   constexpr DType dtype = Packed::kDType;
-  const Sizes sizes = self_check_sizes(dtype);
-  IntegerProblem<Element<Packed>> problem(sizes);
+  IntegerProblem<Element<Packed>> problem(self_check.sizes);
   Arena arena(workspace, kSelfCheckBytes);
   GemmProblem p = problem.view();
   p.x = arena.upload(problem.x.data, problem.x.size, stream);
@@ -98,8 +97,7 @@ std::string check_family(const DeviceLimits& limits, void* workspace, cudaStream
   const size_t y_bytes = problem.y.size * kValueBytes;
   uint16_t* y[2];  // of two launches, the second of which may overlap the first
   for (uint16_t*& each : y) each = static_cast<uint16_t*>(arena.take(static_cast<int64_t>(y_bytes)));
-  for (LaunchPlan plan : self_check_plans(limits.family)) {
-    if (plan.family == Family::kSm80 && sm80_smem_bytes(plan) > limits.smem_bytes) continue;
+  for (LaunchPlan plan : self_check.plans) {
     Arena rest = arena;
     auto* partials = static_cast<float*>(rest.take(4 * gemm_partial_floats(p, plan)));
     plan.overlaps_previous = true;
@@ -120,7 +118,7 @@ std::string check_family(const DeviceLimits& limits, void* workspace, cudaStream
     if (!complaint.empty()) {
       return std::string(Packed::kShortName) + ", " + std::to_string(plan.bn) + " tokens a CTA, " +
              std::to_string(plan.token_ctas) + "x" + std::to_string(plan.row_ctas) + "x" + std::to_string(plan.splits) +
-             " CTAs: " + complaint;
+             " CTAs, " + std::to_string(problem.tile_cols) + " tile columns: " + complaint;
     }
   }
   return "";
@@ -128,10 +126,15 @@ std::string check_family(const DeviceLimits& limits, void* workspace, cudaStream
 
 std::string check_device(DeviceLimits& limits, void* workspace, cudaStream_t stream) {
   try {
-    if (limits.family == Family::kSm90) sm90_count_clusters(limits.clusters);
-    std::string complaint;
+    if (limits.family == Family::kSm90) {
+      sm90_count_clusters(limits.clusters);
+      limits.clusters_known = true;
+    }
+    std::string complaint = family_complaint(limits);
     for_each_packed([&](auto packed) {
-      if (complaint.empty()) complaint = check_family<decltype(packed)>(limits, workspace, stream);
+      for (const SelfCheck& self_check : self_checks(limits, decltype(packed)::kDType)) {
+        if (complaint.empty()) complaint = run_self_check<decltype(packed)>(self_check, workspace, stream);
+      }
     });
     return complaint;
   } catch (const std::exception& error) {

@@ -65,12 +65,6 @@ int64_t sm80_partial_floats(const GemmProblem& problem, const LaunchPlan& plan) 
   return plan.splits == 1 ? 0 : sm80_partial_index(problem, plan.splits, 0, 0);
 }
 
-int sm80_smem_bytes(const LaunchPlan& plan) {
-  int bytes = 0;
-  with_config(plan, [&](auto config) { bytes = decltype(config)::kSmemBytes; });
-  return bytes;
-}
-
 void sm80_tile_linear(const GemmProblem& problem, const LaunchPlan& plan, DType dtype, float* partials, void* stream) {
   if (item_count(problem.items) == 0) return;
   with_config(plan, [&](auto config) {

@@ -11,9 +11,6 @@ namespace patch_kernels::cuda {
 // fp32 workspace of a call; 0 unless it splits K. Needs no initialisation.
 int64_t sm80_partial_floats(const GemmProblem& problem, const LaunchPlan& plan);
 
-// Dynamic shared memory of a CTA. Throws std::runtime_error if this build has no kernel for (plan.bn, plan.depth).
-int sm80_smem_bytes(const LaunchPlan& plan);
-
 // One launch, or two when plan.splits > 1. `partials` is 16-byte aligned, `stream` a cudaStream_t. problem.items and
 // problem.splits are the plan's. Nothing is kept between calls. Throws std::runtime_error if a launch fails.
 void sm80_tile_linear(const GemmProblem& problem, const LaunchPlan& plan, DType dtype, float* partials, void* stream);

@@ -42,14 +42,33 @@ std::string outcome(const Case& c, const std::string& complaint) {
   return complaint.empty() ? "" : describe(c) + ": " + complaint;
 }
 
-// The problems and plans that a GPU is checked with: run_one(plan, dtype).
+// A card as the emulators see it: room for every kernel, few multiprocessors.
+inline DeviceLimits emulated_device(Family family) {
+  DeviceLimits device{};
+  device.family = family;
+  device.sm_count = 8;
+  device.smem_bytes = 227 << 10;
+  return device;
+}
+
+// The problems and plans that a GPU is checked with: run_one(sizes, plan, dtype).
 template <class F>
-int run_plans(Family family, F run_one) {
-  const std::vector<LaunchPlan> plans = self_check_plans(family);
-  int next = 0;
-  return run_cases(PackedDtypes::kCount * static_cast<int>(plans.size()), 0, [&](std::mt19937&) {
-    const int number = next++;
-    return run_one(plans[number / PackedDtypes::kCount], PackedDtypes::kDTypes[number % PackedDtypes::kCount]);
+int run_self_checks(Family family, F run_one) {
+  struct One {
+    Sizes sizes;
+    LaunchPlan plan;
+    DType dtype;
+  };
+  std::vector<One> all;
+  for (const DType dtype : PackedDtypes::kDTypes) {
+    for (const SelfCheck& check : self_checks(emulated_device(family), dtype)) {
+      for (const LaunchPlan& plan : check.plans) all.push_back({check.sizes, plan, dtype});
+    }
+  }
+  size_t next = 0;
+  return run_cases(static_cast<int>(all.size()), 0, [&](std::mt19937&) {
+    const One& one = all[next++];
+    return run_one(one.sizes, one.plan, one.dtype);
   });
 }
 

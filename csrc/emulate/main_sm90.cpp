@@ -167,9 +167,9 @@ int run_invariant(int cases, uint32_t seed) {
 }
 
 int run_self_check(int, uint32_t) {
-  return run_plans(Family::kSm90, [](const LaunchPlan& plan, DType dtype) {
+  return run_self_checks(Family::kSm90, [](const Sizes& sizes, const LaunchPlan& plan, DType dtype) {
     Case c;
-    c.sizes = self_check_sizes(dtype);
+    c.sizes = sizes;
     c.dtype = dtype;
     c.pairs = plan.pairs, c.bn = plan.bn;
     c.token_ctas = plan.token_ctas, c.row_ctas = plan.row_ctas, c.splits = plan.splits;

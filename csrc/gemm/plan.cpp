@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <numeric>
+#include <string>
+#include <tuple>
 #include <vector>
 
 namespace patch_kernels {
@@ -72,15 +74,9 @@ void make_schedule(const uint8_t* tile_is_sparse, int64_t tile_rows, int64_t til
 
 namespace {
 
-constexpr double kCyclesPerMicrosecond = 1700;
-constexpr double kMemoryBytesPerCycle = 2530;  // whole card: 4.3 TB/s, the copy rate seen on an H200
-constexpr double kLinkBytesPerCycle = 26;      // L2 to one SM
-constexpr double kLaunchCycles = 3000;
-constexpr double kFillCycles = 1000;  // first bytes of a launch
-constexpr double kStoreCycles = 300;
-constexpr double kSplitCycles = 1500;  // exchange of partial sums
-constexpr int kDecodeTokens = 32;      // up to here a CTA holds all tokens of a single tile row
+constexpr int kDecodeTokens = 32;  // up to here a CTA holds all tokens of a single tile row
 constexpr int kSm80PrefillTokens = 128;
+constexpr int kConsumerThreads = 256;  // of a CTA on sm_90
 
 struct Layer {
   int64_t tile_rows, tile_cols;
@@ -94,20 +90,42 @@ Layer layer_of(int64_t rows, int64_t cols, int64_t payload_bytes) {
           (tiles * kDenseTileBytes - payload_bytes) / (kDenseTileBytes - kSparseTileBytes) / tiles};
 }
 
-// Cycles of a 64-column step of one tile row on Hopper: an m64nNk16 takes N/2 cycles, but not less than shared memory
-// takes to deliver its operands at 128 bytes a cycle; a sparse m64nNk32 reads twice the B bytes.
-double sm90_row_step_cycles(const Layer& layer, int bn) {
-  const double dense = 2 * 4 * std::max(bn / 2.0, 16 + bn / 4.0);
-  const double sparse = 2 * 2 * (16 + bn / 2.0);
-  return dense + layer.sparse_share * (sparse - dense);
+// Cycles of a CTA for a step of 64 columns on Hopper. wgmma.sp takes k32 where wgmma takes k16, in the same time, and
+// reads twice the B. Shared memory serves what wgmma reads and what the copies write: a multicast lands whole in every
+// SM. Metadata (1 % of a sparse tile's reads) are left out. A CTA without tokens is free, and an item takes the time of
+// its cluster's first CTA, which has some.
+double sm90_step_cycles(const ModelConstants& c, double sparse_share, bool pairs, int bn) {
+  const int rows = pairs ? 2 : 1, blocks = 2 * rows;  // tile rows of the CTA, and their m64 blocks
+  const auto cycles = [&](bool is_sparse) {
+    const int instructions = blocks * (is_sparse ? 2 : 4), logical_k = is_sparse ? 32 : 16;
+    const double products = 64.0 * bn * 16 * instructions;
+    const double reads = instructions * (64.0 * 16 + static_cast<double>(bn) * logical_k) * kValueBytes;
+    const double writes = rows * tile_bytes(is_sparse) / 2.0 + bn * 64.0 * kValueBytes;
+    return std::max(products / c.macs_per_cycle, (reads + c.shared_write_share * writes) / c.shared_bytes_per_cycle);
+  };
+  // A change of type drains the pipeline; types are taken as independent from tile to tile, of which a step is half.
+  const double switches = rows * sparse_share * (1 - sparse_share);
+  return cycles(false) + sparse_share * (cycles(true) - cycles(false)) + switches * c.switch_cycles;
+}
+
+// Cycles after an item's last product until y has been stored and the next item begins.
+double item_end_cycles(const ModelConstants& c, const LaunchPlan& plan) {
+  if (plan.family != Family::kSm90 || plan.splits == 1) return c.item_cycles + c.item_token_cycles * plan.bn;
+  // Each CTA writes its sums to its shared memory, sends the other CTAs their shares, and adds the parts of its own
+  // outputs. kExchangeTokens of gemm/sm90.h says how many tokens go at once.
+  const double sums = (plan.pairs ? 2.0 : 1.0) * kTile * plan.bn, outputs = sums / plan.splits;
+  const int chunks = plan.bn == 128 ? 4 : 1;
+  return c.item_cycles + chunks * c.exchange_chunk_cycles + 2 * 4 * sums / c.shared_bytes_per_cycle +
+         4 * (sums - outputs) / c.cluster_bytes_per_cycle + outputs / kConsumerThreads * c.exchange_output_cycles;
 }
 
 int multiprocessors(const DeviceLimits& device) { return std::max(device.sm_count, 1); }
 
-// Clusters of a size that run at once. A GPU is asked (some SMs of a GPC may be left over); without one, assume all
-// fit.
+// Clusters of a size that run at once; 0: the card cannot run one. A GPU is asked (some SMs of a GPC may be left over);
+// without one, assume all fit.
 int resident_clusters(const DeviceLimits& device, int size) {
-  return device.clusters[size] > 0 ? device.clusters[size] : std::max(1, multiprocessors(device) / size);
+  if (device.clusters_known || device.clusters[size] > 0) return device.clusters[size];
+  return std::max(1, multiprocessors(device) / size);
 }
 
 int raster_groups(int64_t cols, int tokens_per_group) {
@@ -123,13 +141,13 @@ int smallest_bn(int64_t tokens, int bn) {
 
 // The choice with the least model time over all splits (fixed_splits = 0), or with a given number of them.
 LaunchPlan best_plan(const DeviceLimits& device, int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes,
-                     int fixed_splits) {
+                     int fixed_splits, const ModelConstants& constants) {
   LaunchPlan best{};
   double best_time = -1;
   for (const PlanChoice& choice : possible_choices(device, cols, tokens)) {
     if (fixed_splits && choice.splits != fixed_splits) continue;
     const LaunchPlan plan = plan_of(device, choice, rows, cols, tokens);
-    const double time = model_time_us(device, plan, rows, cols, tokens, payload_bytes);
+    const double time = model_time_us(device, plan, rows, cols, tokens, payload_bytes, constants);
     if (best_time < 0 || time < best_time) best = plan, best_time = time;
   }
   return best;
@@ -155,6 +173,10 @@ Family best_family(int compute_capability) {
 
 std::vector<PlanChoice> possible_choices(const DeviceLimits& device, int64_t cols, int64_t tokens) {
   std::vector<PlanChoice> choices;
+  const auto add_sm90 = [&](const PlanChoice& choice) {
+    const int ctas = choice.token_ctas * choice.row_ctas * choice.splits;
+    if (ctas <= kMaxSplits && resident_clusters(device, ctas) > 0) choices.push_back(choice);
+  };
   const bool large = device.smem_bytes >= 160 * 1024;
   for (const int splits : {1, 2, 4, 8}) {
     if (splits > 1 && splits > ceil_div(cols, kTile)) break;
@@ -164,20 +186,41 @@ std::vector<PlanChoice> possible_choices(const DeviceLimits& device, int64_t col
       if (large) choices.push_back({bn, 1, 1, splits, decode ? 4 : 3});
       choices.push_back({bn, 1, 1, splits, decode ? 2 : 1});
     } else if (device.family == Family::kSm90 && tokens <= kDecodeTokens) {
-      choices.push_back({smallest_bn(tokens, 8), 1, 1, splits, 0});
+      add_sm90({smallest_bn(tokens, 8), 1, 1, splits, 0});
     } else if (device.family == Family::kSm90) {
       for (const int bn : {64, 128, 160, 176, 192}) {
         if (bn > 128 && splits > 1) continue;  // no shared memory left for the exchange
-        for (const int token_ctas : {1, 2}) {
-          for (const int row_ctas : {1, 2}) {
+        for (const int token_ctas : {2, 1}) {  // of equal times choose_plan takes the one that copies least
+          for (const int row_ctas : {2, 1}) {
             if (row_ctas > 1 && splits > 1) continue;  // pairs are cut at different columns
-            if (token_ctas * splits <= kMaxSplits) choices.push_back({bn, token_ctas, row_ctas, splits, 0});
+            add_sm90({bn, token_ctas, row_ctas, splits, 0});
           }
         }
       }
     }
   }
   return choices;
+}
+
+std::vector<PlanChoice> launch_shapes(const DeviceLimits& device) {
+  std::vector<PlanChoice> shapes;
+  const auto fields = [](const PlanChoice& c) {
+    return std::make_tuple(c.bn, c.token_ctas, c.row_ctas, c.splits, c.depth);
+  };
+  for (const int tokens : {8, 16, kDecodeTokens, kDecodeTokens + 1}) {  // one of each bn of decode, and prefill
+    for (const PlanChoice& choice : possible_choices(device, int64_t{kMaxSplits} * kTile, tokens)) {
+      const bool is_there = std::any_of(shapes.begin(), shapes.end(),
+                                        [&](const PlanChoice& shape) { return fields(shape) == fields(choice); });
+      if (!is_there) shapes.push_back(choice);
+    }
+  }
+  return shapes;
+}
+
+std::string family_complaint(const DeviceLimits& device) {
+  if (device.family != Family::kSm90 || resident_clusters(device, 1) > 0) return "";
+  return "the card, or this slice of it, has no multiprocessor that runs a CTA with the " +
+         std::to_string(device.smem_bytes) + " bytes of shared memory that the wgmma kernels take";
 }
 
 LaunchPlan plan_of(const DeviceLimits& device, const PlanChoice& choice, int64_t rows, int64_t cols, int64_t tokens) {
@@ -207,34 +250,37 @@ ItemSpace item_space(const LaunchPlan& plan, int64_t rows, int64_t tokens) {
 }
 
 double model_time_us(const DeviceLimits& device, const LaunchPlan& plan, int64_t rows, int64_t cols, int64_t tokens,
-                     int64_t payload_bytes) {
+                     int64_t payload_bytes, const ModelConstants& c) {
   const Layer layer = layer_of(rows, cols, payload_bytes);
-  const int rows_per_unit = plan.pairs ? 2 : 1;
   const double steps = 2.0 * layer.tile_cols / plan.splits;
-  const double row_bytes = kSlotBytes * (1 - (1 - double{kSparseTileBytes} / kDenseTileBytes) * layer.sparse_share);
-  const double x_bytes = plan.bn * 128.0;
+  double moved = payload_bytes + static_cast<double>(kValueBytes) * tokens * (cols + rows), launches = c.launch_cycles;
   double math;
   if (plan.family == Family::kSm90) {
-    math = rows_per_unit * sm90_row_step_cycles(layer, plan.bn);
+    math = sm90_step_cycles(c, layer.sparse_share, plan.pairs, plan.bn);
   } else {
-    // Ampere: half of Hopper's rate, and a sparse step takes about 0.6 of a dense one.
-    math = kTile * 64.0 * plan.bn / 1024 * (1 - 0.4 * layer.sparse_share);
+    math = kTile * 64.0 * plan.bn / c.sm80_macs_per_cycle * (1 - (1 - c.sm80_sparse_share) * layer.sparse_share);
+    if (plan.splits > 1) {  // partial sums are written and read
+      launches += c.sm80_reduce_cycles;
+      moved += 2 * 4.0 * plan.splits * tokens * rows;
+    }
   }
-  const double link = (rows_per_unit * row_bytes / plan.token_ctas + x_bytes / plan.row_ctas) / kLinkBytesPerCycle;
-  // Producers run ahead of an item's end, so its stores and exchange hide behind copies, but for the last one's.
+  const double row_bytes = kSlotBytes - layer.sparse_share * (kDenseTileBytes - kSparseTileBytes) / 2;
+  const double w_bytes = (plan.pairs ? 2 : 1) * row_bytes / plan.token_ctas;
+  const double link = (w_bytes + plan.bn * 64.0 * kValueBytes / plan.row_ctas) / c.link_bytes_per_cycle;
+  const double memory = moved / (c.memory_bytes_per_cycle * multiprocessors(device) / 132);
+  // Producers run ahead of an item's end, which hides behind copies, but for the last one's.
   const int rounds = item_rounds(plan.items);
-  const double end = kStoreCycles + 8 * plan.bn + (plan.splits > 1 ? kSplitCycles : 0);
-  const double busy = std::max(rounds * steps * link, rounds * (steps * math + end)) + kFillCycles + end;
-  const double moved = payload_bytes + 2.0 * tokens * (cols + rows);
-  const double memory = moved / (kMemoryBytesPerCycle * multiprocessors(device) / 132);
-  return (kLaunchCycles + std::max(busy, memory)) / kCyclesPerMicrosecond;
+  const double end = item_end_cycles(c, plan);
+  const double copies = std::max(rounds * steps * link, memory) + end;
+  const double busy = std::max(copies, rounds * (steps * math + end));
+  return (launches + busy) / c.cycles_per_us;
 }
 
 LaunchPlan choose_plan(const DeviceLimits& device, int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes,
-                       bool batch_invariant) {
+                       bool batch_invariant, const ModelConstants& constants) {
   if (device.family == Family::kUnpack) return {};
-  const int splits = batch_invariant ? best_plan(device, rows, cols, 1, payload_bytes, 0).splits : 0;
-  const LaunchPlan plan = best_plan(device, rows, cols, tokens, payload_bytes, splits);
+  const int splits = batch_invariant ? best_plan(device, rows, cols, 1, payload_bytes, 0, constants).splits : 0;
+  const LaunchPlan plan = best_plan(device, rows, cols, tokens, payload_bytes, splits, constants);
   // Two rounds beyond the last item must still fit 32 bits; so must the numbers of rows and tokens.
   const bool fits = item_count(plan.items) < (int64_t{1} << 30) && std::max({rows, cols, tokens}) < (int64_t{1} << 30);
   return fits ? plan : LaunchPlan{};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "../format/layout.h"
@@ -109,7 +110,8 @@ struct DeviceLimits {
   int compute_capability;        // 80, 86, 89, 90, 120
   int sm_count;                  // multiprocessors
   int smem_bytes;                // dynamic shared memory one CTA may have
-  int clusters[kMaxSplits + 1];  // [size]: clusters of 1, 2, 4, 8 CTAs that run at once, one CTA an SM; 0: unknown
+  int clusters[kMaxSplits + 1];  // [size]: clusters of 1, 2, 4, 8 CTAs that run at once, one CTA an SM
+  bool clusters_known;           // the card was asked: 0 says that it cannot run this size. Else 0 is unknown
 };
 
 // How one call runs. On sm_90 a cluster is token_ctas x row_ctas x splits CTAs; on sm_80 splits are a grid dimension.
@@ -130,9 +132,15 @@ struct PlanChoice {
   int bn, token_ctas, row_ctas, splits, depth;
 };
 
-// Every choice that has a kernel.
+// Every choice that has a kernel and clusters that this card runs.
 std::vector<PlanChoice> possible_choices(const DeviceLimits& device, int64_t cols, int64_t tokens);
 LaunchPlan plan_of(const DeviceLimits& device, const PlanChoice& choice, int64_t rows, int64_t cols, int64_t tokens);
+
+// Every launch shape that possible_choices gives for any sizes, each once: what the self-check has to cover.
+std::vector<PlanChoice> launch_shapes(const DeviceLimits& device);
+
+// "", or why the family cannot be used on this card at all.
+std::string family_complaint(const DeviceLimits& device);
 
 // The best kernel family for a compute capability (80, 90, ...); kUnpack where there is none.
 Family best_family(int compute_capability);
@@ -140,13 +148,34 @@ Family best_family(int compute_capability);
 // Units and token groups of a plan, in one raster block and for one worker.
 ItemSpace item_space(const LaunchPlan& plan, int64_t rows, int64_t tokens);
 
+// Constants of the model of a call's time. Sources, and the program that measures each on a card:
+// docs/inside/gemm.md, "Choosing a plan". Cycles are an SM's.
+struct ModelConstants {
+  double cycles_per_us = 1700;
+  double memory_bytes_per_cycle = 2530;  // device memory of a card with 132 SMs
+  double link_bytes_per_cycle = 26;      // from L2 to one SM
+  double cluster_bytes_per_cycle = 14;   // from one SM to the others of its cluster
+  double shared_bytes_per_cycle = 128;   // shared memory of an SM
+  double shared_write_share = 1;         // of the bytes copied in, that wgmma's reads wait for: 0 none, 1 all
+  double macs_per_cycle = 2048;          // wgmma: 16-bit products of an SM; a zero of a sparse tile takes no time
+  double launch_cycles = 4000;           // a launch, until its first bytes have arrived
+  double item_cycles = 1000;             // end of an item and start of the next one, in which no wgmma runs
+  double item_token_cycles = 12.5;       // the same, a token: y through shared memory
+  double switch_cycles = 50;             // a change between dense and sparse tiles
+  double exchange_chunk_cycles = 1500;   // latency of one exchange of partial sums
+  double exchange_output_cycles = 30;    // adding and storing one output by a thread of each consumer
+  double sm80_macs_per_cycle = 1024;     // mma
+  double sm80_sparse_share = 0.6;        // time of a sparse tile over a dense one's
+  double sm80_reduce_cycles = 1500;      // the launch that adds the splits
+};
+
 // The plan for a (rows x cols) layer with `payload_bytes` of tiles and `tokens` rows of x. batch_invariant: the split
 // depends on the layer alone, so row i of y does not depend on the number of rows.
 LaunchPlan choose_plan(const DeviceLimits& device, int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes,
-                       bool batch_invariant);
+                       bool batch_invariant, const ModelConstants& constants = {});
 
 // Model time of a plan in microseconds; choose_plan takes the least. Exposed for tests and for tuning on a card.
 double model_time_us(const DeviceLimits& device, const LaunchPlan& plan, int64_t rows, int64_t cols, int64_t tokens,
-                     int64_t payload_bytes);
+                     int64_t payload_bytes, const ModelConstants& constants = {});
 
 }  // namespace patch_kernels
