@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -69,9 +70,26 @@ def build_info(path: Path) -> dict[str, str]:
 
 def gemm_status(path: Path, device_index: int) -> dict[str, str]:
     """The sparse GEMM of a device: family (sm90, sm80, none), state (unchecked, works, disabled) and reason."""
-    library = ctypes.CDLL(str(path))
-    if not hasattr(library, "patch_kernels_gemm_status"):
+    function = cuda_function(path, "gemm_status")
+    if function is None:
         return {"family": "none", "state": "disabled", "reason": "this build has no CUDA kernels"}
-    function = library.patch_kernels_gemm_status
+    return function(device_index)
+
+
+def driver_complaint(path: Path, driver_version: int = 0, runtime_version: int = 0) -> str:
+    """Why this machine's driver does not serve the CUDA kernels of this build, "" if it does. Does not initialise CUDA.
+
+    With versions as CUDA gives them (12040 for 12.4): why such a driver does not serve such a runtime.
+    """
+    function = cuda_function(path, "driver_complaint")
+    return "" if function is None else function(driver_version, runtime_version)["complaint"]
+
+
+def cuda_function(path: Path, name: str) -> Callable[..., dict[str, str]] | None:
+    """patch_kernels_<name> of the library, which returns JSON; None where the build has no CUDA kernels."""
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, f"patch_kernels_{name}"):
+        return None
+    function = getattr(library, f"patch_kernels_{name}")
     function.restype = ctypes.c_char_p
-    return json.loads(function(device_index))
+    return lambda *args: json.loads(function(*args))
