@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ def load_library() -> Path:
             f"another system; rebuild it here: {_BUILD_COMMAND}."
         ) from error
     _check_environment(build_info(path)["cpu_instruction_sets"].split())
+    card_check_seconds()
     return path
 
 
@@ -57,6 +59,21 @@ def _check_environment(instruction_sets: list[str]) -> None:
             raise ImportError(
                 f"patch_kernels: expected {name} to be one of {', '.join(known)} on this CPU, got {value!r}. Unset it."
             )
+
+
+def card_check_seconds() -> float:
+    """Seconds that the check of a card's kernels by another process may take; 0: there is none (card_check.py)."""
+    value = os.environ.get("PATCH_KERNELS_CARD_CHECK_SECONDS") or "60"
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ImportError(
+            f"patch_kernels: expected PATCH_KERNELS_CARD_CHECK_SECONDS to be a number of seconds, 0 for no check by "
+            f"another process, got {value!r}. Unset it for 60."
+        )
+    return seconds
 
 
 def build_info(path: Path) -> dict[str, str]:

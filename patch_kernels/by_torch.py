@@ -65,8 +65,8 @@ def tile_linear(
 
 
 def _tile_linear_group(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    weights, batch_invariant = args[:-1], args[-1]
-    return tuple(tile_linear(x, *weights[i : i + 5], batch_invariant) for i in range(0, len(weights), 5))
+    weights = [(*args[i : i + 5], args[-1]) for i in range(0, len(args) - 1, 5)]
+    return tuple(tile_linear(x, *weight) for weight in weights)
 
 
 def serve(dispatch_key: str) -> torch.library.Library:

@@ -164,9 +164,7 @@ class TiledLinear(nn.Module):
                 if group.is_over:
                     self.group = None
         schedule = self.current_schedule(weight)
-        return tile_linear.tile_linear(
-            x, weight, tile_is_sparse, self.out_features, bias, schedule, self.batch_invariant
-        )
+        return tile_linear.multiply(x, weight, tile_is_sparse, self.out_features, bias, schedule, self.batch_invariant)
 
     def extra_repr(self) -> str:
         return (

@@ -270,12 +270,18 @@ PK_EXPORT const char* patch_kernels_gemm_status(int device) {
   return json_object({{"family", name_of(status.family)}, {"state", state}, {"reason", status.reason}});
 }
 
-// Why this machine's driver does not serve these kernels, or "". With versions (12040 for 12.4): why such a driver does
-// not serve such a runtime; with 0 for the runtime's: of this machine.
-PK_EXPORT const char* patch_kernels_driver_complaint(int driver_version, int runtime_version) {
+// Why this machine's driver does not serve these kernels, or "", and its version (12040 for 12.4). With versions: why
+// such a driver does not serve such a runtime.
+PK_EXPORT const char* patch_kernels_driver_complaint(int driver, int runtime) {
   using namespace patch_kernels;
-  return json_object({{"complaint", runtime_version == 0 ? cuda::driver_complaint()
-                                                         : cuda::driver_complaint(driver_version, runtime_version)}});
+  const std::string complaint = runtime == 0 ? cuda::driver_complaint() : cuda::driver_complaint(driver, runtime);
+  return json_object({{"complaint", complaint}, {"driver", std::to_string(cuda::driver_version())}});
+}
+
+// The best family for a compute capability (90 for 9.0).
+PK_EXPORT const char* patch_kernels_best_family(int compute_capability) {
+  using namespace patch_kernels;
+  return json_object({{"family", name_of(best_family(compute_capability))}});
 }
 
 // For patch_kernels/card_check.py: the self-check of one family, by a process that does nothing else.

@@ -12,8 +12,10 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// 0: there is none. Not by cudaDriverGetVersion, which initialises the driver (seen with runtime 13.0): this is asked
-// when the library is loaded, and no process that is forked after that could use CUDA.
+}  // namespace
+
+// Not by cudaDriverGetVersion, which initialises the driver (seen with runtime 13.0): this is asked when the library is
+// loaded, and no process that is forked after that could use CUDA.
 int driver_version() {
   int version = 0;
   if (void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL)) {
@@ -21,8 +23,6 @@ int driver_version() {
   }
   return version;
 }
-
-}  // namespace
 
 std::string driver_complaint(int driver_version, int runtime_version) {
   if (driver_version / 1000 >= runtime_version / 1000) return "";

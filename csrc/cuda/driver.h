@@ -6,11 +6,14 @@
 
 namespace patch_kernels::cuda {
 
-// "" or one sentence. Versions as CUDA gives them, 12040 for 12.4; a driver of version 0 is none. Within a major
-// version any runtime works with any driver (CUDA Compatibility, "Minor version compatibility").
+// The newest CUDA that the driver serves, 12040 for 12.4; 0: there is none. Does not initialise CUDA.
+int driver_version();
+
+// "" or one sentence. Within a major version any runtime works with any driver (CUDA Compatibility, "Minor version
+// compatibility").
 std::string driver_complaint(int driver_version, int runtime_version);
 
-// The same for this machine, asked once. Does not initialise CUDA.
+// The same for this machine, asked once.
 const std::string& driver_complaint();
 
 // Throws std::runtime_error with that sentence, if there is one.
