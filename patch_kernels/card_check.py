@@ -194,8 +194,9 @@ def _outcome(status: int | None, output: list[str], errors: list[str], seconds: 
 
 
 def _result(output: list[str]) -> dict[str, str] | None:
+    said = [line.removeprefix(_SAYS) for line in output if line.startswith(_SAYS)]
     try:
-        result = json.loads(output[-1].removeprefix(_SAYS))
+        result = json.loads(said[-1])
         return {name: str(result[name]) for name in ("ran", "complaint")}
     except (ValueError, TypeError, KeyError):
         return None
