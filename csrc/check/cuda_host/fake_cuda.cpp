@@ -6,7 +6,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../../cuda/driver.h"
 #include "../../cuda/tile_linear.h"
@@ -14,16 +16,16 @@
 
 #define PK_EXPORT extern "C" __attribute__((visibility("default")))
 
-// What a launch was told. Tests read it through ctypes.
+// What a launch was told.
 struct FakeLaunch {
-  int grid, threads, smem_bytes;
-  int cluster, spread, overlaps;  // 0: no such attribute
+  int grid, cluster, spread, overlaps;  // attributes: 0 where there is none
   patch_kernels::GemmProblem problem;
   CUtensorMap x_map, y_map;
 };
 
 namespace {
 
+constexpr int kMapWords = 6;  // of a CUtensorMap that encode() fills
 FakeLaunch last_launch;
 int launches, encodes, syncs;
 bool checks_card;     // else every family passes
@@ -34,16 +36,15 @@ bool is_capturing;
 
 cudaError_t result_of(const char* function) { return failing == function ? failure : cudaSuccess; }
 
-// Takes about as long as the driver's own, which only computes: it fills 128 bytes from its arguments.
-CUresult CUDAAPI encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
-                        const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*,
-                        CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+// Stands for the driver's, whose time is not known here: it fills the 128 bytes from its arguments.
+CUresult CUDAAPI encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t, void* base, const cuuint64_t* sizes,
+                        const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                        CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   ++encodes;
   memset(map, 0, sizeof(*map));
-  cuuint64_t* words = map->opaque;
-  words[0] = reinterpret_cast<uintptr_t>(base);
-  words[1] = sizes[0], words[2] = sizes[1], words[3] = strides[0];
-  words[4] = box[1], words[5] = static_cast<cuuint64_t>(type), words[6] = rank;
+  const cuuint64_t words[kMapWords] = {reinterpret_cast<uintptr_t>(base), sizes[0], sizes[1], strides[0], box[1],
+                                       static_cast<cuuint64_t>(type)};
+  memcpy(map->opaque, words, sizeof(words));
   return CUDA_SUCCESS;
 }
 
@@ -62,7 +63,21 @@ struct {
 
 }  // namespace
 
-PK_EXPORT const FakeLaunch* fake_last_launch() { return &last_launch; }
+// In the order of LAUNCH in benchmarks/ops/cuda_host.py.
+PK_EXPORT void fake_last_launch(int64_t* out) {
+  const FakeLaunch& l = last_launch;
+  const patch_kernels::GemmProblem& p = l.problem;
+  const auto address = [](const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)); };
+  for (const int64_t value :
+       {int64_t{l.grid}, int64_t{l.cluster}, int64_t{l.spread}, int64_t{l.overlaps}, address(p.x), address(p.payload),
+        address(p.bias), address(p.y), address(p.schedule.tiles), int64_t{p.tokens}, int64_t{p.rows}, int64_t{p.cols},
+        int64_t{p.x_stride}, int64_t{p.items.workers}, int64_t{p.token_ctas}, int64_t{p.row_ctas}, int64_t{p.splits}}) {
+    *out++ = value;
+  }
+  for (const CUtensorMap* map : {&l.x_map, &l.y_map}) {
+    for (int i = 0; i < kMapWords; ++i) *out++ = static_cast<int64_t>(map->opaque[i]);
+  }
+}
 PK_EXPORT void fake_counts(int* counts) { counts[0] = launches, counts[1] = encodes, counts[2] = syncs; }
 PK_EXPORT void fake_checks_card(bool does) { checks_card = does; }
 PK_EXPORT void fake_capturing(bool is) { is_capturing = is; }
@@ -110,11 +125,11 @@ cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-// Device 0 is an H100 SXM, device 1 has half of its multiprocessors, device 2 is an A100.
+// Device 1 is half an H100, device 2 an A100, every other one an H100 SXM.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device) {
   *value = 0;
   if (name == cudaDevAttrComputeCapabilityMajor) *value = device == 2 ? 8 : 9;
-  if (name == cudaDevAttrMultiProcessorCount) *value = device == 0 ? 132 : device == 1 ? 66 : 108;
+  if (name == cudaDevAttrMultiProcessorCount) *value = device == 1 ? 66 : device == 2 ? 108 : 132;
   if (name == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = device == 2 ? 166912 : 232448;
   return cudaSuccess;
 }
@@ -139,8 +154,6 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void** args) {
   record(args, true);
   last_launch.grid = static_cast<int>(config->gridDim.x);
-  last_launch.threads = static_cast<int>(config->blockDim.x);
-  last_launch.smem_bytes = static_cast<int>(config->dynamicSmemBytes);
   last_launch.cluster = last_launch.spread = last_launch.overlaps = 0;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
@@ -171,8 +184,6 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void*) {
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3 grid, dim3 block, void** args, size_t smem, cudaStream_t) {
   record(args, false);
   last_launch.grid = static_cast<int>(grid.x);
-  last_launch.threads = static_cast<int>(block.x);
-  last_launch.smem_bytes = static_cast<int>(smem);
   return cudaSuccess;
 }
 void** __cudaRegisterFatBinary(void*) { return nullptr; }
@@ -200,8 +211,9 @@ const std::string& driver_complaint() {
 }
 void require_driver(const char*) {}
 
+void unpack_tiles(const TiledMatrix&, uint16_t*, void*) { throw std::runtime_error("unpacked"); }
+
 // Ops that are not looked at here.
-void unpack_tiles(const TiledMatrix&, uint16_t*, void*) { abort(); }
 void masked_weight(const MaskedWeightArgs&, void*, double*, double*, void*) { abort(); }
 void masked_weight_backward(const MaskedWeightArgs&, const MaskedWeightGrads&, void*) { abort(); }
 void adamw_step(const AdamWArgs&, void*) { abort(); }
