@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,6 +45,7 @@ def load_library() -> Path:
             f"another system; rebuild it here: {_BUILD_COMMAND}."
         ) from error
     _check_environment(build_info(path)["cpu_instruction_sets"].split())
+    card_check_seconds()
     return path
 
 
@@ -58,6 +61,21 @@ def _check_environment(instruction_sets: list[str]) -> None:
             )
 
 
+def card_check_seconds() -> float:
+    """Seconds that the check of a card's kernels by another process may take; 0: there is none (card_check.py)."""
+    value = os.environ.get("PATCH_KERNELS_CARD_CHECK_SECONDS") or "60"
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ImportError(
+            f"patch_kernels: expected PATCH_KERNELS_CARD_CHECK_SECONDS to be a number of seconds, 0 for no check by "
+            f"another process, got {value!r}. Unset it for 60."
+        )
+    return seconds
+
+
 def build_info(path: Path) -> dict[str, str]:
     """What the library was built from and for: build_id, cuda_architectures, cuda_version, cpu_instruction_set (in use)
     and cpu_instruction_sets (all that this CPU has, least first).
@@ -69,9 +87,26 @@ def build_info(path: Path) -> dict[str, str]:
 
 def gemm_status(path: Path, device_index: int) -> dict[str, str]:
     """The sparse GEMM of a device: family (sm90, sm80, none), state (unchecked, works, disabled) and reason."""
-    library = ctypes.CDLL(str(path))
-    if not hasattr(library, "patch_kernels_gemm_status"):
+    function = cuda_function(path, "gemm_status")
+    if function is None:
         return {"family": "none", "state": "disabled", "reason": "this build has no CUDA kernels"}
-    function = library.patch_kernels_gemm_status
+    return function(device_index)
+
+
+def driver_complaint(path: Path, driver_version: int = 0, runtime_version: int = 0) -> str:
+    """Why this machine's driver does not serve the CUDA kernels of this build, "" if it does. Does not initialise CUDA.
+
+    With versions as CUDA gives them (12040 for 12.4): why such a driver does not serve such a runtime.
+    """
+    function = cuda_function(path, "driver_complaint")
+    return "" if function is None else function(driver_version, runtime_version)["complaint"]
+
+
+def cuda_function(path: Path, name: str) -> Callable[..., dict[str, str]] | None:
+    """patch_kernels_<name> of the library, which returns JSON; None where the build has no CUDA kernels."""
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, f"patch_kernels_{name}"):
+        return None
+    function = getattr(library, f"patch_kernels_{name}")
     function.restype = ctypes.c_char_p
-    return json.loads(function(device_index))
+    return lambda *args: json.loads(function(*args))

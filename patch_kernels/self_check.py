@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from patch_kernels import reference
+from patch_kernels import card_check, reference
 from patch_kernels._library import build_info, gemm_status
 from patch_kernels.ops import LIBRARY_PATH, adamw, masked_weight, tile_linear
 from patch_kernels.packed_dtype import BY_TORCH
@@ -159,6 +159,9 @@ def report() -> dict:
         "build": build_info(LIBRARY_PATH),
         "gpus": gpus,
         # After the checks: the first call of tile_linear on a GPU is what tests its kernels.
-        "sparse_gemm": {f"cuda:{i}": gemm_status(LIBRARY_PATH, i) for i in range(torch.cuda.device_count())},
+        "sparse_gemm": {
+            f"cuda:{i}": gemm_status(LIBRARY_PATH, i) | {"checked": card_check.how(i)}
+            for i in range(torch.cuda.device_count())
+        },
         "checks": checks,
     }

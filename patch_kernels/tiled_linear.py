@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 
 from patch_kernels.checks import kind_of
 from patch_kernels.ops import tile_linear
+from patch_kernels.ops.tile_linear import multiply
 from patch_kernels.packed_dtype import BY_TORCH
 from patch_kernels.projection_group import Operands, ProjectionGroup
 from patch_kernels.tiled_weight import TiledWeight
@@ -130,8 +131,10 @@ class TiledLinear(nn.Module):
         """The schedule for a call with this payload: a CPU needs none."""
         if not weight.is_cuda:
             return None
-        if not self._schedule_is_current or self.schedule.device != weight.device:
-            self.refresh_schedule()
+        schedule = self._buffers.get("schedule")
+        if self._schedule_is_current and schedule is not None and schedule.get_device() == weight.get_device():
+            return schedule
+        self.refresh_schedule()
         return self.schedule
 
     def operands(self) -> Operands:
@@ -151,22 +154,25 @@ class TiledLinear(nn.Module):
             wanted = f"{self.weight_dtype} (..., {self.in_features})"
             raise ValueError(f"TiledLinear, x: expected {wanted}, got {kind_of(x)}. Convert x, or pack in its dtype.")
         weight, tile_is_sparse, bias = operands = self.operands()
-        if not is_compiling():
-            group = self.group
-            if (
-                group is not None
-                and not (is_grad_enabled() and tile_linear.needs_grad(x, bias))
-                and forward_ad._current_level < 0
-            ):
-                y = group.result(self, x, operands)
-                if y is not None:
-                    return y
-                if group.is_over:
-                    self.group = None
+        if self.group is not None and not is_compiling():
+            y = self._from_group(x, operands)
+            if y is not None:
+                return y
         schedule = self.current_schedule(weight)
-        return tile_linear.tile_linear(
-            x, weight, tile_is_sparse, self.out_features, bias, schedule, self.batch_invariant
-        )
+        return multiply(x, weight, tile_is_sparse, self.out_features, bias, schedule, self.batch_invariant)
+
+    def _from_group(self, x: Tensor, operands: Operands) -> Tensor | None:
+        group = self.group
+        if (
+            group is None
+            or (is_grad_enabled() and tile_linear.needs_grad(x, operands[2]))
+            or forward_ad._current_level >= 0
+        ):
+            return None
+        y = group.result(self, x, operands)
+        if group.is_over:
+            self.group = None
+        return y
 
     def extra_repr(self) -> str:
         return (

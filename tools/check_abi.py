@@ -16,6 +16,10 @@ WEAK_ALLOWED = {"aoti_torch_get_current_cuda_stream"}
 EXPORTS_ALLOWED = {
     "patch_kernels_build_info",
     "patch_kernels_gemm_status",
+    "patch_kernels_driver_complaint",
+    "patch_kernels_best_family",
+    "patch_kernels_check_card",
+    "patch_kernels_limit_family",
     "patch_kernels_force_plan",
     "patch_kernels_plan_choices",
 }

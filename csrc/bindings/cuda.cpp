@@ -1,12 +1,17 @@
 // CUDA implementations of the ops: check, allocate through torch, launch on torch's current stream.
 #define USE_CUDA 1
 #include <algorithm>
+#include <initializer_list>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "../cuda/driver.h"
 #include "../cuda/tile_linear.h"
 #include "../gemm/plan.h"
 #include "adamw.h"
 #include "common.h"
+#include "plan_cache.h"
 
 // Weak: the symbol lives in libtorch_cuda, which a CPU torch does not have. This library loads on both.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -16,16 +21,19 @@ namespace {
 
 using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 
-void* current_stream(const Tensor& tensor) {
+void* current_stream(int device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "patch_kernels: got CUDA tensors, but the torch library that is loaded has no CUDA");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
 }
 
+void* current_stream(const Tensor& tensor) { return current_stream(tensor.get_device()); }
+
 Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols, ScalarType dtype) {
   STD_TORCH_CHECK(is_packed(dtype), "unpack_tiles: dtype must be ", packed_names());
+  cuda::require_driver("unpack_tiles");
   const TiledMatrix matrix = tiled_matrix(payload, tile_is_sparse, rows, cols, "unpack_tiles");
   const DeviceGuard guard(payload.get_device());
   const Tensor weight = torch::stable::new_empty(payload, {rows, cols}, dtype);
@@ -33,9 +41,15 @@ Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t
   return weight;
 }
 
+constexpr const char* kTileLinear = "tile_linear";
+
+static_assert(kMostInGroup <= kMaxLayers, "a group is one launch");
+
 // Unpack, then torch's own linear (cuBLAS). Right on every GPU; needs room for one dense weight.
 Tensor unpacked_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, int64_t out_features,
                        const OptionalTensor& bias) {
+  STD_TORCH_CHECK(is_packed(x.scalar_type()) && x.dim() >= 1, kTileLinear, ": x must be ", packed_names());
+  check_same_device(x, payload, kTileLinear, "payload");
   const Tensor weight = unpack_tiles(payload, tile_is_sparse, out_features, x.size(x.dim() - 1), x.scalar_type());
   StableIValue stack[3] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
                            torch::stable::detail::from(bias)};
@@ -45,78 +59,113 @@ Tensor unpacked_linear(const Tensor& x, const Tensor& payload, const Tensor& til
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Rows of x that start at multiples of 16 bytes, as bulk and tensor copies need: x itself, or a copy with longer rows.
-// What lies beyond K in the copy is never read.
-Tensor aligned_rows(const Tensor& x, int64_t tokens, int64_t cols) {
-  const Tensor rows = torch::stable::reshape(x, {tokens, cols});
-  if (cols % 8 == 0 && is_aligned(x.const_data_ptr())) return rows;
-  Tensor padded = torch::stable::new_empty(x, {tokens, ceil_div(cols, 8) * 8});
-  Tensor inside = torch::stable::narrow(padded, 1, 0, cols);
-  torch::stable::copy_(inside, rows);
-  return padded;
-}
-
-// Memory for the self-check from torch's allocator.
-struct Workspace {
-  const Tensor& like;
-  std::optional<Tensor> memory;
-  static void* allocate(int64_t bytes, void* context) {
-    auto* self = static_cast<Workspace*>(context);
-    self->memory = torch::stable::new_empty(self->like, {bytes}, ScalarType::Byte);
-    return self->memory->mutable_data_ptr();
-  }
+// Rows of x that start at multiples of 16 bytes, as bulk and tensor copies need: x itself, which is contiguous, or a
+// copy with longer rows. What lies beyond K in the copy is never read.
+struct AlignedRows {
+  Tensor owner;
+  int64_t stride;  // elements
 };
+
+AlignedRows aligned_rows(const Tensor& x, int64_t tokens, int64_t cols) {
+  if (cols % 8 == 0 && is_aligned(x.const_data_ptr())) return {x, cols};
+  const int64_t stride = ceil_div(cols, 8) * 8;
+  Tensor padded = torch::stable::new_empty(x, {tokens, stride});
+  Tensor inside = torch::stable::narrow(padded, 1, 0, cols);
+  torch::stable::copy_(inside, torch::stable::view(x, {tokens, cols}));
+  return {padded, stride};
+}
 
 // For benchmarks/ops/bench_plans.py alone: what the next calls use instead of their own choice; bn = 0: nothing.
 PlanChoice forced_choice{};
 
+Schedule schedule_of(const Tensor& schedule, const Tensor& payload, const Tensor& tile_is_sparse) {
+  const int64_t tile_rows = tile_is_sparse.size(0), tile_cols = tile_is_sparse.size(1);
+  STD_TORCH_CHECK(schedule.scalar_type() == ScalarType::Int && schedule.dim() == 1 && schedule.is_contiguous() &&
+                      schedule.numel() == schedule_words(tile_rows, tile_cols),
+                  kTileLinear, ": schedule must come from make_schedule(tile_is_sparse)");
+  check_same_device(payload, schedule, kTileLinear, "schedule");
+  return schedule_view(static_cast<const int32_t*>(schedule.const_data_ptr()), static_cast<int>(tile_rows),
+                       static_cast<int>(tile_cols));
+}
+
+// A layer that the kernels take, with the plan that it has alone.
+struct LayerCall {
+  LinearCall call;
+  GemmLayer layer;
+  int64_t payload_bytes;
+  LaunchPlan plan;
+};
+
+LayerCall layer_call(const DeviceLimits& limits, int device, const Tensor& x, const Tensor& payload,
+                     const Tensor& tile_is_sparse, const Tensor& schedule, int64_t out_features,
+                     const OptionalTensor& bias, bool batch_invariant) {
+  STD_TORCH_CHECK(is_aligned(payload.const_data_ptr()), kTileLinear,
+                  ": payload must start at a multiple of 16 bytes; clone it");
+  LayerCall layer{linear_call(x, payload, tile_is_sparse, out_features, bias, kTileLinear), {}, payload.numel(), {}};
+  const TileLinearArgs& args = layer.call.args;
+  layer.layer = {args.weight.payload, args.bias, args.y, static_cast<int>(out_features), 0,
+                 schedule_of(schedule, payload, tile_is_sparse)};
+  if (args.tokens == 0 || out_features == 0) return layer;
+  const int64_t cols = args.weight.cols;
+  layer.plan = forced_choice.bn != 0
+                   ? plan_of(limits, forced_choice, out_features, cols, args.tokens)
+                   : cached_plan(limits, {device, batch_invariant, 0, out_features, cols, args.tokens, payload.numel()});
+  return layer;
+}
+
+// One launch for all of them: they have the same x and as many splits.
+void launch_layers(const DeviceLimits& limits, int device, void* stream, const LayerCall* const* layers, int count,
+                   bool batch_invariant, bool overlaps_previous) {
+  const LinearCall& first = layers[0]->call;
+  const int64_t tokens = first.args.tokens, cols = first.args.weight.cols;
+  const AlignedRows rows_of_x = aligned_rows(first.x, tokens, cols);
+  GemmProblem problem{};
+  problem.x = rows_of_x.owner.const_data_ptr();
+  problem.tokens = static_cast<int>(tokens);
+  problem.cols = static_cast<int>(cols);
+  problem.x_stride = static_cast<int>(rows_of_x.stride);
+  problem.cut_by_pair = batch_invariant;
+  problem.layer_count = count;
+  LaunchPlan plan = layers[0]->plan;
+  if (count > 1) {
+    PlanKey key{device, batch_invariant, plan.splits, 0, cols, tokens, 0};
+    for (int i = 0; i < count; ++i) {
+      key.rows += int64_t{kTile} * layers[i]->layer.schedule.tile_rows;
+      key.payload_bytes += layers[i]->payload_bytes;
+    }
+    plan = cached_plan(limits, key);
+    if (plan.family == Family::kUnpack) {  // too many items for one launch
+      for (int i = 0; i < count; ++i) {
+        launch_layers(limits, device, stream, layers + i, 1, batch_invariant, overlaps_previous);
+      }
+      return;
+    }
+  }
+  for (int i = 0; i < count; ++i) problem.layers[i] = layers[i]->layer;
+  plan.overlaps_previous = overlaps_previous;
+  OptionalTensor partials;
+  float* partial_data = nullptr;
+  if (const int64_t floats = cuda::gemm_partial_floats(problem, plan); floats > 0) {
+    partials = torch::stable::new_empty(first.x, {floats}, ScalarType::Float);
+    partial_data = static_cast<float*>(partials->mutable_data_ptr());
+  }
+  cuda::run_gemm(problem, plan, first.args.dtype, partial_data, stream);
+}
+
 Tensor gemm(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule,
             int64_t out_features, const OptionalTensor& bias, bool batch_invariant, bool overlaps_previous) {
-  const char* op = "tile_linear";
-  STD_TORCH_CHECK(is_packed(x.scalar_type()) && x.dim() >= 1, op, ": x must be ", packed_names());
-  check_same_device(x, payload, op, "payload");
-  STD_TORCH_CHECK(is_aligned(payload.const_data_ptr()), op, ": payload must start at a multiple of 16 bytes; clone it");
   const int device = payload.get_device();
   const DeviceGuard guard(device);
-  void* stream = current_stream(payload);
-  Workspace workspace{payload, {}};
-  if (!schedule.has_value() || !cuda::gemm_is_usable(device, stream, Workspace::allocate, &workspace)) {
-    return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
-  }
-  const LinearCall call = linear_call(x, payload, tile_is_sparse, out_features, bias, op);
-  const int64_t tokens = call.args.tokens, cols = call.args.weight.cols;
-  const int64_t tile_rows = tile_is_sparse.size(0), tile_cols = tile_is_sparse.size(1);
-  STD_TORCH_CHECK(schedule->scalar_type() == ScalarType::Int && schedule->dim() == 1 && schedule->is_contiguous() &&
-                      schedule->numel() == schedule_words(tile_rows, tile_cols),
-                  op, ": schedule must come from make_schedule(tile_is_sparse)");
-  check_same_device(payload, *schedule, op, "schedule");
-  if (tokens == 0 || out_features == 0) return call.y;
-  const DeviceLimits& limits = cuda::device_limits(device);
-  LaunchPlan plan = forced_choice.bn != 0
-                        ? plan_of(limits, forced_choice, out_features, cols, tokens)
-                        : choose_plan(limits, out_features, cols, tokens, payload.numel(), batch_invariant);
-  plan.overlaps_previous = overlaps_previous;
-  if (plan.family == Family::kUnpack) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
-
-  const Tensor rows_of_x = aligned_rows(call.x, tokens, cols);
-  GemmProblem problem{};
-  problem.x = rows_of_x.const_data_ptr();
-  problem.payload = call.args.weight.payload;
-  problem.bias = call.args.bias;
-  problem.y = call.args.y;
-  problem.tokens = static_cast<int>(tokens);
-  problem.rows = static_cast<int>(out_features);
-  problem.cols = static_cast<int>(cols);
-  problem.x_stride = static_cast<int>(rows_of_x.size(1));
-  problem.schedule = schedule_view(static_cast<const int32_t*>(schedule->const_data_ptr()), static_cast<int>(tile_rows),
-                                   static_cast<int>(tile_cols));
-  problem.cut_by_pair = batch_invariant;
-  const int64_t floats = cuda::gemm_partial_floats(problem, plan);
-  OptionalTensor partials;
-  if (floats > 0) partials = torch::stable::new_empty(payload, {floats}, ScalarType::Float);
-  auto* partial_data = floats > 0 ? static_cast<float*>(partials->mutable_data_ptr()) : nullptr;
-  cuda::run_gemm(problem, plan, call.args.dtype, partial_data, stream);
-  return call.y;
+  void* stream = current_stream(device);
+  const DeviceLimits* limits = schedule.has_value() ? cuda::usable_device(device, stream) : nullptr;
+  if (limits == nullptr) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
+  const LayerCall layer = layer_call(*limits, device, x, payload, tile_is_sparse, *schedule, out_features, bias,
+                                     batch_invariant);
+  if (layer.call.args.tokens == 0 || out_features == 0) return layer.call.y;
+  if (layer.plan.family == Family::kUnpack) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
+  const LayerCall* const layers[] = {&layer};
+  launch_layers(*limits, device, stream, layers, 1, batch_invariant, overlaps_previous);
+  return layer.call.y;
 }
 
 Tensor tile_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule,
@@ -131,13 +180,43 @@ Tensor tile_linear_train(const Tensor& x, const Tensor& payload, const Tensor& t
   return gemm(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant, false);
 }
 
-// One launch a weight; only the step from Python to here is shared.
+// On Hopper one launch for all layers whose own plans have as many splits, so that each gets the bits that it has alone;
+// elsewhere a launch for each, and only the step from Python to here is shared.
 std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<GroupItem>& items, bool batch_invariant) {
   const Tensor x = as_contiguous(x_in);
+  const int device = items[0].payload.get_device();
+  const DeviceGuard guard(device);
+  void* stream = current_stream(device);
+  const bool have_schedules =
+      std::all_of(items.begin(), items.end(), [](const GroupItem& item) { return item.schedule.has_value(); });
+  const DeviceLimits* limits = have_schedules ? cuda::usable_device(device, stream) : nullptr;
   std::vector<Tensor> results;
+  if (limits == nullptr || limits->family != Family::kSm90 || x.numel() == 0) {
+    for (const GroupItem& item : items) {
+      results.push_back(tile_linear(x, item.payload, item.tile_is_sparse, item.schedule, item.out_features, item.bias,
+                                    batch_invariant));
+    }
+    return results;
+  }
+  std::vector<LayerCall> calls;
   for (const GroupItem& item : items) {
-    results.push_back(tile_linear(x, item.payload, item.tile_is_sparse, item.schedule, item.out_features, item.bias,
-                                  batch_invariant));
+    check_same_device(items[0].payload, item.payload, kTileLinear, "payload");
+    calls.push_back(layer_call(*limits, device, x, item.payload, item.tile_is_sparse, *item.schedule, item.out_features,
+                               item.bias, batch_invariant));
+  }
+  for (const int splits : {1, 2, 4, 8}) {
+    const LayerCall* together[kMaxLayers];
+    int count = 0;
+    for (const LayerCall& call : calls) {
+      if (call.plan.family == Family::kSm90 && call.plan.splits == splits) together[count++] = &call;
+    }
+    if (count > 0) launch_layers(*limits, device, stream, together, count, batch_invariant, true);
+  }
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const GroupItem& item = items[i];
+    const bool too_large = calls[i].plan.family == Family::kUnpack && item.out_features > 0;
+    results.push_back(too_large ? unpacked_linear(x, item.payload, item.tile_is_sparse, item.out_features, item.bias)
+                                : calls[i].call.y);
   }
   return results;
 }
@@ -152,6 +231,7 @@ std::tuple<Tensor, Tensor> masked_weight(const Tensor& weight, const OptionalTen
                                          const OptionalTensor& fixed_pattern, const OptionalTensor& tile_logits,
                                          const Tensor& factors, const OptionalTensor& key, int64_t tile_rows,
                                          int64_t tile_cols, bool hard_pattern, bool hard_tile, int64_t layer) {
+  cuda::require_driver("masked_weight");
   const DeviceGuard guard(weight.get_device());
   const MaskCall call = mask_call(with_work_tiles({weight, pattern_logits, fixed_pattern, tile_logits, factors, key,
                                                    tile_rows, tile_cols, hard_pattern, hard_tile, layer}));
@@ -171,6 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_weight_backward(const Tensor& grad_mas
                                                           const OptionalTensor& key, int64_t tile_rows,
                                                           int64_t tile_cols, bool hard_pattern, bool hard_tile,
                                                           int64_t layer, bool with_masked) {
+  cuda::require_driver("masked_weight_backward");
   const DeviceGuard guard(weight.get_device());
   const MaskCall call = mask_call(with_work_tiles({weight, pattern_logits, fixed_pattern, tile_logits, factors, key,
                                                    tile_rows, tile_cols, hard_pattern, hard_tile, layer}));
@@ -183,6 +264,7 @@ void adamw_step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, 
                 const OptionalTensor& exp_avg_scale, const OptionalTensor& exp_avg_sq_scale,
                 const OptionalTensor& grad_scale, double lr, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step, int64_t seed, int64_t stream) {
+  cuda::require_driver("adamw_step");
   const DeviceGuard guard(param.get_device());
   const AdamWCall call = adamw_call(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad_scale,
                                     adamw_factors(lr, beta1, beta2, eps, weight_decay, step), step, seed, stream);
@@ -206,28 +288,100 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CUDA, m) {
   m.impl("adamw_step", TORCH_BOX(&patch_kernels::adamw_step));
 }
 
-// The GEMM of a device for `patch-llm info` and for warnings, as JSON, read through ctypes.
-extern "C" __attribute__((visibility("default"))) const char* patch_kernels_gemm_status(int device) {
-  using namespace patch_kernels;
+namespace patch_kernels {
+namespace {
+
+// What the exports below return, in JSON and until the thread's next call: Python reads them through ctypes, and no op
+// returns a string without leaking it.
+const char* json_object(std::initializer_list<std::pair<const char*, std::string>> fields) {
   static thread_local std::string text;
+  text = "{";
+  for (const auto& [name, value] : fields) {
+    text += (text.size() == 1 ? "\"" : ", \"") + std::string(name) + "\": \"";
+    for (const char c : value) text += c == '"' || c == '\\' || c < ' ' ? ' ' : c;
+    text += '"';
+  }
+  return (text += "}").c_str();
+}
+
+constexpr std::pair<Family, const char*> kFamilyNames[] = {
+    {Family::kSm90, "sm90"}, {Family::kSm80, "sm80"}, {Family::kUnpack, "none"}};
+
+Family family_named(const std::string& name) {
+  for (const auto& [family, known] : kFamilyNames) {
+    if (name == known) return family;
+  }
+  throw std::runtime_error("expected the family sm90, sm80 or none, got " + name);
+}
+
+const char* name_of(Family family) {
+  for (const auto& [known, name] : kFamilyNames) {
+    if (family == known) return name;
+  }
+  return "none";
+}
+
+}  // namespace
+}  // namespace patch_kernels
+
+#define PK_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The GEMM of a device for `patch-llm info` and for warnings. No exception may leave through C.
+PK_EXPORT const char* patch_kernels_gemm_status(int device) {
+  using namespace patch_kernels;
   cuda::GemmStatus status{Family::kUnpack, cuda::GemmState::kDisabled, ""};
-  try {  // no exception may leave through C
+  try {
     status = cuda::gemm_status(device);
   } catch (const std::exception& error) {
     status.reason = error.what();
   }
-  const char* family = status.family == Family::kSm90 ? "sm90" : status.family == Family::kSm80 ? "sm80" : "none";
   const char* state = status.state == cuda::GemmState::kWorks      ? "works"
                       : status.state == cuda::GemmState::kDisabled ? "disabled"
                                                                    : "unchecked";
-  std::string reason;
-  for (const char c : status.reason) reason += c == '"' || c == '\\' || c < ' ' ? ' ' : c;
-  text = std::string("{\"family\": \"") + family + "\", \"state\": \"" + state + "\", \"reason\": \"" + reason + "\"}";
-  return text.c_str();
+  return json_object({{"family", name_of(status.family)}, {"state", state}, {"reason", status.reason}});
+}
+
+// Why this machine's driver does not serve these kernels, or "", and its version (12040 for 12.4). With versions: why
+// such a driver does not serve such a runtime.
+PK_EXPORT const char* patch_kernels_driver_complaint(int driver, int runtime) {
+  using namespace patch_kernels;
+  const std::string complaint = runtime == 0 ? cuda::driver_complaint() : cuda::driver_complaint(driver, runtime);
+  return json_object({{"complaint", complaint}, {"driver", std::to_string(cuda::driver_version())}});
+}
+
+// The best family for a compute capability (90 for 9.0).
+PK_EXPORT const char* patch_kernels_best_family(int compute_capability) {
+  using namespace patch_kernels;
+  return json_object({{"family", name_of(best_family(compute_capability))}});
+}
+
+// For patch_kernels/card_check.py: the self-check of one family, by a process that does nothing else.
+PK_EXPORT const char* patch_kernels_check_card(int device, const char* family) {
+  using namespace patch_kernels;
+  cuda::CardCheck result{false, ""};
+  try {
+    result = cuda::check_card(device, family_named(family));
+  } catch (const std::exception& error) {
+    result.complaint = error.what();
+  }
+  return json_object({{"ran", result.ran ? "yes" : "no"}, {"complaint", result.complaint}});
+}
+
+// For patch_kernels/card_check.py: what it found, before the first call on a device. Returns "" or why that is too
+// late.
+PK_EXPORT const char* patch_kernels_limit_family(int device, const char* family, const char* reason) {
+  using namespace patch_kernels;
+  std::string refused;
+  try {
+    if (!cuda::limit_family(device, family_named(family), reason)) refused = "the device was checked before";
+  } catch (const std::exception& error) {
+    refused = error.what();
+  }
+  return json_object({{"refused", refused}});
 }
 
 // For benchmarks/ops/bench_plans.py: a choice is five ints (bn, token_ctas, row_ctas, splits, depth).
-extern "C" __attribute__((visibility("default"))) void patch_kernels_force_plan(const int* choice) {
+PK_EXPORT void patch_kernels_force_plan(const int* choice) {
   using namespace patch_kernels;
   forced_choice = choice ? PlanChoice{choice[0], choice[1], choice[2], choice[3], choice[4]} : PlanChoice{};
   if (forced_choice.token_ctas * forced_choice.row_ctas * forced_choice.splits > kMaxSplits) forced_choice = {};
@@ -235,9 +389,8 @@ extern "C" __attribute__((visibility("default"))) void patch_kernels_force_plan(
 
 // Writes the possible choices of a call and the workers that each has, six ints, at most `capacity`, the library's own
 // first; returns their number, -1 if there is no such device.
-extern "C" __attribute__((visibility("default"))) int patch_kernels_plan_choices(int device, int64_t rows, int64_t cols,
-                                                                                 int64_t tokens, int64_t payload_bytes,
-                                                                                 int* out, int capacity) {
+PK_EXPORT int patch_kernels_plan_choices(int device, int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes,
+                                         int* out, int capacity) {
   using namespace patch_kernels;
   DeviceLimits limits{};
   try {

@@ -6,11 +6,12 @@
 
 #include "../gemm/problem.h"
 #include "../ops.h"
+#include "self_check.h"
 
 namespace patch_kernels::cuda {
 
 enum class GemmState {
-  kUnchecked,  // no call yet
+  kUnchecked,  // no call yet, or the check could not run; see `reason`
   kWorks,      // the self-check's results were exact
   kDisabled,   // switched off, failed the self-check, or no kernel for this GPU; see `reason`
 };
@@ -27,11 +28,18 @@ GemmStatus gemm_status(int device);
 // The device's limits, read once. Must not be called for the first time while a stream is being captured.
 const DeviceLimits& device_limits(int device);
 
-// Whether the family of this device may be used on this stream. The first call on a device runs the self-check: small
-// integer problems through every kernel of the family, compared bit for bit. It needs self_check_bytes() of device
-// memory, which `allocate` returns (called at most once), and waits for the stream. While the stream is captured
-// nothing is checked, and an unchecked family is not used.
-bool gemm_is_usable(int device, void* stream, void* (*allocate)(int64_t bytes, void* context), void* context);
+// The limits of a device whose family may be used on this stream, or null: unpack. The first call on a device runs the
+// self-check: small integer problems through every kernel of the family, compared bit for bit; where one differs, the
+// next family's. While this stream is captured nothing is checked, and an unchecked family is not used. From then on a
+// call is one atomic load.
+const DeviceLimits* usable_device(int device, void* stream);
+
+// No better family than this one on a device, for a reason: another process has seen the better ones fail. Returns
+// false where the device was checked before.
+bool limit_family(int device, Family best, const std::string& reason);
+
+// The self-check of one family, by a process that does nothing else: it does not touch the state above.
+CardCheck check_card(int device, Family family);
 
 // fp32 numbers of workspace that run_gemm needs; they need no initialisation.
 int64_t gemm_partial_floats(const GemmProblem& problem, const LaunchPlan& plan);

@@ -25,9 +25,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kPairs ? 1 : 2)
 #endif
 }
 
+// All that a tensor map follows from: it holds an address and sizes, nothing of what lies there, so a map made for
+// memory that was freed is the right one for the next tensor there.
+struct MapKey {
+  const void* base;
+  int64_t rows, cols, stride;
+  int box_rows;
+  CUtensorMapDataType type;
+
+  bool operator==(const MapKey& o) const {
+    return base == o.base && rows == o.rows && cols == o.cols && stride == o.stride && box_rows == o.box_rows &&
+           type == o.type;
+  }
+};
+
 // The driver makes tensor maps. Asked for at run time: the library must load where there is no driver.
-CUtensorMap tensor_map(const void* base, int64_t rows, int64_t cols, int64_t stride, int box_rows,
-                       CUtensorMapDataType type) {
+CUtensorMap encoded_map(const MapKey& key) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -40,21 +53,40 @@ CUtensorMap tensor_map(const void* base, int64_t rows, int64_t cols, int64_t str
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * kValueBytes};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, element_strides[2] = {1, 1};
-  const CUresult result = encode(&map, type, 2, const_cast<void*>(base), sizes, strides, box, element_strides,
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(key.cols), static_cast<cuuint64_t>(key.rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(key.stride) * kValueBytes};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(key.box_rows)}, element_strides[2] = {1, 1};
+  const CUresult result = encode(&map, key.type, 2, const_cast<void*>(key.base), sizes, strides, box, element_strides,
                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("tile_linear: cuTensorMapEncodeTiled refused a " + std::to_string(rows) + "x" +
-                             std::to_string(cols) + " tensor of row stride " + std::to_string(stride) + " (error " +
-                             std::to_string(static_cast<int>(result)) + ")");
+    throw std::runtime_error("tile_linear: cuTensorMapEncodeTiled refused a " + std::to_string(key.rows) + "x" +
+                             std::to_string(key.cols) + " tensor of row stride " + std::to_string(key.stride) +
+                             " (error " + std::to_string(static_cast<int>(result)) + ")");
   }
   return map;
 }
 
-// The kernel with its shared memory allowed, and its launch. Attributes: cluster, then overlap with the grid before.
+// The map from those of the thread's last calls: torch's allocator gives a model the same few addresses again and
+// again.
+CUtensorMap tensor_map(const MapKey& key) {
+  struct Entry {
+    MapKey key{};
+    CUtensorMap map;
+  };
+  constexpr int kBits = 6;
+  static thread_local Entry entries[1 << kBits];
+  uint64_t hash = reinterpret_cast<uintptr_t>(key.base) >> 9;  // torch's blocks start at multiples of 512 bytes
+  hash = (hash * 31 + static_cast<uint64_t>(key.rows)) * 31 + static_cast<uint64_t>(key.cols + key.box_rows);
+  Entry& entry = entries[hash * 0x9E3779B97F4A7C15u >> (64 - kBits)];  // multiplicative hashing by the golden ratio
+  if (!(entry.key == key)) {
+    entry.map = encoded_map(key);
+    entry.key = key;
+  }
+  return entry.map;
+}
+
+// The kernel with its shared memory allowed.
 template <class C, class Element>
 auto* prepared_kernel() {
   static std::atomic<uint64_t> allowed{0};
@@ -62,41 +94,59 @@ auto* prepared_kernel() {
   return sm90_kernel<C, Element>;
 }
 
-template <class C>
-cudaLaunchConfig_t launch_config(int clusters, int cluster_ctas, cudaStream_t stream,
-                                 cudaLaunchAttribute (&attributes)[2], int count) {
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = static_cast<unsigned>(cluster_ctas);
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+// A launch and its attributes, which cudaLaunchConfig_t points to.
+struct Launch {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster_ctas));
-  config.blockDim = dim3(C::kThreads);
-  config.dynamicSmemBytes = C::kSmemBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = static_cast<unsigned>(count);
-  return config;
-}
+  cudaLaunchAttribute attributes[3];
+
+  Launch(const Launch&) = delete;
+  Launch(int threads, int smem_bytes, int clusters, int cluster_ctas, cudaStream_t stream) {
+    config.gridDim = dim3(static_cast<unsigned>(clusters * cluster_ctas));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+    config.stream = stream;
+    config.attrs = attributes;
+  }
+
+  cudaLaunchAttributeValue& add(cudaLaunchAttributeID id) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = id;
+    return attribute.val;
+  }
+
+  void add_cluster(int ctas) {
+    cudaLaunchAttributeValue& value = add(cudaLaunchAttributeClusterDimension);
+    value.clusterDim.x = static_cast<unsigned>(ctas);
+    value.clusterDim.y = value.clusterDim.z = 1;
+  }
+};
 
 template <class C, class Packed>
 void launch(const GemmProblem& p, const LaunchPlan& plan, cudaStream_t stream) {
   constexpr CUtensorMapDataType kType = OnCard<Packed>::kTensorMap;
   auto* kernel = prepared_kernel<C, typename OnCard<Packed>::Element>();
-  const CUtensorMap x_map = tensor_map(p.x, p.tokens, p.cols, p.x_stride, C::kBn, kType);
+  const CUtensorMap x_map = tensor_map({p.x, p.tokens, p.cols, p.x_stride, C::kBn, kType});
   YMaps y_maps;
-  for (int i = 0; i < kMaxLayers; ++i) {
+  for (int i = 0; i < p.layer_count; ++i) {
     const GemmLayer& layer = p.layers[i];
     // Prefetched even where it is not used, so it must be a map.
-    const bool is_used = C::kPairs && i < p.layer_count && layer.rows % 8 == 0;
-    y_maps.of[i] = is_used ? tensor_map(layer.y, p.tokens, layer.rows, layer.rows, C::kStageTokens, kType) : x_map;
+    const bool is_used = C::kPairs && layer.rows % 8 == 0;
+    y_maps.of[i] = is_used ? tensor_map({layer.y, p.tokens, layer.rows, layer.rows, C::kStageTokens, kType}) : x_map;
   }
-  cudaLaunchAttribute attributes[2];
   const int ctas = p.token_ctas * p.row_ctas * p.splits;
-  const cudaLaunchConfig_t config =
-      launch_config<C>(p.items.workers, ctas, stream, attributes, plan.overlaps_previous ? 2 : 1);
-  check(cudaLaunchKernelEx(&config, kernel, p, x_map, y_maps), "tile_linear");
+  Launch launch(C::kThreads, C::kSmemBytes, p.items.workers, ctas, stream);
+  // Without the attribute a CTA is a cluster of its own all the same (PTX ISA, %is_explicit_cluster), and is placed as
+  // the CTAs of any kernel are.
+  if (ctas > 1) launch.add_cluster(ctas);
+  // Two CTAs of decode fit an SM. A split is there to use more SMs: the CTAs of a cluster must not share one.
+  if (ctas > 1 && !C::kPairs) {
+    launch.add(cudaLaunchAttributeClusterSchedulingPolicyPreference).clusterSchedulingPolicyPreference =
+        cudaClusterSchedulingPolicySpread;
+  }
+  if (plan.overlaps_previous) {
+    launch.add(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
+  }
+  check(cudaLaunchKernelEx(&launch.config, kernel, p, x_map, y_maps), "tile_linear");
 }
 
 }  // namespace
@@ -115,9 +165,9 @@ void sm90_count_clusters(int (&clusters)[kMaxSplits + 1]) {
   auto* kernel = prepared_kernel<C, __nv_bfloat16>();
   for (int& count : clusters) count = 0;
   for (int size = 1; size <= kMaxSplits; size *= 2) {
-    cudaLaunchAttribute attributes[2];
-    const cudaLaunchConfig_t config = launch_config<C>(1, size, nullptr, attributes, 1);
-    check(cudaOccupancyMaxActiveClusters(&clusters[size], kernel, &config), "tile_linear");
+    Launch launch(C::kThreads, C::kSmemBytes, 1, size, nullptr);
+    launch.add_cluster(size);
+    check(cudaOccupancyMaxActiveClusters(&clusters[size], kernel, &launch.config), "tile_linear");
   }
 }
 

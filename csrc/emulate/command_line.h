@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <random>
 #include <string>
@@ -51,24 +52,26 @@ inline DeviceLimits emulated_device(Family family) {
   return device;
 }
 
-// The problems and plans that a GPU is checked with: run_one(sizes, plan, dtype).
+// The problems and plans that a GPU is checked with: run_one(self_check, plan, dtype).
 template <class F>
 int run_self_checks(Family family, F run_one) {
   struct One {
-    Sizes sizes;
+    const SelfCheck* check;
     LaunchPlan plan;
     DType dtype;
   };
+  std::deque<SelfCheck> checks;
   std::vector<One> all;
   for (const DType dtype : PackedDtypes::kDTypes) {
-    for (const SelfCheck& check : self_checks(emulated_device(family), dtype)) {
-      for (const LaunchPlan& plan : check.plans) all.push_back({check.sizes, plan, dtype});
+    for (SelfCheck& check : self_checks(emulated_device(family), dtype)) {
+      checks.push_back(std::move(check));
+      for (const LaunchPlan& plan : checks.back().plans) all.push_back({&checks.back(), plan, dtype});
     }
   }
   size_t next = 0;
   return run_cases(static_cast<int>(all.size()), 0, [&](std::mt19937&) {
     const One& one = all[next++];
-    return run_one(one.sizes, one.plan, one.dtype);
+    return run_one(*one.check, one.plan, one.dtype);
   });
 }
 

@@ -154,9 +154,9 @@ int run_exact(int cases, uint32_t seed) {
 }
 
 int run_self_check(int, uint32_t) {
-  return run_self_checks(Family::kSm80, [](const Sizes& sizes, const LaunchPlan& plan, DType dtype) {
+  return run_self_checks(Family::kSm80, [](const SelfCheck& check, const LaunchPlan& plan, DType dtype) {
     Case c;
-    c.sizes = sizes;
+    c.sizes = check.sizes;
     c.dtype = dtype;
     c.bn = plan.bn, c.depth = plan.depth, c.splits = plan.splits;
     c.workers = plan.items.workers, c.groups_per_block = plan.items.groups_per_block;

@@ -167,9 +167,11 @@ int run_invariant(int cases, uint32_t seed) {
 }
 
 int run_self_check(int, uint32_t) {
-  return run_self_checks(Family::kSm90, [](const Sizes& sizes, const LaunchPlan& plan, DType dtype) {
+  return run_self_checks(Family::kSm90, [](const SelfCheck& check, const LaunchPlan& plan, DType dtype) {
     Case c;
-    c.sizes = sizes;
+    c.sizes = check.sizes;
+    c.layers = check.layers;
+    c.layers = check.layers;
     c.dtype = dtype;
     c.pairs = plan.pairs, c.bn = plan.bn;
     c.token_ctas = plan.token_ctas, c.row_ctas = plan.row_ctas, c.splits = plan.splits;

@@ -280,6 +280,11 @@ LaunchPlan choose_plan(const DeviceLimits& device, int64_t rows, int64_t cols, i
                        bool batch_invariant, const ModelConstants& constants) {
   if (device.family == Family::kUnpack) return {};
   const int splits = batch_invariant ? best_plan(device, rows, cols, 1, payload_bytes, 0, constants).splits : 0;
+  return plan_with_splits(device, rows, cols, tokens, payload_bytes, splits, constants);
+}
+
+LaunchPlan plan_with_splits(const DeviceLimits& device, int64_t rows, int64_t cols, int64_t tokens,
+                            int64_t payload_bytes, int splits, const ModelConstants& constants) {
   const LaunchPlan plan = best_plan(device, rows, cols, tokens, payload_bytes, splits, constants);
   // Two rounds beyond the last item must still fit 32 bits; so must the numbers of rows and tokens.
   const bool fits = item_count(plan.items) < (int64_t{1} << 30) && std::max({rows, cols, tokens}) < (int64_t{1} << 30);

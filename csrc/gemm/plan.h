@@ -174,6 +174,11 @@ struct ModelConstants {
 LaunchPlan choose_plan(const DeviceLimits& device, int64_t rows, int64_t cols, int64_t tokens, int64_t payload_bytes,
                        bool batch_invariant, const ModelConstants& constants = {});
 
+// The best plan with that many splits, for layers of one launch: `rows` is the sum of theirs, each rounded up to whole
+// tiles. Where every layer's own plan has as many splits, it gives the same bits as a launch for each.
+LaunchPlan plan_with_splits(const DeviceLimits& device, int64_t rows, int64_t cols, int64_t tokens,
+                            int64_t payload_bytes, int splits, const ModelConstants& constants = {});
+
 // Model time of a plan in microseconds; choose_plan takes the least. Exposed for tests and for tuning on a card.
 double model_time_us(const DeviceLimits& device, const LaunchPlan& plan, int64_t rows, int64_t cols, int64_t tokens,
                      int64_t payload_bytes, const ModelConstants& constants = {});

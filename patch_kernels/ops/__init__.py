@@ -6,6 +6,11 @@ module patch_kernels.tile_linear and the function of that name could not both be
 
 from __future__ import annotations
 
-from patch_kernels._library import load_library
+import torch
+
+from patch_kernels import by_torch
+from patch_kernels._library import driver_complaint, load_library
 
 LIBRARY_PATH = load_library()
+if torch.version.cuda is not None and driver_complaint(LIBRARY_PATH):
+    BY_TORCH = by_torch.serve("CUDA")

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
+from patch_kernels import card_check
 from patch_kernels._library import gemm_status
 from patch_kernels.checks import require_sizes, require_tensor
 from patch_kernels.ops import LIBRARY_PATH
@@ -181,12 +183,39 @@ def tile_linear(
     if not isinstance(x, Tensor) or not (given is None or isinstance(given, Tensor)):
         require_tensor("tile_linear, x", x)
         require_tensor("tile_linear, bias", given, advice="Pass None for none.")
+    return multiply(x, payload, tile_is_sparse, out_features, bias, schedule, batch_invariant)
+
+
+_decided: set[int] = set()  # CUDA devices whose kernels are known to work, or not to
+
+
+def multiply(
+    x: Tensor,
+    payload: Tensor,
+    tile_is_sparse: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    schedule: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
+    """tile_linear where x and bias are known to be tensors. Of a small layer's time the host's part is most."""
     if forward_ad._current_level >= 0:
         _refuse_forward_mode(x)
-    op = _tile_linear_train if torch.is_grad_enabled() and needs_grad(x, bias) else _tile_linear
-    y = op(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
-    if x.is_cuda and schedule is not None and not torch.compiler.is_compiling():
-        _say_if_dense(x.device.index)
+    op = _tile_linear_train if is_grad_enabled() and needs_grad(x, bias) else _tile_linear
+    if x.is_cuda and schedule is not None and not is_compiling() and x.get_device() not in _decided:
+        return _first_calls(op, x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
+    return op(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
+
+
+def _first_calls(op: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """Calls on a CUDA device until its kernels are known to work, or not to."""
+    index = x.get_device()
+    if not torch.cuda.is_current_stream_capturing():
+        card_check.ensure(index)
+    y = op(x, *args)
+    _say_if_dense(index)
+    if gemm_status(LIBRARY_PATH, index)["state"] != "unchecked":
+        _decided.add(index)
     return y
 
 
@@ -211,6 +240,8 @@ def tile_linear_group(x: Tensor, weights: Sequence[Any], batch_invariant: bool =
         raise ValueError(
             f"tile_linear_group, weights: expected 5 values for each of 2 to 4, got {len(weights)} values."
         )
+    if x.is_cuda and not is_compiling() and x.get_device() not in _decided:
+        return _first_calls(op, x, *weights, batch_invariant)
     return op(x, *weights, batch_invariant)
 
 
@@ -229,13 +260,13 @@ def _say_if_dense(device_index: int) -> None:
         warnings.warn(
             f"patch_kernels: expected a sparse GEMM kernel for cuda:{device_index} ({name}), got none: {why}. "
             "tile_linear unpacks the weight and calls cuBLAS there: right, but not faster than dense.",
-            stacklevel=3,
+            stacklevel=5,
         )
     elif status["reason"]:
         warnings.warn(
             f"patch_kernels: cuda:{device_index} ({name}) uses the portable kernels: {status['reason']}. "
             "Please report this with the output of `patch-llm info`.",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 

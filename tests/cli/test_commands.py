@@ -310,10 +310,10 @@ def test_info_says_what_to_do(monkeypatch):
         "error": "no kernel",
         "advice": "Rebuild.",
     }
-    gemm = {"cuda:0": {"family": "sm90", "state": "disabled", "reason": "y[token 0][row 1] is 2, expected 3"}}
+    gemm = {"cuda:0": {"family": "sm90", "state": "disabled", "reason": "y[token 0][row 1] is 2", "checked": "here"}}
     report = {"python": "3", "torch_cuda": None, "build": {"build_id": "x"}, "gpus": [], "sparse_gemm": gemm}
     shown = as_text(report | {"checks": [failed]})
-    assert "sparse GEMM on cuda:0: sm90 disabled (y[token 0][row 1] is 2, expected 3)" in shown
+    assert "sparse GEMM on cuda:0: sm90 disabled (y[token 0][row 1] is 2), checked here" in shown
     assert "torch cuda: none" in shown
     assert "FAILS" in shown
     assert "what to do: Rebuild." in shown

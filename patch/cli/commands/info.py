@@ -50,7 +50,7 @@ def as_text(report: Mapping[str, Any]) -> str:
     lines += [f"  GPU: {', '.join(f'{k} {v}' for k, v in gpu.items())}" for gpu in report["gpus"]] or ["  GPU: none"]
     for device, gemm in report["sparse_gemm"].items():
         why = f" ({gemm['reason']})" if gemm["reason"] else ""
-        lines.append(f"  sparse GEMM on {device}: {gemm['family']} {gemm['state']}{why}")
+        lines.append(f"  sparse GEMM on {device}: {gemm['family']} {gemm['state']}{why}, checked {gemm['checked']}")
     lines.append("ops")
     for check in report["checks"]:
         lines.append(f"  {check['device']:<8} {check['op']:<28} {'works' if check['ok'] else 'FAILS'}")

@@ -1,0 +1,223 @@
+// A CUDA runtime that launches nothing: the host side of the GPU ops runs on a machine without a GPU, where its time
+// can be measured (benchmarks/ops/bench_host_cost.py) and what it would launch can be seen
+// (tests/kernels/test_cuda_host.py).
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "../../cuda/driver.h"
+#include "../../cuda/tile_linear.h"
+#include "../../ops.h"
+
+#define PK_EXPORT extern "C" __attribute__((visibility("default")))
+
+// What a launch was told.
+struct FakeLaunch {
+  int grid, cluster, spread, overlaps;  // attributes: 0 where there is none
+  patch_kernels::GemmProblem problem;
+  CUtensorMap x_map, y_map;  // the first layer's
+};
+
+namespace {
+
+constexpr int kMapWords = 6;  // of a CUtensorMap that encode() fills
+FakeLaunch last_launch;
+int launches, encodes, syncs;
+bool checks_card;     // else every family passes
+std::string failing;  // the function that fails,
+cudaError_t failure;  // and how
+thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+bool is_capturing;
+
+cudaError_t result_of(const char* function) { return failing == function ? failure : cudaSuccess; }
+
+// Stands for the driver's, whose time is not known here: it fills the 128 bytes from its arguments.
+CUresult CUDAAPI encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t, void* base, const cuuint64_t* sizes,
+                        const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                        CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  ++encodes;
+  memset(map, 0, sizeof(*map));
+  const cuuint64_t words[kMapWords] = {reinterpret_cast<uintptr_t>(base), sizes[0], sizes[1], strides[0], box[1],
+                                       static_cast<cuuint64_t>(type)};
+  memcpy(map->opaque, words, sizeof(words));
+  return CUDA_SUCCESS;
+}
+
+void record(void** args, bool with_maps) {
+  ++launches;
+  memcpy(&last_launch.problem, args[0], sizeof(last_launch.problem));
+  if (!with_maps) return;
+  memcpy(&last_launch.x_map, args[1], sizeof(CUtensorMap));
+  memcpy(&last_launch.y_map, args[2], sizeof(CUtensorMap));
+}
+
+struct {
+  dim3 grid, block;
+  size_t smem;
+} configuration;
+
+}  // namespace
+
+// In the order of LAUNCH in benchmarks/ops/cuda_host.py.
+PK_EXPORT void fake_last_launch(int64_t* out) {
+  const FakeLaunch& l = last_launch;
+  const patch_kernels::GemmProblem& p = l.problem;
+  const patch_kernels::GemmLayer& layer = p.layers[0];
+  const auto address = [](const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)); };
+  for (const int64_t value :
+       {int64_t{l.grid}, int64_t{l.cluster}, int64_t{l.spread}, int64_t{l.overlaps}, address(p.x), address(layer.payload),
+        address(layer.bias), address(layer.y), address(layer.schedule.tiles), int64_t{p.tokens}, int64_t{layer.rows},
+        int64_t{p.cols}, int64_t{p.x_stride}, int64_t{p.items.workers}, int64_t{p.token_ctas}, int64_t{p.row_ctas},
+        int64_t{p.splits}, int64_t{p.layer_count}, int64_t{p.items.units}}) {
+    *out++ = value;
+  }
+  for (const CUtensorMap* map : {&l.x_map, &l.y_map}) {
+    for (int i = 0; i < kMapWords; ++i) *out++ = static_cast<int64_t>(map->opaque[i]);
+  }
+}
+PK_EXPORT void fake_counts(int* counts) { counts[0] = launches, counts[1] = encodes, counts[2] = syncs; }
+PK_EXPORT void fake_checks_card(bool does) { checks_card = does; }
+PK_EXPORT void fake_capturing(bool is) { is_capturing = is; }
+PK_EXPORT int fake_capture_mode() { return mode; }
+PK_EXPORT void fake_failure(const char* function, int error) {
+  failing = function;
+  failure = static_cast<cudaError_t>(error);
+}
+
+extern "C" {
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  // Another thread captures in global mode: only a relaxed one may allocate.
+  if (mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
+  if (result_of("cudaMalloc") != cudaSuccess) return failure;
+  *memory = aligned_alloc(256, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) {
+  free(memory);
+  return mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  memcpy(to, from, bytes);
+  return result_of("cudaMemcpyAsync");
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* other) {
+  std::swap(*other, mode);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  *stream = reinterpret_cast<cudaStream_t>(uintptr_t{64} + flags);  // the user's stream is null
+  return result_of("cudaStreamCreateWithFlags");
+}
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  ++syncs;
+  return mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return result_of("cudaStreamIsCapturing");
+}
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// Device 1 is half an H100, device 2 an A100, every other one an H100 SXM.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device) {
+  *value = 0;
+  if (name == cudaDevAttrComputeCapabilityMajor) *value = device == 2 ? 8 : 9;
+  if (name == cudaDevAttrMultiProcessorCount) *value = device == 1 ? 66 : device == 2 ? 108 : 132;
+  if (name == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = device == 2 ? 166912 : 232448;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  *clusters = 128 / static_cast<int>(config->gridDim.x);
+  return cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t error) {
+  static thread_local std::string text;
+  text = "fake error " + std::to_string(error);
+  return text.c_str();
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  *function = reinterpret_cast<void*>(encode);
+  *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void** args) {
+  record(args, true);
+  last_launch.grid = static_cast<int>(config->gridDim.x);
+  last_launch.cluster = last_launch.spread = last_launch.overlaps = 0;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      last_launch.cluster = static_cast<int>(attribute.val.clusterDim.x);
+    } else if (attribute.id == cudaLaunchAttributeClusterSchedulingPolicyPreference) {
+      last_launch.spread = attribute.val.clusterSchedulingPolicyPreference == cudaClusterSchedulingPolicySpread;
+    } else if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      last_launch.overlaps = attribute.val.programmaticStreamSerializationAllowed;
+    }
+  }
+  return result_of("cudaLaunchKernelExC");
+}
+
+// What nvcc makes of kernel<<<...>>>(...) and of a file with kernels (crt/host_runtime.h).
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t smem, CUstream_st*) {
+  configuration.grid = grid, configuration.block = block, configuration.smem = smem;
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* smem, void*) {
+  *grid = configuration.grid, *block = configuration.block, *smem = configuration.smem;
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void*) {
+  *kernel = nullptr;
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3 grid, dim3 block, void** args, size_t smem, cudaStream_t) {
+  record(args, false);
+  last_launch.grid = static_cast<int>(grid.x);
+  return cudaSuccess;
+}
+void** __cudaRegisterFatBinary(void*) { return nullptr; }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char*, char*, const char*, int, uint3*, uint3*, dim3*, dim3*, int*) {}
+}  // extern "C"
+
+namespace patch_kernels::cuda {
+
+CardCheck check_family_on_card(DeviceLimits& limits);  // self_check.cu, renamed by CMakeLists.txt
+CardCheck check_family(DeviceLimits& limits) {
+  if (checks_card) return check_family_on_card(limits);
+  if (limits.family == Family::kSm90) {
+    for (int size = 1; size <= kMaxSplits; size *= 2) limits.clusters[size] = limits.sm_count / size;
+  }
+  return {true, ""};
+}
+
+int driver_version() { return CUDART_VERSION; }
+std::string driver_complaint(int, int) { return ""; }
+const std::string& driver_complaint() {
+  static const std::string none;
+  return none;
+}
+void require_driver(const char*) {}
+
+void unpack_tiles(const TiledMatrix&, uint16_t*, void*) { throw std::runtime_error("unpacked"); }
+
+// Ops that are not looked at here.
+void masked_weight(const MaskedWeightArgs&, void*, double*, double*, void*) { abort(); }
+void masked_weight_backward(const MaskedWeightArgs&, const MaskedWeightGrads&, void*) { abort(); }
+void adamw_step(const AdamWArgs&, void*) { abort(); }
+
+}  // namespace patch_kernels::cuda

@@ -1,0 +1,351 @@
+"""Cases of tests/kernels/test_cuda_host.py, which runs them in a process of their own.
+
+The library takes tile_linear on CPU tensors over, so no other test may run there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import random
+import sys
+import threading
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import patch_kernels.ops.tile_linear as tile_linear
+from benchmarks.ops.cuda_host import CudaHost, tensors_are_on_cuda
+from patch_kernels import TiledLinear
+from support.strategies import hybrid_mask
+
+OP = torch.ops.patch_kernels.tile_linear.default
+GLOBAL_MODE = 0  # cudaStreamCaptureModeGlobal, in which a thread starts
+MEMORY_ERROR = 2  # cudaErrorMemoryAllocation
+LAUNCH_ERROR = 719  # cudaErrorLaunchFailure
+
+
+def layer(rows, cols, seed=0, bias=True):
+    torch.manual_seed(seed)
+    linear = nn.Linear(cols, rows, bias=bias, dtype=torch.bfloat16)
+    return TiledLinear.from_linear(linear, *hybrid_mask(rows, cols, 0.5, torch.default_generator))
+
+
+def inputs(tokens, cols):
+    return torch.zeros(tokens, cols, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def call(module, x):
+    with tensors_are_on_cuda():
+        return module(x)
+
+
+def words_at(pointer, count):
+    return list((ctypes.c_int32 * count).from_address(pointer))
+
+
+def own_choice(host, device, module, tokens):
+    """bn, token_ctas, row_ctas, splits and depth of choose_plan, which this export calls without any cache."""
+    choice = (ctypes.c_int * 5)()
+    sizes = [ctypes.c_int64(n) for n in (module.out_features, module.in_features, tokens, module.weight.numel())]
+    assert host.library.patch_kernels_plan_choices(device, *sizes, choice, 1) == 1
+    return list(choice)
+
+
+def check_launch(host, module, x, y, device=0):
+    """The last launch is that of module(x) = y, with the plan of its sizes."""
+    launch = host.last_launch()
+    tokens = x.numel() // module.in_features
+    assert (launch.payload, launch.y) == (module.weight.data_ptr(), y.data_ptr())
+    assert launch.bias == (0 if module.bias is None else module.bias.data_ptr())
+    assert (launch.tokens, launch.rows, launch.cols) == (tokens, module.out_features, module.in_features)
+    words = tile_linear.make_schedule(module.tile_is_sparse)
+    assert words_at(launch.schedule_tiles - 12, words.numel()) == words.tolist()
+    bn, token_ctas, row_ctas, splits, _ = own_choice(host, device, module, tokens)
+    assert (launch.token_ctas, launch.row_ctas, launch.splits) == (token_ctas, row_ctas, splits)
+    if module.in_features % 8 == 0:
+        assert (launch.x, launch.x_stride) == (x.data_ptr(), module.in_features)
+    if host.status(device)["family"] != "sm90":
+        return
+    ctas = token_ctas * row_ctas * splits
+    assert launch.grid == ctas * launch.workers
+    assert (launch.x_map_base, launch.x_map_rows, launch.x_map_cols) == (launch.x, tokens, module.in_features)
+    assert (launch.x_map_stride_bytes, launch.x_map_box_rows) == (2 * launch.x_stride, bn)
+    if bn > 32 and module.out_features % 8 == 0:
+        assert (launch.y_map_base, launch.y_map_rows, launch.y_map_cols) == (launch.y, tokens, module.out_features)
+        assert launch.y_map_stride_bytes == 2 * module.out_features
+    assert launch.cluster == (ctas if ctas > 1 else 0)
+    assert launch.spread == (ctas > 1 and bn <= 32)
+
+
+def every_launch_is_that_of_its_call(host):
+    """Many layers, numbers of tokens and devices in random order, with memory that is freed and used again."""
+    random.seed(1)
+    layers = [layer(*sizes, seed) for seed, sizes in enumerate([(256, 384), (130, 260), (1024, 2048), (512, 4096)])]
+    layers.append(layer(256, 384, seed=9))  # the sizes of the first, other tiles
+    for _ in range(400):
+        device, module = random.choice([0, 0, 1, 2]), random.choice(layers)
+        host.library.fake_set_device(device)
+        tokens = random.choice([1, 2, 7, 16, 33, 64, 65, 200, 1000, 4096])
+        x = inputs(tokens, module.in_features)
+        y = call(module, x)
+        check_launch(host, module, x, y, device)
+    host.library.fake_set_device(0)
+
+
+def maps_are_kept_for_equal_memory_alone(host):
+    module = layer(256, 384)
+    memory = torch.zeros(2 * 64 * 384, dtype=torch.bfloat16)
+    x = memory[: 64 * 384].view(64, 384)
+    call(module, x)
+    before = host.counts()["encodes"]
+    for _ in range(5):
+        call(module, x)
+    assert host.counts()["encodes"] - before <= 5  # y may lie anywhere, x is where it was
+    for tokens, start in ((63, 0), (64, 8), (128, 0), (1, 0), (64, 0)):
+        part = memory[start : start + tokens * 384].view(tokens, 384)
+        check_launch(host, module, part, call(module, part))
+    half = memory[: 64 * 384].view(torch.float16).view(64, 384)
+    types = {host.last_launch().x_map_type}
+    torch.ops.patch_kernels.tile_linear(half, module.weight, module.tile_is_sparse, module.schedule, 256, None, False)
+    types.add(host.last_launch().x_map_type)
+    assert len(types) == 2
+
+
+def new_state_is_used_at_once(host):
+    module, other = layer(256, 384, seed=1), layer(256, 384, seed=2)
+    other = next(
+        candidate for candidate in (layer(256, 384, seed=seed) for seed in range(2, 99))
+        if candidate.weight.numel() == module.weight.numel()
+        and not torch.equal(candidate.tile_is_sparse, module.tile_is_sparse)
+    )  # fmt: skip
+    x = inputs(40, 384)
+
+    def check():
+        check_launch(host, module, x, call(module, x))
+
+    check()
+    module.load_state_dict(other.state_dict())
+    check()
+    module.tile_is_sparse = 1 - module.tile_is_sparse
+    module.weight = torch.zeros(tile_linear.payload_bytes(module.tile_is_sparse), dtype=torch.uint8)
+    check()
+    module.tile_is_sparse.fill_(0)
+    module.weight = torch.zeros(6 * tile_linear.DENSE_TILE_BYTES, dtype=torch.uint8)
+    module.refresh_schedule()
+    check()
+    module.bias.data = torch.ones(256, dtype=torch.bfloat16)  # as nn.Module.to does
+    check()
+    module._buffers["weight"] = module.weight.clone()  # as offloading does
+    check()
+    module.bias = None
+    check()
+
+
+def shapes_of_x(host):
+    module = layer(256, 384)
+    for shape in ((384,), (1, 384), (2, 3, 384), (1, 1, 5, 384)):
+        x = torch.zeros(shape, dtype=torch.bfloat16)
+        y = call(module, x)
+        assert y.shape == (*shape[:-1], 256) and y.is_contiguous()
+        check_launch(host, module, x, y)
+    before = host.counts()["launches"]
+    assert call(module, inputs(0, 384)).shape == (0, 256)
+    assert host.counts()["launches"] == before
+    for x in (inputs(384, 7).T, inputs(7, 400)[:, :384], inputs(1, 7 * 384 + 1)[0, 1:].view(7, 384)):
+        call(module, x)  # copied to rows that start at multiples of 16 bytes
+        launch = host.last_launch()
+        assert (launch.tokens, launch.x_stride) == (7, 384) and launch.x % 16 == 0
+    ragged = layer(130, 260)
+    call(ragged, inputs(7, 260))
+    assert (host.last_launch().x_stride, host.last_launch().x_map_stride_bytes) == (264, 528)
+
+
+def training_does_not_overlap_what_is_before(host):
+    module = layer(256, 384)
+    call(module, inputs(1, 384))
+    assert host.last_launch().overlaps == 1
+    with tensors_are_on_cuda():
+        module(inputs(1, 384).requires_grad_())
+    assert host.last_launch().overlaps == 0
+
+
+def a_group_is_one_launch_a_weight(host):
+    layers = [layer(rows, 384, seed=rows) for rows in (256, 128, 128)]
+    x = inputs(3, 384)
+    weights = [(m.weight, m.tile_is_sparse, m.schedule, m.out_features, m.bias) for m in layers]
+    before = host.counts()["launches"]
+    results = tile_linear.tile_linear_group(x, [value for weight in weights for value in weight])
+    assert host.counts()["launches"] == before + 3
+    check_launch(host, layers[-1], x, results[-1])
+
+
+def refused(host, module, x):
+    """Whether the call took the way without our kernels, which ends here in this error."""
+    try:
+        call(module, x)
+    except RuntimeError as error:
+        return "unpacked" in str(error)
+    return False
+
+
+def a_check_that_finds_no_memory_is_repeated(host):
+    module, x = layer(256, 384), inputs(1, 384)
+    host.library.fake_set_device(3)
+    host.library.fake_checks_card(True)
+    host.library.fake_failure(b"cudaMalloc", MEMORY_ERROR)
+    assert refused(host, module, x)
+    status = host.status(3)
+    assert status["state"] == "unchecked" and "could not run and is tried again" in status["reason"]
+    assert host.library.fake_capture_mode() == GLOBAL_MODE
+    host.library.fake_failure(b"", 0)
+    host.library.fake_checks_card(False)
+    check_launch(host, module, x, call(module, x), 3)
+    assert host.status(3) == {"family": "sm90", "state": "works", "reason": ""}
+
+
+def a_check_works_while_another_thread_captures(host):
+    """Allocating, waiting and freeing fail in fake_cuda.cpp in any other mode than the relaxed one.
+
+    Nothing is launched, so all families are wrong, and found so.
+    """
+    host.library.fake_set_device(4)
+    host.library.fake_checks_card(True)
+    syncs = host.counts()["syncs"]
+    assert refused(host, layer(256, 384), inputs(1, 384))
+    status = host.status(4)
+    assert (status["family"], status["state"]) == ("none", "disabled")
+    for kernels in ("wgmma", "mma"):
+        assert f"the {kernels} kernels failed their self-check (fp16, " in status["reason"]
+    assert "expected" in status["reason"]
+    assert host.counts()["syncs"] > syncs and host.library.fake_capture_mode() == GLOBAL_MODE
+
+
+def a_launch_that_fails_in_the_check_leaves_the_mode_as_it_was(host):
+    host.library.fake_set_device(5)
+    host.library.fake_checks_card(True)
+    host.library.fake_failure(b"cudaLaunchKernelExC", LAUNCH_ERROR)
+    assert refused(host, layer(256, 384), inputs(1, 384))
+    assert "fake error 719" in host.status(5)["reason"]
+    assert host.library.fake_capture_mode() == GLOBAL_MODE
+
+
+def nothing_is_checked_while_the_stream_is_captured(host):
+    module, x = layer(256, 384), inputs(1, 384)
+    host.library.fake_set_device(6)
+    host.library.fake_capturing(True)
+    assert refused(host, module, x) and host.status(6)["state"] == "unchecked"
+    host.library.fake_capturing(False)
+    check_launch(host, module, x, call(module, x), 6)
+    host.library.fake_capturing(True)
+    check_launch(host, module, x, call(module, x), 6)
+
+
+def another_process_decides_the_family(host):
+    module, x = layer(256, 384), inputs(40, 384)
+    limit = host.library.patch_kernels_limit_family
+    limit.restype = ctypes.c_char_p
+    assert json.loads(limit(7, b"sm80", b"hung")) == {"refused": ""}
+    host.library.fake_set_device(7)
+    check_launch(host, module, x, call(module, x), 7)
+    assert host.status(7) == {"family": "sm80", "state": "works", "reason": "hung"}
+    assert json.loads(limit(7, b"none", b"late")) == {"refused": "the device was checked before"}
+    assert json.loads(limit(8, b"none", b"both hung")) == {"refused": ""}
+    host.library.fake_set_device(8)
+    assert refused(host, module, x)
+    assert host.status(8) == {"family": "none", "state": "disabled", "reason": "both hung"}
+    assert "got sm91" in json.loads(limit(9, b"sm91", b""))["refused"]
+
+
+def threads_share_nothing(host):
+    """First calls on one device from many threads, each with layers and tokens of its own."""
+    host.library.fake_set_device(10)
+    modules = [layer(256, 384, seed=seed) for seed in range(8)]
+    wrong = []
+
+    def work(module, tokens):
+        x = inputs(tokens, 384)
+        with torch.no_grad():
+            for _ in range(200):
+                if module(x).shape != (tokens, 256):
+                    wrong.append(tokens)
+
+    with tensors_are_on_cuda():
+        threads = [threading.Thread(target=work, args=(module, 1 + 9 * i)) for i, module in enumerate(modules)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong and host.status(10)["state"] == "works"
+
+
+def bad_calls_are_refused(host):
+    module, x = layer(256, 384), inputs(2, 384)
+    good = [x, module.weight, module.tile_is_sparse, module.schedule, 256, module.bias, False]
+    launches = host.counts()["launches"]
+    for place, value, words in (
+        (0, x.float(), "x must be float16 or bfloat16"),
+        (0, torch.zeros((), dtype=torch.bfloat16), "x needs at least one dimension"),
+        (0, inputs(2, 512), "tile_is_sparse must be contiguous uint8 of shape"),
+        (1, module.weight.view(torch.int8), "payload must be a contiguous 1-D uint8 tensor"),
+        (1, torch.zeros(module.weight.numel() + 1, dtype=torch.uint8)[1:], "multiple of 16 bytes; clone it"),
+        (2, module.tile_is_sparse.bool(), "tile_is_sparse must be contiguous uint8"),
+        (3, module.schedule[1:], "schedule must come from make_schedule"),
+        (3, module.schedule.long(), "schedule must come from make_schedule"),
+        (5, module.bias.float(), "bias must have x's dtype"),
+    ):
+        arguments = [*good]
+        arguments[place] = value
+        try:
+            OP(*arguments)
+        except RuntimeError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"argument {place} was taken: {words}")
+    assert host.counts()["launches"] == launches
+    OP(*good)
+    assert host.counts()["launches"] == launches + 1
+
+
+CASES = [
+    every_launch_is_that_of_its_call,
+    maps_are_kept_for_equal_memory_alone,
+    new_state_is_used_at_once,
+    shapes_of_x,
+    training_does_not_overlap_what_is_before,
+    a_group_is_one_launch_a_weight,
+    a_check_that_finds_no_memory_is_repeated,
+    a_check_works_while_another_thread_captures,
+    a_launch_that_fails_in_the_check_leaves_the_mode_as_it_was,
+    nothing_is_checked_while_the_stream_is_captured,
+    another_process_decides_the_family,
+    threads_share_nothing,
+    bad_calls_are_refused,
+]
+
+
+def main() -> None:
+    """Run all cases with the library that is named; print {case: "" or what went wrong} as JSON."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells of the kernels that are replaced
+        host = CudaHost(Path(sys.argv[1]))
+    results = {}
+    for case in CASES:
+        try:
+            case(host)
+            results[case.__name__] = ""
+        except Exception:
+            results[case.__name__] = traceback.format_exc()
+        host.library.fake_set_device(0)
+        host.library.fake_checks_card(False)
+        host.library.fake_capturing(False)
+        host.library.fake_failure(b"", 0)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
