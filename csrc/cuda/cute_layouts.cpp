@@ -41,10 +41,12 @@ template <int kRows>
 constexpr int descriptor_step(int row, int column) {
   return kValueBytes * int(decltype(get_nonswizzle_portion(Swizzled<kRows>{})){}(row, column)) / 16;
 }
-static_assert(descriptor_step<kTile>(0, 16) == kAStep && descriptor_step<kTile>(0, 48) == 3 * kAStep, "kAStep");
-static_assert(descriptor_step<kTile>(64, 0) == kABlockStep, "kABlockStep");
-static_assert(descriptor_step<8>(0, 16) == kBDenseStep && descriptor_step<8>(0, 48) == 3 * kBDenseStep, "kBDenseStep");
-static_assert(descriptor_step<8>(0, 32) == kBSparseStep, "kBSparseStep");
+static_assert(descriptor_step<kTile>(0, 16) == kAStep && descriptor_step<kTile>(0, 48) == 3 * kAStep,
+              "kAStep: not a step of Layout_K_SW128_Atom");
+static_assert(descriptor_step<kTile>(64, 0) == kABlockStep, "kABlockStep: not a step of Layout_K_SW128_Atom");
+static_assert(descriptor_step<8>(0, 16) == kBDenseStep && descriptor_step<8>(0, 48) == 3 * kBDenseStep,
+              "kBDenseStep: not a step of Layout_K_SW128_Atom");
+static_assert(descriptor_step<8>(0, 32) == kBSparseStep, "kBSparseStep: not a step of Layout_K_SW128_Atom");
 
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11  // others cannot read bit fields while compiling
 constexpr bool descriptor_is_cutes(uint32_t address) {

@@ -54,8 +54,8 @@ class MachineSm80 {
   __device__ __forceinline__ int block_y() const { return static_cast<int>(blockIdx.y); }
   __device__ __forceinline__ uint32_t smem() const { return smem_; }
 
-  static __device__ __forceinline__ uint16_t round(float value) { return Ptx<Element>::round(value); }
-  static __device__ __forceinline__ float widen(uint16_t bits) { return Ptx<Element>::widen(bits); }
+  static __device__ __forceinline__ uint16_t round(float value) { return Bits<Element>::round(value); }
+  static __device__ __forceinline__ float widen(uint16_t bits) { return Bits<Element>::widen(bits); }
 
   template <class F>
   __device__ __forceinline__ void each_lane(F f) {
@@ -63,7 +63,8 @@ class MachineSm80 {
   }
   __device__ __forceinline__ void sync() { __syncthreads(); }
 
-  // Past L1 (cg): weights are used once per CTA, and x is shared between SMs, not within one.
+  // Past L1 (cg): weights are used once per CTA, and x is shared between SMs, not within one. CuTe fills with zeros all
+  // 16 bytes or none.
   __device__ __forceinline__ void copy16(uint32_t to, const void* from) {
     cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(*static_cast<const cute::uint128_t*>(from), at(to));
   }
@@ -75,7 +76,7 @@ class MachineSm80 {
   }
   __device__ __forceinline__ void commit() { cute::cp_async_fence(); }
   template <int kLeft>
-  __device__ __forceinline__ void wait() {
+  __device__ __forceinline__ void wait() {  // CuTe's for 0 is wait_all, which closes another group
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kLeft) : "memory");
   }
 

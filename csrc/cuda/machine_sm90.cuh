@@ -1,5 +1,5 @@
 // The Hopper machine on a GPU: the instructions that gemm/sm90.h is written in, CUTLASS's where it has them. Each asm
-// here says what CUTLASS lacks.
+// says what it has instead, and names its section of the PTX ISA where the choice of form matters.
 #pragma once
 
 #include <cuda.h>
@@ -39,7 +39,7 @@ class MachineSm90 {
   __device__ __forceinline__ int cluster_rank() const { return static_cast<int>(cute::block_rank_in_cluster()); }
   // Warps 0-3 and 4-7 are the consumers, then one warp each for x and the W rings.
   __device__ __forceinline__ int role() const {
-    const int warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / 32, 0);
+    const int warp = cutlass::canonical_warp_idx_sync();
     const int role = warp < 8 ? warp / 4 : warp - 6;
     return role < sm90::kIdle ? role : static_cast<int>(sm90::kIdle);
   }
@@ -69,6 +69,7 @@ class MachineSm90 {
   __device__ __forceinline__ void producer_registers() {
     if constexpr (kMove) cutlass::arch::warpgroup_reg_dealloc<40>();
   }
+  // CUTLASS's are empty without a macro, let the compiler move accesses to memory across, and include its GEMMs.
   __device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
   __device__ __forceinline__ void start_next_grid() { asm volatile("griddepcontrol.launch_dependents;\n"); }
 
@@ -101,7 +102,7 @@ class MachineSm90 {
   // CTA scope: a cluster-scope acquire would drop the L1 cache at each wait. Slots are handed over between wgmma and
   // copies, whose own completion orders the data.
   __device__ __forceinline__ void wait(uint32_t address, uint32_t parity) {
-    while (!Barrier::try_wait(barrier_at(address), parity)) {  // Barrier::wait also sleeps
+    while (!Barrier::try_wait(barrier_at(address), parity)) {  // wait() adds a time limit: SASS that sleeps
     }
   }
   __device__ __forceinline__ void wait_returned(uint32_t address, uint32_t parity) { wait(address, parity); }
@@ -130,6 +131,7 @@ class MachineSm90 {
       cute::SM90_TMA_LOAD_2D::copy(&map, barrier_at(barrier), kHint, shared_at(to), col, token);
     }
   }
+  // CUTLASS's bulk copy knows neither multicast nor a policy of the cache.
   __device__ __forceinline__ void copy_w(uint32_t to, const uint8_t* from, int bytes, uint32_t barrier,
                                          const sm90::Ranks& ranks) {
     const uint64_t source = __cvta_generic_to_global(from);
@@ -202,7 +204,7 @@ class MachineSm90 {
   __device__ __forceinline__ void wait_stores_read() {
     if (elected()) cute::tma_store_wait<1>();
   }
-  __device__ __forceinline__ void wait_stores() {
+  __device__ __forceinline__ void wait_stores() {  // until y is written; CUTLASS's until it is read
     if (elected()) asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory");
   }
 
@@ -249,7 +251,7 @@ class MachineSm90 {
   static __device__ __forceinline__ void store_four(void* to, int64_t index, uint32_t low, uint32_t high) {
     *reinterpret_cast<uint2*>(static_cast<Element*>(to) + index) = make_uint2(low, high);
   }
-  static __device__ __forceinline__ uint32_t pack(float low, float high) { return Ptx<Element>::pack(low, high); }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) { return Bits<Element>::pack(low, high); }
 
  private:
   using Barrier = cutlass::arch::ClusterTransactionBarrier;

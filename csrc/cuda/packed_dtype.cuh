@@ -1,4 +1,4 @@
-// The packed dtypes (format/packed_dtype.h) as CUDA's headers, its driver and PTX call them.
+// The packed dtypes (format/packed_dtype.h) as CUDA's headers and its driver call them.
 #pragma once
 
 #include <cuda.h>
@@ -24,9 +24,9 @@ struct OnCard<PackedBFloat16> {
 
 // Bits of elements.
 template <class Element>
-struct Ptx;
+struct Bits;
 template <>
-struct Ptx<__half> {
+struct Bits<__half> {
   static __device__ __forceinline__ uint16_t round(float value) { return __half_as_ushort(__float2half_rn(value)); }
   static __device__ __forceinline__ float widen(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -35,7 +35,7 @@ struct Ptx<__half> {
   }
 };
 template <>
-struct Ptx<__nv_bfloat16> {
+struct Bits<__nv_bfloat16> {
   static __device__ __forceinline__ uint16_t round(float value) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
   }
