@@ -35,7 +35,7 @@ brackets what that model said then. "Gain" is the time of the plan before over t
 model.
 """
 
-WRONG = """What a wrong constant costs: the time of these plans over that of the plans chosen with the constant of the card,
+WRONG = """What a wrong constant costs: the time of these plans over that of the plans chosen with the card's constant,
 both by the model with that constant. What costs most is worth measuring first; what costs less than 1 % everywhere is
 left out.
 """
