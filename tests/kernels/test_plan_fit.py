@@ -105,6 +105,12 @@ def test_what_the_times_do_not_tell_is_left_alone(tmp_path):
     assert "double switch_cycles" not in text and "double cycles_per_us" not in text
 
 
+def test_times_that_tell_nothing(tmp_path):
+    rows = made_rows({}, sparsities=(0.45,), tokens=(16, 64, 1024), noise=5.0)
+    with pytest.raises(ValueError, match="expected times that tell some constant, got none"):
+        plan_fit.fit(plan_fit.read_times(save(tmp_path / "plans.csv", rows)))
+
+
 def test_the_command_prints_constants(tmp_path, capsys, monkeypatch):
     rows = made_rows(OTHER_CARD, sparsities=(0.45, 0.0), tokens=(16, 64, 1024))
     monkeypatch.setattr("sys.argv", ["bench_plans", "--fit", str(save(tmp_path / "plans.csv", rows))])
