@@ -63,23 +63,37 @@ CUtensorMap encoded_map(const MapKey& key) {
   return map;
 }
 
-// The map from those of the thread's last calls: torch's allocator gives a model the same few addresses again and
-// again.
-CUtensorMap tensor_map(const MapKey& key) {
+// Maps of a thread's last calls: torch's allocator gives a model the same few addresses again and again.
+class MapCache {
+ public:
+  CUtensorMap get(const MapKey& key) {
+    uint64_t hash = reinterpret_cast<uintptr_t>(key.base) >> 9;  // torch's blocks start at multiples of 512 bytes
+    hash = (hash * 31 + static_cast<uint64_t>(key.rows)) * 31 + static_cast<uint64_t>(key.cols + key.box_rows);
+    Entry& entry = entries_[hash * 0x9E3779B97F4A7C15u >> (64 - kBits)];  // multiplicative hashing, golden ratio
+    if (!(entry.key == key)) {
+      entry.map = encoded_map(key);
+      entry.key = key;
+    }
+    return entry.map;
+  }
+
+ private:
+  static constexpr int kBits = 6;
   struct Entry {
     MapKey key{};
     CUtensorMap map;
   };
-  constexpr int kBits = 6;
-  static thread_local Entry entries[1 << kBits];
-  uint64_t hash = reinterpret_cast<uintptr_t>(key.base) >> 9;  // torch's blocks start at multiples of 512 bytes
-  hash = (hash * 31 + static_cast<uint64_t>(key.rows)) * 31 + static_cast<uint64_t>(key.cols + key.box_rows);
-  Entry& entry = entries[hash * 0x9E3779B97F4A7C15u >> (64 - kBits)];  // multiplicative hashing by the golden ratio
-  if (!(entry.key == key)) {
-    entry.map = encoded_map(key);
-    entry.key = key;
-  }
-  return entry.map;
+  Entry entries_[1 << kBits];
+};
+
+// One for each operand: the x and the y of a call cannot take each other's place.
+MapCache& x_maps() {
+  static thread_local MapCache maps;
+  return maps;
+}
+MapCache& y_maps() {
+  static thread_local MapCache maps;
+  return maps;
 }
 
 // The kernel with its shared memory allowed.
@@ -121,9 +135,9 @@ template <class C, class Packed>
 void launch(const GemmProblem& p, const LaunchPlan& plan, cudaStream_t stream) {
   constexpr CUtensorMapDataType kType = OnCard<Packed>::kTensorMap;
   auto* kernel = prepared_kernel<C, typename OnCard<Packed>::Element>();
-  const CUtensorMap x_map = tensor_map({p.x, p.tokens, p.cols, p.x_stride, C::kBn, kType});
+  const CUtensorMap x_map = x_maps().get({p.x, p.tokens, p.cols, p.x_stride, C::kBn, kType});
   const bool y_by_tensor = C::kPairs && p.rows % 8 == 0;
-  const CUtensorMap y_map = y_by_tensor ? tensor_map({p.y, p.tokens, p.rows, p.rows, C::kStageTokens, kType}) : x_map;
+  const CUtensorMap y_map = y_by_tensor ? y_maps().get({p.y, p.tokens, p.rows, p.rows, C::kStageTokens, kType}) : x_map;
   const int ctas = p.token_ctas * p.row_ctas * p.splits;
   Launch launch(C::kThreads, C::kSmemBytes, p.items.workers, ctas, stream);
   // Without the attribute a CTA is a cluster of its own all the same (PTX ISA, %is_explicit_cluster), and is placed as
