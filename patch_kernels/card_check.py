@@ -2,8 +2,8 @@
 
 A fault or a hang of a kernel takes the CUDA context of its process with it. So before the first call on a device a
 child process runs the self-check, one kernel family after the other until one works; what it found is kept in the
-user's cache folder, and later processes start no child. The check in the process itself stays: it takes a fraction of a
-second, a card may be broken that is named like a good one, and it loads every kernel before a graph is captured.
+user's cache folder, and later processes start no child. The check in the process itself stays: it takes about a second,
+a card may be broken that is named like a good one, and it loads every kernel before a graph is captured.
 
 PATCH_KERNELS_CARD_CHECK_SECONDS: time a family has (60); 0 starts no child.
 """
@@ -91,6 +91,8 @@ def _check(device: int) -> str:
     seconds = card_check_seconds()
     if best == "none" or seconds == 0:
         return "no kernels for it" if best == "none" else "in this process: PATCH_KERNELS_CARD_CHECK_SECONDS is 0"
+    if not Path(sys.executable or "").name.startswith("python"):
+        return f"in this process: sys.executable is no Python interpreter but {sys.executable!r}"
     card = card_of(device)
     path = remembered_path(card)
     verdict = remembered(path, card)

@@ -1,7 +1,11 @@
 // What clusters and dependent launches offer to decode kernels.
 //   active clusters   how many clusters of 2, 4, 8 CTAs run at once
+//   placement         multiprocessors that a grid of one CTA for each of them gets, when two CTAs fit one: without and
+//                     with the cluster attribute, and with the scheduling policies
 //   reduce            cycles of adding the 64x64 fp32 partials of a cluster's CTAs through distributed shared memory
 //   launch            time of a kernel in a graph of a chain, with and without programmatic dependent launch
+#include <set>
+
 #include "common.cuh"
 
 namespace {
@@ -116,6 +120,50 @@ void active_clusters(int sms) {
   }
 }
 
+// Where each CTA runs. All of them stay until all have begun, as those of a decode kernel do.
+__global__ __launch_bounds__(288) void place(int* sm_of_cta) {
+  if (threadIdx.x != 0) return;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(sm_of_cta[blockIdx.x]));
+  const long long begin = clock64();
+  while (clock64() - begin < 100000) {
+  }
+}
+
+void placement(int sms) {
+  constexpr int kSmemBytes = 100 << 10;
+  CUDA_CHECK(cudaFuncSetAttribute(place, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
+  int* device_sms = device_array<int>(sms);
+  const std::pair<const char*, cudaClusterSchedulingPolicy> policies[] = {
+      {"default policy", cudaClusterSchedulingPolicyDefault},
+      {"spread", cudaClusterSchedulingPolicySpread},
+      {"load balancing", cudaClusterSchedulingPolicyLoadBalancing}};
+  for (const int size : {0, 1, 2, 4, 8}) {  // 0: no attribute
+    for (const auto& [policy_name, policy] : policies) {
+      if (size < 2 && policy != cudaClusterSchedulingPolicyDefault) continue;
+      const int ctas = size > 0 ? sms / size * size : sms;
+      cudaLaunchAttribute attributes[2] = {cluster_attribute(std::max(size, 1)), {}};
+      attributes[1].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+      attributes[1].val.clusterSchedulingPolicyPreference = policy;
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(ctas);
+      config.blockDim = dim3(288);
+      config.dynamicSmemBytes = kSmemBytes;
+      config.attrs = attributes;
+      config.numAttrs = size == 0 ? 0 : policy == cudaClusterSchedulingPolicyDefault ? 1 : 2;
+      CUDA_CHECK(cudaLaunchKernelEx(&config, place, device_sms));
+      const std::vector<int> sm_of_cta = download(device_sms, ctas);
+      const std::string head =
+          size == 0 ? "no cluster attribute" : "cluster " + std::to_string(size) + ", " + policy_name;
+      emit("cluster", "placement of " + std::to_string(ctas) + " CTAs, " + head,
+           static_cast<double>(std::set<int>(sm_of_cta.begin(), sm_of_cta.end()).size()), "multiprocessors");
+      std::string line = "smid by CTA, " + head + ":";
+      for (const int sm : sm_of_cta) line += " " + std::to_string(sm);
+      fprintf(stderr, "%s\n", line.c_str());
+    }
+  }
+  CUDA_CHECK(cudaFree(device_sms));
+}
+
 constexpr int kChain = 100;
 
 // `before` cycles that do not need the previous kernel, then `after` cycles that do.
@@ -175,6 +223,7 @@ double chain_us(int sms, bool dependent, int before, int after) {
 int main() {
   const int sms = require_hopper().multiProcessorCount;
   active_clusters(sms);
+  placement(sms);
   time_reduce<2, true>("push", sms);
   time_reduce<4, true>("push", sms);
   time_reduce<8, true>("push", sms);

@@ -10,18 +10,18 @@ namespace patch_kernels::cuda {
 namespace {
 
 struct YMaps {
-  CUtensorMap of[kMaxLayers];
+  CUtensorMap layer[kMaxLayers];
 };
 
 template <class C, class Element>
 __global__ void __launch_bounds__(C::kThreads, C::kPairs ? 1 : 2)
     sm90_kernel(const __grid_constant__ GemmProblem p, const __grid_constant__ CUtensorMap x_map,
-                const __grid_constant__ YMaps y_maps) {
+                const __grid_constant__ YMaps y_of) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t smem[];
   MachineSm90<Element, !C::kPairs> machine(smem);
   if ((machine.smem_base() & 1023) != 0) __trap();  // the swizzle is a function of the address
-  sm90::tile_gemm<C>(machine, p, x_map, y_maps.of);
+  sm90::tile_gemm<C>(machine, p, x_map, y_of.layer);
 #endif
 }
 
@@ -67,23 +67,37 @@ CUtensorMap encoded_map(const MapKey& key) {
   return map;
 }
 
-// The map from those of the thread's last calls: torch's allocator gives a model the same few addresses again and
-// again.
-CUtensorMap tensor_map(const MapKey& key) {
+// Maps of a thread's last calls: torch's allocator gives a model the same few addresses again and again.
+class MapCache {
+ public:
+  CUtensorMap get(const MapKey& key) {
+    uint64_t hash = reinterpret_cast<uintptr_t>(key.base) >> 9;  // torch's blocks start at multiples of 512 bytes
+    hash = (hash * 31 + static_cast<uint64_t>(key.rows)) * 31 + static_cast<uint64_t>(key.cols + key.box_rows);
+    Entry& entry = entries_[hash * 0x9E3779B97F4A7C15u >> (64 - kBits)];  // multiplicative hashing, golden ratio
+    if (!(entry.key == key)) {
+      entry.map = encoded_map(key);
+      entry.key = key;
+    }
+    return entry.map;
+  }
+
+ private:
+  static constexpr int kBits = 6;
   struct Entry {
     MapKey key{};
     CUtensorMap map;
   };
-  constexpr int kBits = 6;
-  static thread_local Entry entries[1 << kBits];
-  uint64_t hash = reinterpret_cast<uintptr_t>(key.base) >> 9;  // torch's blocks start at multiples of 512 bytes
-  hash = (hash * 31 + static_cast<uint64_t>(key.rows)) * 31 + static_cast<uint64_t>(key.cols + key.box_rows);
-  Entry& entry = entries[hash * 0x9E3779B97F4A7C15u >> (64 - kBits)];  // multiplicative hashing by the golden ratio
-  if (!(entry.key == key)) {
-    entry.map = encoded_map(key);
-    entry.key = key;
-  }
-  return entry.map;
+  Entry entries_[1 << kBits];
+};
+
+// One for each operand: the x and the y of a call cannot take each other's place.
+MapCache& x_maps() {
+  static thread_local MapCache maps;
+  return maps;
+}
+MapCache& y_maps() {
+  static thread_local MapCache maps;
+  return maps;
 }
 
 // The kernel with its shared memory allowed.
@@ -125,13 +139,14 @@ template <class C, class Packed>
 void launch(const GemmProblem& p, const LaunchPlan& plan, cudaStream_t stream) {
   constexpr CUtensorMapDataType kType = OnCard<Packed>::kTensorMap;
   auto* kernel = prepared_kernel<C, typename OnCard<Packed>::Element>();
-  const CUtensorMap x_map = tensor_map({p.x, p.tokens, p.cols, p.x_stride, C::kBn, kType});
-  YMaps y_maps;
+  const CUtensorMap x_map = x_maps().get({p.x, p.tokens, p.cols, p.x_stride, C::kBn, kType});
+  YMaps y_of;
   for (int i = 0; i < p.layer_count; ++i) {
     const GemmLayer& layer = p.layers[i];
     // Prefetched even where it is not used, so it must be a map.
     const bool is_used = C::kPairs && layer.rows % 8 == 0;
-    y_maps.of[i] = is_used ? tensor_map({layer.y, p.tokens, layer.rows, layer.rows, C::kStageTokens, kType}) : x_map;
+    y_of.layer[i] =
+        is_used ? y_maps().get({layer.y, p.tokens, layer.rows, layer.rows, C::kStageTokens, kType}) : x_map;
   }
   const int ctas = p.token_ctas * p.row_ctas * p.splits;
   Launch launch(C::kThreads, C::kSmemBytes, p.items.workers, ctas, stream);
@@ -146,7 +161,7 @@ void launch(const GemmProblem& p, const LaunchPlan& plan, cudaStream_t stream) {
   if (plan.overlaps_previous) {
     launch.add(cudaLaunchAttributeProgrammaticStreamSerialization).programmaticStreamSerializationAllowed = 1;
   }
-  check(cudaLaunchKernelEx(&launch.config, kernel, p, x_map, y_maps), "tile_linear");
+  check(cudaLaunchKernelEx(&launch.config, kernel, p, x_map, y_of), "tile_linear");
 }
 
 }  // namespace

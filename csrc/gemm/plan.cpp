@@ -112,10 +112,10 @@ double sm90_step_cycles(const ModelConstants& c, double sparse_share, bool pairs
 double item_end_cycles(const ModelConstants& c, const LaunchPlan& plan) {
   if (plan.family != Family::kSm90 || plan.splits == 1) return c.item_cycles + c.item_token_cycles * plan.bn;
   // Each CTA writes its sums to its shared memory, sends the other CTAs their shares, and adds the parts of its own
-  // outputs. kExchangeTokens of gemm/sm90.h says how many tokens go at once.
+  // outputs. Two chunks of tokens are under way at a time.
   const double sums = (plan.pairs ? 2.0 : 1.0) * kTile * plan.bn, outputs = sums / plan.splits;
-  const int chunks = plan.bn == 128 ? 4 : 1;
-  return c.item_cycles + chunks * c.exchange_chunk_cycles + 2 * 4 * sums / c.shared_bytes_per_cycle +
+  const int64_t turns = ceil_div(plan.bn, 2 * exchange_tokens(plan.bn));
+  return c.item_cycles + turns * c.exchange_chunk_cycles + 2 * 4 * sums / c.shared_bytes_per_cycle +
          4 * (sums - outputs) / c.cluster_bytes_per_cycle + outputs / kConsumerThreads * c.exchange_output_cycles;
 }
 

@@ -132,6 +132,9 @@ struct PlanChoice {
   int bn, token_ctas, row_ctas, splits, depth;
 };
 
+// Tokens whose sums a split of the Hopper kernels exchanges at once, of a CTA with bn tokens; 0: no kernel splits it.
+PK_HD constexpr int exchange_tokens(int bn) { return bn <= 32 ? 8 : bn <= 128 ? 16 : 0; }
+
 // Every choice that has a kernel and clusters that this card runs.
 std::vector<PlanChoice> possible_choices(const DeviceLimits& device, int64_t cols, int64_t tokens);
 LaunchPlan plan_of(const DeviceLimits& device, const PlanChoice& choice, int64_t rows, int64_t cols, int64_t tokens);

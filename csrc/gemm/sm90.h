@@ -61,11 +61,11 @@ struct Config {
   static_assert(kSmemBytes <= (kPairs ? 232448 : 115712), "227 KB a CTA; decode leaves room for the next kernel's CTA");
 };
 
-using Decode8 = Config<8, false, 8, 4, 8>;
-using Decode16 = Config<16, false, 6, 4, 8>;
-using Decode32 = Config<32, false, 4, 4, 8>;
-using Prefill64 = Config<64, true, 4, 3, 16>;
-using Prefill128Split = Config<128, true, 4, 3, 8>;
+using Decode8 = Config<8, false, 8, 4, exchange_tokens(8)>;
+using Decode16 = Config<16, false, 6, 4, exchange_tokens(16)>;
+using Decode32 = Config<32, false, 4, 4, exchange_tokens(32)>;
+using Prefill64 = Config<64, true, 4, 3, exchange_tokens(64)>;
+using Prefill128Split = Config<128, true, 3, 3, exchange_tokens(128)>;
 using Prefill128 = Config<128, true, 4, 4, 0>;
 using Prefill160 = Config<160, true, 3, 4, 0>;
 using Prefill176 = Config<176, true, 4, 3, 0>;

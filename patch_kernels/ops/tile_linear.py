@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from patch_kernels import card_check
 from patch_kernels._library import gemm_status
@@ -209,6 +210,8 @@ def multiply(
 
 def _first_calls(op: Callable[..., Any], x: Tensor, *args: Any) -> Any:
     """Calls on a CUDA device until its kernels are known to work, or not to."""
+    if type(x) not in (Tensor, Parameter):  # fake: there may be no such device
+        return op(x, *args)
     index = x.get_device()
     if not torch.cuda.is_current_stream_capturing():
         card_check.ensure(index)

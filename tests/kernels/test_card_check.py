@@ -186,6 +186,12 @@ def test_zero_seconds_start_no_child(machine, monkeypatch):
     assert not machine.started and "PATCH_KERNELS_CARD_CHECK_SECONDS is 0" in card_check.how(0)
 
 
+def test_a_program_with_python_inside_is_not_started_again(machine, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/usr/bin/blender")
+    card_check.ensure(0)
+    assert not machine.started and "sys.executable is no Python interpreter but '/usr/bin/blender'" in card_check.how(0)
+
+
 def test_a_card_that_no_other_process_can_use_is_checked_by_this_one(machine):
     machine.scripts["sm90"] = BEGIN + PASSED.replace("yes", "no").replace('"complaint": ""', '"complaint": "busy"')
     for _ in range(2):

@@ -31,7 +31,7 @@ ARCHITECTURES = [
 DTYPES = ("6__half", "13__nv_bfloat16")
 # Hopper: tokens of a CTA, and those of a chunk of sums that a split exchanges (0: the kernel does not split).
 DECODE = {(8, 8), (16, 8), (32, 8)}
-PREFILL = {(64, 16), (128, 0), (128, 8), (160, 0), (176, 0), (192, 0)}
+PREFILL = {(64, 16), (128, 0), (128, 16), (160, 0), (176, 0), (192, 0)}
 # (tokens of a CTA, depth): instructions of one step, dense and sparse branch. A warp has RowBlocks x TokenBlocks
 # products of 16 rows x 8 tokens: four k16 each in a dense step, two k32 in a sparse one. LDSM: x in two
 # k32 of either branch, w in four k16 of the dense and two k32 of the sparse.

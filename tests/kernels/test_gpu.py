@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from support import ROOT
 from support.adamw import adamw_state, random_gradient, same_bits
 from support.integer_case import integer_case
 from support.masked_weight import MODES, NOISE, make_case, run
@@ -227,6 +231,58 @@ def test_side_stream_and_graph_replay():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y.cpu(), expected)
+
+
+def test_self_check_while_another_thread_captures():
+    """In a process of its own: the first call on a card, while a thread captures in global mode."""
+    script = """
+import threading, torch
+from support.integer_case import integer_case
+from patch_kernels import TiledWeight, reference
+from patch_kernels._library import gemm_status
+from patch_kernels.ops import LIBRARY_PATH
+weight, keep, tiles, x, bias = integer_case(256, 384, 16, 0.5, torch.bfloat16, seed=2)
+tiled = TiledWeight.pack(weight.cuda(), keep.cuda(), tiles.cuda())
+on_card, bias_on_card, static = x.cuda(), bias.cuda(), torch.zeros(8, device="cuda")
+del tiles; torch.empty(1 << 22, device="cuda"); torch.empty(8, device="cuda")  # torch need not allocate later
+capturing, checked = threading.Event(), threading.Event()
+graph = torch.cuda.CUDAGraph()
+def capture():
+    with torch.cuda.graph(graph, capture_error_mode="global"):
+        static.add_(1)
+        capturing.set()
+        checked.wait()
+        static.add_(1)
+thread = threading.Thread(target=capture)
+thread.start()
+capturing.wait()
+try:
+    y = tiled.matmul(on_card, bias_on_card)
+finally:
+    checked.set()
+    thread.join()
+graph.replay()
+torch.cuda.synchronize()
+assert (static == 2).all()
+assert torch.equal(y.cpu(), reference.tile_linear(x, torch.where(keep, weight, 0), bias))
+assert gemm_status(LIBRARY_PATH, 0)["state"] == "works", gemm_status(LIBRARY_PATH, 0)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_second_process_starts_no_check_of_the_card(tmp_path):
+    script = (
+        "import torch; from patch_kernels import card_check, self_check;"
+        "self_check.check_device(torch.device('cuda', 0)); print(card_check.how(0))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    said = [
+        subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True) for _ in "ab"
+    ]
+    assert said[0].stdout.strip() == "by another process, just now", said[0].stderr
+    assert said[1].stdout.startswith("by another process, before"), said[1].stderr
 
 
 @pytest.mark.parametrize("mode", ["joint", "tile", "maskllm"])

@@ -329,8 +329,10 @@ def test_the_self_check_covers_every_plan(device):
     shapes = host.launch_shapes(limits)
     assert len(set(shapes)) == len(shapes)
     for is_half in (True, False):
-        small, long, full = host.self_checks(limits, is_half)
-        for check in (small, long):
+        *complete, full = host.self_checks(limits, is_half)
+        layers = [check["layers"] for check in complete]
+        assert layers == ([1, 1, 3] if DEVICES[device].get("compute_capability", 90) == 90 else [1, 1])
+        for check in complete:
             assert [shape for shape, _ in check["launches"]] == shapes
         assert {shape for shape, _ in full["launches"]} <= set(shapes)
     random_sizes = random.Random(1)
@@ -354,7 +356,7 @@ def test_the_self_check_has_a_long_and_a_full_problem():
         clusters = [132, 66, 32, 15] if capability == 90 else None
         limits = host.DeviceLimits(capability, 132, SMEM_BYTES[capability], clusters)
         for is_half in (True, False):
-            small, long, full = host.self_checks(limits, is_half)
+            small, long, *_, full = host.self_checks(limits, is_half)
             assert math.ceil(long["cols"] / 128) >= 16
             for check in (small, long, full):
                 assert check["rows"] % 128 and check["cols"] % 64 and check["tokens"] % 8

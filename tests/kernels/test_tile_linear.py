@@ -229,6 +229,22 @@ def test_fake_cuda_kernels_need_no_gpu():
         assert (y.shape, y.device.type, y.dtype) == ((4, 7, 200), "cuda", torch.float16)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_layer_on_a_fake_card_is_exported_with_its_schedule(strict):
+    """No check of the card's kernels: there may be none."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layer = TiledLinear(384, 256, device="cuda")
+        layer._schedule_is_current = True
+        x = torch.empty(4, 384, dtype=torch.bfloat16, device="cuda")
+        assert (layer(x).shape, layer(x).device.type) == ((4, 256), "cuda")
+        nodes = torch.export.export(layer, (x,), strict=strict).graph.nodes
+    calls = [node for node in nodes if node.op == "call_function"]
+    assert [node.target for node in calls] == [torch.ops.patch_kernels.tile_linear.default]
+    assert calls[0].args[3] is not None and not tile_linear._decided
+
+
 def test_schedule_follows_the_flags():
     """The GPU kernels read the schedule, not the flags: whatever changes the flags must make it new."""
     linear = torch.nn.Linear(260, 390, dtype=torch.bfloat16)

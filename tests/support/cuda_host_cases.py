@@ -28,10 +28,10 @@ MEMORY_ERROR = 2  # cudaErrorMemoryAllocation
 LAUNCH_ERROR = 719  # cudaErrorLaunchFailure
 
 
-def layer(rows, cols, seed=0, bias=True):
+def layer(rows, cols, seed=0, share=0.5):
     torch.manual_seed(seed)
-    linear = nn.Linear(cols, rows, bias=bias, dtype=torch.bfloat16)
-    return TiledLinear.from_linear(linear, *hybrid_mask(rows, cols, 0.5, torch.default_generator))
+    linear = nn.Linear(cols, rows, dtype=torch.bfloat16)
+    return TiledLinear.from_linear(linear, *hybrid_mask(rows, cols, share, torch.default_generator))
 
 
 def inputs(tokens, cols):
@@ -114,6 +114,32 @@ def maps_are_kept_for_equal_memory_alone(host):
     torch.ops.patch_kernels.tile_linear(half, module.weight, module.tile_is_sparse, module.schedule, 256, None, False)
     types.add(host.last_launch().x_map_type)
     assert len(types) == 2
+
+
+def plans_are_kept_for_equal_calls_alone(host):
+    """Each call differs from the one before in one thing that a plan follows from; each thing changes some plan."""
+    different = {"zeros": 0, "device": 0, "rows": 0, "batch_invariant": 0}
+    for sizes in ((128, 128), (128, 512), (1024, 2048)):
+        dense, sparse, taller = layer(*sizes, share=0), layer(*sizes, share=1), layer(2 * sizes[0], sizes[1], share=0)
+        for tokens in (33, 65, 200, 500, 2000, 4096):
+            x = inputs(tokens, sizes[1])
+            plans = {}
+            for name, module, device in (
+                ("first", dense, 0), ("zeros", sparse, 0), ("device", sparse, 1), ("rows", taller, 0)
+            ):  # fmt: skip
+                host.library.fake_set_device(device)
+                check_launch(host, module, x, call(module, x), device)
+                plans[name] = own_choice(host, device, module, tokens)
+            host.library.fake_set_device(0)
+            for taller.batch_invariant in (True, False):
+                y = call(taller, x)
+                split = host.last_launch().splits
+                different["batch_invariant"] += split != plans["rows"][3]
+            check_launch(host, taller, x, y)
+            different["zeros"] += plans["first"] != plans["zeros"]
+            different["device"] += plans["zeros"] != plans["device"]
+            different["rows"] += plans["first"] != plans["rows"]
+    assert all(different.values()), different
 
 
 def new_state_is_used_at_once(host):
@@ -314,6 +340,7 @@ def bad_calls_are_refused(host):
 CASES = [
     every_launch_is_that_of_its_call,
     maps_are_kept_for_equal_memory_alone,
+    plans_are_kept_for_equal_calls_alone,
     new_state_is_used_at_once,
     shapes_of_x,
     training_does_not_overlap_what_is_before,
