@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import torch
 
 import patch_kernels.ops.tile_linear as tile_linear
+from tools.build_backend import find_cutlass
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/cuda_host"
@@ -28,15 +29,19 @@ def missing_tool() -> str | None:
     """What building needs and this machine lacks."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     has_nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
-    return "nvcc" if not has_nvcc else None if shutil.which("cmake") else "cmake"
+    if not has_nvcc:
+        return "nvcc"
+    if isinstance(find_cutlass(), str):
+        return "CUTLASS's headers (pip install nvidia-cutlass)"
+    return None if shutil.which("cmake") else "cmake"
 
 
 def build(folder: Path = BUILD, source: Path = ROOT) -> Path:
     """Build the library incrementally; half a minute the first time."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") and not (folder / "CMakeCache.txt").exists() else []
-    torch_dir = f"-DPK_TORCH_DIR={Path(torch.__file__).parent}"
+    places = [f"-DPK_TORCH_DIR={Path(torch.__file__).parent}", f"-DPK_CUTLASS_INCLUDE={find_cutlass()}"]
     for command in (
-        ["cmake", "-S", source / "csrc/check/cuda_host", "-B", folder, *generator, torch_dir],
+        ["cmake", "-S", source / "csrc/check/cuda_host", "-B", folder, *generator, *places],
         ["cmake", "--build", folder, "--parallel", "2"],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
@@ -54,6 +59,9 @@ LAUNCH = (
     *(f"y_map_{name}" for name in _MAP),
 )
 
+# What fake_last_layers writes of each layer.
+LAYER = ("payload", "bias", "y", "schedule_tiles", "rows", "first_unit", "y_map_base", "y_map_cols")
+
 
 class CudaHost:
     """The loaded library, and what it saw."""
@@ -67,6 +75,12 @@ class CudaHost:
         numbers = (ctypes.c_int64 * len(LAUNCH))()
         self.library.fake_last_launch(numbers)
         return SimpleNamespace(**dict(zip(LAUNCH, numbers, strict=True)))
+
+    def last_layers(self) -> list[SimpleNamespace]:
+        numbers = (ctypes.c_int64 * (4 * len(LAYER)))()
+        count, width = self.library.fake_last_layers(numbers), len(LAYER)
+        rows = (numbers[width * i : width * (i + 1)] for i in range(count))
+        return [SimpleNamespace(**dict(zip(LAYER, row, strict=True))) for row in rows]
 
     def counts(self) -> dict[str, int]:
         numbers = (ctypes.c_int * 3)()

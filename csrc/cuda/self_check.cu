@@ -95,7 +95,9 @@ std::string run_self_check(const SelfCheck& self_check, Workspace& workspace) {
     }
     for (uint16_t* each : y) {
       on_card.y = each;
-      run_gemm(problem.view(on_card), plan, dtype, partials, stream);
+      GemmProblem p = problem.view(on_card);
+      p.cut_by_pair = self_check.cut_by_pair;
+      run_gemm(p, plan, dtype, partials, stream);
     }
     std::string complaint;
     for (uint16_t* each : y) {

@@ -50,10 +50,10 @@ def words_at(pointer, count):
 
 def own_choice(host, device, module, tokens):
     """bn, token_ctas, row_ctas, splits and depth of choose_plan, which this export calls without any cache."""
-    choice = (ctypes.c_int * 5)()
+    choice = (ctypes.c_int * 6)()  # and the workers
     sizes = [ctypes.c_int64(n) for n in (module.out_features, module.in_features, tokens, module.weight.numel())]
     assert host.library.patch_kernels_plan_choices(device, *sizes, choice, 1) == 1
-    return list(choice)
+    return list(choice)[:5]
 
 
 def check_launch(host, module, x, y, device=0):
@@ -200,14 +200,58 @@ def training_does_not_overlap_what_is_before(host):
     assert host.last_launch().overlaps == 0
 
 
-def a_group_is_one_launch_a_weight(host):
-    layers = [layer(rows, 384, seed=rows) for rows in (256, 128, 128)]
-    x = inputs(3, 384)
+def group_call(layers, x, batch_invariant=False):
     weights = [(m.weight, m.tile_is_sparse, m.schedule, m.out_features, m.bias) for m in layers]
+    return tile_linear.tile_linear_group(x, [value for weight in weights for value in weight], batch_invariant)
+
+
+def check_group(host, layers, x, batch_invariant=False):
+    """Layers whose own plans have as many splits are computed by one launch, with that split and their own tiles."""
+    split_of = {}
+    for module in layers:
+        module.batch_invariant = batch_invariant
+        call(module, x)
+        split_of[id(module)] = host.last_launch().splits
     before = host.counts()["launches"]
-    results = tile_linear.tile_linear_group(x, [value for weight in weights for value in weight])
-    assert host.counts()["launches"] == before + 3
-    check_launch(host, layers[-1], x, results[-1])
+    results = group_call(layers, x, batch_invariant)
+    assert host.counts()["launches"] == before + len(set(split_of.values()))
+    last = host.last_launch()
+    together = [i for i, m in enumerate(layers) if split_of[id(m)] == last.splits]
+    assert last.splits == max(split_of.values()) and last.layers == len(together)
+    units = 0
+    for i, got in zip(together, host.last_layers(), strict=True):
+        module = layers[i]
+        bias = 0 if module.bias is None else module.bias.data_ptr()
+        assert (got.payload, got.bias, got.y) == (module.weight.data_ptr(), bias, results[i].data_ptr())
+        words = tile_linear.make_schedule(module.tile_is_sparse)
+        assert words_at(got.schedule_tiles - 12, words.numel()) == words.tolist()
+        assert (got.rows, got.first_unit) == (module.out_features, units)
+        rows_per_unit = 2 * last.row_ctas if last.tokens > 32 else 1
+        units += -(-module.tile_is_sparse.shape[0] // rows_per_unit)
+        if last.tokens > 32 and module.out_features % 8 == 0:
+            assert (got.y_map_base, got.y_map_cols) == (got.y, got.rows)
+    assert last.units == units and 1 <= last.workers <= units * -(-last.tokens // last.x_map_box_rows)
+    return len(together)
+
+
+def a_group_is_one_launch_for_each_split(host):
+    alike = [layer(256, 384, seed=seed) for seed in range(4)]
+    query = [layer(rows, 2048, seed=rows) for rows in (2048, 256, 130)]
+    fused = 0
+    for layers in (alike, alike[:2], query):
+        for tokens in (1, 3, 32, 33, 64, 300):
+            x = inputs(tokens, layers[0].in_features)
+            for batch_invariant in (False, True):
+                count = check_group(host, layers, x, batch_invariant)
+                assert layers is query or count == len(layers)
+                fused += count > 1
+    assert fused > 10
+    assert group_call(alike, inputs(0, 384))[3].shape == (0, 256)
+    host.library.fake_set_device(2)  # an A100: a launch for each
+    before = host.counts()["launches"]
+    results = group_call(alike, inputs(3, 384))
+    assert host.counts()["launches"] >= before + 4
+    assert host.last_launch().y == results[-1].data_ptr()
 
 
 def refused(host, module, x):
@@ -344,7 +388,7 @@ CASES = [
     new_state_is_used_at_once,
     shapes_of_x,
     training_does_not_overlap_what_is_before,
-    a_group_is_one_launch_a_weight,
+    a_group_is_one_launch_for_each_split,
     a_check_that_finds_no_memory_is_repeated,
     a_check_works_while_another_thread_captures,
     a_launch_that_fails_in_the_check_leaves_the_mode_as_it_was,

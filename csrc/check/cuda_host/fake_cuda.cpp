@@ -20,7 +20,7 @@
 struct FakeLaunch {
   int grid, cluster, spread, overlaps;  // attributes: 0 where there is none
   patch_kernels::GemmProblem problem;
-  CUtensorMap x_map, y_map;  // the first layer's
+  CUtensorMap x_map, y_maps[patch_kernels::kMaxLayers];
 };
 
 namespace {
@@ -53,7 +53,7 @@ void record(void** args, bool with_maps) {
   memcpy(&last_launch.problem, args[0], sizeof(last_launch.problem));
   if (!with_maps) return;
   memcpy(&last_launch.x_map, args[1], sizeof(CUtensorMap));
-  memcpy(&last_launch.y_map, args[2], sizeof(CUtensorMap));
+  memcpy(last_launch.y_maps, args[2], sizeof(last_launch.y_maps));
 }
 
 struct {
@@ -76,9 +76,24 @@ PK_EXPORT void fake_last_launch(int64_t* out) {
         int64_t{p.splits}, int64_t{p.layer_count}, int64_t{p.items.units}}) {
     *out++ = value;
   }
-  for (const CUtensorMap* map : {&l.x_map, &l.y_map}) {
+  for (const CUtensorMap* map : {&l.x_map, &l.y_maps[0]}) {
     for (int i = 0; i < kMapWords; ++i) *out++ = static_cast<int64_t>(map->opaque[i]);
   }
+}
+// In the order of LAYER, one after the other; returns their number.
+PK_EXPORT int fake_last_layers(int64_t* out) {
+  const patch_kernels::GemmProblem& p = last_launch.problem;
+  for (int i = 0; i < p.layer_count; ++i) {
+    const patch_kernels::GemmLayer& layer = p.layers[i];
+    const auto* map = last_launch.y_maps[i].opaque;
+    for (const void* pointer : {static_cast<const void*>(layer.payload), layer.bias, static_cast<const void*>(layer.y),
+                                static_cast<const void*>(layer.schedule.tiles)}) {
+      *out++ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer));
+    }
+    *out++ = layer.rows, *out++ = layer.first_unit;
+    for (int word = 0; word < 2; ++word) *out++ = static_cast<int64_t>(map[word]);
+  }
+  return p.layer_count;
 }
 PK_EXPORT void fake_counts(int* counts) { counts[0] = launches, counts[1] = encodes, counts[2] = syncs; }
 PK_EXPORT void fake_checks_card(bool does) { checks_card = does; }
@@ -201,6 +216,7 @@ CardCheck check_family(DeviceLimits& limits) {
   if (checks_card) return check_family_on_card(limits);
   if (limits.family == Family::kSm90) {
     for (int size = 1; size <= kMaxSplits; size *= 2) limits.clusters[size] = limits.sm_count / size;
+    limits.clusters_known = true;
   }
   return {true, ""};
 }
