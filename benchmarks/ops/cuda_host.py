@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +45,7 @@ def build(folder: Path = BUILD, source: Path = ROOT) -> Path:
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            sys.exit(f"cuda_host: {' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
+            raise RuntimeError(f"cuda_host: {' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
     return folder / "libcuda_host.so"
 
 

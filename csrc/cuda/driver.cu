@@ -1,3 +1,4 @@
+// The versions of driver and runtime, compared.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 

@@ -1,3 +1,4 @@
+// The self-check of a kernel family: problems to the card, every plan, results back and compared.
 #include <vector>
 
 #include "../check/self_check.h"

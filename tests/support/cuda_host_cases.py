@@ -119,9 +119,9 @@ def maps_are_kept_for_equal_memory_alone(host):
 def plans_are_kept_for_equal_calls_alone(host):
     """Each call differs from the one before in one thing that a plan follows from; each thing changes some plan."""
     different = {"zeros": 0, "device": 0, "rows": 0, "batch_invariant": 0}
-    for sizes in ((128, 128), (128, 512), (1024, 2048)):
+    for sizes in ((128, 128), (128, 384), (128, 512), (1024, 2048)):
         dense, sparse, taller = layer(*sizes, share=0), layer(*sizes, share=1), layer(2 * sizes[0], sizes[1], share=0)
-        for tokens in (33, 65, 200, 500, 2000, 4096):
+        for tokens in (1, 16, 33, 65, 200, 500, 2000, 4096):
             x = inputs(tokens, sizes[1])
             plans = {}
             for name, module, device in (
