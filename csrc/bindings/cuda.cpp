@@ -103,13 +103,18 @@ LayerCall layer_call(const DeviceLimits& limits, int device, const Tensor& x, co
                   ": payload must start at a multiple of 16 bytes; clone it");
   LayerCall layer{linear_call(x, payload, tile_is_sparse, out_features, bias, kTileLinear), {}, payload.numel(), {}};
   const TileLinearArgs& args = layer.call.args;
-  layer.layer = {args.weight.payload, args.bias, args.y, static_cast<int>(out_features), 0,
+  layer.layer = {args.weight.payload,
+                 args.bias,
+                 args.y,
+                 static_cast<int>(out_features),
+                 0,
                  schedule_of(schedule, payload, tile_is_sparse)};
   if (args.tokens == 0 || out_features == 0) return layer;
   const int64_t cols = args.weight.cols;
-  layer.plan = forced_choice.bn != 0
-                   ? plan_of(limits, forced_choice, out_features, cols, args.tokens)
-                   : cached_plan(limits, {device, batch_invariant, 0, out_features, cols, args.tokens, payload.numel()});
+  layer.plan =
+      forced_choice.bn != 0
+          ? plan_of(limits, forced_choice, out_features, cols, args.tokens)
+          : cached_plan(limits, {device, batch_invariant, 0, out_features, cols, args.tokens, payload.numel()});
   return layer;
 }
 
@@ -159,8 +164,8 @@ Tensor gemm(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse
   void* stream = current_stream(device);
   const DeviceLimits* limits = schedule.has_value() ? cuda::usable_device(device, stream) : nullptr;
   if (limits == nullptr) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
-  const LayerCall layer = layer_call(*limits, device, x, payload, tile_is_sparse, *schedule, out_features, bias,
-                                     batch_invariant);
+  const LayerCall layer =
+      layer_call(*limits, device, x, payload, tile_is_sparse, *schedule, out_features, bias, batch_invariant);
   if (layer.call.args.tokens == 0 || out_features == 0) return layer.call.y;
   if (layer.plan.family == Family::kUnpack) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
   const LayerCall* const layers[] = {&layer};
@@ -180,8 +185,8 @@ Tensor tile_linear_train(const Tensor& x, const Tensor& payload, const Tensor& t
   return gemm(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant, false);
 }
 
-// On Hopper one launch for all layers whose own plans have as many splits, so that each gets the bits that it has alone;
-// elsewhere a launch for each, and only the step from Python to here is shared.
+// On Hopper one launch for all layers whose own plans have as many splits, so that each gets the bits that it has
+// alone; elsewhere a launch for each, and only the step from Python to here is shared.
 std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<GroupItem>& items, bool batch_invariant) {
   const Tensor x = as_contiguous(x_in);
   const int device = items[0].payload.get_device();

@@ -98,7 +98,7 @@ constexpr NamedConstant kConstants[] = {
     PK_NAMED(cycles_per_us),           PK_NAMED(memory_bytes_per_cycle), PK_NAMED(link_bytes_per_cycle),
     PK_NAMED(cluster_bytes_per_cycle), PK_NAMED(shared_bytes_per_cycle), PK_NAMED(shared_write_share),
     PK_NAMED(macs_per_cycle),          PK_NAMED(launch_cycles),          PK_NAMED(item_cycles),
-    PK_NAMED(item_token_cycles),       PK_NAMED(switch_cycles),          PK_NAMED(exchange_chunk_cycles),
+    PK_NAMED(item_token_cycles),       PK_NAMED(switch_cycles),          PK_NAMED(exchange_turn_cycles),
     PK_NAMED(exchange_output_cycles),  PK_NAMED(sm80_macs_per_cycle),    PK_NAMED(sm80_sparse_share),
     PK_NAMED(sm80_reduce_cycles),
 #undef PK_NAMED

@@ -37,8 +37,9 @@ inline LaunchPlan cached_plan(const DeviceLimits& limits, const PlanKey& key) {
   }
   Entry& entry = entries[hash & ((1 << kBits) - 1)];
   if (!(entry.key == key)) {
-    entry.plan = key.splits ? plan_with_splits(limits, key.rows, key.cols, key.tokens, key.payload_bytes, key.splits)
-                            : choose_plan(limits, key.rows, key.cols, key.tokens, key.payload_bytes, key.batch_invariant);
+    entry.plan = key.splits
+                     ? plan_with_splits(limits, key.rows, key.cols, key.tokens, key.payload_bytes, key.splits)
+                     : choose_plan(limits, key.rows, key.cols, key.tokens, key.payload_bytes, key.batch_invariant);
     entry.key = key;
   }
   return entry.plan;

@@ -115,7 +115,7 @@ double item_end_cycles(const ModelConstants& c, const LaunchPlan& plan) {
   // outputs. Two chunks of tokens are under way at a time.
   const double sums = (plan.pairs ? 2.0 : 1.0) * kTile * plan.bn, outputs = sums / plan.splits;
   const int64_t turns = ceil_div(plan.bn, 2 * exchange_tokens(plan.bn));
-  return c.item_cycles + turns * c.exchange_chunk_cycles + 2 * 4 * sums / c.shared_bytes_per_cycle +
+  return c.item_cycles + turns * c.exchange_turn_cycles + 2 * 4 * sums / c.shared_bytes_per_cycle +
          4 * (sums - outputs) / c.cluster_bytes_per_cycle + outputs / kConsumerThreads * c.exchange_output_cycles;
 }
 

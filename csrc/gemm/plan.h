@@ -165,7 +165,7 @@ struct ModelConstants {
   double item_cycles = 1000;             // end of an item and start of the next one, in which no wgmma runs
   double item_token_cycles = 12.5;       // the same, a token: y through shared memory
   double switch_cycles = 50;             // a change between dense and sparse tiles
-  double exchange_chunk_cycles = 1500;   // latency of one exchange of partial sums
+  double exchange_turn_cycles = 1500;    // latency of exchanging two chunks of partial sums
   double exchange_output_cycles = 30;    // adding and storing one output by a thread of each consumer
   double sm80_macs_per_cycle = 1024;     // mma
   double sm80_sparse_share = 0.6;        // time of a sparse tile over a dense one's

@@ -158,11 +158,11 @@ def test_plans_are_possible(shape, capability):
 
 
 def test_decode_fills_the_card():
-    """Layers with few tile rows are split along K, so that most multiprocessors have work."""
+    """Layers with few tile rows are split along K, so that most of 132 multiprocessors have work."""
     for shape in SHAPES[:4]:
         for tokens in (1, 16, 64):
             p = plan(*shape, tokens)
-            assert p["workers"] * p["splits"] * p["token_ctas"] * p["row_ctas"] >= 96, (shape, tokens, p)
+            assert p["workers"] * p["splits"] * p["token_ctas"] * p["row_ctas"] > 80, (shape, tokens, p)
 
 
 def test_prefill_does_not_split():
@@ -259,12 +259,12 @@ def test_cycles_of_copies_and_ends():
     assert half == 16 * 2 * 0.25 * 50  # 16 steps of two rows; a step ends in a change one time out of four
 
 
-@pytest.mark.parametrize(("bn", "rows", "chunks"), [(8, 128, 1), (32, 128, 1), (64, 256, 1), (128, 256, 4)])
+@pytest.mark.parametrize(("bn", "rows", "turns"), [(8, 128, 1), (32, 128, 2), (64, 256, 2), (128, 256, 4)])
 @pytest.mark.parametrize("splits", [2, 4, 8])
-def test_cycles_of_an_exchange(bn, rows, chunks, splits):
+def test_cycles_of_an_exchange(bn, rows, turns, splits):
     shape, choice = (rows, 1024), (bn, 1, 1, splits, 0)
     sums = 4 * rows * bn
-    assert cycles(shape, choice, exchange_chunk_cycles=1500.0) == 1500 * chunks
+    assert cycles(shape, choice, exchange_turn_cycles=1500.0) == 1500 * turns
     sent = cycles(shape, choice, cluster_bytes_per_cycle=16.0)
     assert sent == pytest.approx(sums * (splits - 1) / splits / 16)
     assert cycles(shape, choice, exchange_output_cycles=30.0) == rows * bn / splits / 256 * 30
@@ -301,7 +301,7 @@ def test_every_constant_counts():
 
 def test_a_slower_card_is_planned_for():
     assert plan(4096, 4096, 16)["splits"] > 1
-    assert plan(4096, 4096, 16, constants={"exchange_chunk_cycles": 1e6})["splits"] == 1
+    assert plan(4096, 4096, 16, constants={"exchange_turn_cycles": 1e6})["splits"] == 1
     with pytest.raises(ValueError, match=r"expected names of model_constants\(\), got one that is not there"):
         plan(4096, 4096, 16, constants={"exchange": 1.0})
 

@@ -25,7 +25,7 @@ OTHER_CARD = {
     "item_cycles": 1700.0,
     "item_token_cycles": 8.0,
     "switch_cycles": 90.0,
-    "exchange_chunk_cycles": 2600.0,
+    "exchange_turn_cycles": 2600.0,
     "exchange_output_cycles": 55.0,
 }
 
@@ -97,7 +97,7 @@ def test_what_the_times_do_not_tell_is_left_alone(tmp_path):
     defaults = host.model_constants()
     for name in found.untold:
         assert found.constants[name] == defaults[name]
-    assert {"switch_cycles", "exchange_chunk_cycles", "cluster_bytes_per_cycle", "macs_per_cycle"} <= set(found.untold)
+    assert {"switch_cycles", "exchange_turn_cycles", "cluster_bytes_per_cycle", "macs_per_cycle"} <= set(found.untold)
     assert found.constants["link_bytes_per_cycle"] == pytest.approx(21, rel=0.02)
     text = plan_fit.report(times, found)
     assert "not told by these times, left as they are: " in text and "switch_cycles" in text

@@ -70,10 +70,10 @@ PK_EXPORT void fake_last_launch(int64_t* out) {
   const patch_kernels::GemmLayer& layer = p.layers[0];
   const auto address = [](const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)); };
   for (const int64_t value :
-       {int64_t{l.grid}, int64_t{l.cluster}, int64_t{l.spread}, int64_t{l.overlaps}, address(p.x), address(layer.payload),
-        address(layer.bias), address(layer.y), address(layer.schedule.tiles), int64_t{p.tokens}, int64_t{layer.rows},
-        int64_t{p.cols}, int64_t{p.x_stride}, int64_t{p.items.workers}, int64_t{p.token_ctas}, int64_t{p.row_ctas},
-        int64_t{p.splits}, int64_t{p.layer_count}, int64_t{p.items.units}}) {
+       {int64_t{l.grid}, int64_t{l.cluster}, int64_t{l.spread}, int64_t{l.overlaps}, address(p.x),
+        address(layer.payload), address(layer.bias), address(layer.y), address(layer.schedule.tiles), int64_t{p.tokens},
+        int64_t{layer.rows}, int64_t{p.cols}, int64_t{p.x_stride}, int64_t{p.items.workers}, int64_t{p.token_ctas},
+        int64_t{p.row_ctas}, int64_t{p.splits}, int64_t{p.layer_count}, int64_t{p.items.units}}) {
     *out++ = value;
   }
   for (const CUtensorMap* map : {&l.x_map, &l.y_maps[0]}) {
