@@ -24,19 +24,34 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols, ScalarType dtype) {
+Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule, int64_t rows,
+                    int64_t cols, ScalarType dtype) {
   STD_TORCH_CHECK(is_packed(dtype), "unpack_tiles: dtype must be ", packed_names());
   const TiledMatrix matrix = tiled_matrix(payload, tile_is_sparse, rows, cols, "unpack_tiles");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(matrix.payload) % 16 == 0,
+                  "unpack_tiles: payload must start at a multiple of 16 bytes; clone it");
+  const uint32_t* entries = nullptr;
+  if (schedule.has_value()) {
+    const int64_t tile_rows = tile_is_sparse.size(0), tile_cols = tile_is_sparse.size(1);
+    STD_TORCH_CHECK(schedule->scalar_type() == ScalarType::Int && schedule->dim() == 1 && schedule->is_contiguous() &&
+                        schedule->numel() == schedule_words(tile_rows, tile_cols),
+                    "unpack_tiles: schedule must come from make_schedule(tile_is_sparse)");
+    check_same_device(payload, *schedule, "unpack_tiles", "schedule");
+    entries = schedule_view(static_cast<const int32_t*>(schedule->const_data_ptr()), static_cast<int>(tile_rows),
+                            static_cast<int>(tile_cols))
+                  .tiles;
+  }
   const DeviceGuard guard(payload.get_device());
   const Tensor weight = torch::stable::new_empty(payload, {rows, cols}, dtype);
-  cuda::unpack_tiles(matrix, static_cast<uint16_t*>(weight.mutable_data_ptr()), current_stream(payload));
+  cuda::unpack_tiles(matrix, entries, static_cast<uint16_t*>(weight.mutable_data_ptr()), current_stream(payload));
   return weight;
 }
 
 // Unpack, then torch's own linear (cuBLAS). Right on every GPU; needs room for one dense weight.
-Tensor unpacked_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, int64_t out_features,
-                       const OptionalTensor& bias) {
-  const Tensor weight = unpack_tiles(payload, tile_is_sparse, out_features, x.size(x.dim() - 1), x.scalar_type());
+Tensor unpacked_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse,
+                       const OptionalTensor& schedule, int64_t out_features, const OptionalTensor& bias) {
+  const Tensor weight =
+      unpack_tiles(payload, tile_is_sparse, schedule, out_features, x.size(x.dim() - 1), x.scalar_type());
   StableIValue stack[3] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
                            torch::stable::detail::from(bias)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
@@ -81,7 +96,7 @@ Tensor gemm(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse
   void* stream = current_stream(payload);
   Workspace workspace{payload, {}};
   if (!schedule.has_value() || !cuda::gemm_is_usable(device, stream, Workspace::allocate, &workspace)) {
-    return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
+    return unpacked_linear(x, payload, tile_is_sparse, schedule, out_features, bias);
   }
   const LinearCall call = linear_call(x, payload, tile_is_sparse, out_features, bias, op);
   const int64_t tokens = call.args.tokens, cols = call.args.weight.cols;
@@ -96,7 +111,7 @@ Tensor gemm(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse
                         ? plan_of(limits, forced_choice, out_features, cols, tokens)
                         : choose_plan(limits, out_features, cols, tokens, payload.numel(), batch_invariant);
   plan.overlaps_previous = overlaps_previous;
-  if (plan.family == Family::kUnpack) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
+  if (plan.family == Family::kUnpack) return unpacked_linear(x, payload, tile_is_sparse, schedule, out_features, bias);
 
   const Tensor rows_of_x = aligned_rows(call.x, tokens, cols);
   GemmProblem problem{};
