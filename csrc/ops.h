@@ -129,9 +129,12 @@ const char* instruction_set();   // in use
 std::string instruction_sets();  // that this CPU has, least first, with spaces between
 }  // namespace cpu
 
+struct Schedule;  // gemm/plan.h
+
 namespace cuda {
 // stream is a cudaStream_t. All throw std::runtime_error with the CUDA error's text if a launch fails.
-void unpack_tiles(const TiledMatrix& matrix, uint16_t* weight, void* stream);
+// payload and weight start at multiples of 16 bytes; schedule: the layer's, or one without tiles.
+void unpack_tiles(const TiledMatrix& matrix, const Schedule& schedule, uint16_t* weight, void* stream);
 // partial_sums: (tile rows, tile cols, 2) fp64 workspace.
 void masked_weight(const MaskedWeightArgs& args, void* masked, double* partial_sums, double* sums, void* stream);
 void masked_weight_backward(const MaskedWeightArgs& args, const MaskedWeightGrads& grads, void* stream);

@@ -26,7 +26,9 @@ std::string group_schema(int count) {
 
 STABLE_TORCH_LIBRARY(patch_kernels, m) {
   m.def("pack_tiles(Tensor weight, Tensor keep, Tensor tile_is_sparse) -> Tensor");
-  m.def("unpack_tiles(Tensor payload, Tensor tile_is_sparse, int rows, int cols, ScalarType dtype) -> Tensor");
+  m.def(
+      "unpack_tiles(Tensor payload, Tensor tile_is_sparse, Tensor? schedule, int rows, int cols, ScalarType dtype) "
+      "-> Tensor");
   m.def("make_schedule(Tensor tile_is_sparse) -> Tensor");
   m.def(
       "tile_linear(Tensor x, Tensor payload, Tensor tile_is_sparse, Tensor? schedule, int out_features, Tensor? bias, "

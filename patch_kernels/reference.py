@@ -156,7 +156,13 @@ _ROUNDING_STREAM = 1 << 31  # set in the second counter word for stochastic roun
 
 
 def rounding_bits(seed: int, stream: int, step: int, what: int, elems: int) -> torch.Tensor:
-    """16 random bits (elems,) int64 to round with; what: 0 parameter, 1 first moment, 2 second moment."""
+    """16 random bits (elems,) int64 to round with; what: 0 parameter, 1 first moment, 2 second moment.
+
+    The second moment of an element takes the bits of its neighbour's first: both moments share a Philox call.
+    """
+    if what == 2:
+        pairs = rounding_bits(seed, stream, step, 1, elems + elems % 2).reshape(-1, 2)
+        return pairs.flip(1).flatten()[:elems]
     draw = torch.arange(-(-elems // 8), dtype=torch.int64)
     words = philox4x32(
         [
@@ -245,7 +251,8 @@ def adamw_step(
     g = g if grad_scale is None else g * grad_scale.reshape(())
     m = m + (g - m) * fp32(1 - betas[0])
     v = v * fp32(betas[1]) + g * g * fp32(1 - betas[1])
-    root = v.double().sqrt().float()  # torch's fp32 square root is not correctly rounded everywhere
+    # In fp64: torch's fp32 square root is not correctly rounded everywhere.
+    root = v.clamp(min=2.0**-100).double().sqrt().float()
     denominator = root * fp32(1 / (1 - betas[1] ** step) ** 0.5) + fp32(eps)
     p = p * fp32(1 - lr * weight_decay) - fp32(lr / (1 - betas[0] ** step)) * m / denominator
     store(param, p, 0)

@@ -37,7 +37,7 @@ class TiledWeight:
 
     def unpack(self) -> Tensor:
         """The dense weight (N, K), zeros where pruned."""
-        return tile_linear.unpack_tiles(self.payload, self.tile_is_sparse, self.shape, self.dtype)
+        return tile_linear.unpack_tiles(self.payload, self.tile_is_sparse, self.shape, self.dtype, self.schedule)
 
     @property
     def nbytes(self) -> int:

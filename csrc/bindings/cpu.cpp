@@ -38,7 +38,9 @@ Tensor pack_tiles(const Tensor& weight_in, const Tensor& keep_in, const Tensor& 
   return payload;
 }
 
-Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols, ScalarType dtype) {
+// A CPU counts flags faster than it reads a schedule.
+Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor&, int64_t rows,
+                    int64_t cols, ScalarType dtype) {
   STD_TORCH_CHECK(is_packed(dtype), "unpack_tiles: dtype must be ", packed_names());
   const TiledMatrix matrix = tiled_matrix(payload, tile_is_sparse, rows, cols, "unpack_tiles");
   check_payload_on_host(payload, tile_is_sparse, "unpack_tiles");

@@ -31,13 +31,29 @@ void* current_stream(int device) {
 
 void* current_stream(const Tensor& tensor) { return current_stream(tensor.get_device()); }
 
-Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, int64_t rows, int64_t cols, ScalarType dtype) {
+Schedule schedule_of(const Tensor& schedule, const Tensor& payload, const Tensor& tile_is_sparse, const char* op) {
+  const int64_t tile_rows = tile_is_sparse.size(0), tile_cols = tile_is_sparse.size(1);
+  STD_TORCH_CHECK(schedule.scalar_type() == ScalarType::Int && schedule.dim() == 1 && schedule.is_contiguous() &&
+                      schedule.numel() == schedule_words(tile_rows, tile_cols),
+                  op, ": schedule must come from make_schedule(tile_is_sparse)");
+  check_same_device(payload, schedule, op, "schedule");
+  return schedule_view(static_cast<const int32_t*>(schedule.const_data_ptr()), static_cast<int>(tile_rows),
+                       static_cast<int>(tile_cols));
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+Tensor unpack_tiles(const Tensor& payload, const Tensor& tile_is_sparse, const OptionalTensor& schedule_in,
+                    int64_t rows, int64_t cols, ScalarType dtype) {
   STD_TORCH_CHECK(is_packed(dtype), "unpack_tiles: dtype must be ", packed_names());
   cuda::require_driver("unpack_tiles");
   const TiledMatrix matrix = tiled_matrix(payload, tile_is_sparse, rows, cols, "unpack_tiles");
+  STD_TORCH_CHECK(is_aligned(matrix.payload), "unpack_tiles: payload must start at a multiple of 16 bytes; clone it");
+  Schedule schedule{};
+  if (schedule_in.has_value()) schedule = schedule_of(*schedule_in, payload, tile_is_sparse, "unpack_tiles");
   const DeviceGuard guard(payload.get_device());
   const Tensor weight = torch::stable::new_empty(payload, {rows, cols}, dtype);
-  cuda::unpack_tiles(matrix, static_cast<uint16_t*>(weight.mutable_data_ptr()), current_stream(payload));
+  cuda::unpack_tiles(matrix, schedule, static_cast<uint16_t*>(weight.mutable_data_ptr()), current_stream(payload));
   return weight;
 }
 
@@ -46,18 +62,17 @@ constexpr const char* kTileLinear = "tile_linear";
 static_assert(kMostInGroup <= kMaxLayers, "a group is one launch");
 
 // Unpack, then torch's own linear (cuBLAS). Right on every GPU; needs room for one dense weight.
-Tensor unpacked_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse, int64_t out_features,
-                       const OptionalTensor& bias) {
+Tensor unpacked_linear(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse,
+                       const OptionalTensor& schedule, int64_t out_features, const OptionalTensor& bias) {
   STD_TORCH_CHECK(is_packed(x.scalar_type()) && x.dim() >= 1, kTileLinear, ": x must be ", packed_names());
   check_same_device(x, payload, kTileLinear, "payload");
-  const Tensor weight = unpack_tiles(payload, tile_is_sparse, out_features, x.size(x.dim() - 1), x.scalar_type());
+  const Tensor weight =
+      unpack_tiles(payload, tile_is_sparse, schedule, out_features, x.size(x.dim() - 1), x.scalar_type());
   StableIValue stack[3] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
                            torch::stable::detail::from(bias)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
-
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Rows of x that start at multiples of 16 bytes, as bulk and tensor copies need: x itself, which is contiguous, or a
 // copy with longer rows. What lies beyond K in the copy is never read.
@@ -77,16 +92,6 @@ AlignedRows aligned_rows(const Tensor& x, int64_t tokens, int64_t cols) {
 
 // For benchmarks/ops/bench_plans.py alone: what the next calls use instead of their own choice; bn = 0: nothing.
 PlanChoice forced_choice{};
-
-Schedule schedule_of(const Tensor& schedule, const Tensor& payload, const Tensor& tile_is_sparse) {
-  const int64_t tile_rows = tile_is_sparse.size(0), tile_cols = tile_is_sparse.size(1);
-  STD_TORCH_CHECK(schedule.scalar_type() == ScalarType::Int && schedule.dim() == 1 && schedule.is_contiguous() &&
-                      schedule.numel() == schedule_words(tile_rows, tile_cols),
-                  kTileLinear, ": schedule must come from make_schedule(tile_is_sparse)");
-  check_same_device(payload, schedule, kTileLinear, "schedule");
-  return schedule_view(static_cast<const int32_t*>(schedule.const_data_ptr()), static_cast<int>(tile_rows),
-                       static_cast<int>(tile_cols));
-}
 
 // A layer that the kernels take, with the plan that it has alone.
 struct LayerCall {
@@ -108,7 +113,7 @@ LayerCall layer_call(const DeviceLimits& limits, int device, const Tensor& x, co
                  args.y,
                  static_cast<int>(out_features),
                  0,
-                 schedule_of(schedule, payload, tile_is_sparse)};
+                 schedule_of(schedule, payload, tile_is_sparse, kTileLinear)};
   if (args.tokens == 0 || out_features == 0) return layer;
   const int64_t cols = args.weight.cols;
   layer.plan =
@@ -163,11 +168,12 @@ Tensor gemm(const Tensor& x, const Tensor& payload, const Tensor& tile_is_sparse
   const DeviceGuard guard(device);
   void* stream = current_stream(device);
   const DeviceLimits* limits = schedule.has_value() ? cuda::usable_device(device, stream) : nullptr;
-  if (limits == nullptr) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
+  if (limits == nullptr) return unpacked_linear(x, payload, tile_is_sparse, schedule, out_features, bias);
   const LayerCall layer =
       layer_call(*limits, device, x, payload, tile_is_sparse, *schedule, out_features, bias, batch_invariant);
   if (layer.call.args.tokens == 0 || out_features == 0) return layer.call.y;
-  if (layer.plan.family == Family::kUnpack) return unpacked_linear(x, payload, tile_is_sparse, out_features, bias);
+  if (layer.plan.family == Family::kUnpack)
+    return unpacked_linear(x, payload, tile_is_sparse, schedule, out_features, bias);
   const LayerCall* const layers[] = {&layer};
   launch_layers(*limits, device, stream, layers, 1, batch_invariant, overlaps_previous);
   return layer.call.y;
@@ -220,8 +226,9 @@ std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<Grou
   for (size_t i = 0; i < calls.size(); ++i) {
     const GroupItem& item = items[i];
     const bool too_large = calls[i].plan.family == Family::kUnpack && item.out_features > 0;
-    results.push_back(too_large ? unpacked_linear(x, item.payload, item.tile_is_sparse, item.out_features, item.bias)
-                                : calls[i].call.y);
+    results.push_back(
+        too_large ? unpacked_linear(x, item.payload, item.tile_is_sparse, item.schedule, item.out_features, item.bias)
+                  : calls[i].call.y);
   }
   return results;
 }

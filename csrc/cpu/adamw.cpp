@@ -19,38 +19,46 @@ struct Block {
 using Values = float[kAdamWBlock];
 using Random = uint16_t[kAdamWBlock];
 
-void draw(const AdamWArgs& args, Rounded what, const Block& block, Random& random) {
+void draw(const AdamWArgs& args, const PhiloxKeys& keys, Rounded what, const Block& block, Random& random) {
   uint32_t words[4][kLanes], transposed[kLanes][4];
-  rounding_words<kLanes>(args, what, static_cast<uint64_t>(block.first()) / kRoundings, words);
+  rounding_words<kLanes>(args, keys, what, static_cast<uint64_t>(block.first()) / kRoundings, words);
   for (int l = 0; l < kLanes; ++l) {
     for (int w = 0; w < 4; ++w) transposed[l][w] = words[w][l];
   }
   memcpy(random, transposed, sizeof(random));  // little endian: the lower half of a word comes first
 }
 
-void store(const AdamWArgs&, Rounded, const Block& block, const Values& values, float* to) {
+// To the neighbour's bits.
+void swap_neighbours(Random& random) {
+  for (int i = 0; i < kAdamWBlock; i += 2) {
+    const uint16_t first = random[i];
+    random[i] = random[i + 1];
+    random[i + 1] = first;
+  }
+}
+
+enum class Tensor { kParam, kExpAvg, kExpAvgSq };
+
+void store(const AdamWArgs&, Tensor, const Block& block, const Values& values, const Random&, float* to) {
   for (int i = 0; i < block.count; ++i) to[i] = values[i];
 }
-void store(const AdamWArgs& args, Rounded what, const Block& block, const Values& values, BFloat16* to) {
-  Random random;
-  draw(args, what, block, random);
+void store(const AdamWArgs&, Tensor, const Block& block, const Values& values, const Random& random, BFloat16* to) {
   for (int i = 0; i < block.count; ++i) store_rounded(values[i], random[i], to[i]);
 }
 
-float* scale_of(const AdamWArgs& args, Rounded what, const Block& block) {
-  return (what == Rounded::kExpAvg ? args.exp_avg_scale : args.exp_avg_sq_scale) + block.index;
+float* scale_of(const AdamWArgs& args, Tensor tensor, const Block& block) {
+  return (tensor == Tensor::kExpAvg ? args.exp_avg_scale : args.exp_avg_sq_scale) + block.index;
 }
-void store(const AdamWArgs& args, Rounded what, const Block& block, const Values& values, Code8* to) {
-  Random random;
-  draw(args, what, block, random);
+void store(const AdamWArgs& args, Tensor tensor, const Block& block, const Values& values, const Random& random,
+           Code8* to) {
   uint32_t largest = 0;
   for (int i = 0; i < block.count; ++i) {
     const uint32_t magnitude = bit_cast<uint32_t>(values[i]) & 0x7FFFFFFFu;
     largest = magnitude > largest ? magnitude : largest;
   }
   const float scale = block_scale(largest), inverse = 1.0f / scale;
-  *scale_of(args, what, block) = scale;
-  if (what == Rounded::kExpAvg) {
+  *scale_of(args, tensor, block) = scale;
+  if (tensor == Tensor::kExpAvg) {
     for (int i = 0; i < block.count; ++i) to[i] = encode_exp_avg(values[i], inverse, random[i]);
   } else {
     for (int i = 0; i < block.count; ++i) to[i] = encode_exp_avg_sq(values[i], inverse, random[i]);
@@ -58,12 +66,12 @@ void store(const AdamWArgs& args, Rounded what, const Block& block, const Values
 }
 
 template <class T>
-void load(const AdamWArgs&, Rounded, const Block& block, const T* from, Values& values) {
+void load(const AdamWArgs&, Tensor, const Block& block, const T* from, Values& values) {
   for (int i = 0; i < block.count; ++i) values[i] = load_as<float>(from[i]);
 }
-void load(const AdamWArgs& args, Rounded what, const Block& block, const Code8* from, Values& values) {
-  const float scale = *scale_of(args, what, block);
-  if (what == Rounded::kExpAvg) {
+void load(const AdamWArgs& args, Tensor tensor, const Block& block, const Code8* from, Values& values) {
+  const float scale = *scale_of(args, tensor, block);
+  if (tensor == Tensor::kExpAvg) {
     for (int i = 0; i < block.count; ++i) values[i] = decode_exp_avg(from[i], scale);
   } else {
     for (int i = 0; i < block.count; ++i) values[i] = decode_exp_avg_sq(from[i], scale);
@@ -71,7 +79,7 @@ void load(const AdamWArgs& args, Rounded what, const Block& block, const Code8* 
 }
 
 template <class Param, class Moment>
-void step_block(const AdamWArgs& args, const Block& block) {
+void step_block(const AdamWArgs& args, const PhiloxKeys& keys, const Block& block) {
   Param* const param = static_cast<Param*>(args.param) + block.first();
   const Param* const grad = static_cast<const Param*>(args.grad) + block.first();
   Moment* const exp_avg = static_cast<Moment*>(args.exp_avg) + block.first();
@@ -79,23 +87,29 @@ void step_block(const AdamWArgs& args, const Block& block) {
   const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
   const AdamWFactors factors = args.factors;
   Values p, m, v;
-  load(args, Rounded::kParam, block, param, p);
-  load(args, Rounded::kExpAvg, block, exp_avg, m);
-  load(args, Rounded::kExpAvgSq, block, exp_avg_sq, v);
+  Random random;
+  load(args, Tensor::kParam, block, param, p);
+  load(args, Tensor::kExpAvg, block, exp_avg, m);
+  load(args, Tensor::kExpAvgSq, block, exp_avg_sq, v);
   for (int i = 0; i < block.count; ++i) {
-    adamw_value(load_as<float>(grad[i]) * grad_scale, factors, p[i], m[i], v[i]);
+    adamw_moments(load_as<float>(grad[i]) * grad_scale, factors, m[i], v[i]);
+    p[i] = adamw_param(p[i], factors, m[i], v[i]);
   }
-  store(args, Rounded::kParam, block, p, param);
-  store(args, Rounded::kExpAvg, block, m, exp_avg);
-  store(args, Rounded::kExpAvgSq, block, v, exp_avg_sq);
+  if (sizeof(Param) < sizeof(float)) draw(args, keys, Rounded::kParam, block, random);
+  store(args, Tensor::kParam, block, p, random, param);
+  if (sizeof(Moment) < sizeof(float)) draw(args, keys, Rounded::kMoments, block, random);
+  store(args, Tensor::kExpAvg, block, m, random, exp_avg);
+  swap_neighbours(random);
+  store(args, Tensor::kExpAvgSq, block, v, random, exp_avg_sq);
 }
 
 template <class Param, class Moment>
 void step(const AdamWArgs& args, ParallelFor parallel) {
+  const PhiloxKeys keys = philox_keys(args.seed);
   parallel_over(parallel, ceil_div(args.elems, kAdamWBlock), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t left = args.elems - b * kAdamWBlock;
-      step_block<Param, Moment>(args, {b, static_cast<int>(left < kAdamWBlock ? left : kAdamWBlock)});
+      step_block<Param, Moment>(args, keys, {b, static_cast<int>(left < kAdamWBlock ? left : kAdamWBlock)});
     }
   });
 }

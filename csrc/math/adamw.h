@@ -3,7 +3,8 @@
 // Only IEEE additions, multiplications, divisions and square roots, compiled without contraction, so CPU and GPU give
 // the same bits. What is stored below fp32 is rounded stochastically: 16 random bits are added below the cut and the
 // rest is dropped, so the mean of many roundings is the value itself. The bits are Philox words of (element, step,
-// stream), a function of these alone.
+// stream), a function of these alone. Both moments share a Philox call: the second moment of an element takes the bits
+// of its neighbour's first (element ^ 1), so the two of one element are independent.
 #pragma once
 
 #include "../ops.h"
@@ -16,7 +17,7 @@ namespace {
 constexpr int kRoundings = 8;                      // of 16 bits, out of one Philox call
 constexpr uint32_t kRoundingStreamBit = 1u << 31;  // of the second counter word, which mask noise never sets
 
-enum class Rounded : uint32_t { kParam, kExpAvg, kExpAvgSq };
+enum class Rounded : uint32_t { kParam, kMoments };
 
 // An 8-bit moment: the upper bits of an fp32 number (sign, exponent, three bits of mantissa) after division by its
 // block's scale, a power of two. Subnormal codes are fp32 subnormals, so fp32's own gradual underflow makes them.
@@ -29,7 +30,8 @@ constexpr float kExpAvgSqUnit = 0x1p97f;  // second, 5 bits and no sign; so roun
 
 // Words of draws first..first+kLanes-1: draw i rounds elements 8i..8i+7, element 8i+k with bits 16(k%2).. of word k/2.
 template <int kLanes>
-PK_HD void rounding_words(const AdamWArgs& args, Rounded what, uint64_t first, uint32_t (&words)[4][kLanes]) {
+PK_HD void rounding_words(const AdamWArgs& args, const PhiloxKeys& keys, Rounded what, uint64_t first,
+                          uint32_t (&words)[4][kLanes]) {
   for (int l = 0; l < kLanes; ++l) {
     const uint64_t draw = first + static_cast<uint64_t>(l);
     words[0][l] = static_cast<uint32_t>(draw);
@@ -37,14 +39,19 @@ PK_HD void rounding_words(const AdamWArgs& args, Rounded what, uint64_t first, u
     words[2][l] = args.step;
     words[3][l] = args.stream << 2 | static_cast<uint32_t>(what);
   }
-  philox<kLanes>(words[0], words[1], words[2], words[3], args.seed);
+  philox<kLanes>(words[0], words[1], words[2], words[3], keys);
 }
 
-PK_HD void adamw_value(float grad, const AdamWFactors& f, float& param, float& exp_avg, float& exp_avg_sq) {
+PK_HD void adamw_moments(float grad, const AdamWFactors& f, float& exp_avg, float& exp_avg_sq) {
   exp_avg = exp_avg + (grad - exp_avg) * f.grad_share;
   exp_avg_sq = exp_avg_sq * f.beta2 + grad * grad * f.square_share;
-  const float denominator = sqrtf(exp_avg_sq) * f.root_factor + f.eps;
-  param = param * f.decay - f.step_size * exp_avg / denominator;
+}
+
+constexpr float kLeastSquare = 0x1p-100f;  // under the root, far below eps^2; keeps roots and quotients in range
+
+PK_HD float adamw_param(float param, const AdamWFactors& f, float exp_avg, float exp_avg_sq) {
+  const float square = exp_avg_sq < kLeastSquare ? kLeastSquare : exp_avg_sq;  // NaN stays NaN
+  return param * f.decay - f.step_size * exp_avg / (sqrtf(square) * f.root_factor + f.eps);
 }
 
 PK_HD void store_rounded(float value, uint32_t, float& out) { out = value; }

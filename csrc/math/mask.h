@@ -55,7 +55,7 @@ PK_HD TileGate<Real> tile_gate(Real logit, uint32_t row, uint32_t col, const Fac
   Real z = factors.logit * logit;
   if (noise.enabled) {
     uint32_t c0[1] = {row}, c1[1] = {col}, c2[1] = {noise.draw}, c3[1] = {noise.layer | kTileStreamBit};
-    philox<1>(c0, c1, c2, c3, noise.seed);
+    philox<1>(c0, c1, c2, c3, philox_keys(noise.seed));
     // The logistic variate ln(u) - ln(1 - u); 1 - u is the uniform of the inverted bits.
     const uint32_t bits = c0[0] >> 11;
     const Real logistic = exponential<Real>(~bits & 0x1FFFFFu) - exponential<Real>(bits);
@@ -84,7 +84,7 @@ PK_HD void pattern_probabilities(const Real (&logits)[kPatterns][kLanes], uint64
       words[2][l] = noise.draw;
       words[3][l] = noise.layer;
     }
-    philox<kLanes>(words[0], words[1], words[2], words[3], noise.seed);
+    philox<kLanes>(words[0], words[1], words[2], words[3], philox_keys(noise.seed));
     for (int l = 0; l < kLanes; ++l) {
       // Six 21-bit fields out of 128 bits, no bit used twice.
       for (int k = 0; k < 4; ++k) bits[k][l] = words[k][l] >> 11;

@@ -21,22 +21,34 @@ PK_HD uint64_t multiply_wide(uint32_t a, uint32_t b) {
 #endif
 }
 
+constexpr int kPhiloxRounds = 10;
+
+// Both key words of every round.
+struct PhiloxKeys {
+  uint32_t words[kPhiloxRounds][2];
+};
+PK_HD PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+    keys.words[round][0] = static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
+    keys.words[round][1] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
+  }
+  return keys;
+}
+
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011). Counters are updated in place.
 template <int kLanes>
 PK_HD void philox(uint32_t (&c0)[kLanes], uint32_t (&c1)[kLanes], uint32_t (&c2)[kLanes], uint32_t (&c3)[kLanes],
-                  uint64_t seed) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+                  const PhiloxKeys& keys) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     for (int l = 0; l < kLanes; ++l) {
       const uint64_t product0 = multiply_wide(c0[l], 0xD2511F53u);
       const uint64_t product1 = multiply_wide(c2[l], 0xCD9E8D57u);
-      c0[l] = static_cast<uint32_t>(product1 >> 32) ^ c1[l] ^ key0;
+      c0[l] = static_cast<uint32_t>(product1 >> 32) ^ c1[l] ^ keys.words[round][0];
       c1[l] = static_cast<uint32_t>(product1);
-      c2[l] = static_cast<uint32_t>(product0 >> 32) ^ c3[l] ^ key1;
+      c2[l] = static_cast<uint32_t>(product0 >> 32) ^ c3[l] ^ keys.words[round][1];
       c3[l] = static_cast<uint32_t>(product0);
     }
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
   }
 }
 

@@ -44,6 +44,7 @@ def adamw_step(
 
     g = grad_scale * grad;  m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g * g
     param = (1 - lr * weight_decay) * param - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+    where the root is of at least 2^-100: 1e-15 beside eps, and no division by 0 without it.
 
     param       fp32 or bf16, any shape, contiguous (on a GPU at a multiple of 16 bytes, as the moments); grad like it.
     exp_avg, exp_avg_sq   m and v of param's shape, both fp32, bf16 or uint8; zeros before the first step.
@@ -54,7 +55,8 @@ def adamw_step(
     grad_scale  fp32 with one element on param's device, or None; for clipping without another pass.
     seed, stream   of the stochastic rounding of what is stored below fp32; give each parameter its own stream. The
                 random bits are a function of (seed, stream, step, element) alone: the result depends neither on
-                threads, device nor on earlier calls. Arithmetic is fp32 everywhere.
+                threads, device nor on earlier calls. Arithmetic is fp32 everywhere. Those of v are m's of the
+                neighbouring element, so that both moments share a call of the generator.
     raises      ValueError naming the argument, what was expected and what came.
     Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), as torch.optim.AdamW; 8-bit blocks after Dettmers et al.
     2022 (arXiv 2110.02861), with other codes.

@@ -134,8 +134,17 @@ def pack_tiles(weight: Tensor, keep: Tensor, tile_is_sparse: Tensor) -> Tensor:
     return payload.to(weight.device)
 
 
-def unpack_tiles(payload: Tensor, tile_is_sparse: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Inverse of pack_tiles: the dense (N, K) weight, bit for bit, zeros where pruned."""
+def unpack_tiles(
+    payload: Tensor,
+    tile_is_sparse: Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    schedule: Tensor | None = None,
+) -> Tensor:
+    """Inverse of pack_tiles: the dense (N, K) weight, bit for bit, zeros where pruned.
+
+    schedule (make_schedule) tells a GPU where the tiles lie; without it, every tile counts the flags before it.
+    """
     if dtype not in BY_TORCH:
         raise ValueError(f"unpack_tiles: expected dtype float16 or bfloat16, got {dtype}. Use that of pack_tiles.")
     require_sizes("unpack_tiles, shape", shape, "Pass that of the packed weight.")
@@ -143,7 +152,11 @@ def unpack_tiles(payload: Tensor, tile_is_sparse: Tensor, shape: tuple[int, int]
     size, advice = (payload_bytes(tile_is_sparse),), "Pass what pack_tiles returned, with its flags."
     like: dict[str, Any] = {"device": tile_is_sparse.device, "contiguous": True, "advice": advice}
     require_tensor("unpack_tiles, payload", payload, dtypes=(torch.uint8,), shape=size, **like)
-    return _ops.unpack_tiles(payload, tile_flags(tile_is_sparse), shape[0], shape[1], dtype)
+    if schedule is not None:
+        rows, cols = tile_is_sparse.shape
+        words, like["advice"] = (schedule_words((rows, cols)),), "Pass make_schedule(tile_is_sparse)."
+        require_tensor("unpack_tiles, schedule", schedule, dtypes=(torch.int32,), shape=words, **like)
+    return _ops.unpack_tiles(payload, tile_flags(tile_is_sparse), schedule, shape[0], shape[1], dtype)
 
 
 def make_schedule(tile_is_sparse: Tensor) -> Tensor:
@@ -303,7 +316,7 @@ def _register_fakes() -> None:
         fake(f"patch_kernels::tile_linear_group{count}", _fake_linear_group)
     fake(
         "patch_kernels::unpack_tiles",
-        lambda payload, tile_is_sparse, rows, cols, dtype: payload.new_empty((rows, cols), dtype=dtype),
+        lambda payload, tile_is_sparse, schedule, rows, cols, dtype: payload.new_empty((rows, cols), dtype=dtype),
     )
 
     fake(
@@ -319,17 +332,17 @@ def _register_fakes() -> None:
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, payload, tile_is_sparse, _, _, bias, _ = inputs
-    ctx.save_for_backward(payload, tile_is_sparse)
+    x, payload, tile_is_sparse, schedule, _, bias, _ = inputs
+    ctx.save_for_backward(payload, tile_is_sparse, schedule)
     ctx.in_features, ctx.dtype, ctx.has_bias = x.shape[-1], x.dtype, bias is not None
 
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    payload, tile_is_sparse = ctx.saved_tensors
+    payload, tile_is_sparse, schedule = ctx.saved_tensors
     out_features = grad.shape[-1]
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = _ops.unpack_tiles(payload, tile_is_sparse, out_features, ctx.in_features, ctx.dtype)
+        weight = _ops.unpack_tiles(payload, tile_is_sparse, schedule, out_features, ctx.in_features, ctx.dtype)
         grad_x = grad @ weight
     if ctx.has_bias and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, out_features).sum(0)

@@ -123,6 +123,44 @@ def test_rounding_bits_are_random_and_apart():
     assert torch.corrcoef(torch.stack([draws, noise]))[0, 1].abs() < 0.06
 
 
+def test_the_second_moment_takes_the_bits_of_its_neighbours_first():
+    """One Philox call for both moments; the two of one element are independent."""
+    for elems in (1, 7, 8, 4096):
+        first, second = (reference.rounding_bits(5, 2, 3, what, elems + 1) for what in (1, 2))
+        swapped = torch.arange(elems) ^ 1
+        assert torch.equal(second[:elems], first[swapped])
+    both = torch.stack([first.double(), second.double()])
+    assert torch.corrcoef(both)[0, 1].abs() < 0.06
+
+
+def test_values_of_every_size_equal_the_reference():
+    """Zeros of both signs, subnormals and values up to overflow; in whole lanes of eight, and mixed."""
+    generator = torch.Generator().manual_seed(8)
+    for dtype in PARAM_DTYPES:
+        for moments in MOMENT_DTYPES:
+            state = adamw_state(4099, dtype, moments, generator)
+            size = 2.0 ** torch.randint(-149, 60, (4099,), generator=generator)
+            state["param"].copy_(state["param"].double() * size * torch.randint(0, 2, (4099,), generator=generator))
+            expected = {name: value.clone() for name, value in state.items()}
+            for step in range(1, 4):
+                grad = torch.randn(4099, generator=generator) * 2.0 ** torch.randint(
+                    -149, 50, (4099,), generator=generator
+                )
+                grad[torch.arange(4099) // 8 % 3 == step % 3] = -0.0
+                for function, target in ((adamw_step, state), (reference.adamw_step, expected)):
+                    function(**target, grad=grad.to(dtype), step=step, seed=1, stream=2, **SETTINGS | {"lr": 1e-2})
+            for name, value in expected.items():
+                assert same_bits(state[name], value), (dtype, moments, name)
+
+
+def test_without_eps_a_zero_gradient_moves_nothing():
+    """The root is of at least 2^-100, so no 0 / 0."""
+    state = adamw_state(300, torch.float32, torch.float32, torch.Generator().manual_seed(0))
+    before = state["param"].clone()
+    adamw_step(**state, grad=torch.zeros(300), step=1, **SETTINGS | {"eps": 0.0, "weight_decay": 0.0})
+    assert torch.equal(state["param"], before)
+
+
 def test_every_code_is_exact_and_orders_as_its_value():
     scale = torch.tensor([0.25])
     codes = torch.arange(256, dtype=torch.uint8)

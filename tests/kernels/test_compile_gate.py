@@ -366,6 +366,12 @@ def test_adamw_moves_whole_vectors(kernels):
     assert {pattern: sum(k.count(pattern) for k in adamw) for pattern in counts} == counts
 
 
+def test_unpack_moves_whole_vectors(kernels):
+    """16 bytes where rows allow it, twice 8, or single elements. Flags are summed by one instruction a warp."""
+    (unpack,) = [k for k in kernels if k.name == "unpack_kernel"]
+    assert expect(unpack, {r"STG\.E\.128": 1, r"STG\.E\.64": 2, r"STG\.E\.U16": 8, r"STG": 11, r"REDUX": 1}) == []
+
+
 def test_library_has_the_architectures_it_claims():
     if not ARCHITECTURES:
         pytest.skip("this build has no CUDA code")

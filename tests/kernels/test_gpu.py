@@ -33,8 +33,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_unpack_equals_cpu(shape, dtype):
     keep, tiles = hybrid_mask(*shape, 0.5, torch.Generator().manual_seed(0))
     tiled = TiledWeight.pack(torch.randn(shape).to(dtype), keep, tiles)
-    on_gpu = tile_linear.unpack_tiles(tiled.payload.cuda(), tiles.cuda(), shape, dtype)
-    assert torch.equal(on_gpu.cpu().view(torch.int16), tiled.unpack().view(torch.int16))
+    for schedule in (None, tiled.schedule.cuda()):
+        on_gpu = tile_linear.unpack_tiles(tiled.payload.cuda(), tiles.cuda(), shape, dtype, schedule)
+        assert torch.equal(on_gpu.cpu().view(torch.int16), tiled.unpack().view(torch.int16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

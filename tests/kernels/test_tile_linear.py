@@ -196,7 +196,10 @@ def test_opcheck_pack_and_unpack():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # output size depends on the flags' values
     torch.library.opcheck(torch.ops.patch_kernels.pack_tiles.default, (weight, keep, flags), test_utils=tests)
     payload = tile_linear.pack_tiles(weight, keep, tiles)
-    torch.library.opcheck(torch.ops.patch_kernels.unpack_tiles.default, (payload, flags, 130, 132, torch.float16))
+    for schedule in (tile_linear.make_schedule(tiles), None):
+        torch.library.opcheck(
+            torch.ops.patch_kernels.unpack_tiles.default, (payload, flags, schedule, 130, 132, torch.float16)
+        )
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -398,6 +401,12 @@ TILED = TiledWeight.pack(W, KEEP, TILES)
         (
             lambda: tile_linear.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, (130, 132), torch.half),
             r"unpack_tiles, payload: expected contiguous torch.uint8 \(\d+,\) on cpu, got torch.uint8 \(1,\)",
+        ),
+        (
+            lambda: tile_linear.unpack_tiles(
+                torch.zeros(4 * 32768, dtype=torch.uint8), torch.zeros_like(TILES), (130, 132), torch.half, TILES
+            ),
+            r"unpack_tiles, schedule: expected contiguous torch.int32 \(\d+,\) on cpu, got torch.bool .*make_schedule",
         ),
         (
             lambda: tile_linear.unpack_tiles(torch.zeros(1, dtype=torch.uint8), TILES, 130, torch.half),

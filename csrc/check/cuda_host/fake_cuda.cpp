@@ -230,7 +230,7 @@ const std::string& driver_complaint() {
 }
 void require_driver(const char*) {}
 
-void unpack_tiles(const TiledMatrix&, uint16_t*, void*) { throw std::runtime_error("unpacked"); }
+void unpack_tiles(const TiledMatrix&, const Schedule&, uint16_t*, void*) { throw std::runtime_error("unpacked"); }
 
 // Ops that are not looked at here.
 void masked_weight(const MaskedWeightArgs&, void*, double*, double*, void*) { abort(); }
