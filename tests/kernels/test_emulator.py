@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support import ROOT
@@ -78,7 +79,8 @@ def test_rows_do_not_depend_on_the_number_of_tokens(emulator):
 def test_every_planted_fault_is_noticed(emulator, family):
     faults = emulator(f"emulate_{family}", "faults").stdout.split()
     assert len(faults) >= 12
-    runs = [emulator(f"emulate_{family}", "fault", fault) for fault in faults]
+    with ThreadPoolExecutor(4) as pool:  # most of the time is waiting for what does not come
+        runs = list(pool.map(lambda fault: emulator(f"emulate_{family}", "fault", fault), faults))
     assert "".join(run.stdout + run.stderr for run in runs if run.returncode != 0) == ""
     assert all(run.returncode == 0 for run in runs)
 
