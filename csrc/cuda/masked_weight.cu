@@ -27,9 +27,9 @@ __device__ double block_sum(double value) {
   return total;
 }
 
-// Gate of the CTA's tile. The first warp computes it for all.
+// Gate of the CTA's tile, in shared memory. The first warp computes it for all.
 template <class Real>
-__device__ TileGate<Real> cta_gate(const MaskedWeightArgs& args) {
+__device__ const TileGate<Real>& cta_gate(const MaskedWeightArgs& args) {
   __shared__ TileGate<Real> gate;
   if (threadIdx.x < 32) {
     const TileGate<Real> own = gate_of<Real>(args, blockIdx.x);
@@ -66,40 +66,48 @@ constexpr int kRowBytes = 16 * kPairsPerRow;  // between the chunks of a lane
 __device__ void wait_for_step() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
 // Walks the CTA's tile. `prepare()` runs once, while the first loads are under way. For each step, `load(step)` gives a
-// lane's registers, asked for one step ahead, and `body(step, registers, stage)` runs when the step's logits are in
-// `stage` for all lanes of the warp.
+// lane's registers, asked for one step ahead, and `body(step, registers, own, copied)` runs when the step's logits are
+// in shared memory for all lanes of the warp: the lane's pair at `own`, the first chunk that it copied at `copied`.
 template <class T, class L, class Load, class Prepare, class Body>
 __device__ void walk_tile(const MaskLane<T, L>& lane, Load&& load, Prepare&& prepare, Body&& body) {
   constexpr int kStepChunks = LogitChunks<L>::kStepChunks;
   __shared__ Chunk stages[2][kMaskWarps][kStepChunks > 0 ? kStepChunks : 1];
   const char* source = nullptr;
-  uint32_t own_stage = 0;
+  uint32_t own_stage = 0, first_copied = 0;
   if constexpr (kStepChunks > 0) {
     source = lane.own_chunks(lane.args.pattern_logits);
-    own_stage = static_cast<uint32_t>(__cvta_generic_to_shared(&stages[0][lane.warp][lane.first_chunk()]));
+    own_stage = static_cast<uint32_t>(__cvta_generic_to_shared(lane.own_logits(stages[0][lane.warp])));
+    first_copied = static_cast<uint32_t>(__cvta_generic_to_shared(&stages[0][lane.warp][lane.first_chunk()]));
     keep_in_register(source);
     keep_in_register(own_stage);
+    keep_in_register(first_copied);
   }
+  // Addresses of shared memory have 32 bits: one register each, where pointers would be made anew in every step.
+  const auto in_stage = [](uint32_t address, int step) {
+    return address + (step & 1) * static_cast<uint32_t>(sizeof(stages[0]));
+  };
   // Steps in their order.
   const auto fetch = [&](int step) {
     if constexpr (kStepChunks > 0) {
-      const uint32_t to = own_stage + (step & 1) * static_cast<uint32_t>(sizeof(stages[0]));
+      const uint32_t to = in_stage(first_copied, step);
       lane.for_chunks(step, [&](int i) { copy_async(to + kRowBytes * i, source + kRowBytes * i); });
       source += lane.chunk_stride();
     }
     commit_copies();
   };
-  const int steps = lane.steps();
   fetch(0);
   auto registers = load(0);
   prepare();
-  for (int step = 0; step < steps; ++step) {
+  // By vote, which takes no register: the warp's second row may be missing in the last step.
+  for (int step = 0; __any_sync(0xFFFFFFFFu, lane.has_row(step)); ++step) {
     // Beyond the last step no lane has a row: nothing is loaded, and the empty group keeps the wait's meaning.
     const auto next = load(step + 1);
     fetch(step + 1);
     wait_for_step();
     __syncwarp();
-    body(step, registers, stages[step & 1][lane.warp]);
+    using Piece = typename MaskLane<T, L>::Piece;
+    body(step, registers, static_cast<Piece*>(__cvta_shared_to_generic(in_stage(own_stage, step))),
+         static_cast<const Chunk*>(__cvta_shared_to_generic(in_stage(first_copied, step))));
     __syncwarp();  // the stage is free for the step after the next
     registers = next;
   }
@@ -122,8 +130,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   walk_tile(
       lane, [&](int step) { return ForwardRegisters{lane.load_weights(args.weight, step), lane.load_nibbles(step)}; },
       [&] { gate = cta_gate<float>(args).forward; },
-      [&](int step, const ForwardRegisters& r, const Chunk* stage) {
-        const Chunk out = lane.forward(r.weights, stage, r.nibbles, step, gate, mask_sum, square_sum);
+      [&](int step, const ForwardRegisters& r, const auto* own, const Chunk*) {
+        const Chunk out = lane.forward(r.weights, own, r.nibbles, step, gate, mask_sum, square_sum);
         lane.store_weights(out, masked, step);
       });
   write_sums(mask_sum, square_sum, partial_sums);
@@ -139,9 +147,12 @@ __global__ void __launch_bounds__(kThreads, 3)
     keep_in_register(sink);
     __builtin_assume(__isGlobal(sink));  // else the stores are generic
   }
-  TileGate<float> gate{};
-  const float density_grad = static_cast<float>(grads.grad_sums[0]);
-  const float norm_grad = static_cast<float>(grads.grad_sums[1]);
+  // Constants of a tile wait in shared memory: registers are short.
+  __shared__ float2 grad_sums;
+  if (threadIdx.x == 0) {
+    grad_sums = {static_cast<float>(grads.grad_sums[0]), static_cast<float>(grads.grad_sums[1])};
+  }
+  const TileGate<float>* gate = nullptr;
   float gate_sum = 0.0f;
   walk_tile(
       lane,
@@ -149,20 +160,19 @@ __global__ void __launch_bounds__(kThreads, 3)
         return BackwardRegisters{lane.load_weights(args.weight, step), lane.load_weights(grads.grad_masked, step),
                                  lane.load_nibbles(step)};
       },
-      [&] { gate = cta_gate<float>(args); },
-      [&](int step, const BackwardRegisters& r, Chunk* stage) {
-        const Chunk out = lane.backward(r.weights, r.grads, stage, r.nibbles, step, gate.forward, density_grad,
-                                        norm_grad, gate_sum, grads.masked != nullptr);
+      [&] { gate = &cta_gate<float>(args); },
+      [&](int step, const BackwardRegisters& r, auto* own, const Chunk* copied) {
+        const Chunk out = lane.backward(r.weights, r.grads, own, r.nibbles, step, gate->forward, grad_sums.x,
+                                        grad_sums.y, gate_sum, grads.masked != nullptr);
         if (grads.masked) lane.store_weights(out, grads.masked, step);
         if constexpr (MaskLane<T, L>::kLearned) {
           __syncwarp();
-          const Chunk* from = stage + lane.first_chunk();
           lane.for_chunks(step,
-                          [&](int i) { *reinterpret_cast<Chunk*>(sink + kRowBytes * i) = from[kPairsPerRow * i]; });
+                          [&](int i) { *reinterpret_cast<Chunk*>(sink + kRowBytes * i) = copied[kPairsPerRow * i]; });
           sink += lane.chunk_stride();
         }
       });
-  write_tile_gradient(args, gate_sum, gate, grads.grad_tile_logits);
+  write_tile_gradient(args, gate_sum, *gate, grads.grad_tile_logits);
 }
 
 template <class T, class Real>

@@ -150,9 +150,11 @@ struct EmulatedWarp {
   // body(lane, step, stage), then end(lane, step, stage) behind a barrier.
   template <class Body, class End>
   void walk(Body&& body, End&& end) {
-    const int steps = lanes[0].steps();
+    const auto has_row = [&](int step) {
+      return std::any_of(lanes.begin(), lanes.end(), [&](const auto& lane) { return lane.has_row(step); });
+    };
     if (fault != Fault::kNoArrivalBarrier) fetch(0);
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; has_row(step); ++step) {
       Chunk* stage = stages[step & 1].data();
       if (fault != Fault::kNoArrivalBarrier) fetch(step + 1);
       if (fault == Fault::kStageReusedEarly) fetch(step + 2);
@@ -178,10 +180,10 @@ void emulate(Case& c, std::mt19937& random, Fault fault) {
     for (int warp = 0; warp < kMaskWarps; ++warp) {
       EmulatedWarp<T, L> forward(args, tile, warp, random, fault), backward(args, tile, warp, random, fault);
       forward.walk(
-          [&](const auto& lane, int step, const Chunk* stage) {
+          [&](const auto& lane, int step, Chunk* stage) {
             float mask_sum = 0.0f, square_sum = 0.0f;
-            const Chunk out = lane.forward(lane.load_weights(args.weight, step), stage, lane.load_nibbles(step), step,
-                                           gate.forward, mask_sum, square_sum);
+            const Chunk out = lane.forward(lane.load_weights(args.weight, step), lane.own_logits(stage),
+                                           lane.load_nibbles(step), step, gate.forward, mask_sum, square_sum);
             lane.store_weights(out, c.masked.data(), step);
             c.sums[0] += mask_sum, c.sums[1] += square_sum;
           },
@@ -189,9 +191,9 @@ void emulate(Case& c, std::mt19937& random, Fault fault) {
       backward.walk(
           [&](const auto& lane, int step, Chunk* stage) {
             float gate_grad = 0.0f;
-            const Chunk out =
-                lane.backward(lane.load_weights(args.weight, step), lane.load_weights(c.grad.data(), step), stage,
-                              lane.load_nibbles(step), step, gate.forward, density_grad, norm_grad, gate_grad, true);
+            const Chunk out = lane.backward(
+                lane.load_weights(args.weight, step), lane.load_weights(c.grad.data(), step), lane.own_logits(stage),
+                lane.load_nibbles(step), step, gate.forward, density_grad, norm_grad, gate_grad, true);
             lane.store_weights(out, c.masked_again.data(), step);
             gate_sum += gate_grad;
           },

@@ -89,6 +89,15 @@ PK_HD float larger(float a, float b) {
 }
 PK_HD double larger(double a, double b) { return a > b ? a : b; }
 
+PK_HD bool is_finite(float x) {
+#if defined(__CUDA_ARCH__)
+  return fabsf(x) <= 0x1.FFFFFEp127f;
+#else
+  return x - x == 0.0f;  // NaN else
+#endif
+}
+PK_HD bool is_finite(double x) { return x - x == 0.0; }
+
 PK_HD float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float result;

@@ -67,6 +67,15 @@ PK_HD void store_as(float value, Half& out) {
   out.bits = static_cast<uint16_t>(sign | result);
 #endif
 }
+// The lower or upper half of a word.
+template <class T>
+PK_HD float half_of(uint32_t word, bool upper) {
+  if constexpr (std::is_same_v<T, BFloat16>) {  // nvcc would cut the half out first
+    return bit_cast<float>(upper ? word & 0xFFFF0000u : word << 16);
+  } else {
+    return load_as<float>(T{static_cast<uint16_t>(upper ? word >> 16 : word)});
+  }
+}
 // Two values as one word, the first in its lower half.
 template <class T>
 PK_HD uint32_t pack_pair(float low, float high) {

@@ -175,8 +175,7 @@ PK_HD void mask_gradient(const Real (&g)[kGroup][kLanes], const Real (&w)[kGroup
   for (int j = 0; j < kGroup; ++j) {
     for (int l = 0; l < kLanes; ++l) {
       const Real mask = gated_mask(d[l], m[j][l]);
-      const Real difference = w[j][l] - w[j][l];  // 0 for finite weights, NaN else
-      const bool dropped = mask == Real(0) && difference != Real(0);
+      const bool dropped = mask == Real(0) && !is_finite(w[j][l]);
       const Real weight = dropped ? Real(0) : w[j][l];
       const Real mask_grad = mul_add(weight, mul_add(Real(2) * norm_grad * mask, weight, g[j][l]), density_grad);
       pattern_grad[j][l] = (Real(1) - d[l]) * mask_grad;

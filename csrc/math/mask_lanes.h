@@ -19,15 +19,12 @@ constexpr int kLaneCount = 32;
 constexpr int kStepRows = kLaneCount / kPairsPerRow;
 constexpr int kMaskWarps = 8;  // of a CTA
 
-// Both groups of a pair through the same instructions: unrolled, their values do not fit the registers.
-#if defined(__CUDACC__)
-#define PK_NO_UNROLL _Pragma("unroll 1")
-#else
-#define PK_NO_UNROLL
-#endif
-
 struct alignas(16) Chunk {
   uint32_t words[4];
+};
+
+struct alignas(8) HalfChunk {
+  uint32_t words[2];
 };
 
 struct FixedPattern {};  // in place of a logit type: two groups a byte
@@ -97,6 +94,9 @@ struct MaskLane {
   static constexpr bool kLearned = !std::is_same_v<L, FixedPattern>;
   using Chunks = LogitChunks<L>;
   static constexpr int kRowsAStep = kMaskWarps * kStepRows;  // of all warps
+  // What a lane reads of a stage at once: 48 or 24 bytes from lane to lane keep either apart in the banks.
+  using Piece = std::conditional_t<std::is_same_v<L, BFloat16>, HalfChunk, Chunk>;
+  static constexpr int kPieces = 3;
 
   const MaskedWeightArgs& args;
   TileSpan span;
@@ -132,9 +132,6 @@ struct MaskLane {
     keep_in_register(step_stride);
     keep_in_register(active_rows);
   }
-
-  // Steps that warp 0, the busiest, needs; all warps take as many.
-  PK_HD int steps() const { return (span.rows + kRowsAStep - 1) / kRowsAStep; }
 
   PK_HD int own_row() const { return warp * kStepRows + lane / kPairsPerRow; }
   PK_HD int col() const { return lane % kPairsPerRow * kPairColumns; }
@@ -179,91 +176,128 @@ struct MaskLane {
     }
   }
 
-  PK_HD const L* own_logits(const Chunk* stage) const {
-    return reinterpret_cast<const L*>(reinterpret_cast<const char*>(stage) + lane * Chunks::kPairBytes);
-  }
+  // The pair's logits in a stage.
+  PK_HD Piece* own_logits(Chunk* stage) const { return reinterpret_cast<Piece*>(stage) + lane * kPieces; }
 
-  // Pattern mask m of the lane's group h (0 or 1) and the soft probabilities p if patterns are learned.
-  PK_HD void group_mask(const Chunk* stage, uint32_t nibbles, int step, int h, float (&p)[kPatterns][1],
-                        float (&m)[kGroup][1]) const {
+  // Pattern masks m of the lane's two groups and their soft probabilities p if patterns are learned.
+  PK_HD void pair_mask(const Piece* own, uint32_t nibbles, int step, float (&p)[kPatterns][2],
+                       float (&m)[kGroup][2]) const {
     if constexpr (kLearned) {
-      float logits[kPatterns][1];
-      const L* own = own_logits(stage) + h * kPatterns;
-      for (int k = 0; k < kPatterns; ++k) logits[k][0] = load_as<float>(own[k]);
-      pattern_probabilities<float, 1>(logits, static_cast<uint64_t>(first_weight(step) / kGroup + h), factors, noise,
-                                      p);
-      pattern_mask<float, 1>(p, args.hard_pattern, m);
+      float logits[kPatterns][2];
+      load_logits(own, logits);
+      pattern_probabilities<float, 2>(logits, static_cast<uint64_t>(first_weight(step)) / kGroup, factors, noise, p);
+      pattern_mask<float, 2>(p, args.hard_pattern, m);
     } else {
-      const uint32_t nibble[1] = {nibbles >> (4 * h) & 15u};
-      fixed_mask<float, 1>(nibble, m);
+      const uint32_t both[2] = {nibbles & 15u, nibbles >> 4 & 15u};
+      fixed_mask<float, 2>(both, m);
     }
   }
 
-  // One step forward: the masked weights of the lane's pair, and its share of both sums.
-  PK_HD Chunk forward(const Chunk& weights, const Chunk* stage, uint32_t nibbles, int step, float gate, float& mask_sum,
+  // One step forward: the masked weights of the lane's pair, and its share of both sums. `own`: the pair's logits.
+  PK_HD Chunk forward(const Chunk& weights, const Piece* own, uint32_t nibbles, int step, float gate, float& mask_sum,
                       float& square_sum) const {
     Chunk out{};
     if (!is_active(step)) return out;
-    PK_NO_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      float p[kPatterns][1], m[kGroup][1];
-      group_mask(stage, nibbles, step, h, p, m);
-      float values[kGroup];
+    float p[kPatterns][2], m[kGroup][2], w[kGroup][2], values[kGroup][2];
+    pair_mask(own, nibbles, step, p, m);
+    widen(weights, w);
+    // Under a gate that is not closed no mask is zero: no check a weight.
+    const bool may_drop = !(gate > 0.0f);
+    for (int l = 0; l < 2; ++l) {
       for (int j = 0; j < kGroup; ++j) {
-        const float mask = gated_mask(gate, m[j][0]);
-        values[j] = masked_value(mask, weight_of(weights, h, j));
-        mask_sum += mask;
-        square_sum = mul_add(values[j], values[j], square_sum);
+        const float mask = gated_mask(gate, m[j][l]);
+        values[j][l] = may_drop ? masked_value(mask, w[j][l]) : mask * w[j][l];
       }
-      set_weights(out, h, values);
     }
-    return out;
+    for (int l = 0; l < 2; ++l) {
+      for (int j = 0; j < kGroup; ++j) {
+        if constexpr (!kLearned) mask_sum += gated_mask(gate, m[j][l]);
+        square_sum = mul_add(values[j][l], values[j][l], square_sum);
+      }
+    }
+    // The six probabilities add up to 1 and every pattern keeps two columns: m sums to 2 in a group. (NaN logits do not
+    // show here, but in the sum of squares.)
+    if constexpr (kLearned) mask_sum += mul_add(4.0f, gate, 4.0f);
+    return narrow(values);
   }
 
-  // One step backward: gradients of the pair's logits take the logits' place in `stage`; the pair's share of the gate's
+  // One step backward: gradients of the pair's logits take the logits' place in `own`; the pair's share of the gate's
   // gradient is added; returns the masked weights if they are asked for.
-  PK_HD Chunk backward(const Chunk& weights, const Chunk& grads, Chunk* stage, uint32_t nibbles, int step, float gate,
+  PK_HD Chunk backward(const Chunk& weights, const Chunk& grads, Piece* own, uint32_t nibbles, int step, float gate,
                        float density_grad, float norm_grad, float& gate_grad, bool with_masked) const {
     Chunk out{};
     if (!is_active(step)) return out;
-    const float d[1] = {gate};
-    PK_NO_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      float p[kPatterns][1], m[kGroup][1], w[kGroup][1], g[kGroup][1], pattern_grad[kGroup][1], gate_share[1];
-      group_mask(stage, nibbles, step, h, p, m);
-      for (int j = 0; j < kGroup; ++j) {
-        w[j][0] = weight_of(weights, h, j);
-        g[j][0] = weight_of(grads, h, j);
+    const float d[2] = {gate, gate};
+    float p[kPatterns][2], m[kGroup][2], w[kGroup][2], g[kGroup][2], pattern_grad[kGroup][2], gate_share[2];
+    pair_mask(own, nibbles, step, p, m);
+    widen(weights, w);
+    widen(grads, g);
+    if (with_masked) {
+      float values[kGroup][2];
+      for (int l = 0; l < 2; ++l) {
+        for (int j = 0; j < kGroup; ++j) values[j][l] = masked_value(gated_mask(gate, m[j][l]), w[j][l]);
       }
-      if (with_masked) {
-        float values[kGroup];
-        for (int j = 0; j < kGroup; ++j) values[j] = masked_value(gated_mask(gate, m[j][0]), w[j][0]);
-        set_weights(out, h, values);
-      }
-      mask_gradient<float, 1>(g, w, m, d, density_grad, norm_grad, pattern_grad, gate_share);
-      gate_grad += gate_share[0];
-      if constexpr (kLearned) {
-        float logit_grad[kPatterns][1];
-        pattern_logit_gradient<float, 1>(p, pattern_grad, factors.gradient, logit_grad);
-        L* own = const_cast<L*>(own_logits(stage)) + h * kPatterns;
-        for (int k = 0; k < kPatterns; ++k) store_as(logit_grad[k][0], own[k]);
-      }
+      out = narrow(values);
+    }
+    mask_gradient<float, 2>(g, w, m, d, density_grad, norm_grad, pattern_grad, gate_share);
+    gate_grad += gate_share[0] + gate_share[1];
+    if constexpr (kLearned) {
+      float logit_grad[kPatterns][2];
+      pattern_logit_gradient<float, 2>(p, pattern_grad, factors.gradient, logit_grad);
+      store_logits(logit_grad, own);
     }
     return out;
   }
 
  private:
-  // Element j of group h. Words are selected, not indexed: registers have no addresses.
-  PK_HD static float weight_of(const Chunk& chunk, int h, int j) {
-    const uint32_t word = h ? chunk.words[2 + j / 2] : chunk.words[j / 2];
-    return load_as<float>(T{static_cast<uint16_t>(word >> (16 * (j & 1)))});
+  using Groups = float[kGroup][2];
+  using Logits = float[kPatterns][2];
+
+  // Logit k of group l is value 6 l + k.
+  PK_HD static void load_logits(const Piece* from, Logits& logits) {
+    constexpr int kWords = sizeof(Piece) / sizeof(uint32_t);
+    uint32_t words[kPieces * kWords];
+    for (int i = 0; i < kPieces; ++i) {
+      const Piece piece = from[i];
+      for (int w = 0; w < kWords; ++w) words[kWords * i + w] = piece.words[w];
+    }
+    for (int l = 0; l < 2; ++l) {
+      for (int k = 0; k < kPatterns; ++k) {
+        const int i = kPatterns * l + k;
+        if constexpr (std::is_same_v<L, BFloat16>) {
+          logits[k][l] = half_of<L>(words[i / 2], i % 2);
+        } else {
+          logits[k][l] = bit_cast<float>(words[i]);
+        }
+      }
+    }
   }
-  PK_HD static void set_weights(Chunk& chunk, int h, const float (&values)[kGroup]) {
-    const uint32_t low = pack_pair<T>(values[0], values[1]), high = pack_pair<T>(values[2], values[3]);
-    chunk.words[0] = h ? chunk.words[0] : low;
-    chunk.words[1] = h ? chunk.words[1] : high;
-    chunk.words[2] = h ? low : 0u;
-    chunk.words[3] = h ? high : 0u;
+  PK_HD static void store_logits(const Logits& values, Piece* to) {
+    constexpr int kWords = sizeof(Piece) / sizeof(uint32_t);
+    constexpr int kValues = 2 * kPatterns / (kPieces * kWords);  // a word
+    for (int i = 0; i < kPieces; ++i) {
+      Piece piece;
+      for (int w = 0; w < kWords; ++w) {
+        const int first = kValues * (kWords * i + w), l = first / kPatterns, k = first % kPatterns;
+        if constexpr (kValues == 2) {
+          piece.words[w] = pack_pair<L>(values[k][l], values[k + 1][l]);
+        } else {
+          piece.words[w] = bit_cast<uint32_t>(values[k][l]);
+        }
+      }
+      to[i] = piece;
+    }
+  }
+
+  // Element j of group l is half j % 2 of word 2 l + j / 2.
+  PK_HD static void widen(const Chunk& chunk, Groups& values) {
+    for (int l = 0; l < 2; ++l) {
+      for (int j = 0; j < kGroup; ++j) values[j][l] = half_of<T>(chunk.words[2 * l + j / 2], j % 2);
+    }
+  }
+  PK_HD static Chunk narrow(const Groups& values) {
+    return {{pack_pair<T>(values[0][0], values[1][0]), pack_pair<T>(values[2][0], values[3][0]),
+             pack_pair<T>(values[0][1], values[1][1]), pack_pair<T>(values[2][1], values[3][1])}};
   }
 };
 
