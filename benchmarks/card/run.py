@@ -134,7 +134,7 @@ def stage_names(text: str) -> list[str]:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=FIRST_CALL_MINUTES)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, a file a stage and CSV")
     parser.add_argument("--stages", type=stage_names, help="run these again, e.g. exact,timing; default all unfinished")
     parser.add_argument("--bin", type=Path, help="folder of benchmarks.card.build")
