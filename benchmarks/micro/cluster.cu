@@ -26,8 +26,9 @@ constexpr int kFewSums = 16;  // distinct values: eight of them and of the round
 // kPullTogether  the same after barrier.cluster
 enum How { kPush, kPull, kPullTogether };
 
+// Differs between what may be taken for one another: CTAs, consumers, shares of rows, chunks of tokens.
 PK_HD int first_sum(int rank, int consumer, int row, int token) {
-  return (row + 3 * token + 5 * rank + 7 * consumer) % kFewSums;
+  return (row + 5 * (row / 8) + 3 * token + 3 * (token / 8) + 5 * rank + 7 * consumer) % kFewSums;
 }
 
 __device__ __forceinline__ void store_float(uint32_t address, float value) {
