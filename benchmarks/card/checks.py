@@ -110,6 +110,21 @@ def exact_cases(device: str, shapes: list, tokens_list: list) -> Iterator[tuple[
                 yield f"{rows}x{cols} M={tokens} {kind} {str(dtype)[6:]}", int(different)
 
 
+def group_operands(weights: list[TiledWeight], biases: list[torch.Tensor | None]) -> list:
+    """What tile_linear_group takes for these layers."""
+    return [
+        operand
+        for tiled, bias in zip(weights, biases, strict=True)
+        for operand in (
+            tiled.payload,
+            tile_linear.tile_flags(tiled.tile_is_sparse),
+            tiled.schedule,
+            tiled.shape[0],
+            bias,
+        )
+    ]
+
+
 def group_cases(
     device: str, groups: dict[str, tuple[int, tuple[int, ...]]], tokens_list: list[int]
 ) -> Iterator[tuple[str, int]]:
@@ -130,17 +145,7 @@ def group_cases(
                 for index, rows in enumerate(row_counts)
             ]
             expected = [exact_y(x, dense, bias) for (_, dense), bias in zip(layers, biases, strict=True)]
-            operands = [
-                operand
-                for (tiled, _), bias in zip(layers, biases, strict=True)
-                for operand in (
-                    tiled.payload,
-                    tile_linear.tile_flags(tiled.tile_is_sparse),
-                    tiled.schedule,
-                    tiled.shape[0],
-                    bias,
-                )
-            ]
+            operands = group_operands([tiled for tiled, _ in layers], biases)
             for batch_invariant in (False, True):
                 different = 0
                 results = tile_linear.tile_linear_group(x, operands, batch_invariant)
@@ -213,6 +218,12 @@ def sanitizer_cases(device: str) -> None:
         x = torch.randint(-4, 5, (tokens, cols), generator=generator).bfloat16()
         y = on_device(tiled, device).matmul(x.to(device)).cpu()
         assert torch.equal(y, exact_y(x, dense, None)), f"wrong result at M={tokens}"
+    for tokens in (8, 64):
+        layers = [integer_weight(rows, 512, "random", torch.bfloat16, generator) for rows in (256, 130)]
+        x = torch.randint(-4, 5, (tokens, 512), generator=generator).bfloat16()
+        operands = group_operands([on_device(tiled, device) for tiled, _ in layers], [None, None])
+        for y, (_, dense) in zip(tile_linear.tile_linear_group(x.to(device), operands), layers, strict=True):
+            assert torch.equal(y.cpu(), exact_y(x, dense, None)), f"wrong result of a group at M={tokens}"
 
 
 def profile(name: str) -> None:

@@ -574,6 +574,25 @@ def test_a_wrong_layer_of_a_group_is_counted(monkeypatch):
     assert data["failed"] and data["bad"] == [{"case": "two M=3 batch invariant", "different": 2}]
 
 
+def test_what_the_sanitizer_watches_is_exact(monkeypatch):
+    card_checks.sanitizer_cases("cpu")
+    right = tile_linear.tile_linear_group
+    monkeypatch.setattr(tile_linear, "tile_linear_group", lambda *args: [y + 1 for y in right(*args)])
+    with pytest.raises(AssertionError, match=r"^wrong result of a group at M=8$"):
+        card_checks.sanitizer_cases("cpu")
+
+
+def test_a_sweep_of_plans_ends_with_its_budget(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_plans, "Plans", lambda: None)
+    monkeypatch.setattr(bench_plans, "measure", lambda cell, sparsity, plans, samples: [{"tokens": cell.tokens}])
+    calls = stages.plan_calls()[:3]
+    rows, left = bench_plans.sweep(calls, 10, 1e9, tmp_path / "plans.csv")
+    assert left == [] and [row["tokens"] for row in rows] == [cell.tokens for cell, _ in calls]
+    with (tmp_path / "plans.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3
+    assert bench_plans.sweep(calls, 10, -1.0, None) == ([], calls)
+
+
 @pytest.mark.skipif(not HAVE_HOST, reason="built without pybind11")
 def test_groups_on_a_card_go_together_and_apart():
     """By the planner for an H100: layers of a launch, and such that their own splits keep apart."""
