@@ -17,11 +17,23 @@ from benchmarks import harness
 from benchmarks.card import mask_checks
 from benchmarks.ops.bench_tile_linear import packed_weight
 from patch_kernels import PATTERNS, TiledLinear, TiledWeight, reference, tile_grid
+from patch_kernels.ops import tile_linear
 
 # N, K: one tile, tails on both sides, an odd number of tile rows, several splits of K, more rows than SMs.
-EXACT_SHAPES = [(128, 128), (129, 130), (100, 72), (384, 1024), (640, 2056), (256, 11008), (4096, 4096), (20480, 512)]
+EXACT_SHAPES = [(128, 128), (129, 130), (100, 72), (384, 1024), (640, 2056), (256, 11008)]
+LARGE_EXACT_SHAPES = [(4096, 4096), (20480, 512)]
 EXACT_TOKENS = [1, 7, 8, 9, 16, 17, 32, 33, 63, 64, 65, 128, 129, 200, 256, 513, 1024, 4095]
 TYPE_MAPS = ["random", "dense", "sparse", "alternating", "one sparse"]
+# Layers that one call computes. K, N of each: q, k, v whose own plans split K differently, gate and up that split alike
+# and take one launch, and four of which some have no whole tile.
+GROUPS = {
+    "q, k, v of Llama-3-8B": (4096, (4096, 1024, 1024)),
+    "q, k, v of Llama-3.2-1B": (2048, (2048, 512, 512)),
+    "gate, up of Llama-3.2-1B": (2048, (8192, 8192)),
+    "four": (1000, (1024, 130, 384, 64)),
+}
+GROUP_TOKENS = [1, 8, 16, 17, 33, 64, 100, 256, 1024]
+DRY_GROUPS = {"q, k, v": (256, (384, 130, 64)), "gate, up": (130, (256, 256)), "four": (72, (128, 130, 64, 1))}
 DRY_SHAPES, DRY_TOKENS = [(129, 130), (256, 384)], [1, 9, 65]
 SANITIZER_CASES = [(256, 512, tokens) for tokens in (8, 64, 200)]
 PROFILES = {  # name: N, K, tokens, sparsity
@@ -98,6 +110,52 @@ def exact_cases(device: str, shapes: list, tokens_list: list) -> Iterator[tuple[
                 yield f"{rows}x{cols} M={tokens} {kind} {str(dtype)[6:]}", int(different)
 
 
+def group_operands(weights: list[TiledWeight], biases: list[torch.Tensor | None]) -> list:
+    """What tile_linear_group takes for these layers."""
+    return [
+        operand
+        for tiled, bias in zip(weights, biases, strict=True)
+        for operand in (
+            tiled.payload,
+            tile_linear.tile_flags(tiled.tile_is_sparse),
+            tiled.schedule,
+            tiled.shape[0],
+            bias,
+        )
+    ]
+
+
+def group_cases(
+    device: str, groups: dict[str, tuple[int, tuple[int, ...]]], tokens_list: list[int]
+) -> Iterator[tuple[str, int]]:
+    """(case, values of y that differ from the exact ones, or from those of a call of one layer) of calls of several.
+
+    Bitwise, with and without batch_invariant; every other layer has a bias, and each its own type map.
+    """
+    for name, (cols, row_counts) in groups.items():
+        generator = torch.Generator().manual_seed(cols)
+        layers = []
+        for rows, kind in zip(row_counts, itertools.cycle(TYPE_MAPS), strict=False):
+            tiled, dense = integer_weight(rows, cols, kind, torch.bfloat16, generator)
+            layers.append((on_device(tiled, device), dense.to(device)))
+        for tokens in tokens_list:
+            x = torch.randint(-4, 5, (tokens, cols), generator=generator).bfloat16().to(device)
+            biases = [
+                torch.randint(-8, 9, (rows,), generator=generator).bfloat16().to(device) if index % 2 else None
+                for index, rows in enumerate(row_counts)
+            ]
+            expected = [exact_y(x, dense, bias) for (_, dense), bias in zip(layers, biases, strict=True)]
+            operands = group_operands([tiled for tiled, _ in layers], biases)
+            for batch_invariant in (False, True):
+                different = 0
+                results = tile_linear.tile_linear_group(x, operands, batch_invariant)
+                for y, exact, (tiled, _), bias in zip(results, expected, layers, biases, strict=True):
+                    single = tiled.matmul(x, bias, batch_invariant=batch_invariant)
+                    for other in (exact, single):
+                        different += int((y.view(torch.int16) != other.view(torch.int16)).sum())
+                yield f"{name} M={tokens}{' batch invariant' if batch_invariant else ''}", different
+
+
 def poisoned_matmul(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y, written where NaN lay before: freed memory of y's size is what the allocator hands out next."""
     poison = torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=x.dtype, device=x.device)
@@ -160,6 +218,12 @@ def sanitizer_cases(device: str) -> None:
         x = torch.randint(-4, 5, (tokens, cols), generator=generator).bfloat16()
         y = on_device(tiled, device).matmul(x.to(device)).cpu()
         assert torch.equal(y, exact_y(x, dense, None)), f"wrong result at M={tokens}"
+    for tokens in (8, 64):
+        layers = [integer_weight(rows, 512, "random", torch.bfloat16, generator) for rows in (256, 130)]
+        x = torch.randint(-4, 5, (tokens, 512), generator=generator).bfloat16()
+        operands = group_operands([on_device(tiled, device) for tiled, _ in layers], [None, None])
+        for y, (_, dense) in zip(tile_linear.tile_linear_group(x.to(device), operands), layers, strict=True):
+            assert torch.equal(y.cpu(), exact_y(x, dense, None)), f"wrong result of a group at M={tokens}"
 
 
 def profile(name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,6 +18,13 @@ from collections.abc import Callable, Iterable
 
 LEAST_SECONDS = 5  # with less time left a stage is not begun
 MICRO_SECONDS = 25  # of one program
+# Programs of benchmarks/micro in the order of what their numbers decide (GPU.md).
+SELECTOR = ("selector",)
+MICRO = ("cluster", "contention", "issue_rate", "type_switch", "l2_to_sm", "hbm_stream")
+FINDINGS = ("other lane pair", "overwritten in flight")  # cases whose mismatches answer a question and are no fault
+PLANS_MODELS = ["llama-2-7b", "llama-3-8b"]
+PLANS_TOKENS = [16, 64, 128, 256, 512]
+FIT_SECONDS = 15
 
 
 class Skip(Exception):
@@ -101,28 +109,43 @@ def cuda_median_seconds(call: Callable[[], object], samples: int) -> float:
     return sorted(seconds)[samples // 2]
 
 
-def micro(options) -> dict:
-    from benchmarks.card.build import micro_sources
+def selector(options) -> dict:
+    return run_micro(options, SELECTOR)
 
+
+def micro(options) -> dict:
+    return run_micro(options, MICRO)
+
+
+def run_micro(options, names: Iterable[str]) -> dict:
+    """What programs of benchmarks/micro print; the stage fails for one that fails and for values that are wrong."""
     if options.dry_run:
         raise Skip("micro programs run on a GPU only")
     if options.bin is None:
         raise Skip("no --bin: build them by python -m benchmarks.card.build --out build/gpu")
+    deadline = time.monotonic() + options.stage_seconds
     results, problems = [], []
-    for source in micro_sources():
-        program = options.bin / source.stem
+    for name in names:
+        program = options.bin / name
+        left = deadline - time.monotonic()
         if not program.is_file():
-            problems.append(f"{source.stem}: not in {options.bin}")
-            continue
-        done = run_tool([str(program.resolve())], MICRO_SECONDS)
-        results += json_lines(done["output"])
-        if done["rc"] != 0:
-            problems.append(f"{source.stem}: exit code {done['rc']}: {done['output'].strip()[-300:]}")
-    data = {"results": results, "problems": problems, "failed": bool(problems)}
-    wrong = [row for row in results if row["unit"] == "mismatches" and "other lane pair" not in row["case"]]
-    data["wrong"] = [row for row in wrong if row["value"] != 0]
-    data["summary"] = f"{len(results)} values, {len(data['wrong'])} wrong, {len(problems)} programs failed"
-    return data
+            problems.append(f"{name}: not in {options.bin}")
+        elif left < LEAST_SECONDS:
+            problems.append(f"{name}: not run: no time left")
+        else:
+            done = run_tool([str(program.resolve())], min(left, MICRO_SECONDS))
+            results += json_lines(done["output"])
+            if done["rc"] != 0:
+                problems.append(f"{name}: exit code {done['rc']}: {done['output'].strip()[-300:]}")
+    checks = [row for row in results if row["unit"] == "mismatches" and not row["case"].endswith(FINDINGS)]
+    wrong = [row for row in checks if row["value"] != 0]
+    return {
+        "results": results,
+        "problems": problems,
+        "wrong": wrong,
+        "failed": bool(problems or wrong),
+        "summary": f"{len(results)} values, {len(wrong)} wrong, {len(problems)} programs failed",
+    }
 
 
 def json_lines(text: str) -> list[dict]:
@@ -137,18 +160,27 @@ def json_lines(text: str) -> list[dict]:
     return found
 
 
-def tally(cases: Iterable[tuple[str, int]]) -> dict:
-    """Counts of (case, differences); stops the stage as failed, not at once, when there are any."""
-    count, bad = 0, []
+def tally(cases: Iterable[tuple[str, int]], seconds: float = math.inf) -> dict:
+    """Counts of (case, differences); stops the stage as failed, not at once, when there are any.
+
+    After `seconds` the rest is left out, and the summary says so.
+    """
+    deadline = time.monotonic() + seconds
+    count, bad, cut = 0, [], False
     for name, different in cases:
         count += 1
         if different:
             bad.append({"case": name, "different": different})
+        if cut := time.monotonic() > deadline:
+            break
     return {
         "cases": count,
         "bad": bad,
+        "cut": cut,
         "failed": bool(bad),
-        "summary": f"{count} cases, {len(bad)} differ" + (f", first: {bad[0]['case']}" if bad else ""),
+        "summary": f"{count} cases, {len(bad)} differ"
+        + (f", first: {bad[0]['case']}" if bad else "")
+        + (f"; the rest not run after {seconds:.0f} s" if cut else ""),
     }
 
 
@@ -159,8 +191,18 @@ def exact(options) -> dict:
 
     with torch.no_grad():
         if options.dry_run:
-            return tally(checks.exact_cases("cpu", checks.DRY_SHAPES, checks.DRY_TOKENS))
-        data = tally(checks.exact_cases("cuda", checks.EXACT_SHAPES, checks.EXACT_TOKENS))
+            cases = itertools.chain(
+                checks.exact_cases("cpu", checks.DRY_SHAPES, checks.DRY_TOKENS),
+                checks.group_cases("cpu", checks.DRY_GROUPS, checks.DRY_TOKENS),
+            )
+            return tally(cases)
+        # Large weights last: packing them takes most of the time.
+        cases = itertools.chain(
+            checks.exact_cases("cuda", checks.EXACT_SHAPES, checks.EXACT_TOKENS),
+            checks.group_cases("cuda", checks.GROUPS, checks.GROUP_TOKENS),
+            checks.exact_cases("cuda", checks.LARGE_EXACT_SHAPES, checks.EXACT_TOKENS),
+        )
+        data = tally(cases, options.stage_seconds)
     return require_kernels(data)
 
 
@@ -173,6 +215,51 @@ def require_kernels(data: dict) -> dict:
         data["failed"] = True
         data["summary"] += f"; NOT the kernels of this GPU: {reason}"
     return data
+
+
+def plans(options) -> dict:
+    """Every plan of some calls timed, and the constants of the planner's model fitted to the times."""
+    from benchmarks.ops import bench_plans, plan_fit
+
+    path, left = options.out / "plans.csv", []
+    path.unlink(missing_ok=True)
+    if options.dry_run:
+        from benchmarks.card import made_plans
+
+        try:
+            rows = made_plans.made_rows(made_plans.OTHER_CARD, sparsities=(0.45, 0.0), tokens=PLANS_TOKENS)
+        except ValueError as error:  # no module for the model
+            raise Skip(str(error)) from None
+        made_plans.save(path, rows)
+    elif reason := bench_plans.without_choice():
+        return {"failed": True, "summary": reason}
+    else:
+        _, left = bench_plans.sweep(plan_calls(), 10, options.stage_seconds - FIT_SECONDS, path)
+    try:
+        times = plan_fit.read_times(path)
+        found = plan_fit.fit(times)
+    except ValueError as error:
+        return {"failed": True, "summary": f"no fit: {error}"}
+    before, after = plan_fit.regrets(times, {}), plan_fit.regrets(times, found.constants)
+    return {
+        "device": times.device,
+        "fit": plan_fit.report(times, found),
+        "constants": found.constants,
+        "not_run": [f"{cell.model} {cell.layer} M={cell.tokens} {sparsity:.0%}" for cell, sparsity in left],
+        "summary": f"{len(times.us)} times of {times.device}; the model's plan over the best one: "
+        f"mean {before.mean():.3f}, most {before.max():.2f}; fitted: {after.mean():.3f}, {after.max():.2f}; "
+        f"{len(left)} calls without time",
+    }
+
+
+def plan_calls() -> list[tuple]:
+    """(cell, sparsity) of the stage `plans`: shapes that both models have once, and 45 % zeros before none."""
+    from benchmarks import shapes
+
+    cells = {}
+    for cell in shapes.cells(PLANS_MODELS, PLANS_TOKENS):
+        cells.setdefault((cell.rows, cell.cols, cell.tokens), cell)
+    return [(cell, sparsity) for sparsity in (0.45, 0.0) for cell in cells.values()]
 
 
 def determinism(options) -> dict:
@@ -354,12 +441,14 @@ def ncu(options) -> dict:
 
 FUNCTIONS = {
     "facts": facts,
-    "micro": micro,
+    "selector": selector,
     "exact": exact,
+    "micro": micro,
+    "plans": plans,
     "determinism": determinism,
+    "timing": timing,
     "masks": masks,
     "sanitizer": sanitizer,
-    "timing": timing,
     "mask_timing": mask_timing,
     "learn_step": learn_step,
     "ncu": ncu,

@@ -2,98 +2,273 @@
 //   active clusters   how many clusters of 2, 4, 8 CTAs run at once
 //   placement         multiprocessors that a grid of one CTA for each of them gets, when two CTAs fit one: without and
 //                     with the cluster attribute, and with the scheduling policies
-//   reduce            cycles of adding the 64x64 fp32 partials of a cluster's CTAs through distributed shared memory
+//   exchange          cycles of adding the partial sums of the CTAs of a split, as csrc/gemm/sm90.h does it: pushed by
+//                     bulk copies. Beside it two ways of pulling: reading the other CTAs' sums
 //   launch            time of a kernel in a graph of a chain, with and without programmatic dependent launch
+#include <cuda_bf16.h>
+
+#include <map>
 #include <set>
 
 #include "common.cuh"
+#include "gemm/plan.h"
+#include "gemm/wgmma.h"
 
 namespace {
 using namespace micro;
 
-constexpr int kPartialBytes = 64 * 64 * 4;
-constexpr int kReduceThreads = 256;
-constexpr int kReduces = 200;
+constexpr int kConsumers = 2;  // warpgroups of a CTA, each with sums, buffers and barriers of its own
+constexpr int kExchangeRounds = 200;
+constexpr int kFewSums = 16;  // distinct values: eight of them and of the rounds' add up exactly in bf16
 
-// Push: bulk copies send slice q of this CTA's partial to CTA q, whose barrier counts the bytes.
-// Pull: a remote arrive says that this CTA's partial is complete; each CTA then loads its slice from the others.
-template <int kCluster, bool kPush>
-__global__ __launch_bounds__(kReduceThreads) void reduce(float* y, long long* cycles) {
+// kPush          one bulk copy for each other CTA, completing on a barrier there
+// kPull          an arrival at every CTA says that the chunk is written; each reads its share from the others
+// kPullTogether  the same after barrier.cluster
+enum How { kPush, kPull, kPullTogether };
+
+// Differs between what may be taken for one another: CTAs, consumers, shares of rows, chunks of tokens.
+PK_HD int first_sum(int rank, int consumer, int row, int token) {
+  return (row + 5 * (row / 8) + 3 * token + 3 * (token / 8) + 5 * rank + 7 * consumer) % kFewSums;
+}
+
+__device__ __forceinline__ void store_float(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+template <bool kOfCluster>
+__device__ __forceinline__ float4 load_four(uint32_t address) {
+  float4 v;
+  if constexpr (kOfCluster) {
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+  }
+  return v;
+}
+__device__ __forceinline__ uint32_t two_bf16(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+// A consumer has the sums of kRows rows and kBn tokens in the registers of wgmma's accumulators. It writes a chunk of
+// them as [destination][token][row]; two buffers take turns, so that one chunk travels while the next is written. Each
+// CTA of the split finishes kRows / splits rows, adding in rank order, and stores them as bf16.
+template <int kRows, int kBn, int kHow>
+__global__ __launch_bounds__(128 * kConsumers, 1) void exchange(int splits, uint2* y, long long* cycles) {
+  constexpr int kTokens = exchange_tokens(kBn), kChunks = kBn / kTokens, kBlocks = kRows / 64;
+  constexpr int kChunkBytes = kRows * kTokens * 4;
   extern __shared__ uint8_t raw[];
-  uint8_t* smem = align1024(raw);
-  constexpr int kSlice = kPartialBytes / kCluster;
-  float4* partial = reinterpret_cast<float4*>(smem);
-  uint8_t* received = smem + kPartialBytes;  // kCluster slices, by sender
-  const uint32_t barrier = smem_address(received + kPartialBytes);
-  const int rank = cluster_rank();
-  if (threadIdx.x == 0) {
-    barrier_init(barrier, kPush ? 1 : kCluster);
+  const int consumer = threadIdx.x / 128, thread = threadIdx.x % 128, lane = threadIdx.x % 32, rank = cluster_rank();
+  const uint32_t base = smem_address(align1024(raw));
+  const uint32_t sends = base + consumer * 4 * kChunkBytes, receives = sends + 2 * kChunkBytes;
+  const uint32_t full = base + kConsumers * 4 * kChunkBytes + 32 * consumer, empty = full + 16;
+  const int rows = kRows / splits, floats = rows * kTokens, bytes = 4 * floats;
+  int row_bits = 0;
+  while (1 << row_bits < rows) ++row_bits;
+  uint2* own_y = y + static_cast<size_t>(blockIdx.x * kConsumers + consumer) * (kBn * rows / 4);
+  if (thread == 0) {
+    for (int buffer = 0; buffer < 2; ++buffer) {
+      barrier_init(full + 8 * buffer, kHow == kPush ? 1 : splits);
+      barrier_init(empty + 8 * buffer, 4 * splits);  // a warp each
+    }
     barrier_init_fence();
   }
-  cluster_sync();
-  long long spent = 0;
-  for (int round = 0; round < kReduces; ++round) {
-    const float value = static_cast<float>(round + rank);  // stands for accumulators
-    const long long begin = clock64();
-    for (int i = threadIdx.x; i < kPartialBytes / 16; i += kReduceThreads) {
-      partial[i] = make_float4(value, value + 1, value + 2, value + 3);
+  float sums[kBlocks][kBn / 2];
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+    for (int i = 0; i < kBn / 2; ++i) {
+      const int row = 64 * b + fragment_row(thread, i);
+      sums[b][i] = static_cast<float>(first_sum(rank, consumer, row, fragment_token(thread, i)) + kFewSums - 1);
     }
-    if constexpr (kPush) {
-      async_proxy_fence();
-      __syncthreads();
-      if (threadIdx.x == 0) arrive_expect_tx(barrier, kPartialBytes);
-      if (threadIdx.x < kCluster) {
-        const int to = threadIdx.x;  // its own slice too: the sum below then reads one place only
-        bulk_copy_to_rank(map_to_rank(smem_address(received) + rank * kSlice, to), smem_address(smem) + to * kSlice,
-                          kSlice, map_to_rank(barrier, to));
-      }
+  }
+  // As slot_index of csrc/gemm/sm90.h: no two lanes of a store meet in a bank.
+  const auto place = [&](int token, int row) { return ((token << row_bits) + row) ^ (token >> 1 & 3) << 3; };
+
+  const auto consumer_sync = [&] {
+    if (consumer == 0) {  // immediate numbers reserve no more than these two
+      named_barrier(1, 128);
     } else {
-      __syncthreads();
-      if (threadIdx.x < kCluster) publish_to_rank(barrier, threadIdx.x);
+      named_barrier(2, 128);
     }
-    wait_parity<!kPush>(barrier, round & 1);
-    for (int i = threadIdx.x; i < kSlice / 16; i += kReduceThreads) {
+  };
+
+  uint32_t chunks = 0;
+  const auto write = [&](int chunk) {
+    const uint32_t number = chunks + chunk, buffer = number & 1, parity = number >> 1 & 1;
+    const uint32_t send = sends + buffer * kChunkBytes;
+    if constexpr (kHow != kPullTogether) wait_parity(empty + 8 * buffer, parity ^ 1);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {  // registers have no addresses
+      if (c != chunk) continue;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; ++i) {
+          const int row = 64 * b + fragment_row(thread, i), in_row = row & (rows - 1);
+          const int at = (row >> row_bits) * floats + place(fragment_token(thread, i), in_row);
+          store_float(send + 4 * at, sums[b][c * (kTokens / 2) + i]);
+        }
+      }
+    }
+    if constexpr (kHow == kPush) {
+      async_proxy_fence();
+      consumer_sync();
+      if (thread == rank) {
+        arrive_expect_tx(full + 8 * buffer, (splits - 1) * bytes);
+      } else if (thread < splits) {  // a copy to oneself is undefined
+        bulk_copy_to_rank(map_to_rank(receives + buffer * kChunkBytes + rank * bytes, thread), send + thread * bytes,
+                          bytes, map_to_rank(full + 8 * buffer, thread));
+      }
+    } else if constexpr (kHow == kPull) {
+      consumer_sync();
+      if (thread < splits) publish_to_rank(full + 8 * buffer, thread);
+    } else {
+      // Says too that all have added up the chunk before, whose buffer is written next.
+      cluster_sync();
+    }
+  };
+  const auto add = [&](int chunk) {
+    const uint32_t number = chunks + chunk, buffer = number & 1, parity = number >> 1 & 1;
+    const uint32_t send = sends + buffer * kChunkBytes, received = receives + buffer * kChunkBytes;
+    if constexpr (kHow != kPullTogether) wait_parity<kHow == kPull>(full + 8 * buffer, parity);
+#pragma unroll 1
+    for (int i = 4 * thread; i < floats; i += 4 * 128) {
+      const int row = i & (rows - 1), token = i >> row_bits;
+      const uint32_t at = 4 * place(token, row);
       float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
-      for (int from = 0; from < kCluster; ++from) {
+      for (int split = 0; split < kMaxSplits; ++split) {
+        if (split >= splits) break;
         float4 part;
-        if constexpr (kPush) {
-          part = reinterpret_cast<const float4*>(received + from * kSlice)[i];
+        if (split == rank) {
+          part = load_four<false>(send + split * bytes + at);
+        } else if constexpr (kHow == kPush) {
+          part = load_four<false>(received + split * bytes + at);
         } else {
-          asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                       : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
-                       : "r"(map_to_rank(smem_address(smem) + rank * kSlice, from) + 16 * i)
-                       : "memory");
+          part = load_four<true>(map_to_rank(send + rank * bytes + at, split));
         }
         sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
       }
-      reinterpret_cast<float4*>(y + static_cast<size_t>(blockIdx.x) * kSlice / 4)[i] = sum;
+      own_y[((chunk * kTokens + token) * rows + row) / 4] = make_uint2(two_bf16(sum.x, sum.y), two_bf16(sum.z, sum.w));
     }
-    __syncthreads();
+    if constexpr (kHow != kPullTogether) {
+      __syncwarp();
+      if (lane < splits) arrive_at_rank(empty + 8 * buffer, lane);
+    }
+  };
+
+  long long spent = 0;
+#pragma unroll 1
+  for (int round = 0; round < kExchangeRounds; ++round) {
+    const float step = round % kFewSums == 0 ? 1.0f - kFewSums : 1.0f;  // adds round % kFewSums to the first sums
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < kBn / 2; ++i) sums[b][i] += step;
+    }
+    cluster_sync();  // all begin together; not part of the time
+    const long long begin = clock64();
+    if constexpr (kHow == kPullTogether) {
+#pragma unroll 1
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        write(chunk);
+        add(chunk);
+      }
+    } else {
+#pragma unroll 1
+      for (int chunk = 0; chunk <= kChunks; ++chunk) {
+        if (chunk < kChunks) write(chunk);
+        if (chunk > 0) add(chunk - 1);
+      }
+    }
+    chunks += kChunks;
     spent += clock64() - begin;
-    cluster_sync();  // nobody overwrites a partial or a slice that another still reads; not part of the time
   }
-  if (threadIdx.x == 0) cycles[blockIdx.x] = spent / kReduces;
+  if constexpr (kHow != kPullTogether) {  // the last arrivals of others may be on their way
+    for (uint32_t number = chunks; number < chunks + 2; ++number) {
+      wait_parity(empty + 8 * (number & 1), (number >> 1 & 1) ^ 1);
+    }
+  }
+  cluster_sync();  // nobody leaves while its sums are read
+  if (thread == 0) cycles[blockIdx.x * kConsumers + consumer] = spent / kExchangeRounds;
 }
 
-template <int kCluster, bool kPush>
-void time_reduce(const char* name, int sms) {
-  const int ctas = sms / 8 * 8;
-  constexpr int kFloats = kPartialBytes / 4 / kCluster;
-  float* y = device_array<float>(static_cast<size_t>(ctas) * kFloats);
-  long long* cycles = device_array<long long>(ctas);
-  launch(reduce<kCluster, kPush>, ctas, kReduceThreads, kAlignSlack + 2 * kPartialBytes + 8, kCluster, y, cycles);
-  const std::string head = std::string("reduce ") + name + " cluster " + std::to_string(kCluster);
-  emit("cluster", head, median_cycles(cycles, ctas), "cycles");
+// Cycles of exchanging the sums of kRows rows a consumer and kBn tokens; values of y are compared with whole numbers.
+template <int kRows, int kBn, int kHow>
+double time_exchange(const std::string& name, int splits, int sms) {
+  const int ctas = sms / kMaxSplits * kMaxSplits, rows = kRows / splits;
+  const size_t values = static_cast<size_t>(ctas) * kConsumers * kBn * rows;
+  __nv_bfloat16* y = device_array<__nv_bfloat16>(values);
+  long long* cycles = device_array<long long>(ctas * kConsumers);
+  constexpr int kBytes = kConsumers * (4 * kRows * exchange_tokens(kBn) * 4 + 32);
+  constexpr int kOneCta = 120 << 10;  // of a multiprocessor's shared memory
+  static_assert(kAlignSlack + kBytes <= kOneCta);
+  launch(exchange<kRows, kBn, kHow>, ctas, 128 * kConsumers, kOneCta, splits, splits, reinterpret_cast<uint2*>(y),
+         cycles);
+  const double median = median_cycles(cycles, ctas * kConsumers);
+  const std::string head = "exchange " + name + ", splits " + std::to_string(splits) + ", " + std::to_string(kBn) +
+                           " tokens by " + std::to_string(exchange_tokens(kBn));
+  emit("cluster", head, median, "cycles");
+  const std::vector<__nv_bfloat16> found = download(y, values);
   int wrong = 0;
-  const std::vector<float> sums = download(y, static_cast<size_t>(ctas) * kFloats);
-  for (size_t i = 0; i < sums.size(); ++i) {
-    const int want = kCluster * (kReduces - 1 + static_cast<int>(i % 4)) + kCluster * (kCluster - 1) / 2;
-    wrong += sums[i] != static_cast<float>(want);
+  for (size_t at = 0; at < values; ++at) {
+    const int in_row = at % rows, token = at / rows % kBn, consumer = at / rows / kBn % kConsumers;
+    const int row = static_cast<int>(at / rows / kBn / kConsumers) % splits * rows + in_row;
+    int want = splits * ((kExchangeRounds - 1) % kFewSums);
+    for (int rank = 0; rank < splits; ++rank) want += first_sum(rank, consumer, row, token);
+    wrong += __bfloat162float(found[at]) != static_cast<float>(want);
   }
   emit("cluster", head + " check", wrong, "mismatches");
   CUDA_CHECK(cudaFree(y));
   CUDA_CHECK(cudaFree(cycles));
+  return median;
+}
+
+// Cycles that two chunks more take, when many are under way: of 64 rows a consumer and 8 tokens a chunk (decode), and
+// of 128 rows and 16 tokens (pairs of rows).
+struct Turn {
+  double decode, pairs;
+};
+
+template <int kHow>
+std::map<int, Turn> time_turns(const std::string& name, int sms) {
+  std::map<int, Turn> turns;
+  for (const int splits : {2, 4, 8}) {
+    time_exchange<64, 8, kHow>(name, splits, sms);
+    const double decode = time_exchange<64, 16, kHow>(name, splits, sms);
+    const double pairs = time_exchange<128, 64, kHow>(name, splits, sms);
+    turns[splits] = {time_exchange<64, 32, kHow>(name, splits, sms) - decode,
+                     (time_exchange<128, 128, kHow>(name, splits, sms) - pairs) / 2};
+    const std::string head = "turn " + name + ", splits " + std::to_string(splits);
+    emit("cluster", head + ", by 8", turns[splits].decode, "cycles");
+    emit("cluster", head + ", by 16", turns[splits].pairs, "cycles");
+  }
+  return turns;
+}
+
+// Constants of csrc/gemm/plan.h by item_end_cycles of csrc/gemm/plan.cpp: of a turn, all but exchange_turn_cycles is in
+// proportion to the sums, of which pairs have four times as many.
+void emit_constants(const std::map<int, Turn>& turns) {
+  std::map<int, double> sums_cycles;  // of pairs
+  for (const auto& [splits, turn] : turns) {
+    const double latency = (4 * turn.decode - turn.pairs) / 3;
+    emit("cluster", "exchange_turn_cycles, splits " + std::to_string(splits), latency, "cycles");
+    sums_cycles[splits] = turn.pairs - latency;
+  }
+  // A CTA sends sums (1 - 1 / splits) and finishes sums / splits, whose terms are told apart by 2 and 8 splits.
+  constexpr double kSums = 2 * 128 * 2 * exchange_tokens(128);
+  const double shared = 2 * 4 * kSums / ModelConstants().shared_bytes_per_cycle;
+  const double two = sums_cycles.at(2) - shared, eight = sums_cycles.at(8) - shared;
+  const double per_byte = (4 * eight - two) / (4 * kSums * (4 * 7.0 / 8 - 1.0 / 2));
+  emit("cluster", "cluster_bytes_per_cycle", 1 / per_byte, "bytes/cycle");
+  const double finished = kSums / 2 / (128 * kConsumers);
+  emit("cluster", "exchange_output_cycles", (two - 4 * kSums / 2 * per_byte) / finished, "cycles");
 }
 
 __global__ __launch_bounds__(384) void occupant(float* y) {
@@ -224,12 +399,9 @@ int main() {
   const int sms = require_hopper().multiProcessorCount;
   active_clusters(sms);
   placement(sms);
-  time_reduce<2, true>("push", sms);
-  time_reduce<4, true>("push", sms);
-  time_reduce<8, true>("push", sms);
-  time_reduce<2, false>("pull", sms);
-  time_reduce<4, false>("pull", sms);
-  time_reduce<8, false>("pull", sms);
+  emit_constants(time_turns<kPush>("push", sms));
+  time_turns<kPull>("pull", sms);
+  time_turns<kPullTogether>("pull after barrier.cluster", sms);
   for (const bool dependent : {false, true}) {
     const std::string how = dependent ? " dependent launch" : " plain launch";
     emit("cluster", "launch of an empty kernel," + how, chain_us(sms, dependent, 0, 0), "us");

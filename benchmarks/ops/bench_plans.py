@@ -79,6 +79,28 @@ def measure(cell: shapes.Cell, sparsity: float, plans: Plans, samples: int) -> l
     ]
 
 
+def without_choice() -> str | None:
+    """Why there is no plan to choose on this GPU, found out by a call; None where its kernels run."""
+    small = packed_weight(torch.randn(128, 128, device="cuda").bfloat16(), 0.5)
+    small.matmul(torch.zeros(1, 128, device="cuda").bfloat16())
+    reason = fallback_reason()
+    return f"there is no plan to choose here: {reason}" if reason else None
+
+
+def sweep(
+    calls: list[tuple[shapes.Cell, float]], samples: int, budget_seconds: float, csv: Path | None
+) -> tuple[list[dict], list[tuple[shapes.Cell, float]]]:
+    """Rows of as many (cell, sparsity) as fit the budget, saved after each, and the calls that were not run."""
+    plans, rows = Plans(), []
+
+    def run(call: tuple[shapes.Cell, float]) -> None:
+        rows.extend(measure(*call, plans, samples))
+        if csv:
+            harness.save_csv(csv, rows)
+
+    return rows, harness.run_within(calls, run, budget_seconds)
+
+
 def print_fit(path: Path, parser) -> None:
     """Constants from the times of an earlier --csv; ends the program with a sentence for one that cannot be used."""
     try:
@@ -102,20 +124,11 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.exit(2, "bench_plans: needs an NVIDIA GPU that torch can use, found none.\n")
-    packed_weight(torch.randn(128, 128, device="cuda").bfloat16(), 0.5).matmul(
-        torch.zeros(1, 128, device="cuda").bfloat16()
-    )
-    if reason := fallback_reason():
-        parser.exit(2, f"bench_plans: there is no plan to choose here: {reason}\n")
-    plans, rows, start = Plans(), [], time.monotonic()
-
-    def run(call: tuple[shapes.Cell, float]) -> None:
-        rows.extend(measure(*call, plans, options.samples))
-        if options.csv:
-            harness.save_csv(options.csv, rows)
-
+    if reason := without_choice():
+        parser.exit(2, f"bench_plans: {reason}\n")
+    start = time.monotonic()
     calls = [(cell, s) for cell in shapes.cells(options.models, options.tokens) for s in options.sparsity]
-    left = harness.run_within(calls, run, options.budget_seconds)
+    rows, left = sweep(calls, options.samples, options.budget_seconds, options.csv)
     chosen = [row for row in rows if row["chosen"]]
     best = [row for row in rows if row["over_best"] == 1]
     print("the plans that tile_linear takes, and their time over the best plan's")

@@ -2,68 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import math
 
 import numpy as np
 import pytest
 
-from benchmarks import shapes
+from benchmarks.card.made_plans import OTHER_CARD, made_rows, save
 from benchmarks.ops import bench_plans, plan_fit
 
 host = pytest.importorskip("patch_kernels._host", reason="built without pybind11")
-
-CLUSTERS = [132, 66, 32, 16]
-OTHER_CARD = {
-    "memory_bytes_per_cycle": 1900.0,
-    "link_bytes_per_cycle": 21.0,
-    "cluster_bytes_per_cycle": 9.0,
-    "shared_bytes_per_cycle": 120.0,
-    "shared_write_share": 0.6,
-    "macs_per_cycle": 1800.0,
-    "launch_cycles": 5200.0,
-    "item_cycles": 1700.0,
-    "item_token_cycles": 8.0,
-    "switch_cycles": 90.0,
-    "exchange_turn_cycles": 2600.0,
-    "exchange_output_cycles": 55.0,
-}
-
-
-def workers_of(choice, rows, tokens):
-    bn, token_ctas, row_ctas, splits, _ = choice
-    units = math.ceil(math.ceil(rows / 128) / (2 * row_ctas if bn > 32 else 1))
-    clusters = CLUSTERS[(token_ctas * row_ctas * splits).bit_length() - 1]
-    return min(clusters, units * math.ceil(tokens / (bn * token_ctas)))
-
-
-def made_rows(constants, *, sparsities, noise=0.0, outliers=0.0, models=("llama-3-8b",), tokens=shapes.TOKENS):
-    """Rows as bench_plans writes them; times of the model with these constants, times exp(noise), some threefold."""
-    limits = host.DeviceLimits(clusters=CLUSTERS)
-    rows, calls = [], []
-    for cell in shapes.cells(list(models), list(tokens)):
-        for sparsity in sparsities:
-            payload = shapes.weight_bytes(cell.rows, cell.cols, sparsity)
-            for choice in host.possible_choices(cell.cols, cell.tokens, limits):
-                workers = workers_of(choice, cell.rows, cell.tokens)
-                calls.append((cell.rows, cell.cols, cell.tokens, payload, *choice, workers))
-                rows.append(
-                    {"model": cell.model, "layer": cell.layer, "tokens": cell.tokens, "sparsity": sparsity}
-                    | dict(zip(plan_fit.CHOICE, choice, strict=True))
-                    | {"workers": workers, "capability": 90, "sm_count": 132, "device": "a model"}
-                )
-    generator = np.random.default_rng(1)
-    us = np.array(host.model_times_us(calls, limits, constants)) * np.exp(generator.normal(0, noise, len(calls)))
-    us[generator.random(len(us)) < outliers] *= 3
-    return [row | {"median_ms": float(time) / 1e3} for row, time in zip(rows, us, strict=True)]
-
-
-def save(path, rows):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def test_constants_come_back(tmp_path):
@@ -116,7 +63,7 @@ def test_the_command_prints_constants(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench_plans", "--fit", str(save(tmp_path / "plans.csv", rows))])
     bench_plans.main()
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{len(rows)} times of 24 calls on a model\n")
+    assert printed.startswith(f"{len(rows)} times of 24 calls on a model, not a card\n")
     assert "  double link_bytes_per_cycle = 21" in printed
 
 
@@ -132,7 +79,10 @@ def changed(column, value, every=1):
     [
         (lambda rows: rows[:40], r"expected 50 times or more, got 40 in .*plans\.csv\. Measure more layers and tokens"),
         (lambda rows: [{"method": "dense", "median_ms": 1.0}], r"got none with model, layer, .* in .*plans\.csv"),
-        (changed("device", "another", 2), r"expected times of one card, got those of 2 in .*: a model, another"),
+        (
+            changed("device", "another", 2),
+            r"expected times of one card, got those of 2 in .*: a model, not a card, another",
+        ),
         (changed("median_ms", -1.0, 9), r"expected times above zero in median_ms, got others in"),
         (changed("median_ms", "fast", 9), r"plans\.csv: could not convert string to float: 'fast'"),
         (changed("layer", "head", 9), r"expected a layer of benchmarks/shapes\.py, got llama-3-8b head\. Measure"),

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,13 +23,23 @@ import patch_kernels.ops.masked_weight
 from benchmarks import harness, shapes
 from benchmarks.card import build as card_build
 from benchmarks.card import checks as card_checks
-from benchmarks.card import mask_checks, stages
+from benchmarks.card import made_plans, mask_checks, stages
 from benchmarks.card import run as card_run
-from benchmarks.ops import bench_adamw, bench_learn_step, bench_masked_weight, bench_tile_linear, bench_tile_linear_cpu
+from benchmarks.ops import (
+    bench_adamw,
+    bench_learn_step,
+    bench_masked_weight,
+    bench_plans,
+    bench_tile_linear,
+    bench_tile_linear_cpu,
+)
 from benchmarks.rivals import eager_masks, peer_ggml, peer_llama_cpp
 from benchmarks.studies import generate, generate_report, generate_worker, memory_table
 from patch.learn.masked_linear import MaskedLinear
 from patch_kernels import TiledLinear, masked_weight, payload_bytes
+from patch_kernels.ops import tile_linear
+
+HAVE_HOST = importlib.util.find_spec("patch_kernels._host") is not None
 
 # 12288 x 4096 is 96 x 32 = 3072 tiles.
 QKV_16 = shapes.Cell("llama-2-7b", "qkv", 12288, 4096, 16)
@@ -393,7 +404,7 @@ def test_exact_cases_count_what_differs(monkeypatch):
 
 
 def options(tmp_path, **changes):
-    values = dict(out=tmp_path, minutes=10, stages=None, bin=None, dry_run=True) | changes
+    values = dict(out=tmp_path, minutes=10, stages=None, bin=None, dry_run=True, stage_seconds=60.0) | changes
     return argparse.Namespace(**values)
 
 
@@ -410,14 +421,16 @@ def test_dry_run_end_to_end(tmp_path):
     command = [sys.executable, "-m", "benchmarks.card.run", "--dry-run", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{stage}.json" for stage in card_run.STAGES)
+    written = {f"{stage}.json" for stage in card_run.STAGES} | ({"plans.csv"} if HAVE_HOST else set())
+    assert {p.name for p in tmp_path.iterdir()} == written
     results = {stage: json.loads((tmp_path / f"{stage}.json").read_text()) for stage in card_run.STAGES}
     assert results["masks"]["data"]["cases"] == 115 and results["masks"]["data"]["bad"] == []
     assert results["mask_timing"]["data"]["rows"] and results["learn_step"]["data"]["rows"]
-    assert {stage for stage in results if results[stage]["status"] == "skipped"} == {"micro", "sanitizer", "ncu"}
-    assert results["micro"]["reason"] == "micro programs run on a GPU only"
+    skipped = {"selector", "micro", "sanitizer", "ncu"} | (set() if HAVE_HOST else {"plans"})
+    assert {stage for stage in results if results[stage]["status"] == "skipped"} == skipped
+    assert results["micro"]["reason"] == results["selector"]["reason"] == "micro programs run on a GPU only"
     assert results["facts"]["data"]["device"] == "cpu"
-    assert results["exact"]["data"]["cases"] == 60 and results["exact"]["data"]["bad"] == []
+    assert results["exact"]["data"]["cases"] == 60 + 18 and results["exact"]["data"]["bad"] == []
     assert results["timing"]["data"]["rows"]
     table = done.stdout.splitlines()[-len(card_run.STAGES) - 1 :]
     assert table[0].split() == ["stage", "status", "seconds", "result"]
@@ -465,11 +478,40 @@ def test_no_time_left_is_said_and_made_up_for_later(tmp_path):
     calls = []
     child = writes("ok", tmp_path, calls)
     results = card_run.run_stages(["facts", "timing", "ncu"], options(tmp_path, minutes=0.2), child)
-    # 12 seconds: enough for facts and ncu, but timing leaves RESERVE_SECONDS for what follows.
+    # 12 seconds: enough for facts and ncu, but not for half of timing.
     assert [r["status"] for r in results] == ["ok", "not run", "ok"]
     assert results[1]["reason"] == "no time left"
     card_run.run_stages(["facts", "timing", "ncu"], options(tmp_path), child)
     assert calls == ["facts", "ncu", "timing"]
+
+
+GPU_LIST = (ROOT / "benchmarks/card/GPU.md").read_text(encoding="utf-8")
+
+
+def test_the_list_for_a_gpu_is_what_the_runner_runs():
+    """Stages and seconds in GPU.md are those of STAGES in order; the ones marked * fit the first call together."""
+    rows = re.findall(r"^\| (\d+) ([*+]?) ?\| [^|]+ \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", GPU_LIST, re.MULTILINE)
+    found, first = {}, []
+    for _, mark, command, _, _ in rows:
+        if stage := re.match(r"`(\w+)`, (\d+)", command):
+            found[stage[1]] = int(stage[2])
+            first += [stage[1]] if mark == "*" else []
+    assert list(found.items()) == list(card_run.STAGES.items()) and list(card_run.STAGES) == list(stages.FUNCTIONS)
+    assert first == list(card_run.STAGES)[: len(first)] and first[-1] == "timing"
+    seconds = sum(card_run.STAGES[stage] for stage in first)
+    assert seconds == 60 * card_run.FIRST_CALL_MINUTES <= 600 and f"({seconds} together)" in GPU_LIST
+    for name in stages.SELECTOR + stages.MICRO:
+        assert f"`build/gpu/{name}`" in GPU_LIST
+    numbers = [int(number) for number, *_ in rows]
+    assert numbers == list(range(1, len(rows) + 1))
+    decided = re.findall(r"^(\d+)\. \S", GPU_LIST.split("## What each decides")[1], re.MULTILINE)
+    assert [int(number) for number in decided] == numbers
+    assert max(map(len, GPU_LIST.splitlines())) <= 160
+
+
+def test_every_micro_program_is_run_once():
+    programs = [source.stem for source in card_build.micro_sources()]
+    assert sorted(stages.SELECTOR + stages.MICRO) == programs
 
 
 def test_a_stage_of_many_cells_waits_for_half_of_its_time(tmp_path):
@@ -494,18 +536,123 @@ def test_unknown_stage_is_refused(tmp_path, capsys):
     assert f"expected stages of {','.join(card_run.STAGES)}, got fast" in capsys.readouterr().err
 
 
-def test_micro_stage_reads_programs_and_reports_the_broken(tmp_path):
-    good = tmp_path / "selector"
+def program(path, line, code=0):
+    path.write_text(f"#!/bin/sh\necho '{line}'\necho '{{cut'\nexit {code}\n")
+    path.chmod(0o755)
+
+
+def test_micro_stages_read_programs_and_report_the_broken(tmp_path):
     line = '{"experiment": "selector", "case": "m64n8k32 selector 1", "value": 3, "unit": "mismatches"}'
-    good.write_text(f"#!/bin/sh\necho '{line}'\necho '{{cut'\n")
-    broken = tmp_path / "issue_rate"
-    broken.write_text("#!/bin/sh\necho 'Expected a GPU of compute capability 9.0, found none.'\nexit 2\n")
-    for program in (good, broken):
-        program.chmod(0o755)
-    data = stages.micro(options(tmp_path, dry_run=False, bin=tmp_path))
-    assert data["results"] == data["wrong"] == [json.loads(line)]
-    assert "issue_rate: exit code 2: Expected a GPU of compute capability 9.0, found none." in data["problems"]
-    assert f"contention: not in {tmp_path}" in data["problems"]
+    program(tmp_path / "selector", line)
+    program(tmp_path / "issue_rate", "Expected a GPU of compute capability 9.0, found none.", 2)
+    on_gpu = options(tmp_path, dry_run=False, bin=tmp_path)
+    data = stages.selector(on_gpu)
+    assert data["results"] == data["wrong"] == [json.loads(line)] and data["problems"] == [] and data["failed"]
+    program(tmp_path / "selector", line.replace("m64n8k32 selector 1", "overwritten in flight"))
+    data = stages.selector(on_gpu)
+    assert data["results"][0]["value"] == 3 and data["wrong"] == [] and not data["failed"]  # an answer, no fault
+    data = stages.micro(on_gpu)
+    assert "issue_rate: exit code 2: Expected a GPU of compute capability 9.0, found none.\n{cut" in data["problems"]
+    assert f"contention: not in {tmp_path}" in data["problems"] and len(data["problems"]) == len(stages.MICRO)
+    on_gpu.stage_seconds = 1
+    assert stages.selector(on_gpu)["problems"] == ["selector: not run: no time left"]
+
+
+def test_a_wrong_layer_of_a_group_is_counted(monkeypatch):
+    groups = {"two": (128, (128, 64))}
+    assert stages.tally(card_checks.group_cases("cpu", groups, [1, 3]))["summary"] == "4 cases, 0 differ"
+    right = tile_linear.tile_linear_group
+
+    def off_by_one(x, weights, batch_invariant):  # in one value, batch-invariant calls alone
+        first, second = right(x, weights, batch_invariant)
+        second[-1, -1] += batch_invariant
+        return first, second
+
+    monkeypatch.setattr(tile_linear, "tile_linear_group", off_by_one)
+    data = stages.tally(card_checks.group_cases("cpu", groups, [3]))
+    # From the exact value, and from a call of this layer alone.
+    assert data["failed"] and data["bad"] == [{"case": "two M=3 batch invariant", "different": 2}]
+
+
+def test_what_the_sanitizer_watches_is_exact(monkeypatch):
+    card_checks.sanitizer_cases("cpu")
+    right = tile_linear.tile_linear_group
+    monkeypatch.setattr(tile_linear, "tile_linear_group", lambda *args: [y + 1 for y in right(*args)])
+    with pytest.raises(AssertionError, match=r"^wrong result of a group at M=8$"):
+        card_checks.sanitizer_cases("cpu")
+
+
+def test_a_sweep_of_plans_ends_with_its_budget(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_plans, "Plans", lambda: None)
+    monkeypatch.setattr(bench_plans, "measure", lambda cell, sparsity, plans, samples: [{"tokens": cell.tokens}])
+    calls = stages.plan_calls()[:3]
+    rows, left = bench_plans.sweep(calls, 10, 1e9, tmp_path / "plans.csv")
+    assert left == [] and [row["tokens"] for row in rows] == [cell.tokens for cell, _ in calls]
+    with (tmp_path / "plans.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3
+    assert bench_plans.sweep(calls, 10, -1.0, None) == ([], calls)
+
+
+@pytest.mark.skipif(not HAVE_HOST, reason="built without pybind11")
+def test_groups_on_a_card_go_together_and_apart():
+    """By the planner for an H100: layers of a launch, and such that their own splits keep apart."""
+    from patch_kernels import _host
+
+    limits = _host.DeviceLimits(compute_capability=90, sm_count=132, smem_bytes=232448, clusters=[132, 66, 32, 16])
+    for batch_invariant in (False, True):
+        splits = {name: set() for name in card_checks.GROUPS}
+        for name, (cols, row_counts) in card_checks.GROUPS.items():
+            for tokens in card_checks.GROUP_TOKENS:
+                plans = [
+                    _host.choose_plan(rows, cols, tokens, rows * cols * 3 // 2, batch_invariant, limits=limits)
+                    for rows in row_counts
+                ]
+                splits[name].add(tuple(plan["splits"] for plan in plans))
+        assert any(len(set(each)) > 1 for each in splits["q, k, v of Llama-3-8B"])
+        assert any(each[0] == each[1] > 1 for each in splits["gate, up of Llama-3.2-1B"])
+
+
+def test_cases_beyond_a_stage_s_time_are_left_out():
+    cases = ((f"case {i}", i) for i in range(3))
+    data = stages.tally(cases, seconds=-1.0)
+    assert (data["cases"], data["cut"], data["failed"]) == (1, True, False) and len(list(cases)) == 2
+    assert data["summary"] == "1 cases, 0 differ; the rest not run after -1 s"
+
+
+def made_sweep(calls, samples, budget_seconds, path):
+    """bench_plans.sweep on a card that has the model's times; two calls find no time."""
+    rows = made_plans.made_rows(made_plans.OTHER_CARD, sparsities=(0.45, 0.0), tokens=(64, 256), noise=0.01)
+    harness.save_csv(path, rows)
+    return rows, calls[-2:]
+
+
+@pytest.mark.skipif(not HAVE_HOST, reason="built without pybind11")
+def test_plans_stage_fits_what_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_plans, "without_choice", lambda: None)
+    monkeypatch.setattr(bench_plans, "sweep", made_sweep)
+    monkeypatch.setattr(made_plans, "DEVICE", "overwritten by that of the run")
+    data = stages.plans(options(tmp_path, dry_run=False))
+    assert data["not_run"] == ["llama-3-8b gate_up M=512 0%", "llama-3-8b down M=512 0%"]
+    assert data["device"] == harness.environment()["device"] and not data.get("failed")
+    assert data["constants"]["link_bytes_per_cycle"] == pytest.approx(21, rel=0.05)
+    assert (
+        "  double link_bytes_per_cycle = 2" in data["fit"] and "for ModelConstants in csrc/gemm/plan.h" in data["fit"]
+    )
+    assert data["summary"].endswith("; 2 calls without time")
+    monkeypatch.setattr(bench_plans, "sweep", lambda calls, samples, budget_seconds, path: ([], calls))
+    data = stages.plans(options(tmp_path, dry_run=False))  # no time for any: the file before is no result of this run
+    assert data["failed"] and data["summary"].startswith("no fit: expected a file that bench_plans --csv wrote, got")
+    monkeypatch.setattr(bench_plans, "without_choice", lambda: "there is no plan to choose here: none kernels disabled")
+    data = stages.plans(options(tmp_path, dry_run=False))
+    assert data == {"failed": True, "summary": "there is no plan to choose here: none kernels disabled"}
+
+
+def test_plans_are_timed_once_a_shape_and_with_zeros_first():
+    calls = stages.plan_calls()
+    shapes_of = [(cell.rows, cell.cols, cell.tokens, sparsity) for cell, sparsity in calls]
+    assert len(calls) == len(set(shapes_of)) == 2 * 7 * len(stages.PLANS_TOKENS)  # o is the same in both models
+    assert [sparsity for _, sparsity in calls] == [0.45] * 35 + [0.0] * 35
+    assert {64, 128, 256, 512} < {cell.tokens for cell, _ in calls}
 
 
 def test_stages_say_what_is_missing(tmp_path, monkeypatch):
