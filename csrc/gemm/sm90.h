@@ -12,7 +12,7 @@
 // memory to shared memory, and they are added in rank order. Nothing lives in global memory between launches: no
 // counters to reset, no workspace, so graphs and concurrent streams cannot disturb each other.
 //
-// M is the machine: device PTX (cuda/machine_sm90.cuh) or an emulator with one host thread a role (emulate/). Control
+// M is the machine: the device (cuda/machine_sm90.cuh) or an emulator with one host thread a role (emulate/). Control
 // flow is uniform in a role; what differs from thread to thread goes through each_thread.
 #pragma once
 
