@@ -2,7 +2,7 @@
 
 PATCH_KERNELS_CUDA=auto|0|1   CUDA kernels: if nvcc is found (default), never, or fail without nvcc
 PATCH_CUTLASS_INCLUDE         CUTLASS's folder include, for CUDA; default that of the nvidia-cutlass wheel
-TORCH_CUDA_ARCH_LIST          for example "8.0;9.0a"; default 8.0 and 9.0a
+TORCH_CUDA_ARCH_LIST          for example "8.0;9.0a"; default all of CMakeLists.txt
 MAX_JOBS                      parallel compilations; default the number of cores
 """
 
@@ -46,7 +46,7 @@ def cutlass_include() -> Path:
     if isinstance(include, str):
         sys.exit(include)
     site = [Path(sysconfig.get_path(key)) for key in ("platlib", "purelib")]
-    if "PATCH_CUTLASS_INCLUDE" in os.environ or include == KEPT_CUTLASS or set(site) & set(include.parents):
+    if os.environ.get("PATCH_CUTLASS_INCLUDE") or include == KEPT_CUTLASS or set(site) & set(include.parents):
         return include
     # Of an isolated environment, which is gone after this build: kept, so that the next one compiles only what changed.
     shutil.rmtree(KEPT_CUTLASS, ignore_errors=True)

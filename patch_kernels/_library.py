@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 _MINIMUM_TORCH = (2, 11)
+# Of the ops' arguments and meaning; PK_INTERFACE of csrc/bindings/cpu.cpp.
+_INTERFACE = "2"
 _BUILD_COMMAND = "pip install --no-build-isolation -e ."
 
 
@@ -44,20 +46,28 @@ def load_library() -> Path:
             f"patch_kernels: {path} does not load into torch {torch.__version__}: {error}. It was probably built for "
             f"another system; rebuild it here: {_BUILD_COMMAND}."
         ) from error
-    _check_environment(build_info(path)["cpu_instruction_sets"].split())
+    info = build_info(path)
+    if (interface := info.get("interface", "none")) != _INTERFACE:
+        raise ImportError(
+            f"patch_kernels: expected compiled ops with interface {_INTERFACE}, got {interface} at {path}: they are of "
+            f"another version than these Python files. Rebuild them: {_BUILD_COMMAND}."
+        )
+    _check_environment(info["cpu_instruction_sets"].split())
     card_check_seconds()
     return path
 
 
 def _check_environment(instruction_sets: list[str]) -> None:
-    """Refuse what csrc/cpu/dispatch.cpp would overlook."""
+    """Refuse what csrc/cpu/dispatch.cpp and csrc/cuda/tile_linear.cu would overlook."""
     for name, known in (
         ("PATCH_KERNELS_CPU_ISA", instruction_sets),
         ("PATCH_KERNELS_CPU_KERNEL", ["few", "many", "torch"]),
+        ("PATCH_KERNELS_SPARSE_GEMM", ["0", "1"]),
     ):
         if (value := os.environ.get(name)) and value not in known:
             raise ImportError(
-                f"patch_kernels: expected {name} to be one of {', '.join(known)} on this CPU, got {value!r}. Unset it."
+                f"patch_kernels: expected {name} to be one of {', '.join(known)} on this machine, got {value!r}. "
+                "Unset it."
             )
 
 

@@ -183,16 +183,21 @@ def _outcome(status: int | None, output: list[str], errors: list[str], seconds: 
         return Outcome(None, f"the process that checks the card {how_it_ended} before it began{last}")
     if status is None:
         return Outcome(False, f"no end after {seconds:g} s")
-    if status == -signal.SIGKILL:  # by the system, short of memory, or by an operator
-        return Outcome(None, "the process that checks the card was killed")
     if status < 0:
-        return Outcome(False, f"ended by signal {-status} ({signal.strsignal(-status)})")
+        how_it_ended = f"ended by signal {-status} ({signal.strsignal(-status)})"
+        if -status not in _FAULTS:  # by the system, short of memory or of time, or by an operator
+            return Outcome(None, f"the process that checks the card {how_it_ended}")
+        return Outcome(False, how_it_ended)
     result = _result(output)
     if status > 0 or result is None:
         return Outcome(False, f"ended with status {status} and without a result{last}")
     if result["ran"] != "yes":
         return Outcome(None, f"another process cannot use the card ({result['complaint']})")
     return Outcome(not result["complaint"], result["complaint"])
+
+
+# Signals that a process gets for what it did itself.
+_FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
 
 
 def _result(output: list[str]) -> dict[str, str] | None:
@@ -239,7 +244,7 @@ def remembered(path: Path | None, card: Card) -> Verdict | None:
         content: Any = json.loads(path.read_bytes()) if path is not None else None
         verdict = Verdict(str(content["family"]), str(content["reason"]))
         is_right = content["card"] == vars(card) and verdict.family in FAMILIES
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return verdict if is_right else None
 

@@ -30,7 +30,7 @@ class Member(Protocol):
 
     def operands(self) -> Operands: ...
 
-    def current_schedule(self, weight: Tensor) -> Tensor | None: ...
+    def current_schedule(self, weight: Tensor, tile_is_sparse: Tensor) -> Tensor | None: ...
 
 
 class ProjectionGroup:
@@ -110,11 +110,11 @@ class ProjectionGroup:
                 if weight.device != device:  # offloaded until it is called
                     self._end()
                     return None
-                schedule = layer.current_schedule(weight) if needs_schedule else None
+                schedule = layer.current_schedule(weight, tile_is_sparse) if needs_schedule else None
                 weights += weight, tile_is_sparse, schedule, layer.out_features, bias
                 made_of.append((id(layer), operands, _version(x, weight, bias)))
             results = tile_linear.tile_linear_group(x, weights, exact)
-        except RuntimeError:  # the layer that it is about says it
+        except (RuntimeError, ValueError):  # the layer that it is about says it
             self._end()
             return None
         waiting = {}

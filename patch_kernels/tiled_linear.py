@@ -64,7 +64,9 @@ class TiledLinear(nn.Module):
         self.register_buffer("tile_is_sparse", torch.zeros(grid, dtype=torch.uint8, device=device))
         words = torch.zeros(tile_linear.schedule_words(grid), dtype=torch.int32, device=device)
         self.register_buffer("schedule", words, persistent=False)
-        self._schedule_is_current = False
+        # The flags that the schedule was made from, their version then, and the bytes of their payload (None: unknown).
+        self._schedule_of: tuple[Tensor, int, int | None] | None = None
+        self._schedule_is_current = False  # what a compiler can follow of that
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
         else:
@@ -107,16 +109,25 @@ class TiledLinear(nn.Module):
     def tiled_weight(self) -> TiledWeight:
         """View of the packed weight."""
         shape = (self.out_features, self.in_features)
-        schedule = self.schedule if self._schedule_is_current else None
-        return TiledWeight(self.weight, self.tile_is_sparse.bool(), shape, self.weight_dtype, schedule)
+        flags = self.tile_is_sparse
+        schedule = self.schedule if self._has_schedule_of(flags) else None
+        return TiledWeight(self.weight, flags.bool(), shape, self.weight_dtype, schedule)
 
     def refresh_schedule(self) -> None:
         """Make the schedule again after the flags have changed. Waits for the GPU: not inside a graph capture.
 
-        Loading a state, from_linear and the first forward on a GPU see to it.
+        from_linear, and a call on a GPU that finds other flags than those it was made from, see to it.
         """
-        self.schedule = tile_linear.make_schedule(self.tile_is_sparse)
+        self._refresh_schedule(self.tile_is_sparse)
+
+    def _refresh_schedule(self, tile_is_sparse: Tensor) -> None:
+        self.schedule = tile_linear.make_schedule(tile_is_sparse)
         self._schedule_is_current = True
+        if is_compiling():
+            return
+        has_values = type(tile_is_sparse) is Tensor and not tile_is_sparse.is_meta  # a fake tensor is a subclass
+        payload_bytes = tile_linear.payload_bytes(tile_is_sparse) if has_values else None
+        self._schedule_of = tile_is_sparse, _version(tile_is_sparse), payload_bytes
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -127,15 +138,33 @@ class TiledLinear(nn.Module):
             self._schedule_is_current = False
         super().__setattr__(name, value)
 
-    def current_schedule(self, weight: Tensor) -> Tensor | None:
-        """The schedule for a call with this payload: a CPU needs none."""
+    def _has_schedule_of(self, tile_is_sparse: Tensor) -> bool:
+        made_of = self._schedule_of
+        return made_of is not None and made_of[0] is tile_is_sparse and made_of[1] == _version(tile_is_sparse)
+
+    def current_schedule(self, weight: Tensor, tile_is_sparse: Tensor) -> Tensor | None:
+        """The schedule for a call with this payload and these flags: a CPU needs none.
+
+        raises  ValueError for a payload of another size than the flags say: a GPU would read beyond it.
+        """
         if not weight.is_cuda:
             return None
         schedule = self._buffers.get("schedule")
-        if self._schedule_is_current and schedule is not None and schedule.get_device() == weight.get_device():
-            return schedule
-        self.refresh_schedule()
-        return self.schedule
+        is_there = schedule is not None and schedule.get_device() == weight.get_device()
+        if is_compiling():
+            if not is_there or not self._schedule_is_current:
+                self.refresh_schedule()
+            return self.schedule
+        if not is_there or not self._has_schedule_of(tile_is_sparse):
+            self._refresh_schedule(tile_is_sparse)
+            schedule = self.schedule
+        payload_bytes = None if self._schedule_of is None else self._schedule_of[2]
+        if payload_bytes is not None and weight.numel() != payload_bytes:
+            raise ValueError(
+                f"TiledLinear, weight: expected {payload_bytes} bytes, as its tile flags say, got {weight.numel()}. "
+                "Load payload and flags of the same layer."
+            )
+        return schedule
 
     def operands(self) -> Operands:
         """Payload, flags and bias as they are now.
@@ -158,7 +187,7 @@ class TiledLinear(nn.Module):
             y = self._from_group(x, operands)
             if y is not None:
                 return y
-        schedule = self.current_schedule(weight)
+        schedule = self.current_schedule(weight, tile_is_sparse)
         return multiply(x, weight, tile_is_sparse, self.out_features, bias, schedule, self.batch_invariant)
 
     def _from_group(self, x: Tensor, operands: Operands) -> Tensor | None:
@@ -179,6 +208,11 @@ class TiledLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"dtype={self.weight_dtype}, payload_bytes={self.weight.numel()}"
         )
+
+
+def _version(tensor: Tensor) -> int:
+    """What differs once it is written to; tensors of inference mode count no versions."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _check_packing(payload_bytes: int, tiles: int, dtype: torch.dtype) -> None:

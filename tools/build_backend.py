@@ -35,8 +35,10 @@ def cutlass_version(include: Path) -> tuple[int, ...] | None:
     header = include / "cutlass/version.h"
     if not header.is_file() or not (include / "cute/config.hpp").is_file():
         return None
-    numbers = dict(re.findall(r"#define CUTLASS_(MAJOR|MINOR|PATCH) (\d+)", header.read_text()))
-    return tuple(int(numbers[name]) for name in ("MAJOR", "MINOR", "PATCH"))
+    text = header.read_text(errors="replace")
+    numbers = dict(re.findall(r"#[ \t]*define[ \t]+CUTLASS_(MAJOR|MINOR|PATCH)[ \t]+(\d+)", text))
+    names = ("MAJOR", "MINOR", "PATCH")
+    return tuple(int(numbers[name]) for name in names) if numbers.keys() == set(names) else None
 
 
 def cutlass_candidates() -> list[Path]:

@@ -31,7 +31,7 @@ def missing_tool() -> str | None:
     if not has_nvcc:
         return "nvcc"
     if isinstance(find_cutlass(), str):
-        return "CUTLASS's headers (pip install nvidia-cutlass)"
+        return "CUTLASS's headers"
     return None if shutil.which("cmake") else "cmake"
 
 

@@ -21,6 +21,9 @@ COLUMNS = ("model", "layer", "tokens", "sparsity", *CHOICE, "workers", "median_m
 # All other constants count its cycles: the data say nothing of its length.
 HELD = ("cycles_per_us",)
 LEAST_ROWS = 50
+LEAST_CALLS = 20  # different ones
+MOST_TOKENS = 1 << 30
+MOST_SMS = 4096
 WIDEST = math.log(30)  # a constant moves at most by this factor
 TOLD = 0.15  # a standard error of a constant's logarithm up to here means that the data tell it
 LEAST_NOISE = 0.01  # of a time's logarithm, whatever the residuals say
@@ -67,6 +70,11 @@ def host_module():
     return _host
 
 
+def host_capabilities(host) -> list[int]:
+    """Compute capabilities (90 for 9.0) that have kernels."""
+    return [number for number in range(10, 200) if host.possible_choices(1024, 1, host.DeviceLimits(number, 1))]
+
+
 def call_of(row: dict[str, str]) -> tuple[int, ...]:
     """A row's call; raises ValueError for a layer that benchmarks/shapes.py does not have."""
     layers = shapes.MODELS.get(row["model"], {})
@@ -74,6 +82,13 @@ def call_of(row: dict[str, str]) -> tuple[int, ...]:
         raise ValueError(
             f"expected a layer of benchmarks/shapes.py, got {row['model']} {row['layer']}. "
             "Measure again with this version."
+        )
+    if not 0 <= float(row["sparsity"]) <= 0.5:
+        raise ValueError(f"expected a sparsity from 0 to 0.5, got {row['sparsity']}. Measure again.")
+    if not 1 <= int(row["tokens"]) <= MOST_TOKENS or not 1 <= int(row["workers"]) <= MOST_TOKENS:
+        raise ValueError(
+            f"expected tokens and workers from 1 to {MOST_TOKENS}, got {row['tokens']} and {row['workers']}. "
+            "Measure again."
         )
     rows, cols = layers[row["layer"]]
     payload = shapes.weight_bytes(rows, cols, float(row["sparsity"]))
@@ -84,7 +99,7 @@ def read_times(path: Path) -> Times:
     """The file that bench_plans --csv wrote; raises ValueError with a sentence for one that cannot be used."""
     host = host_module()
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"expected a file that bench_plans --csv wrote, got {path}: {error}") from None
@@ -97,7 +112,7 @@ def read_times(path: Path) -> Times:
     if len(cards) > 1:
         raise ValueError(
             f"expected times of one card, got those of {len(cards)} in {path}: "
-            f"{', '.join(sorted(card[0] for card in cards))}. Keep one card a file."
+            f"{', '.join(sorted(str(card[0]) for card in cards))}. Keep one card a file."
         )
     if len(rows) < LEAST_ROWS:
         raise ValueError(
@@ -108,8 +123,18 @@ def read_times(path: Path) -> Times:
         us = np.array([1e3 * float(row["median_ms"]) for row in rows])
         ((device, *numbers),) = cards
         capability, sm_count = (int(number) for number in numbers)
+        if capability not in host_capabilities(host) or not 1 <= sm_count <= MOST_SMS:
+            raise ValueError(
+                f"expected the capability of a card with kernels ({', '.join(map(str, host_capabilities(host)))}) and "
+                f"1 to {MOST_SMS} multiprocessors, got {capability} and {sm_count}. Measure again."
+            )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+    if len(set(calls)) < LEAST_CALLS:
+        raise ValueError(
+            f"expected plans of {LEAST_CALLS} different calls or more, got {len(set(calls))} in {path}. "
+            "Measure more layers and tokens."
+        )
     if not (np.isfinite(us).all() and (us > 0).all()):
         raise ValueError(f"expected times above zero in median_ms, got others in {path}. Measure again.")
     limits = host.DeviceLimits(capability, sm_count)

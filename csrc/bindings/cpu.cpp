@@ -244,10 +244,13 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CompositeExplicitAutograd, m) {
 }
 
 // Facts about this build for `patch-llm info`, read through ctypes: no op returns a string without leaking it.
+// Changes with the ops' arguments or meaning, so that Python files of another version refuse the library.
+#define PK_INTERFACE "2"
+
 extern "C" __attribute__((visibility("default"))) const char* patch_kernels_build_info() {
   static const std::string info =
-      std::string("{\"build_id\": \"" PK_BUILD_ID "\", \"cuda_architectures\": \"" PK_CUDA_ARCHITECTURES
-                  "\", \"cuda_version\": \"" PK_CUDA_VERSION
+      std::string("{\"build_id\": \"" PK_BUILD_ID "\", \"interface\": \"" PK_INTERFACE
+                  "\", \"cuda_architectures\": \"" PK_CUDA_ARCHITECTURES "\", \"cuda_version\": \"" PK_CUDA_VERSION
                   "\", \"torch_target\": \"2.11\", \"cpu_instruction_set\": \"") +
       patch_kernels::cpu::instruction_set() + "\", \"cpu_instruction_sets\": \"" +
       patch_kernels::cpu::instruction_sets() + "\"}";

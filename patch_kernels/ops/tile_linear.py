@@ -183,6 +183,7 @@ def tile_linear(
 
     x         (..., K) of the packed dtype (fp16 or bf16); leading sizes may be 0, strides are free. Its dtype and K are
               not in the payload: TiledWeight and TiledLinear know and check both.
+    tile_is_sparse  (ceil(N/128), ceil(K/128)) uint8 of 0 and 1, contiguous (tile_flags makes it of bool).
     bias      (N,) of x's dtype, or None; added in fp32.
     schedule  make_schedule(tile_is_sparse). Without it a GPU unpacks and calls cuBLAS; a CPU does not need it.
     batch_invariant  row i of y does not depend on the number of rows, bit for bit, at some cost in speed: on a CPU from
@@ -244,7 +245,9 @@ def _refuse_forward_mode(x: Tensor) -> None:
 
 
 def tile_linear_group(x: Tensor, weights: Sequence[Any], batch_invariant: bool = False) -> Sequence[Tensor]:
-    """tile_linear of one x (..., K) and two to four weights of the same K and dtype, in one call. No gradients.
+    """tile_linear of one x (..., K) and two to four weights of the same K and dtype, in one call.
+
+    No gradients: backward through its results gives none to x (torch warns of it).
 
     weights  payload, tile_is_sparse, schedule, out_features, bias of each weight in turn, in one flat list
     returns  item i is what tile_linear returns for weight i, bit for bit

@@ -43,7 +43,8 @@ def child(script):
         (BEGIN + "print('card_check: {}')", False, "ended with status 0 and without a result"),
         (BEGIN + "sys.exit('no such thing')", False, "ended with status 1 and without a result: no such thing"),
         (BEGIN + PASSED + "sys.exit(3)", False, "ended with status 3"),
-        (BEGIN + "os.kill(os.getpid(), signal.SIGKILL)", None, "was killed"),
+        (BEGIN + "os.kill(os.getpid(), signal.SIGKILL)", None, "ended by signal 9"),
+        (BEGIN + "os.kill(os.getpid(), signal.SIGTERM)", None, "ended by signal 15"),
         (BEGIN + PASSED.replace("yes", "no"), None, r"another process cannot use the card"),
         ("import no_such_module", None, "ended with status 1 before it began: ModuleNotFoundError: No module named"),
         (PASSED, None, "ended with status 0 before it began"),
@@ -210,7 +211,9 @@ def test_another_kind_of_card_driver_or_build_is_checked_anew(machine, change):
     assert machine.started == ["sm90"] * 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"family": "sm90"}', '{"card": 1, "family": "sm90", "reason": ""}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"family": "sm90"}', '{"card": 1, "family": "sm90", "reason": ""}', "[" * 100_000]
+)
 def test_a_spoilt_file_is_checked_anew(machine, text):
     path = card_check.remembered_path(CARD)
     path.parent.mkdir(parents=True)

@@ -99,7 +99,7 @@ def test_scratch_of_a_long_prompt_is_bounded(monkeypatch):
     [
         (
             "PATCH_KERNELS_CPU_ISA",
-            r"PATCH_KERNELS_CPU_ISA to be one of generic.* on this CPU, got 'sse9'\. Unset",
+            r"PATCH_KERNELS_CPU_ISA to be one of generic.* on this machine, got 'sse9'\. Unset",
         ),
         ("PATCH_KERNELS_CPU_KERNEL", "expected PATCH_KERNELS_CPU_KERNEL to be one of few, many, torch .* got 'sse9'"),
     ],

@@ -87,7 +87,13 @@ def changed(column, value, every=1):
         (changed("median_ms", "fast", 9), r"plans\.csv: could not convert string to float: 'fast'"),
         (changed("layer", "head", 9), r"expected a layer of benchmarks/shapes\.py, got llama-3-8b head\. Measure"),
         (changed("bn", 96, 9), r"expected plans of this version, got bn 96, .* for 16 tokens in"),
-        (changed("workers", 0), r"expected plans of this version, got bn 16, .*, workers 0 for 16 tokens in"),
+        (changed("workers", 0), r"expected tokens and workers from 1 to \d+, got 16 and 0\. Measure again"),
+        (changed("tokens", 10**20), r"expected tokens and workers from 1 to \d+, got 10+ and"),
+        (changed("sparsity", 2), r"expected a sparsity from 0 to 0\.5, got 2\. Measure again"),
+        (changed("sm_count", 0), r"the capability of a card with kernels \(80, .*\) and 1 to 4096 multi.*got 90 and 0"),
+        (changed("capability", 10**14), r"expected the capability of a card with kernels .*, got 10+ and"),
+        (lambda rows: rows[:1] * 100, r"expected plans of 20 different calls or more, got 1 in .*plans\.csv"),
+        (lambda rows: [{"a": 1, "b": 2}] * 2, r"got none with model, layer"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, capsys, monkeypatch, change, message):

@@ -60,6 +60,18 @@ def test_library_that_does_not_load(monkeypatch, tmp_path):
         _library.load_library()
 
 
+def test_library_of_another_version(monkeypatch):
+    monkeypatch.setattr(_library, "_INTERFACE", "0")
+    with pytest.raises(ImportError, match=r"expected compiled ops with interface 0, got 2 at .*Rebuild them: pip"):
+        _library.load_library()
+
+
+def test_a_switch_that_says_nothing(monkeypatch):
+    monkeypatch.setenv("PATCH_KERNELS_SPARSE_GEMM", "off")
+    with pytest.raises(ImportError, match="expected PATCH_KERNELS_SPARSE_GEMM to be one of 0, 1 on this machine, got"):
+        _library.load_library()
+
+
 def test_torch_too_old(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.1")
     with pytest.raises(ImportError, match=r"expected torch 2\.11 or newer, got 2\.10\.1"):

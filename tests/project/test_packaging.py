@@ -123,8 +123,16 @@ def test_cutlass_is_found_by_path_under_build_isolation(driver, backend, monkeyp
         installed = cutlass(tmp_path / "site", version)
         assert driver.cutlass_include() == installed
     named = cutlass(tmp_path / "named")
+    (named / "cutlass/version.h").write_text(
+        "#  define CUTLASS_MAJOR  4\n#define CUTLASS_MINOR\t1\n#define CUTLASS_PATCH 0\n"
+    )
     monkeypatch.setenv("PATCH_CUTLASS_INCLUDE", str(named))
     assert driver.cutlass_include() == named
+    (named / "cutlass/version.h").write_text("")
+    with pytest.raises(SystemExit, match=r"holds no cutlass/version\.h"):
+        driver.cutlass_include()
+    monkeypatch.setenv("PATCH_CUTLASS_INCLUDE", "")  # as if it were not set
+    assert driver.cutlass_include() == installed
 
 
 def test_cutlass_of_an_isolated_build_is_kept_for_the_next_one(driver, backend, monkeypatch, tmp_path):

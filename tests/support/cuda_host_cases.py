@@ -170,6 +170,36 @@ def new_state_is_used_at_once(host):
     check()
     module.bias = None
     check()
+    module.state_dict()["tile_is_sparse"].fill_(1)  # as a loader does that copies into what is there
+    module._buffers["weight"] = torch.zeros(6 * tile_linear.SPARSE_TILE_BYTES, dtype=torch.uint8)
+    check()
+    of_call = {"tile_is_sparse": other.tile_is_sparse, "weight": other.weight}
+    with torch.no_grad(), tensors_are_on_cuda():
+        torch.func.functional_call(module, of_call, (x,))
+    launch, words = host.last_launch(), tile_linear.make_schedule(other.tile_is_sparse)
+    assert launch.payload == other.weight.data_ptr()
+    assert words_at(launch.schedule_tiles - 12, words.numel()) == words.tolist()
+    check()
+
+
+def a_payload_of_another_size_is_refused(host):
+    """A GPU would read beyond it. On a CPU the op refuses it."""
+    module, x, launches = layer(256, 384), inputs(40, 384), host.counts()["launches"]
+    module.weight = module.weight[: -tile_linear.SPARSE_TILE_BYTES].clone()
+    try:
+        call(module, x)
+    except ValueError as error:
+        assert "as its tile flags say, got" in str(error)
+    else:
+        raise AssertionError("a short payload was taken")
+    fresh = TiledLinear(384, 256, payload_bytes=6 * tile_linear.SPARSE_TILE_BYTES)  # all-dense flags, not loaded yet
+    try:
+        call(fresh, x)
+    except ValueError as error:
+        assert f"expected {6 * tile_linear.DENSE_TILE_BYTES} bytes" in str(error)
+    else:
+        raise AssertionError("an empty layer was taken")
+    assert host.counts()["launches"] == launches
 
 
 def shapes_of_x(host):
@@ -386,6 +416,7 @@ CASES = [
     maps_are_kept_for_equal_memory_alone,
     plans_are_kept_for_equal_calls_alone,
     new_state_is_used_at_once,
+    a_payload_of_another_size_is_refused,
     shapes_of_x,
     training_does_not_overlap_what_is_before,
     a_group_is_one_launch_for_each_split,
