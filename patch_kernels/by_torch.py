@@ -64,12 +64,6 @@ def tile_linear(
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def _unpack_tiles(
-    payload: Tensor, tile_is_sparse: Tensor, schedule: Tensor | None, rows: int, cols: int, dtype: torch.dtype
-) -> Tensor:
-    return unpack_tiles(payload, tile_is_sparse, rows, cols, dtype)
-
-
 def _tile_linear_group(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     weights = [(*args[i : i + 5], args[-1]) for i in range(0, len(args) - 1, 5)]
     return tuple(tile_linear(x, *weight) for weight in weights)
@@ -79,7 +73,7 @@ def serve(dispatch_key: str) -> torch.library.Library:
     """Take the place of the compiled kernels of a dispatch key ("CUDA") for as long as the returned object lives."""
     library = torch.library.Library("patch_kernels", "IMPL")
     kernels: dict[str, Any] = {
-        "unpack_tiles": _unpack_tiles,
+        "unpack_tiles": lambda payload, flags, _schedule, *rest: unpack_tiles(payload, flags, *rest),
         "tile_linear": tile_linear,
         "tile_linear_train": tile_linear,
     }

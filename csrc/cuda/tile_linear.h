@@ -44,7 +44,7 @@ CardCheck check_card(int device, Family family);
 // fp32 numbers of workspace that run_gemm needs; they need no initialisation.
 int64_t gemm_partial_floats(const GemmProblem& problem, const LaunchPlan& plan);
 
-// Launches a plan on a stream. items, token_ctas and splits are taken from the plan.
+// Launches a plan on a stream. Items and the shape of clusters are the plan's; layers are placed one after the other.
 void run_gemm(GemmProblem problem, const LaunchPlan& plan, DType dtype, float* partials, void* stream);
 
 }  // namespace patch_kernels::cuda

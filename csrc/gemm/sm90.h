@@ -501,8 +501,7 @@ struct Consumer {
       if (by_tensor) {
         for (int b = 0; b < C::kBlocks; ++b) m.copy_y(y_map, stage + b * kBlockBytes, row0 + 64 * b, first);
       }
-      m.commit_stores();  // an empty group where there are none: the wait above counts chunks, also those of other
-                          // layers
+      m.commit_stores();  // an empty group where nothing was copied: the wait above counts chunks, of all layers
       if (by_tensor) continue;
       m.each_thread([&](int t) {  // one weight row a thread
         const uint32_t from = stage + t / 64 * kBlockBytes;
