@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patch.models.keep_masks import pruned_weights
-from patch.models.structure import block_weights, linear_at
+from patch.models.structure import block_weights, blocks_as_stars, linear_at
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def coverage_of(model: nn.Module, masked: Mapping[str, int], pruned: int) -> Cov
     left: dict[str, int] = {}
     for name, size in weights.items():
         if name.removesuffix(".weight") not in masked:
-            shown = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+            shown = blocks_as_stars(name)
             left[shown] = left.get(shown, 0) + size
     ordered = dict(sorted(left.items(), key=lambda item: -item[1]))
     return Coverage(sum(weights.values()), sum(masked.values()), pruned, ordered)

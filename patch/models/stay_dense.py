@@ -12,6 +12,8 @@ from types import FunctionType
 
 from torch import nn
 
+from patch.models.mixtures import Experts
+
 # What code may ask of a weight without computing with it.
 _FACTS = {"device", "dim", "dtype", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"}
 
@@ -43,6 +45,21 @@ def router_linears(root: nn.Module) -> set[str]:
     return names
 
 
+def unknown_experts(root: nn.Module) -> set[str]:
+    """Names, from `root` on, of modules that hold experts as 3-D parameters in a form that cannot be opened.
+
+    Beside each is a module with a matrix of as many rows as there are experts, which chooses them.
+    """
+    names = set()
+    for path, module in root.named_modules():
+        for key, child in module.named_children():
+            count = 0 if isinstance(child, (Experts, nn.ModuleList)) else _expert_count(child)
+            others = (own for name, other in module.named_children() if name != key for own in other.parameters())
+            if count > 1 and any(own.dim() == 2 and own.shape[0] == count for own in others):
+                names.add(f"{path}.{key}" if path else key)
+    return names
+
+
 def directly_read_linears(root: nn.Module) -> set[str]:
     """Names, from `root` on, of the layers past which code computes with their weight or bias (Mamba's dt_proj).
 
@@ -63,6 +80,8 @@ def directly_read_linears(root: nn.Module) -> set[str]:
 
 def _expert_count(module: nn.Module) -> int:
     """Number of experts in a list of equal modules with weights, or in a module with their weights as 3-D tensors."""
+    if isinstance(module, Experts):
+        return module.experts
     if isinstance(module, nn.ModuleList):
         kinds = {type(expert) for expert in module}
         has_weights = len(kinds) == 1 and any(True for _ in module[0].parameters())

@@ -5,7 +5,8 @@ family of transformers needs no entry here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from patch.files.schema import nearest
-from patch.models.stay_dense import directly_read_linears, is_plain_linear, router_linears
+from patch.models.mixtures import open_mixtures
+from patch.models.stay_dense import directly_read_linears, is_plain_linear, router_linears, unknown_experts
 from patch_kernels import TiledLinear
 
 _USE = "Use a causal language model built like Llama, Qwen2, Gemma-3 or OPT."
@@ -41,21 +43,26 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def maskable_linears(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
     """Layers that may be masked: {module path from the model's root: layer}, in `named_modules()` order.
 
-    These are the `nn.Linear` layers inside the decoder's blocks. Embeddings, the output head (tied or not)
+    Mixtures are opened for it, in place: each matrix of each expert is a layer (`patch.models.mixtures`). These are the
+    `nn.Linear` layers inside the decoder's blocks. Embeddings, the output head (tied or not)
     and the projections some models put around their embeddings (OPT-350M) are never among them, nor are the layers
     of `patch.models.stay_dense`: routers of mixtures, layers whose weight their model reads itself, and those that are
     nn.Linear by name only. In a module without a list of blocks every such layer of its body counts.
 
     exclude  fnmatch patterns over the names, such as "*.k_proj"; each must match a layer of the model.
-    Raises ValueError when no layer is found or left, or a pattern matches nothing.
+    Raises ValueError when no layer is found or left, a pattern matches nothing, or experts or much of the decoder are
+    in a form that is not known and no pattern names them.
     """
     prefix, decoder = _decoder(model)
+    open_mixtures(decoder)
     stay_dense = {_join(prefix, name) for name in router_linears(decoder) | directly_read_linears(decoder)}
     found = {name: layer for name, layer in block_linears(model).items() if name not in stay_dense}
     if not found:
         got = f"{type(model).__name__} with none in its decoder{_why_no_linear(model)}"
         raise ValueError(f"expected a model with nn.Linear layers to mask, got {got}. {_USE}")
-    patterns = _check_patterns(model, exclude)
+    unknown = _unknown_weights(model)
+    patterns = _check_patterns(model, exclude, unknown)
+    _refuse_unknown(unknown, patterns, sum(block_weights(model).values()))
     kept = {name: layer for name, layer in found.items() if not any(fnmatchcase(name, p) for p in patterns)}
     if not kept:
         got = f"exclude={list(patterns)} which removes all {len(found)} nn.Linear layers"
@@ -164,13 +171,61 @@ def _embedding_weights(model: nn.Module) -> list[torch.Tensor]:
     return weights
 
 
-def _check_patterns(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
+# A share of the decoder's weights from which on a form that is not known is refused, whatever it is for.
+_MUCH = 0.1
+
+
+def _unknown_weights(model: nn.Module) -> dict[str, dict[str, int]]:
+    """{names with block numbers as *: {module path: weights}} of what should be layers to mask but is in no known form.
+
+    These are experts, and what else is a tenth of the decoder or more and neither an nn.Linear nor a convolution.
+    """
+    prefix, blocks = _blocks_or_body(model)
+    experts = {_join(prefix, name) for name in unknown_experts(blocks)}
+    modules = dict(model.named_modules())
+    weights = block_weights(model)
+    found: dict[str, dict[str, int]] = {}
+    for name, size in weights.items():
+        path = name.rpartition(".")[0]
+        module = modules[path]
+        if not isinstance(module, (nn.Linear, TiledLinear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            of_module = found.setdefault(blocks_as_stars(path), {})
+            of_module[path] = of_module.get(path, 0) + size
+    total = sum(weights.values())
+    return {
+        shown: sizes
+        for shown, sizes in found.items()
+        if not experts.isdisjoint(sizes) or sum(sizes.values()) >= _MUCH * total
+    }
+
+
+def blocks_as_stars(name: str) -> str:
+    """A module path or name with its numbers as *."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _refuse_unknown(unknown: Mapping[str, Mapping[str, int]], patterns: Sequence[str], total: int) -> None:
+    left = {
+        shown: sum(size for path, size in sizes.items() if not any(fnmatchcase(path, p) for p in patterns))
+        for shown, sizes in unknown.items()
+    }
+    if named := [f"'{shown}' ({size / total:.1%})" for shown, size in left.items() if size]:
+        wanted = "expected weights as nn.Linear layers or as experts in a form that is known"
+        got = f"got {', '.join(named)} of the decoder's weights in another form"
+        pattern = next(shown for shown, size in left.items() if size)
+        raise ValueError(f"{wanted}, {got}. Leave them dense with exclude=['{pattern}'] (--exclude '{pattern}').")
+
+
+def _check_patterns(
+    model: nn.Module, exclude: Sequence[str], unknown: Mapping[str, Mapping[str, int]]
+) -> tuple[str, ...]:
     given = exclude if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [None]
     if not all(isinstance(pattern, str) for pattern in given):
         raise TypeError(f'expected exclude as a list of patterns, got {exclude!r}. Write exclude=["*.k_proj"].')
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    others = [path for sizes in unknown.values() for path in sizes]
     for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in (*names, *others)):
             got = f"'{pattern}' which matches none of the {len(names)} nn.Linear layers such as '{names[0]}'"
             advice = _near_pattern(pattern, names)
             raise ValueError(f"exclude: expected patterns that match a layer, got {got}. {advice}")
