@@ -25,7 +25,7 @@ from patch.models.coverage import coverage, warn_of_dense_rest
 from patch.models.facts import fingerprints, model_name, versions
 from patch.models.keep_masks import apply_keep_masks, measured_sparsity
 from patch.models.modes import prepared
-from patch.models.structure import maskable_linears
+from patch.models.structure import layers_to_mask
 from patch.runs import checkpoints as run_checkpoints
 from patch.runs import metrics as run_metrics
 from patch.runs.arguments import rank, require_trackers, trainer_arguments, world_size
@@ -181,7 +181,7 @@ def plan_learning(
     """
     if not isinstance(model, nn.Module) or isinstance(model, nn.Linear):
         raise TypeError(f"model: expected a causal language model, got {type(model).__name__}. Load it first.")
-    linears = maskable_linears(model, exclude)
+    linears = layers_to_mask(model, exclude)
     if resume and output_dir is None:
         raise ValueError("resume: expected an output_dir to resume from, got none; pass the folder of the earlier run")
     check_inputs(model, train_blocks, config, linears, prior_masks, tile_scores)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-# What the rows of a sorted batch add to those that the router sends to experts: {expert: rows of the hidden states}.
-ExtraRows = Callable[["Experts", Tensor, Sequence[int]], dict[int, Tensor]]
+# extra_rows(experts, hidden states (tokens, in), experts of each token) -> {expert: more rows (n, in)}
+ExtraRows = Callable[["Experts", Tensor, Tensor], dict[int, Tensor]]
 _TRIAL_EXPERTS, _TRIAL_TOKENS, _TRIAL_CHOICES = 3, 7, 2
 
 
@@ -87,12 +87,10 @@ class Experts(nn.Module):
     """The experts of a block as layers of their own: child "3" is expert 3. Called as the module it stands for.
 
     original     that module, without its matrices; its code computes what is between the layers
-    extra_rows   None, or what more rows an expert's layers are called with, their results dropped (calibration)
-    scores       of the latest call, (tokens, experts), where `extra_rows` is to have them; set by who asks for them
+    extra_rows   None, or what says which rows an expert of a routed mixture is called with besides (calibration)
     """
 
     extra_rows: ExtraRows | None = None
-    scores: Tensor | None = None
 
     def __init__(self, original: nn.Module, form: Form):
         super().__init__()
@@ -168,7 +166,8 @@ class Experts(nn.Module):
         tokens, choices = chosen.shape
         order, sizes = self._by_expert(chosen.reshape(-1))
         rows = hidden[order // choices]
-        y = torch.cat(self._call(rows.split(sizes), hidden))
+        more = {} if self.extra_rows is None else self.extra_rows(self, hidden, chosen)
+        y = torch.cat(self._call(rows.split(sizes), more))
         if (norm := self._modules.get("post_expert_norm")) is not None:
             y = norm(y)
         y = y * weights.reshape(-1)[order, None]
@@ -176,22 +175,22 @@ class Experts(nn.Module):
 
     def _batched(self, hidden: Tensor) -> Tensor:
         of_expert = hidden.reshape(self.experts, -1, hidden.shape[-1])
-        if isinstance(hidden, FakeTensor):
-            return torch.cat(self._call(of_expert.unbind(0), hidden))
+        if not _has_values(hidden):
+            return torch.cat(self._call(of_expert.unbind(0)))
         # An expert without biases makes zeros of zeros: tokens that were not sent to it are left out.
         sent = of_expert.detach().ne(0).any(-1)
-        results = self._call([rows[is_sent] for rows, is_sent in zip(of_expert, sent, strict=True)], hidden)
+        results = self._call([rows[is_sent] for rows, is_sent in zip(of_expert, sent, strict=True)])
         y = hidden.new_zeros(*of_expert.shape[:2], results[0].shape[-1])
         y[sent] = torch.cat(results)
         return y.view(-1, y.shape[-1])
 
     def _sorted(self, rows: Tensor, sizes: Sequence[int] | Tensor) -> Tensor:
         counts = sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
-        return torch.cat(self._call(rows.split(counts), rows))
+        return torch.cat(self._call(rows.split(counts)))
 
     def _by_expert(self, chosen: Tensor) -> tuple[Tensor, list[int]]:
         """Order of the (token, choice) pairs by expert, and how many each expert has."""
-        if isinstance(chosen, FakeTensor):  # sizes alone are asked for: as if all experts had as many tokens
+        if not _has_values(chosen):  # sizes alone are asked for: as if all experts had as many tokens
             each, more = divmod(len(chosen), self.experts)
             return torch.arange(len(chosen), device=chosen.device), [
                 each + (index < more) for index in range(self.experts)
@@ -204,15 +203,12 @@ class Experts(nn.Module):
             )
         return chosen.argsort(stable=True), sizes
 
-    def _call(self, rows: Sequence[Tensor], hidden: Tensor) -> list[Tensor]:
-        more = self.extra_rows(self, hidden, [len(x) for x in rows]) if self.extra_rows is not None else {}
+    def _call(self, rows: Sequence[Tensor], more: Mapping[int, Tensor] | None = None) -> list[Tensor]:
+        """Results of the experts for their rows; those of the rows in `more` are dropped."""
         results = []
         for index, x in enumerate(rows):
-            added = more.get(index)
-            if added is not None:
-                results.append(self._expert(index, torch.cat([x, added]))[: len(x)])
-            else:
-                results.append(self._expert(index, x))
+            with_more = torch.cat([x, more[index]]) if more and index in more else x
+            results.append(self._expert(index, with_more)[: len(x)])
         return results
 
     def _expert(self, index: int, x: Tensor) -> Tensor:
@@ -410,11 +406,15 @@ def _tensor(layer: nn.Module, key: str) -> Tensor:
     return tensor
 
 
+def _has_values(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def _is_view(experts: Experts, name: str) -> bool:
     """Whether the layers' tensors still lie where the own form has them."""
     whole = cast("dict[str, Tensor]", experts._whole)[name]
     key = "bias" if name.endswith("_bias") else "weight"
-    if whole.is_meta or isinstance(whole, FakeTensor):
+    if not _has_values(whole):
         return False
     for projection, part in experts.form.split(name, whole).items():
         for index in range(experts.experts):

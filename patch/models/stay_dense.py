@@ -45,19 +45,32 @@ def router_linears(root: nn.Module) -> set[str]:
     return names
 
 
-def unknown_experts(root: nn.Module) -> set[str]:
-    """Names, from `root` on, of modules that hold experts as 3-D parameters in a form that cannot be opened.
+def mixtures(root: nn.Module) -> dict[str, nn.Module]:
+    """{name from `root` on: module} of lists of experts beside a router, and of opened mixtures."""
+    return {name: module for name, module in _experts(root).items() if isinstance(module, (Experts, nn.ModuleList))}
 
-    Beside each is a module with a matrix of as many rows as there are experts, which chooses them.
-    """
-    names = set()
+
+def unknown_experts(root: nn.Module) -> set[str]:
+    """Names, from `root` on, of modules that hold experts as 3-D parameters in a form that cannot be opened."""
+    return {name for name, module in _experts(root).items() if not isinstance(module, (Experts, nn.ModuleList))}
+
+
+def _experts(root: nn.Module) -> dict[str, nn.Module]:
+    """Modules with experts: beside each is one with a matrix of as many rows, which chooses them."""
+    found = {}
     for path, module in root.named_modules():
+        if isinstance(module, Experts):
+            found[path] = module
         for key, child in module.named_children():
-            count = 0 if isinstance(child, (Experts, nn.ModuleList)) else _expert_count(child)
-            others = (own for name, other in module.named_children() if name != key for own in other.parameters())
-            if count > 1 and any(own.dim() == 2 and own.shape[0] == count for own in others):
-                names.add(f"{path}.{key}" if path else key)
-    return names
+            others = [other for name, other in module.named_children() if name != key]
+            if (count := _expert_count(child)) > 1 and any(_chooses(other, count) for other in others):
+                found[f"{path}.{key}" if path else key] = child
+    return found
+
+
+def _chooses(module: nn.Module, count: int) -> bool:
+    """Whether a module has a matrix of `count` rows, and no list of experts."""
+    return any(own.dim() == 2 and own.shape[0] == count for own in module.parameters()) and not _expert_count(module)
 
 
 def directly_read_linears(root: nn.Module) -> set[str]:

@@ -6,7 +6,7 @@ family of transformers needs no entry here."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -50,8 +50,7 @@ def maskable_linears(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
     nn.Linear by name only. In a module without a list of blocks every such layer of its body counts.
 
     exclude  fnmatch patterns over the names, such as "*.k_proj"; each must match a layer of the model.
-    Raises ValueError when no layer is found or left, a pattern matches nothing, or experts or much of the decoder are
-    in a form that is not known and no pattern names them.
+    Raises ValueError when no layer is found or left, or a pattern matches nothing.
     """
     prefix, decoder = _decoder(model)
     open_mixtures(decoder)
@@ -60,14 +59,32 @@ def maskable_linears(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str,
     if not found:
         got = f"{type(model).__name__} with none in its decoder{_why_no_linear(model)}"
         raise ValueError(f"expected a model with nn.Linear layers to mask, got {got}. {_USE}")
-    unknown = _unknown_weights(model)
-    patterns = _check_patterns(model, exclude, unknown)
-    _refuse_unknown(unknown, patterns, sum(block_weights(model).values()))
+    patterns = _check_patterns(model, exclude)
     kept = {name: layer for name, layer in found.items() if not any(fnmatchcase(name, p) for p in patterns)}
     if not kept:
         got = f"exclude={list(patterns)} which removes all {len(found)} nn.Linear layers"
         raise ValueError(f"expected at least one layer left to mask, got {got}. Use narrower patterns.")
     return kept
+
+
+def layers_to_mask(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """`maskable_linears` for new masks: refuses a model of which a part would be left dense in silence.
+
+    Raises ValueError for experts, or a tenth of the decoder's weights or more, in a form that is not known, unless a
+    pattern of `exclude` names the modules.
+    """
+    linears = maskable_linears(model, exclude)
+    total = sum(block_weights(model).values())
+    left = {
+        shown: sum(size for path, size in sizes.items() if not any(fnmatchcase(path, p) for p in exclude))
+        for shown, sizes in _unknown_weights(model).items()
+    }
+    if named := [f"'{shown}' ({size / total:.1%})" for shown, size in left.items() if size]:
+        wanted = "expected the decoder's weights in nn.Linear layers, or in experts of a form that is known"
+        pattern = next(shown for shown, size in left.items() if size)
+        advice = f"Leave them dense with exclude=['{pattern}'] (--exclude '{pattern}')."
+        raise ValueError(f"{wanted}, got another form in {', '.join(named)}. {advice}")
+    return linears
 
 
 def block_weights(model: nn.Module) -> dict[str, int]:
@@ -204,26 +221,12 @@ def blocks_as_stars(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def _refuse_unknown(unknown: Mapping[str, Mapping[str, int]], patterns: Sequence[str], total: int) -> None:
-    left = {
-        shown: sum(size for path, size in sizes.items() if not any(fnmatchcase(path, p) for p in patterns))
-        for shown, sizes in unknown.items()
-    }
-    if named := [f"'{shown}' ({size / total:.1%})" for shown, size in left.items() if size]:
-        wanted = "expected weights as nn.Linear layers or as experts in a form that is known"
-        got = f"got {', '.join(named)} of the decoder's weights in another form"
-        pattern = next(shown for shown, size in left.items() if size)
-        raise ValueError(f"{wanted}, {got}. Leave them dense with exclude=['{pattern}'] (--exclude '{pattern}').")
-
-
-def _check_patterns(
-    model: nn.Module, exclude: Sequence[str], unknown: Mapping[str, Mapping[str, int]]
-) -> tuple[str, ...]:
+def _check_patterns(model: nn.Module, exclude: Sequence[str]) -> tuple[str, ...]:
     given = exclude if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [None]
     if not all(isinstance(pattern, str) for pattern in given):
         raise TypeError(f'expected exclude as a list of patterns, got {exclude!r}. Write exclude=["*.k_proj"].')
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    others = [path for sizes in unknown.values() for path in sizes]
+    others = [path for sizes in _unknown_weights(model).values() for path in sizes] if exclude else []
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in (*names, *others)):
             got = f"'{pattern}' which matches none of the {len(names)} nn.Linear layers such as '{names[0]}'"

@@ -16,7 +16,7 @@ from patch.models.checks import check_device, require_finite_model, require_toke
 from patch.models.coverage import warn_of_dense_rest
 from patch.models.keep_masks import apply_keep_masks, keep_mask_of, set_keep_mask
 from patch.models.modes import placed
-from patch.models.structure import decoder_blocks, maskable_linears
+from patch.models.structure import decoder_blocks, layers_to_mask
 from patch.pruning.hybrid import Hybrid, TilePruning
 from patch.pruning.options import Pattern, Precision, PruneOptions, TileOptions, require_options
 from patch.pruning.plan import say_plan
@@ -94,7 +94,7 @@ def prune_model(
         advice = "Pass windows of (samples, seqlen) token ids, or use method='magnitude'."
         raise ValueError(f"calibration: expected token ids for method '{method}', got none. {advice}")
     if chosen.learns:
-        warn_of_dense_rest(model, maskable_linears(model, exclude))
+        warn_of_dense_rest(model, layers_to_mask(model, exclude))
         masks = chosen.code.learn_masks(model, calibration, prox, exclude=exclude, device=device, progress=progress)
         apply_keep_masks(model, masks, exclude=exclude)
         return {name: keep_mask_of(model.get_submodule(name)) for name in masks}
@@ -197,7 +197,7 @@ def check_prunable(
     """The layers `prune_model` prunes; raises what it raises for this model, these weights and token ids."""
     if method.learns:
         return method.code.check_learnable(model, calibration, exclude=exclude, device=device)
-    linears = maskable_linears(model, exclude)
+    linears = layers_to_mask(model, exclude)
     if method.reads_inputs:
         require_tokens(model, calibration, "calibration")
         decoder_blocks(model)

@@ -16,6 +16,7 @@ Precision = Literal["fp32", "fp64"]
 CompensationMethod = Literal["blocks", "least_squares", "sparsegpt"]
 TilesBy = Literal["fisher", "error", "share"]
 Budget = Literal["model", "block", "layer"]
+FewExperts = Literal["magnitude", "route", "refuse"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 COMPENSATIONS: tuple[CompensationMethod, ...] = get_args(CompensationMethod)
 DEFAULT_BLOCK_SIZE = 128
@@ -69,6 +70,16 @@ class TileOptions:
     budget: Budget = setting("model", "what has the sparsity: the whole model, every block or every layer")
     tile: Tile = setting((128, 128), "rows,columns of a tile", metavar="R,C")
     samples: AtLeastOne = setting(64, "calibration samples whose gradients fisher takes, at most")
+
+
+@record
+class ExpertOptions:
+    """What is done about experts of a mixture that few calibration tokens reach. raises ValueError naming the field."""
+
+    tokens: AtLeastOne = setting(32, "mixtures: least calibration tokens that an expert is pruned by")
+    few: FewExperts = setting(
+        "magnitude", "mixtures: experts with fewer: by magnitude; route more tokens to them; or refuse"
+    )
 
 
 @record

@@ -15,6 +15,8 @@ from patch.models.keep_masks import set_keep_mask
 from patch.models.modes import calibration_mode, placed
 from patch.models.structure import decoder_blocks
 from patch.pruning.block_inputs import BlockInputs, capture_block_inputs
+from patch.pruning.experts import FewTokens, expert_layers, few_tokens, inputs_alike
+from patch.pruning.options import ExpertOptions
 from patch.pruning.plan import warn_of_few_tokens
 from patch.pruning.selection import Pruned, check_inputs
 
@@ -53,7 +55,9 @@ def update_blocks(
     what: str,
     progress: bool,
     refinement: Refinement | None = None,
-) -> None:
+    experts: ExpertOptions | None = None,
+    few: FewTokens | None = None,
+) -> FewTokens:
     """Update layers in place, each block from the inputs that the updated blocks before it produce.
 
     linears         layers to update, by name; the others of a block run as they are
@@ -65,6 +69,9 @@ def update_blocks(
     what            is done, for the progress
     progress        whether to show it
     refinement      what follows for each block; it needs the hidden states of the dense model besides
+    experts         what is done about experts with few tokens; None: the defaults
+    few             what an earlier call for these layers and tokens returned: nothing is counted and said again
+    returns         what was done about experts with few tokens
     raises          ValueError naming all layers that see no inputs, before the first one changes; ValueError naming
                     the layer that cannot be updated
     """
@@ -75,47 +82,58 @@ def update_blocks(
     routed: dict[str, int] = {}
     with calibration_mode(model), Progress(len(blocks), what, "block", show=progress) as bar:
         inputs = capture_block_inputs(model, calibration, device)
-        _require_reached(blocks, linears, inputs, device)
+        if few is None:
+            members = expert_layers(model, linears)
+            tokens = _tokens_of(blocks, linears, members, inputs, device)
+            few = few_tokens(members, tokens, len(calibration), experts or ExpertOptions())
         dense = None if refinement is None else inputs.beside()
         for index, block in enumerate(blocks):
             own = set(block.modules())
-            members = {name: linear for name, linear in linears.items() if linear in own}
+            own_linears = {name: linear for name, linear in linears.items() if linear in own}
             with placed(block, device):
                 if dense is not None:
                     dense.advance(index, block)
-                done = bool(members) and refinement is not None and refinement.restore(index, members)
-                if members and not done:
-                    routed |= _update_block(index, block, members, inputs, new_statistics, update)
-                if members and not done and refinement is not None and dense is not None:
-                    inputs.hidden = refinement.refine(index, block, members, inputs, dense.hidden)
+                done = bool(own_linears) and refinement is not None and refinement.restore(index, own_linears)
+                if own_linears and not done:
+                    routed |= _update_block(index, block, own_linears, inputs, new_statistics, update, few)
+                if own_linears and not done and refinement is not None and dense is not None:
+                    inputs.hidden = refinement.refine(index, block, own_linears, inputs, dense.hidden)
                 elif index + 1 < len(blocks):
                     inputs.advance(index, block)
             bar.update()
     if needs_rank:
         warn_of_few_tokens({n: count for n, count in routed.items() if count < calibration.numel()}, linears)
+    return few
 
 
-def _require_reached(
-    blocks: nn.ModuleList, linears: Mapping[str, nn.Linear], inputs: BlockInputs, device: torch.device | str | None
-) -> None:
-    """Refuse layers that no calibration sample reaches in the dense model, such as experts that no token is sent to.
+def _tokens_of(
+    blocks: nn.ModuleList,
+    linears: Mapping[str, nn.Linear],
+    members: Mapping[str, Any],
+    inputs: BlockInputs,
+    device: torch.device | str | None,
+) -> dict[str, int]:
+    """How many tokens reach each layer in the dense model; of layers that are not of an expert that some do.
 
-    Usually the first sample reaches all.
+    Layers that none reaches are refused, but for those of experts, the names of `members`. Usually the first sample
+    reaches all others, and without experts that is enough.
     """
-    unreached = dict(linears)
+    tokens: dict[str, int] = {}
 
     def see(name: str, linear: nn.Linear, x: torch.Tensor) -> None:
         if x.numel():
-            unreached.pop(name, None)
+            tokens[name] = tokens.get(name, 0) + x.numel() // x.shape[-1]
 
     with _observed(linears, see):
         for sample, hidden in enumerate(inputs.hidden):
             for index, block in enumerate(blocks):
                 with placed(block, device):
                     hidden = inputs.output(index, block, sample, hidden)
-            if not unreached:
-                return
-    _refuse_unreached(list(unreached))
+            if not members and len(tokens) == len(linears):
+                break
+    if unreached := [name for name in linears if name not in tokens and name not in members]:
+        _refuse_unreached(unreached)
+    return tokens
 
 
 def _refuse_unreached(names: list[str]) -> None:
@@ -131,16 +149,21 @@ def _update_block(
     inputs: BlockInputs,
     new_statistics: Callable[[torch.Tensor], Any],
     update: Update,
+    few: FewTokens,
 ) -> dict[str, int]:
     """Update the layers of a block; returns how many tokens each was called with."""
-    gathered = _gathered(index, block, members, inputs, new_statistics)
+    with_statistics = {name: linear for name, linear in members.items() if name not in few.alike}
+    with few.routing(block):
+        gathered = _gathered(index, block, with_statistics, inputs, new_statistics)
     # The blocks before this one have changed, so an expert may have lost the few tokens that it had.
-    if missing := [name for name in members if name not in gathered]:
-        _refuse_unreached(missing)
+    missing = [name for name in with_statistics if name not in gathered]
+    if others := [name for name in missing if name not in few.members]:
+        _refuse_unreached(others)
     tokens = {name: shared.tokens for name, shared in gathered.items()}
     for name, linear in members.items():
         # Popped: a Hessian is as large as a layer and is of no use once its layers are updated.
-        statistics = gathered.pop(name).statistics
+        found = gathered.pop(name, None)
+        statistics = found.statistics if found else inputs_alike(new_statistics(linear.weight), linear.weight)
         try:
             updated = update(name, linear, statistics)
         except ValueError as error:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from patch.files.progress import Progress, say
 from patch.models.checks import check_device, require_finite_model, require_tokens, require_trained_dtype
 from patch.models.modes import placed
-from patch.models.structure import input_embeddings, maskable_linears
+from patch.models.structure import input_embeddings, layers_to_mask
 from patch.pruning.options import GROUP, PruneOptions
 from patch.pruning.plan import samples_text
 from patch.pruning.proxsparse.config import ProxSparseConfig
@@ -95,7 +95,7 @@ def check_learnable(
     model: nn.Module, calibration: Tensor, *, exclude: Sequence[str] = (), device: torch.device | str | None = None
 ) -> dict[str, nn.Linear]:
     """The layers `learn_masks` trains; raises ValueError or TypeError for what it refuses."""
-    linears = maskable_linears(model, exclude)
+    linears = layers_to_mask(model, exclude)
     require_tokens(model, calibration, "calibration", least=2)
     check_device(device)
     for name, linear in linears.items():
