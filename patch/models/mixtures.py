@@ -155,7 +155,7 @@ class Experts(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        bound = list(self._signature.bind(self, *args, **kwargs).arguments.values())[1:]
+        bound = arguments(self._signature, self, args, kwargs)
         if self.form.takes == "batched":
             return self._batched(*bound)
         if self.form.takes == "sorted":
@@ -170,8 +170,7 @@ class Experts(nn.Module):
         y = torch.cat(self._call(rows.split(sizes), more))
         if (norm := self._modules.get("post_expert_norm")) is not None:
             y = norm(y)
-        y = y * weights.reshape(-1)[order, None]
-        return y[order.argsort()].view(tokens, choices, -1).sum(1).to(hidden.dtype)
+        return weighted(y[order.argsort()].view(tokens, choices, -1), weights, hidden.dtype)
 
     def _batched(self, hidden: Tensor) -> Tensor:
         of_expert = hidden.reshape(self.experts, -1, hidden.shape[-1])
@@ -219,20 +218,35 @@ class Experts(nn.Module):
             return x.new_empty(0, last.out_features)  # type: ignore[arg-type]
         if not first:
             return cast(Tensor, last(x))
-        return cast(Tensor, last(self._between([layer(x) for layer in first])))
-
-    def _between(self, y: list[Tensor]) -> Tensor:
-        """What is between an expert's layers, by the model's own code."""
-        original = self.original
-        if len(y) == 1:
-            return cast(Tensor, original.act_fn(y[0]))
-        if not hasattr(original, "_apply_gate"):
-            return cast(Tensor, original.act_fn(y[0]) * y[1])
-        joined = torch.stack(y, dim=-1).flatten(-2) if self.form.interleaved else torch.cat(y, dim=-1)
-        return cast(Tensor, original._apply_gate(joined))
+        return cast(Tensor, last(between(self.original, self.form, torch.cat([layer(x) for layer in first], dim=-1))))
 
     def extra_repr(self) -> str:
         return f"{self.experts} experts of {type(self.original).__name__}"
+
+
+def arguments(signature: inspect.Signature, module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
+    """What a module is called with, in the order of the forward of the module it stands for."""
+    return list(signature.bind(module, *args, **kwargs).arguments.values())[1:]
+
+
+def between(original: nn.Module, form: Form, y: Tensor) -> Tensor:
+    """What is between an expert's layers, by the model's own code.
+
+    y        (rows, inner) from up_proj, or (rows, 2*inner), gate before up
+    returns  (rows, inner)
+    """
+    own: Any = original
+    if "gate_proj" not in form.projections:
+        return cast(Tensor, own.act_fn(y))
+    if not hasattr(own, "_apply_gate"):
+        gate, up = y.chunk(2, dim=-1)
+        return cast(Tensor, own.act_fn(gate) * up)
+    return cast(Tensor, own._apply_gate(y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if form.interleaved else y))
+
+
+def weighted(y: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the experts of every token: y (tokens, choices, out), weights (tokens, choices)."""
+    return (y * weights[:, :, None]).sum(1).to(dtype)
 
 
 def open_mixtures(root: nn.Module) -> None:
@@ -312,7 +326,7 @@ def _computes_alike(module: nn.Module, form: Form) -> bool:
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, generator=generator, dtype=torch.float32)  # while loading another is the default
 
         small = _shrunk(module, form, random)
         width = small._parameters[form.first].shape[2 if not form.transposed else 1]  # type: ignore[union-attr]

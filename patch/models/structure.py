@@ -16,7 +16,7 @@ from torch import nn
 from patch.files.schema import nearest
 from patch.models.mixtures import open_mixtures
 from patch.models.stay_dense import directly_read_linears, is_plain_linear, router_linears, unknown_experts
-from patch_kernels import TiledLinear
+from patch_kernels import TiledExperts, TiledLinear
 
 _USE = "Use a causal language model built like Llama, Qwen2, Gemma-3 or OPT."
 
@@ -101,6 +101,10 @@ def block_weights(model: nn.Module) -> dict[str, int]:
         name = _join(prefix, path)
         if isinstance(module, TiledLinear):
             weights[f"{name}.weight"] = module.in_features * module.out_features
+            continue
+        if isinstance(module, TiledExperts):
+            matrices = module.experts * module.parts
+            weights[f"{name}.weight"] = matrices * module.in_features * module.out_features
             continue
         for key, tensor in module.named_parameters(recurse=False):
             if isinstance(module, nn.Linear):
@@ -205,7 +209,7 @@ def _unknown_weights(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, size in weights.items():
         path = name.rpartition(".")[0]
         module = modules[path]
-        if not isinstance(module, (nn.Linear, TiledLinear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if not isinstance(module, (nn.Linear, TiledLinear, TiledExperts, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             of_module = found.setdefault(blocks_as_stars(path), {})
             of_module[path] = of_module.get(path, 0) + size
     total = sum(weights.values())

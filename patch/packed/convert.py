@@ -14,8 +14,10 @@ from patch.files.schema import listed
 from patch.models.adapted_linear import refuse_adapters
 from patch.models.checks import require_layer, require_mask
 from patch.models.keep_masks import check_masks_hold, keep_masks
+from patch.models.mixtures import closed, open_mixtures, opened
 from patch.models.stay_dense import directly_read_linears, is_plain_linear
-from patch.models.structure import linear_at
+from patch.models.structure import decoder_of, linear_at
+from patch.packed.experts import pack_experts
 from patch.packed.projections import fuse_projections, stream_head, unstream_head
 from patch.packed.quantizer import mark_dense, mark_packed
 from patch.packed.swap import cast_model, stays_fp32, unpack_layers
@@ -32,6 +34,8 @@ _CAST = "Pass dtype=torch.bfloat16 to cast the model."
 def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype | None = None) -> Model:
     """Replace nn.Linear by patch_kernels.TiledLinear in place, layer by layer; returns the model.
 
+    Experts of a mixture, whose layers have names such as mlp.experts.3.gate_proj, become one PackedExperts.
+
     masks   {layer name: keep (N, K) bool}; default the masks attached to the model (patch.models.keep_masks). Weights
             must be zero where they prune, which apply_keep_masks(model, masks) sees to.
             A 128x128 tile is stored sparse exactly if every group in it keeps 2 of 4; other tiles are stored
@@ -44,6 +48,7 @@ def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype
     that save_pretrained and from_pretrained (after `import patch.packed`) round-trip it.
     """
     refuse_adapters(model)
+    open_mixtures(decoder_of(model))
     masks = dict(keep_masks(model) if masks is None else masks)
     _check_masks(model, masks, dtype)
     direct = directly_read_linears(model)
@@ -55,6 +60,10 @@ def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype
         masks = {name: keep for name, keep in masks.items() if name not in stay}
     if dtype is not None:
         cast_model(model, dtype)
+    for path, experts in list(opened(model)):
+        own = {name.removeprefix(f"{path}."): masks.pop(name) for name in list(masks) if name.startswith(f"{path}.")}
+        # One without masks is dense as it was.
+        model.set_submodule(path, pack_experts(experts, own) if own else closed(experts))
     for name, keep in masks.items():
         linear = linear_at(model, name)
         keep = keep.to(linear.weight.device)
@@ -72,6 +81,8 @@ def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype
 @torch.no_grad()
 def unpack_model(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     """Replace TiledLinear by nn.Linear with zeros where pruned, in place, layer by layer; returns the model.
+
+    Packed mixtures become the model's own modules.
 
     dtype   of the new layers; default that of the packed weight. No keep masks are attached: which zeros of a
             dense tile were pruned is not stored.

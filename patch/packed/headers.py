@@ -58,10 +58,14 @@ def _rules(config: PatchConfig) -> dict[str, TensorRule | str]:
     payload = PAYLOAD_NAMES[config.format_version]
     for name, layer in config.layers.items():
         out_features = layer["out_features"]
-        bias = TensorRule((BY_NAME[layer["dtype"]].header,), (out_features,))
+        grid: tuple[int, ...] = tile_grid((out_features, layer["in_features"]))
+        outputs: tuple[int, ...] = (out_features,)
+        if layer.get("experts") is not None:
+            grid, outputs = (layer["experts"] * layer["parts"], *grid), (layer["experts"], layer["parts"] * out_features)
+        bias = TensorRule((BY_NAME[layer["dtype"]].header,), outputs)
         if payload != "weight":
             rules[f"{name}.weight"] = "no dense weight beside the packed one"
         rules[f"{name}.{payload}"] = TensorRule(("U8",), (layer["payload_bytes"],))
-        rules[f"{name}.tile_is_sparse"] = TensorRule(("U8",), tuple(tile_grid((out_features, layer["in_features"]))))
+        rules[f"{name}.tile_is_sparse"] = TensorRule(("U8",), grid)
         rules[f"{name}.bias"] = bias if layer["bias"] else "no bias by config.json"
     return rules

@@ -23,11 +23,12 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from patch.files.strict_json import read_json
 from patch.models.checks import require_layer
 from patch.models.facts import config_fingerprint
+from patch.packed.experts import PackedExperts, packed_like
 from patch.packed.headers import check_files, other_sha256
 from patch.packed.projections import fuse_projections, stream_head, unstream_head
 from patch.packed.quantization_config import FORMAT_VERSION, METHOD, PAYLOAD_NAMES, PatchConfig
 from patch.packed.swap import layer_sha256, packed_layers, unpack_layers
-from patch_kernels import TiledLinear, payload_bytes, tile_grid
+from patch_kernels import TiledExperts, TiledLinear, payload_bytes, tile_grid
 from patch_kernels.checks import require_tensor
 from patch_kernels.packed_dtype import BY_NAME, BY_TORCH
 
@@ -55,12 +56,16 @@ class PatchHfQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         config = self.quantization_config
-        for name, layer in config.layers.items():
+        alone = {name: layer for name, layer in config.layers.items() if layer.get("experts") is None}
+        for name, layer in alone.items():
             _check_module(model, name, layer)
+        mixtures = {path: _mixture(model, path, described) for path, described in config.mixtures.items()}
         if checkpoint_files:
             check_files(checkpoint_files, config)
             _check_others(checkpoint_files, config)
-        for name, layer in config.layers.items():
+        for path, mixture in mixtures.items():
+            model.set_submodule(path, mixture)
+        for name, layer in alone.items():
             packed = TiledLinear(
                 layer["in_features"],
                 layer["out_features"],
@@ -76,7 +81,8 @@ class PatchHfQuantizer(HfQuantizer):
         for name, layer in self.quantization_config.layers.items():
             _check_loaded(name, layer, loaded.get(name))
             loaded[name].refresh_schedule()  # follows from the flags, so it is in no file
-        self.quantization_config.format_version = FORMAT_VERSION  # in memory, and when it is saved again
+        # In memory, and when it is saved again.
+        self.quantization_config.format_version = self.quantization_config.written_version
         _keep_names(model)
         fuse_projections(model)
         stream_head(model)
@@ -124,7 +130,7 @@ def verification(enabled: bool) -> Iterator[None]:
 
 
 def mark_packed(model: Any) -> None:
-    """Give a model with TiledLinear layers the attributes that transformers saves and loads by."""
+    """Give a model with packed layers the attributes that transformers saves and loads by."""
     layers = {
         name: {
             "out_features": layer.out_features,
@@ -134,9 +140,11 @@ def mark_packed(model: Any) -> None:
             "payload_bytes": layer.payload.numel(),
             "sha256": layer_sha256(layer),
         }
+        | ({"experts": layer.experts, "parts": layer.parts} if isinstance(layer, TiledExperts) else {})
         for name, layer in packed_layers(model)
     }
     config = PatchConfig(layers=layers)
+    config.format_version = config.written_version
     model.config.quantization_config = config
     model.hf_quantizer = PatchHfQuantizer(config, pre_quantized=True)
     model.quantization_method = METHOD
@@ -196,11 +204,22 @@ def _check_module(model: nn.Module, name: str, layer: Mapping[str, Any]) -> None
             )
 
 
-def _check_loaded(name: str, layer: Mapping[str, Any], module: TiledLinear | None) -> None:
+def _mixture(model: nn.Module, path: str, described: Mapping[str, Mapping[str, Any]]) -> PackedExperts:
+    """The empty packed module of a mixture; refuses a model that has another one there."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = nn.Identity()
+    return packed_like(module, f"quantization_config: layer {path!r}", described, _ADVICE)
+
+
+def _check_loaded(name: str, layer: Mapping[str, Any], module: TiledLinear | TiledExperts | None) -> None:
     if module is None or module.payload.is_meta or module.tile_is_sparse.is_meta:
         raise ValueError(f"{name}: expected a packed layer after loading, found none. {_DAMAGED}")
     flags = module.tile_is_sparse
-    grid = tile_grid((module.out_features, module.in_features))
+    grid: tuple[int, ...] = tile_grid((module.out_features, module.in_features))
+    if isinstance(module, TiledExperts):
+        grid = (module.experts * module.parts, *grid)
     require_tensor(f"{name}.tile_is_sparse", flags, dtypes=(torch.uint8,), shape=grid, advice=_DAMAGED)
     if int(flags.max()) > 1:
         raise ValueError(f"{name}.tile_is_sparse: expected flags of 0 and 1, got {int(flags.max())}. {_DAMAGED}")

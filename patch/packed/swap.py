@@ -5,17 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import cast
 
 import torch
 from torch import nn
 
-from patch_kernels import TiledLinear
+from patch.packed.experts import PackedExperts, unpack_experts
+from patch_kernels import TiledExperts, TiledLinear, TiledWeight
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, TiledLinear]]:
-    """(name, layer) of every packed layer in module order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, TiledLinear))
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, TiledLinear | TiledExperts]]:
+    """(name, layer) of every packed layer in module order; the matrices of a mixture's projection are one."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, (TiledLinear, TiledExperts)))
+
+
+def packed_matrices(layer: TiledLinear | TiledExperts) -> Iterator[TiledWeight]:
+    """The packed weights of a layer, one after the other."""
+    if isinstance(layer, TiledLinear):
+        yield layer.tiled_weight
+        return
+    for expert in range(layer.experts):
+        for part in range(layer.parts):
+            yield layer.tiled_weight(expert, part)
 
 
 @torch.no_grad()
@@ -23,22 +33,32 @@ def packed_zeros(model: nn.Module) -> dict[str, tuple[int, int]]:
     """{name: (zeros, weights)} of every packed layer, counted in its unpacked weight, one layer at a time."""
     counts = {}
     for name, layer in packed_layers(model):
-        weight = layer.tiled_weight.unpack()
-        counts[name] = weight.numel() - int(weight.count_nonzero()), weight.numel()
+        zeros = total = 0
+        for matrix in packed_matrices(layer):
+            weight = matrix.unpack()
+            zeros, total = zeros + weight.numel() - int(weight.count_nonzero()), total + weight.numel()
+        counts[name] = zeros, total
     return counts
 
 
 def unpack_layers(model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
-    """Replace every packed layer by nn.Linear with zeros where pruned, in place; see convert.unpack_model."""
-    names = [name for name, _ in packed_layers(model)]
-    if not names:
+    """Replace every packed layer by nn.Linear, and every packed mixture by the model's own module, in place.
+
+    Weights have zeros where they were pruned; see convert.unpack_model.
+    """
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, (TiledLinear, PackedExperts))}
+    if not packed:
         raise ValueError(f"expected packed layers, got {type(model).__name__} without one; pack_model makes them")
-    for name in names:
-        linear = cast(TiledLinear, model.get_submodule(name)).to_linear()
-        model.set_submodule(name, linear if dtype is None else linear.to(dtype))
+    for name in list(packed):
+        module = packed.pop(name)
+        if isinstance(module, PackedExperts):
+            model.set_submodule(name, unpack_experts(module, dtype))
+        else:
+            linear = module.to_linear()
+            model.set_submodule(name, linear if dtype is None else linear.to(dtype))
 
 
-def layer_sha256(layer: TiledLinear) -> str:
+def layer_sha256(layer: TiledLinear | TiledExperts) -> str:
     """SHA-256 over the tile flags and the payload of a packed layer."""
     digest = hashlib.sha256()
     for buffer in (layer.tile_is_sparse, layer.payload):

@@ -22,9 +22,11 @@ from patch.models.keep_masks import measured_sparsity
 from patch.models.structure import block_weights, maskable_linears
 from patch.packed.convert import pack_model, unpack_model
 from patch.packed.save import save_dense, save_packed
-from patch.packed.swap import cast_model, packed_layers
+from patch.packed.experts import PackedExperts
+from patch.packed.swap import cast_model, packed_layers, packed_zeros
 from patch.pruning import prune_model
 from patch.pruning.compensation import compensate
+from patch_kernels import TiledLinear
 from support import ROOT
 
 DOCUMENT = ROOT / "docs" / "reference" / "families.md"
@@ -42,8 +44,8 @@ through all steps, and compares what happens with this table. Layers are found b
 if their blocks are built like these.
 
 - *masked*: share of the weights of the decoder's blocks that get masks; embeddings, the output head and norms are not
-  counted. *Stays dense*: what else the blocks hold. Experts that transformers keeps as one 3-D tensor are not pruned.
-  Routers stay dense, and so do layers whose weight the model reads itself, past the layer (Mamba's `dt_proj`); there is
+  counted. *Stays dense*: what else the blocks hold. Experts count whatever form they are kept in. Routers stay dense,
+  and so do layers whose weight the model reads itself, past the layer (Mamba's `dt_proj`); there is
   no flag to mask them. Masks of an earlier version that hold them still apply.
 - *prune*: Wanda 2:4 from calibration windows; the zeros in the weights are those that are reported.
 - *learn*: joint, two steps; the model that trained with its masks is the model that has them applied.
@@ -317,10 +319,16 @@ class Model:
         masked = copy.deepcopy(self.newest)
         packed = pack_model(copy.deepcopy(self.newest), dtype=torch.bfloat16)
         cast_model(masked, torch.bfloat16)
-        unpacked = unpack_model(copy.deepcopy(packed))
+        unpacked = maskable_linears(unpack_model(copy.deepcopy(packed)))
         for name, layer in maskable_linears(masked).items():
-            assert torch.equal(unpacked.get_submodule(name).weight, layer.weight), name
-        assert {name for name, _ in packed_layers(packed)} == set(self.masks)
+            assert torch.equal(unpacked[name].weight, layer.weight), name
+        mixtures = [f"{name}." for name, module in packed.named_modules() if isinstance(module, PackedExperts)]
+        alone = {name for name in self.masks if not name.startswith(tuple(mixtures))}
+        assert {name for name, layer in packed_layers(packed) if isinstance(layer, TiledLinear)} == alone
+        # What the tensors of the packed model hold is what the masks say.
+        zeros = sum(zeros for zeros, _ in packed_zeros(packed).values())
+        pruned = sum(keep.numel() - int(keep.sum()) for keep in self.masks.values())
+        assert pruned <= zeros <= 1.001 * pruned
         assert near(self.logits(packed), self.logits(masked), 0.02)
         self.newest = packed
 
