@@ -15,7 +15,14 @@ from pydantic import Field
 
 from patch.files.paths import require_folder
 from patch.files.schema import record
-from patch.pruning.options import DEFAULT_NSAMPLES, DEFAULT_SEQLEN
+from patch.pruning.options import (
+    DEFAULT_EXPERT_TOKENS,
+    DEFAULT_NSAMPLES,
+    DEFAULT_SEQLEN,
+    EXPERT_TOKENS_HELP,
+    FEW_EXPERTS_HELP,
+    FewExperts,
+)
 from patch.settings import AtLeastOne, Seed, setting
 
 if TYPE_CHECKING:
@@ -72,6 +79,14 @@ class CalibrationSettings:
     nsamples: AtLeastOne = setting(DEFAULT_NSAMPLES, "calibration samples")
     seqlen: AtLeastOne | None = setting(None, SEQLEN_HELP)
     seed: Seed = setting(0, "seed of the calibration samples")
+
+
+@record(kw_only=True)
+class ExpertSettings:
+    """What a command does about experts that few calibration tokens reach."""
+
+    expert_tokens: AtLeastOne = setting(DEFAULT_EXPERT_TOKENS, EXPERT_TOKENS_HELP)
+    few_experts: FewExperts = setting("magnitude", FEW_EXPERTS_HELP, metavar="RULE")
 
 
 def check_text_source(source: str | None, flag: str = "--data") -> str:

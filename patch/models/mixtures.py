@@ -215,7 +215,7 @@ class Experts(nn.Module):
         *first, last = layers.values()
         # A layer whose mask is being learned is called with no rows too: its share of zeros counts at every step.
         if not len(x) and all(type(layer) is nn.Linear for layer in layers.values()):
-            return x.new_empty(0, last.out_features)  # type: ignore[arg-type]
+            return x.new_empty(0, cast(nn.Linear, last).out_features)
         if not first:
             return cast(Tensor, last(x))
         return cast(Tensor, last(between(self.original, self.form, torch.cat([layer(x) for layer in first], dim=-1))))
@@ -241,7 +241,9 @@ def between(original: nn.Module, form: Form, y: Tensor) -> Tensor:
     if not hasattr(own, "_apply_gate"):
         gate, up = y.chunk(2, dim=-1)
         return cast(Tensor, own.act_fn(gate) * up)
-    return cast(Tensor, own._apply_gate(y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if form.interleaved else y))
+    return cast(
+        Tensor, own._apply_gate(y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if form.interleaved else y)
+    )
 
 
 def weighted(y: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:

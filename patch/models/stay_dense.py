@@ -57,7 +57,7 @@ def unknown_experts(root: nn.Module) -> set[str]:
 
 def _experts(root: nn.Module) -> dict[str, nn.Module]:
     """Modules with experts: beside each is one with a matrix of as many rows, which chooses them."""
-    found = {}
+    found: dict[str, nn.Module] = {}
     for path, module in root.named_modules():
         if isinstance(module, Experts):
             found[path] = module

@@ -209,7 +209,9 @@ def _unknown_weights(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, size in weights.items():
         path = name.rpartition(".")[0]
         module = modules[path]
-        if not isinstance(module, (nn.Linear, TiledLinear, TiledExperts, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if not isinstance(
+            module, (nn.Linear, TiledLinear, TiledExperts, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        ):
             of_module = found.setdefault(blocks_as_stars(path), {})
             of_module[path] = of_module.get(path, 0) + size
     total = sum(weights.values())

@@ -125,7 +125,11 @@ def _matrices(
                 keep = masks.get(names[layer])
                 if keep is None:
                     everything = torch.ones_like(weight, dtype=torch.bool)
-                    yield weight, everything, torch.zeros(tile_grid(weight.shape), dtype=torch.bool, device=weight.device)
+                    yield (
+                        weight,
+                        everything,
+                        torch.zeros(tile_grid(weight.shape), dtype=torch.bool, device=weight.device),
+                    )
                 else:
                     keep = keep.to(weight.device)
                     yield weight, keep, tiles_that_are_two_of_four(keep)
@@ -182,7 +186,9 @@ def packed_like(module: nn.Module, name: str, described: Mapping[str, Mapping[st
     keys = ("experts", "parts", "out_features", "in_features", "bias")
     got = {key: tuple(layer[size] for size in keys) for key, layer in described.items()}
     if expected != got:
-        raise ValueError(f"{name}: expected matrices of (experts, parts, out, in, bias) {expected}, got {got}. {advice}")
+        raise ValueError(
+            f"{name}: expected matrices of (experts, parts, out, in, bias) {expected}, got {got}. {advice}"
+        )
     projections = {
         key: TiledExperts(
             *got[key][:2],

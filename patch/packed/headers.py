@@ -61,7 +61,10 @@ def _rules(config: PatchConfig) -> dict[str, TensorRule | str]:
         grid: tuple[int, ...] = tile_grid((out_features, layer["in_features"]))
         outputs: tuple[int, ...] = (out_features,)
         if layer.get("experts") is not None:
-            grid, outputs = (layer["experts"] * layer["parts"], *grid), (layer["experts"], layer["parts"] * out_features)
+            grid, outputs = (
+                (layer["experts"] * layer["parts"], *grid),
+                (layer["experts"], layer["parts"] * out_features),
+            )
         bias = TensorRule((BY_NAME[layer["dtype"]].header,), outputs)
         if payload != "weight":
             rules[f"{name}.weight"] = "no dense weight beside the packed one"

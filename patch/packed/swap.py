@@ -46,7 +46,9 @@ def unpack_layers(model: nn.Module, *, dtype: torch.dtype | None = None) -> None
 
     Weights have zeros where they were pruned; see convert.unpack_model.
     """
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, (TiledLinear, PackedExperts))}
+    packed = {
+        name: module for name, module in model.named_modules() if isinstance(module, (TiledLinear, PackedExperts))
+    }
     if not packed:
         raise ValueError(f"expected packed layers, got {type(model).__name__} without one; pack_model makes them")
     for name in list(packed):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from patch.pruning.compensation import Compensation, compensate
     from patch.pruning.hybrid import Hybrid
     from patch.pruning.model import check_prunable, prune_model, prune_tiles
-    from patch.pruning.options import COMPENSATIONS, PATTERNS, BlockOptions, PruneOptions, TileOptions
+    from patch.pruning.options import COMPENSATIONS, PATTERNS, BlockOptions, ExpertOptions, PruneOptions, TileOptions
     from patch.pruning.permutation import ChannelOrders, apply_orders, permute_channels
     from patch.pruning.proxsparse.config import ProxSparseConfig
     from patch.pruning.registry import METHODS, Method, get_method
@@ -30,6 +30,7 @@ __all__ = [
     "BlockOptions",
     "ChannelOrders",
     "Compensation",
+    "ExpertOptions",
     "Hybrid",
     "Method",
     "ProxSparseConfig",
@@ -55,6 +56,7 @@ __getattr__, __dir__ = lazy_names(
         "BlockOptions": "options",
         "ChannelOrders": "permutation",
         "Hybrid": "hybrid",
+        "ExpertOptions": "options",
         "TileOptions": "options",
         "Compensation": "compensation",
         "Method": "registry",

@@ -29,7 +29,14 @@ from patch.models.facts import weights_fingerprint
 from patch.models.keep_masks import check_keep_masks, set_keep_mask
 from patch.models.structure import decoder_blocks
 from patch.pruning.hessian import Statistics, damped_until, eliminate, full_precision, inverse_factor, inverse_of
-from patch.pruning.options import BlockOptions, CompensationMethod, Precision, PruneOptions, require_options
+from patch.pruning.options import (
+    BlockOptions,
+    CompensationMethod,
+    ExpertOptions,
+    Precision,
+    PruneOptions,
+    require_options,
+)
 from patch.pruning.plan import say_plan
 from patch.pruning.reconstruction import Reconstruction
 from patch.pruning.selection import Pruned, check_updated, check_weight, working_dtype
@@ -80,6 +87,7 @@ def compensate(
     precision: Precision = "fp32",
     block_size: int = 128,
     blocks: BlockOptions | None = None,
+    experts: ExpertOptions | None = None,
     stages: str | os.PathLike[str] | None = None,
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
@@ -100,6 +108,8 @@ def compensate(
     precision    "fp32" or "fp64" for H and the update
     block_size   columns "sparsegpt" treats at once; no influence on the result but rounding
     blocks       how "blocks" trains; None: the defaults
+    experts      what is done about experts of a mixture with few calibration tokens; None: `ExpertOptions`. By
+                 "magnitude" their kept weights stay as they are but for what "blocks" trains
     stages       folder in which "blocks" keeps every finished block: the same call again goes on where it stopped
     exclude      patterns of layers that were left dense
     device       where each block is put while it is worked on; None: where it is
@@ -115,6 +125,8 @@ def compensate(
         raise ValueError(f"{given}: expected none with method '{method}', got one. Leave it out, or use 'blocks'.")
     if blocks is not None:
         require_options("blocks", blocks, BlockOptions)
+    if experts is not None:
+        require_options("experts", experts, ExpertOptions)
     options = PruneOptions("unstructured", 0.0, block_size, damping, precision=precision)
     linears = check_keep_masks(model, keep_masks, exclude)
     require_tokens(model, calibration, "calibration")
@@ -172,6 +184,7 @@ def compensate(
             what=f"compensating ({method})",
             progress=progress,
             refinement=reconstruction,
+            experts=experts,
         )
     after = None if heldout is None else _perplexity(model, heldout, progress)
     result = Compensation(errors, before, after, {} if reconstruction is None else reconstruction.errors)

@@ -1,7 +1,7 @@
 """Experts that the router sends few calibration tokens to: named before anything changes, then treated by one rule.
 
-Statistics of a handful of tokens say little about an expert's inputs. With `few="magnitude"` such an expert is pruned as
-if all its inputs were alike, which for every method is pruning by magnitude (an isotropic Hessian; no kept weight
+Statistics of a handful of tokens say little about an expert's inputs. With `few="magnitude"` such an expert is pruned
+as if all its inputs were alike, which for every method is pruning by magnitude (an isotropic Hessian: no kept weight
 moves). With "route" it is also called with tokens that the router sends elsewhere, those that it scores highest for the
 expert first; their results go nowhere.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from patch.models.keep_masks import keep_mask_of
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, linear_at
 from patch.priors import tile_scores
+from patch.pruning.experts import FewTokens
 from patch.pruning.fisher import tile_losses
-from patch.pruning.options import PruneOptions, TileOptions
+from patch.pruning.options import ExpertOptions, PruneOptions, TileOptions
 from patch.pruning.registry import METHODS, Method
 from patch.pruning.selection import Pruned, keep_two_of_four, zeros_first
 from patch.pruning.sequential import store, update_blocks
@@ -51,6 +52,7 @@ class TilePruning:
     options      pattern "tiles" and the share of zeros
     linears      layers to prune, by name
     calibration  (samples, tokens) int64; None: neither the method nor the choice of tiles reads any
+    experts      what is done about experts with few tokens; None: the defaults
     stages       folder in which a long choice of tiles keeps what it has: the same pruning again goes on there
     """
 
@@ -61,12 +63,16 @@ class TilePruning:
     tiles: TileOptions
     linears: Mapping[str, nn.Linear]
     calibration: Tensor | None
+    experts: ExpertOptions | None = None
     stages: Path | None = None
     device: torch.device | str | None = None
     progress: bool = True
+    # Of the first pass over the text; experts are counted and named once.
+    _few: list[FewTokens] = field(default_factory=list)
 
     def run(self) -> Hybrid:
         """Choose the tiles of the dense model, then prune in place what is not in them."""
+        self._few.clear()
         masks, errors = self._two_of_four()
         if self.tiles.by == "fisher":
             scores = self._losses(masks)
@@ -122,7 +128,7 @@ class TilePruning:
         """Share of a tile that the method's unstructured mask keeps, times what the tile gains: so the share ranks."""
         twin = copy.deepcopy(self.model)
         linears = {name: linear_at(twin, name) for name in self.linears}
-        other = replace(self, model=twin, linears=linears)
+        other = replace(self, model=twin, linears=linears, _few=[])
         options, tile = replace(self.options, pattern="unstructured"), self.tiles.tile
         scores: dict[str, Tensor] = {}
 
@@ -159,7 +165,7 @@ class TilePruning:
         if method.reads_inputs:
             assert self.calibration is not None
             new_statistics = partial(method.new_statistics, options=self.options)
-            update_blocks(
+            few = update_blocks(
                 self.model,
                 self.linears,
                 self.calibration,
@@ -168,7 +174,10 @@ class TilePruning:
                 device=self.device,
                 what=what,
                 progress=self.progress,
+                experts=self.experts,
+                few=self._few[0] if self._few else None,
             )
+            self._few[:] = [few]
             return
         for name, linear in tracked(self.linears.items(), what, "layer", show=self.progress):
             with placed(linear, self.device), torch.no_grad():

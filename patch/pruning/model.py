@@ -18,7 +18,7 @@ from patch.models.keep_masks import apply_keep_masks, keep_mask_of, set_keep_mas
 from patch.models.modes import placed
 from patch.models.structure import decoder_blocks, layers_to_mask
 from patch.pruning.hybrid import Hybrid, TilePruning
-from patch.pruning.options import Pattern, Precision, PruneOptions, TileOptions, require_options
+from patch.pruning.options import ExpertOptions, Pattern, Precision, PruneOptions, TileOptions, require_options
 from patch.pruning.plan import say_plan
 from patch.pruning.proxsparse.config import ProxSparseConfig
 from patch.pruning.registry import Method, get_method, make_options
@@ -41,6 +41,7 @@ def prune_model(
     damping: float = 0.01,
     precision: Precision = "fp32",
     tiles: TileOptions | None = None,
+    experts: ExpertOptions | None = None,
     stages: str | os.PathLike[str] | None = None,
     prox: ProxSparseConfig | None = None,
     exclude: Sequence[str] = (),
@@ -59,6 +60,8 @@ def prune_model(
                  are chosen before any is pruned: see `tiles`
     calibration  (samples, seqlen) int64 token ids, read by all but magnitude, and by "tiles" chosen by fisher.
     tiles        how dense tiles are chosen with pattern "tiles"; None: the defaults of `TileOptions`.
+    experts      what is done about experts of a mixture with few calibration tokens; None: `ExpertOptions`, by which
+                 they are named in a warning and pruned by magnitude.
     stages       folder in which a long choice of tiles keeps what it has: the same call again goes on there.
     prox         how prox_sparse trains; None: the published defaults.
     exclude      fnmatch patterns over names of layers that stay dense.
@@ -79,6 +82,7 @@ def prune_model(
             sparsity=sparsity,
             calibration=calibration,
             tiles=tiles,
+            experts=experts,
             stages=stages,
             shift_zero_metrics=shift_zero_metrics,
             block_size=block_size,
@@ -99,6 +103,7 @@ def prune_model(
         apply_keep_masks(model, masks, exclude=exclude)
         return {name: keep_mask_of(model.get_submodule(name)) for name in masks}
     _require_no_prox(method, prox)
+    _require_expert_options(experts)
     linears = check_prunable(model, chosen, options, calibration, exclude=exclude, device=device)
     warn_of_dense_rest(model, linears)
 
@@ -123,6 +128,7 @@ def prune_model(
             device=device,
             what=f"pruning ({method})",
             progress=progress,
+            experts=experts,
         )
     return {name: keep_mask_of(linear) for name, linear in linears.items()}
 
@@ -134,6 +140,7 @@ def prune_tiles(
     sparsity: float,
     calibration: torch.Tensor | None = None,
     tiles: TileOptions | None = None,
+    experts: ExpertOptions | None = None,
     stages: str | os.PathLike[str] | None = None,
     shift_zero_metrics: bool = False,
     block_size: int | None = None,
@@ -147,6 +154,7 @@ def prune_tiles(
     """`prune_model` with pattern "tiles", and what its tiles were chosen by; arguments as there."""
     chosen, tiles = get_method(method), TileOptions() if tiles is None else tiles
     require_options("tiles", tiles, TileOptions)
+    _require_expert_options(experts)
     require_number("sparsity", sparsity, ge=0, le=0.5, advice=_LESS_SPARSE)
     options = make_options(chosen, "tiles", sparsity, block_size, damping, shift_zero_metrics, precision)
     if calibration is None and (chosen.reads_inputs or tiles.by == "fisher"):
@@ -170,6 +178,7 @@ def prune_tiles(
         tiles=tiles,
         linears=linears,
         calibration=calibration,
+        experts=experts,
         stages=None if stages is None else Path(stages),
         device=device,
         progress=progress,
@@ -183,6 +192,11 @@ def prune_tiles(
 def _require_no_prox(method: str, prox: ProxSparseConfig | None) -> None:
     if prox is not None:
         raise ValueError(f"prox: expected None for method '{method}', got settings of prox_sparse. Leave it out.")
+
+
+def _require_expert_options(experts: ExpertOptions | None) -> None:
+    if experts is not None:
+        require_options("experts", experts, ExpertOptions)
 
 
 def check_prunable(

@@ -27,7 +27,13 @@ from patch.pruning.channel_search import DEFAULT_STEPS
 from patch.pruning.compensation import Compensation, compensate
 from patch.pruning.hybrid import Hybrid
 from patch.pruning.model import check_prunable, prune_tiles
-from patch.pruning.one_shot_settings import REORDER_SAMPLES, OneShotSettings, block_options, default_nsamples
+from patch.pruning.one_shot_settings import (
+    REORDER_SAMPLES,
+    OneShotSettings,
+    block_options,
+    default_nsamples,
+    expert_options,
+)
 from patch.pruning.options import DEFAULT_DAMPING, DEFAULT_NSAMPLES, DEFAULT_SEQLEN, TileOptions
 from patch.pruning.permutation import ChannelOrders, can_permute, permute_channels
 from patch.pruning.registry import get_method, make_options
@@ -91,7 +97,8 @@ def oneshot(
                  held twice for as long as pruning takes
     progress     say on stderr what is done, and how far it is
     settings     of `OneShotSettings`: sparsity=0.45, method="sparsegpt", tiles_by="fisher", budget="model",
-                 tile=(128, 128), reorder=False, reconstruct="blocks", epochs=None, batch_size=None, exclude=()
+                 tile=(128, 128), reorder=False, reconstruct="blocks", epochs=None, batch_size=None,
+                 expert_tokens=32, few_experts="magnitude", exclude=()
     raises       ValueError or TypeError before any work
     """
     chosen = OneShotSettings(**settings)
@@ -158,6 +165,7 @@ def prune_hybrid(
         sparsity=settings.sparsity,
         tiles=TileOptions(settings.tiles_by, settings.budget, settings.tile),
         stages=stages,
+        experts=expert_options(settings),
         calibration=calibration[:DEFAULT_NSAMPLES],  # more gain nothing: reconstruction is what reads all
         exclude=settings.exclude,
         device=device,
@@ -183,6 +191,7 @@ def reconstruct(
             masks,
             calibration=calibration,
             method=settings.reconstruct,
+            experts=expert_options(settings),
             exclude=settings.exclude,
             device=device,
             progress=progress,

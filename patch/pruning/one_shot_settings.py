@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import model_validator
 
 from patch.files.schema import record
-from patch.pruning.options import DEFAULT_NSAMPLES, BlockOptions, Budget, CompensationMethod, TilesBy
+from patch.pruning.options import (
+    DEFAULT_EXPERT_TOKENS,
+    DEFAULT_NSAMPLES,
+    EXPERT_TOKENS_HELP,
+    FEW_EXPERTS_HELP,
+    BlockOptions,
+    Budget,
+    CompensationMethod,
+    ExpertOptions,
+    FewExperts,
+    TilesBy,
+)
 from patch.pruning.registry import METHODS
 from patch.settings import AtLeastOne, Names, Share, Tile, setting
 
@@ -42,6 +55,8 @@ class OneShotSettings:
     batch_size: AtLeastOne | None = setting(
         None, "blocks: calibration samples a step (default: 8, or fewer for 128 steps); fewer need less memory"
     )
+    expert_tokens: AtLeastOne = setting(DEFAULT_EXPERT_TOKENS, EXPERT_TOKENS_HELP)
+    few_experts: FewExperts = setting("magnitude", FEW_EXPERTS_HELP, metavar="RULE")
     exclude: Names = setting((), "layers to leave dense, as patterns such as '*.k_proj'", metavar="A,B")
 
     @model_validator(mode="after")
@@ -54,6 +69,11 @@ class OneShotSettings:
                 got = f"got {value}. Leave it out, or use reconstruct='blocks'."
                 raise ValueError(f"{name}: expected none with reconstruct {self.reconstruct}, {got}")
         return self
+
+
+def expert_options(settings: Any) -> ExpertOptions:
+    """What is done about experts with few tokens, by settings that have `expert_tokens` and `few_experts`."""
+    return ExpertOptions(settings.expert_tokens, settings.few_experts)
 
 
 def block_options(settings: OneShotSettings) -> BlockOptions:

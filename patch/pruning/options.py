@@ -23,6 +23,9 @@ DEFAULT_BLOCK_SIZE = 128
 DEFAULT_DAMPING = 0.01
 DEFAULT_NSAMPLES = 128
 DEFAULT_SEQLEN = 2048
+DEFAULT_EXPERT_TOKENS = 32
+EXPERT_TOKENS_HELP = "mixtures: calibration tokens that an expert's statistics need at least"
+FEW_EXPERTS_HELP = "mixtures: experts with fewer tokens: magnitude, route (more tokens to them), or refuse"
 _MOST_A_STEP = 8
 _LEAST_STEPS = 128
 
@@ -76,10 +79,8 @@ class TileOptions:
 class ExpertOptions:
     """What is done about experts of a mixture that few calibration tokens reach. raises ValueError naming the field."""
 
-    tokens: AtLeastOne = setting(32, "mixtures: least calibration tokens that an expert is pruned by")
-    few: FewExperts = setting(
-        "magnitude", "mixtures: experts with fewer: by magnitude; route more tokens to them; or refuse"
-    )
+    tokens: AtLeastOne = setting(DEFAULT_EXPERT_TOKENS, EXPERT_TOKENS_HELP)
+    few: FewExperts = setting("magnitude", FEW_EXPERTS_HELP)
 
 
 @record

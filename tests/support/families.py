@@ -21,8 +21,8 @@ from patch.learn.config import LearnConfig
 from patch.models.keep_masks import measured_sparsity
 from patch.models.structure import block_weights, maskable_linears
 from patch.packed.convert import pack_model, unpack_model
-from patch.packed.save import save_dense, save_packed
 from patch.packed.experts import PackedExperts
+from patch.packed.save import save_dense, save_packed
 from patch.packed.swap import cast_model, packed_layers, packed_zeros
 from patch.pruning import prune_model
 from patch.pruning.compensation import compensate

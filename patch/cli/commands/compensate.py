@@ -9,7 +9,7 @@ from patch.cli import inputs, outputs
 from patch.data.sources import DEFAULT_HELDOUT_WINDOWS
 from patch.files.progress import say
 from patch.files.schema import record
-from patch.pruning.options import BlockOptions, CompensationMethod, Damping, Precision
+from patch.pruning.options import BlockOptions, CompensationMethod, Damping, ExpertOptions, Precision
 from patch.runs.stages import remove_stages, stages_folder
 from patch.settings import RESOLVED_NAME, AtLeastOne, NewPath, Positive, dump_yaml, setting
 
@@ -34,7 +34,7 @@ examples:
 
 
 @record(kw_only=True)
-class Options(inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementSettings):
+class Options(inputs.ExpertSettings, inputs.CalibrationSettings, inputs.MaskSettings, inputs.PlacementSettings):
     """Settings of `compensate`."""
 
     model: str = setting(help="the DENSE model the masks were made for: folder or Hugging Face id", metavar="MODEL")
@@ -103,6 +103,7 @@ def run(options: Options) -> None:
         damping=options.damping,
         precision=options.precision,
         blocks=blocks,
+        experts=ExpertOptions(options.expert_tokens, options.few_experts),
         stages=None if blocks is None else stages,
         exclude=[name for name in linears if name not in source.masks],
     )

@@ -13,6 +13,7 @@ from patch.pruning.options import (
     DEFAULT_DAMPING,
     Budget,
     Damping,
+    ExpertOptions,
     Pattern,
     Precision,
     PruneOptions,
@@ -39,13 +40,14 @@ examples:
       trains a copy of the weights for 400 steps to choose the masks; settings prox.NAME for --set and --config
 """
 _TEXT_SETTINGS = {"data", "text_field", "nsamples", "seqlen"}
+_EXPERT_SETTINGS = {"expert_tokens", "few_experts"}
 SECTION_FLAGS = {
     flag: (method.settings_type, method.section, name) for method in METHODS.values() for flag, name in method.flags
 }
 
 
 @record(kw_only=True)
-class Options(inputs.CalibrationSettings, inputs.PlacementSettings):
+class Options(inputs.ExpertSettings, inputs.CalibrationSettings, inputs.PlacementSettings):
     """Settings of `prune`; those of prox_sparse are in the section `prox` (patch.pruning.ProxSparseConfig)."""
 
     model: str = setting(help=inputs.MODEL_HELP, metavar="MODEL")
@@ -170,6 +172,8 @@ def run(options: Options) -> None:
         damping=pruning.damping,
         block_size=pruning.block_size,
         tiles=None if tiles is None else dataclasses.asdict(tiles),
+        expert_tokens=options.expert_tokens,
+        few_experts=options.few_experts,
         exclude=options.exclude,
         **section,
         **made_from,
@@ -231,7 +235,9 @@ def _refuse_ignored(options: Options, method: Method, tiles: TileOptions | None)
         read |= {*get_method(reference_method(options.method)).options}
     if _reads_text(method, tiles):
         read |= _TEXT_SETTINGS
-    able = {"precision", "damping", "block_size", "shift_zero_metrics"} | _TEXT_SETTINGS
+    if method.reads_inputs:
+        read |= _EXPERT_SETTINGS
+    able = {"precision", "damping", "block_size", "shift_zero_metrics"} | _TEXT_SETTINGS | _EXPERT_SETTINGS
     for name in sorted(able - read):
         value = getattr(options, name)
         if value != default_of(fields_of(Options)[name]):
@@ -258,5 +264,6 @@ def _shared(options: Options, pruning: PruneOptions, calibration: Tensor | None)
         "precision": options.precision,
         "damping": pruning.damping,
         "block_size": options.block_size,
+        "experts": ExpertOptions(options.expert_tokens, options.few_experts),
         "exclude": options.exclude,
     }
