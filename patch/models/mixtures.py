@@ -76,7 +76,7 @@ class Form:
             tensor = torch.stack([parts["gate_proj"], parts["up_proj"]], dim=2).flatten(1, 2)
         else:
             tensor = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
-        return (tensor.transpose(1, 2) if tensor.dim() == 3 and self.transposed else tensor).contiguous()
+        return tensor.transpose(1, 2).contiguous() if tensor.dim() == 3 and self.transposed else tensor
 
 
 class Expert(nn.Module):
@@ -99,15 +99,13 @@ class Experts(nn.Module):
         self.experts = _experts_of(original, form)
         self._signature = inspect.signature(type(original).forward)
         whole = {name: getattr(original, name) for name in form.parameters}
-        # What the layers' tensors are views of, as long as they are.
+        # What the layers' tensors are views of, until they are moved.
         self.__dict__["_whole"] = {name: parameter.data for name, parameter in whole.items()}
         parts = {name: form.split(name, parameter.data) for name, parameter in whole.items()}
         for index in range(self.experts):
             self.add_module(str(index), _expert(form, parts, index))
         for name in form.parameters:
             original._parameters[name] = None
-        if not all(_is_view(self, name) for name in form.parameters):
-            self.__dict__["_whole"] = {}
         self._modules.update(original._modules)  # activations, norms
         self._parameters.update({name: own for name, own in original._parameters.items() if own is not None})
         self._buffers.update(original._buffers)
@@ -138,21 +136,22 @@ class Experts(nn.Module):
         return {name: f"{index}.{name}" for name in self.form.projections}
 
     def own_form(self, name: str) -> Tensor:
-        """The model's own parameter from the layers: itself where they are views of it, else in new memory."""
-        whole = self._whole.get(name)
-        if whole is not None and _is_view(self, name):
-            return cast(Tensor, whole)
+        """The model's own parameter with the values of the layers, which are views of it afterwards.
+
+        It takes new memory where they were moved or replaced, and theirs is free then: of one mixture at a time.
+        """
+        whole = cast(Tensor, self._whole[name])
+        if _is_view(self, name):
+            return whole
         key = "bias" if name.endswith("_bias") else "weight"
-        projections = self.form.split(name, torch.empty(1, 2, *(() if key == "bias" else (2,)), device="meta"))
-        return self.form.join(
-            name,
-            {
-                projection: torch.stack(
-                    [_tensor(self.layers(index)[projection], key).detach() for index in range(self.experts)]
-                )
-                for projection in projections
-            },
-        )
+        projections = self.form.split(name, whole)
+        tensors = {p: [_tensor(self.layers(index)[p], key) for index in range(self.experts)] for p in projections}
+        whole = self.form.join(name, {p: torch.stack([t.detach() for t in own]) for p, own in tensors.items()})
+        self._whole[name] = whole
+        for projection, part in self.form.split(name, whole).items():
+            for tensor, view in zip(tensors[projection], part, strict=True):
+                tensor.data = view
+        return whole
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         bound = arguments(self._signature, self, args, kwargs)
@@ -396,16 +395,16 @@ def _experts_of(module: nn.Module, form: Form) -> int:
 
 
 def _expert(form: Form, parts: dict[str, dict[str, Tensor]], index: int) -> nn.Module:
-    """The layers of expert `index`, on views of the own form where these are contiguous."""
+    """The layers of expert `index`, on views of the own form."""
     layers = {}
     for projection in form.projections:
         name = "down_proj" if projection == "down_proj" and form.takes != "sorted" else form.first
         weight = parts[name][projection][index]
         bias = parts[f"{name}_bias"][projection][index] if form.biased else None
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=form.biased, device="meta", dtype=weight.dtype)
-        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
         layers[projection] = layer
     if form.takes == "sorted":
         return layers[form.first]

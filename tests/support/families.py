@@ -212,6 +212,42 @@ FAMILIES = {
                 "num_key_value_heads": 4,
             },
         ),
+        Family(
+            "Qwen2-MoE",
+            "Qwen2MoeConfig",
+            {
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 16,
+                "mlp_only_layers": [0],
+            },
+        ),
+        Family("Granite-MoE", "GraniteMoeConfig", EXPERTS),
+        Family(
+            "Llama 4 (text)",
+            "Llama4TextConfig",
+            {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2},
+        ),
+        Family("Aria (text)", "AriaTextConfig", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
+        Family(
+            "Nemotron-H",
+            "NemotronHConfig",
+            {
+                "layers_block_type": ["attention", "moe"],
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "n_group": 1,
+                "topk_group": 1,
+                "moe_intermediate_size": 16,
+                "moe_shared_expert_intermediate_size": 16,
+                "mamba_num_heads": 8,
+                "mamba_head_dim": 8,
+                "n_groups": 1,
+                "ssm_state_size": 8,
+            },
+        ),
+        Family("JetMoE", "JetMoeConfig", EXPERTS | {"kv_channels": 8}),
         Family("Mamba", "MambaConfig", {"state_size": 8, "time_step_rank": 4}),
         Family(
             "Mamba2", "Mamba2Config", {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
