@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from patch.files.schema import listed, require_integer
 from patch.models.facts import context_length
+from patch.models.mixtures import open_mixtures
 from patch.models.structure import decoder_of
 from patch_kernels.checks import all_finite, require_tensor
 
@@ -40,11 +41,14 @@ def require_layer(
     *,
     kind: type[nn.Module] = nn.Linear,
 ) -> Any:
-    """The layer at a module path; refuse another kind of module, none, and one whose weight has another shape."""
-    try:
-        layer: Any = model.get_submodule(name)
-    except AttributeError:
-        layer = None
+    """The layer at a module path; refuse another kind of module, none, and one whose weight has another shape.
+
+    Mixtures are opened where the path leads nowhere else.
+    """
+    layer: Any = _module_at(model, name)
+    if layer is None:
+        open_mixtures(decoder_of(model))
+        layer = _module_at(model, name)
     weight = getattr(layer, "weight", None)
     has_shape = isinstance(weight, Tensor) and (shape is None or tuple(weight.shape) == tuple(shape))
     if not isinstance(layer, kind) or not has_shape:
@@ -53,6 +57,13 @@ def require_layer(
         got += f" {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
         raise ValueError(f"{what}: expected {wanted} at {name!r} of {type(model).__name__}, found {got}. {advice}")
     return layer
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def require_layers(given: Mapping[str, Any], wanted: Collection[str], what: str) -> None:

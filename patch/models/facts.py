@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from patch.models.mixtures import own_parameters
+
 # Fields of a transformers config that change without the model changing; architectures is set by the first save.
 _VOLATILE = {
     "_name_or_path",
@@ -59,7 +61,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     raises  ValueError for a parameter without values (meta device).
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(own_parameters(model), key=lambda item: item[0]):
         if parameter.is_meta:
             raise ValueError(f"{name}: expected a weight with values, got none (meta device). Load the whole model.")
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())

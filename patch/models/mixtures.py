@@ -280,6 +280,15 @@ def opened(root: nn.Module) -> Iterator[tuple[str, Experts]]:
     return ((name, module) for name, module in root.named_modules() if isinstance(module, Experts))
 
 
+def own_parameters(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`named_parameters` as if no mixture were opened, in any order."""
+    of_layers: set[int] = set()
+    for path, experts in opened(root):
+        of_layers.update(id(p) for index in range(experts.experts) for p in experts._modules[str(index)].parameters())  # type: ignore[union-attr]
+        yield from ((f"{path}.{name}" if path else name, experts.own_form(name)) for name in experts.form.parameters)
+    yield from ((name, parameter) for name, parameter in root.named_parameters() if id(parameter) not in of_layers)
+
+
 def form_of(module: nn.Module) -> Form | None:
     """In which form a module keeps experts; None for another module, and for a form that is not known."""
     if isinstance(module, Experts) or getattr(module, "_is_expert_parallel", False):

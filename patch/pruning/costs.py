@@ -187,11 +187,12 @@ class _Parts:
         if self.settings.sparsity == 0:
             return []
         by = self.settings.tiles_by
+        steps = self._tokens_of_experts("prune")
         if by == "error":
-            steps = [Step("prune", "errors of tiles", *self._pass(self._inverse, self.has_hessian))]
+            steps.append(Step("prune", "errors of tiles", *self._pass(self._inverse, self.has_hessian)))
         else:
             # By Wanda, whose statistics are vectors.
-            steps = [Step("prune", "provisional patterns", *self._pass(self._inverse, False))]
+            steps.append(Step("prune", "provisional patterns", *self._pass(self._inverse, False)))
         if by == "fisher":
             steps.append(Step("prune", "Fisher information", self._fisher(), self._fisher_bytes(), self._boundaries()))
         elif by == "share":
@@ -200,7 +201,16 @@ class _Parts:
             steps.append(Step("prune", "unstructured reference", work, size + copied))
         return [*steps, Step("prune", "sweep", *self._pass(self._sweep, self.has_hessian))]
 
+    def _tokens_of_experts(self, stage: str) -> list[Step]:
+        """A pass of the dense model that counts which experts the text reaches."""
+        if not self.counts.has_experts:
+            return []
+        return [Step(stage, "tokens of experts", self.forward(self.nsamples), self.forward_bytes)]
+
     def reconstruct(self) -> list[Step]:
+        return self._tokens_of_experts("reconstruct") + self._reconstruct()
+
+    def _reconstruct(self) -> list[Step]:
         if self.settings.reconstruct == "sparsegpt":
             return [Step("reconstruct", "sweep", *self._pass(self._sweep, True))]
         work, size = self._pass(self._least_squares, True)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from patch.models.structure import decoder_blocks, maskable_linears
+from patch.pruning.experts import expert_layers
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Counts:
     hidden_elems                of the hidden states between blocks
     logits_elems                of the logits
     itemsize                    bytes of a weight
+    has_experts                 whether layers of experts are among the masked ones
     """
 
     blocks: tuple[Block, ...]
@@ -57,6 +59,7 @@ class Counts:
     hidden_elems: int
     logits_elems: int
     itemsize: int
+    has_experts: bool = False
 
     @property
     def elems(self) -> int:
@@ -86,7 +89,8 @@ def counted(config: Any, *, seqlen: int, dtype: torch.dtype, exclude: Sequence[s
 
     dtype    of the weights
     exclude  patterns of layers that stay dense
-    raises   whatever a model raises that computes with values of tensors, which fake ones do not have (some mixtures)
+    raises   whatever a model raises that computes with values of tensors, which fake ones do not have
+    Experts are counted as if all had as many tokens.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -118,6 +122,7 @@ def counted(config: Any, *, seqlen: int, dtype: torch.dtype, exclude: Sequence[s
         walk.hidden_elems,
         logits.numel(),
         dtype.itemsize,
+        bool(expert_layers(model, linears)),
     )
 
 

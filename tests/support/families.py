@@ -455,11 +455,11 @@ def lines(family: Family, result: dict[str, str]) -> list[str]:
 def coverage(family: Family) -> str:
     """Share of the weights of the decoder's blocks that get masks, and what stays dense."""
     model = build(family)
-    weights = block_weights(model)
     try:
-        masked = {f"{name}.weight" for name in maskable_linears(model)}
+        masked = {f"{name}.weight" for name in maskable_linears(model)}  # opens mixtures: their weights get other names
     except ValueError:
         masked = set()
+    weights = block_weights(model)
     dense = sorted({re.sub(r".*\.\d+\.", "", name) for name in weights.keys() - masked})
     share = sum(weights[name] for name in masked) / sum(weights.values())
     names = ", ".join(f"`{name.removesuffix('.weight')}`" for name in dense) if masked else "everything"
