@@ -227,7 +227,12 @@ FAMILIES = {
         Family(
             "Llama 4 (text)",
             "Llama4TextConfig",
-            {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2},
+            {
+                "num_local_experts": 4,
+                "num_experts_per_tok": 1,
+                "intermediate_size_mlp": 48,
+                "interleave_moe_layer_step": 2,
+            },
         ),
         Family("Aria (text)", "AriaTextConfig", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
         Family(
