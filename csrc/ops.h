@@ -26,6 +26,10 @@ struct TileLinearArgs {
   DType dtype;                   // of x, weight, bias and y; fp16 or bf16
   bool batch_invariant = false;  // row i of y has the same bits for any number of tokens
   int threads = 1;               // that work is dealt out for, on a CPU; bits do not depend on it
+  // On a CPU tokens may be any rows of x and y, for experts of a mixture:
+  const int64_t* x_rows = nullptr;  // (tokens) row of x of each, or null: in order
+  const int64_t* y_rows = nullptr;  // (tokens) row of y of each, or null: in order
+  int64_t y_stride = 0;             // values from a row of y to the next; 0: the weight's rows
 };
 
 // See patch_kernels.masked_weight in Python for the mathematics.
@@ -101,18 +105,18 @@ using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
 
 // The CPU ops that are compiled once per instruction set: name, parameters, arguments. cpu/isa.h declares each of them
 // for every set and cpu/dispatch.cpp picks one.
-#define PK_CPU_OPS(OP)                                                                                             \
-  OP(choose_kernel, (const TileLinearArgs& call, CpuKernel& kernel), (call, kernel))                               \
-  /* weights that share x, tokens, cols, dtype and batch_invariant */                                              \
-  OP(tile_linear, (const TileLinearArgs* calls, int count, CpuKernel kernel, ParallelFor parallel),                \
-     (calls, count, kernel, parallel))                                                                             \
-  /* done: false where torch is to do it */                                                                        \
-  OP(dense_linear, (const DenseLinearArgs& args, bool& done, ParallelFor parallel), (args, done, parallel))        \
-  /* masked like weight; sums (2) fp64 */                                                                          \
-  OP(masked_weight, (const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel),              \
-     (args, masked, sums, parallel))                                                                               \
-  OP(masked_weight_backward, (const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel), \
-     (args, grads, parallel))                                                                                      \
+#define PK_CPU_OPS(OP)                                                                                              \
+  OP(choose_kernel, (const TileLinearArgs& call, CpuKernel& kernel), (call, kernel))                                \
+  /* weights of the same cols and dtype, each times its tokens; neighbours that share them are one piece of work */ \
+  OP(tile_linear, (const TileLinearArgs* calls, int count, CpuKernel kernel, ParallelFor parallel),                 \
+     (calls, count, kernel, parallel))                                                                              \
+  /* done: false where torch is to do it */                                                                         \
+  OP(dense_linear, (const DenseLinearArgs& args, bool& done, ParallelFor parallel), (args, done, parallel))         \
+  /* masked like weight; sums (2) fp64 */                                                                           \
+  OP(masked_weight, (const MaskedWeightArgs& args, void* masked, double* sums, ParallelFor parallel),               \
+     (args, masked, sums, parallel))                                                                                \
+  OP(masked_weight_backward, (const MaskedWeightArgs& args, const MaskedWeightGrads& grads, ParallelFor parallel),  \
+     (args, grads, parallel))                                                                                       \
   OP(adamw_step, (const AdamWArgs& args, ParallelFor parallel), (args, parallel))
 
 #define PK_DECLARE_OP(name, parameters, arguments) void name parameters;

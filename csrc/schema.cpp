@@ -36,6 +36,12 @@ STABLE_TORCH_LIBRARY(patch_kernels, m) {
   m.def(
       "tile_linear_train(Tensor x, Tensor payload, Tensor tile_is_sparse, Tensor? schedule, int out_features, "
       "Tensor? bias, bool batch_invariant) -> Tensor");
+  for (const char* name : {"tile_experts", "tile_experts_train"}) {
+    m.def((std::string(name) +
+           "(Tensor x, Tensor experts, Tensor payload, Tensor tile_is_sparse, Tensor? schedule, Tensor? begins, "
+           "int out_features, int parts, Tensor? bias, bool batch_invariant) -> Tensor")
+              .c_str());
+  }
   for (int count = patch_kernels::kLeastInGroup; count <= patch_kernels::kMostInGroup; ++count) {
     m.def(patch_kernels::group_schema(count).c_str());
   }

@@ -3,6 +3,7 @@
 from patch_kernels.ops.adamw import adamw_step
 from patch_kernels.ops.dense_linear import dense_linear
 from patch_kernels.ops.masked_weight import MaskSampling, mask_sampling, masked_linear, masked_weight
+from patch_kernels.ops.tile_experts import tile_experts
 from patch_kernels.ops.tile_linear import payload_bytes, tile_grid, tile_linear
 from patch_kernels.reference import PATTERNS, TILE, pack_keep, unpack_keep
 from patch_kernels.streamed_linear import StreamedLinear
@@ -25,6 +26,7 @@ __all__ = [
     "masked_weight",
     "pack_keep",
     "payload_bytes",
+    "tile_experts",
     "tile_grid",
     "tile_linear",
     "tiles_that_are_two_of_four",

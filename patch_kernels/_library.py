@@ -13,7 +13,7 @@ import torch
 
 _MINIMUM_TORCH = (2, 11)
 # Of the ops' arguments and meaning; PK_INTERFACE of csrc/bindings/cpu.cpp.
-_INTERFACE = "2"
+_INTERFACE = "3"
 _BUILD_COMMAND = "pip install --no-build-isolation -e ."
 
 

@@ -152,6 +152,17 @@ def tile_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return y.to(x.dtype)
 
 
+def tile_experts(
+    x: torch.Tensor, experts: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Row p of y is x[p // fan] times expert experts[p], fan = P / T; weight is dense (E, rows, K), bias (E, rows)."""
+    y = x.new_empty((experts.shape[0], weight.shape[1]))
+    for p, expert in enumerate(experts.tolist()):
+        row = x[p * x.shape[0] // experts.shape[0]]
+        y[p] = tile_linear(row, weight[expert], None if bias is None else bias[expert])
+    return y
+
+
 _ROUNDING_STREAM = 1 << 31  # set in the second counter word for stochastic rounding
 
 

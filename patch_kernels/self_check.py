@@ -14,6 +14,7 @@ from patch_kernels._library import build_info, gemm_status
 from patch_kernels.ops import LIBRARY_PATH, adamw, masked_weight, tile_linear
 from patch_kernels.packed_dtype import BY_TORCH
 from patch_kernels.streamed_linear import StreamedLinear
+from patch_kernels.tiled_experts import TiledExperts
 from patch_kernels.tiled_weight import TiledWeight
 
 
@@ -42,6 +43,22 @@ def _linear_is_right(device: torch.device) -> None:
         x = (torch.arange(5 * weight.shape[1], device=device) % 5 - 2).to(dtype).reshape(5, -1)
         y = TiledWeight.pack(weight, keep, tile_is_sparse).matmul(x)
         if not torch.equal(y.cpu(), reference.tile_linear(x.cpu(), torch.where(keep, weight, 0).cpu())):
+            raise ArithmeticError("result differs from the exact integer result")
+
+
+def _experts_are_right(device: torch.device) -> None:
+    for dtype in BY_TORCH:
+        weight, keep, tile_is_sparse = _small_problem(device, dtype)
+        weights = [weight, -weight, weight.flip(0), weight.flip(0) * 2]  # two parts of two experts
+        keeps = [keep, keep, keep.flip(0), keep.flip(0)]
+        flags = [tile_is_sparse] * 2 + [torch.zeros_like(tile_is_sparse)] * 2
+        bias = torch.arange(2 * 400, device=device).remainder(7).to(dtype).reshape(2, 400)
+        packed = TiledExperts.pack(weights, keeps, flags, bias, parts=2)
+        x = (torch.arange(5 * 300, device=device) % 5 - 2).to(dtype).reshape(5, -1)
+        experts = torch.arange(10, device=device) % 3 % 2
+        dense = torch.stack(list(map(torch.where, keeps, weights, torch.zeros_like(weight).expand(4, -1, -1))))
+        expected = reference.tile_experts(x.cpu(), experts.cpu(), dense.reshape(2, 400, 300).cpu(), bias.cpu())
+        if not torch.equal(packed(x, experts).cpu(), expected):
             raise ArithmeticError("result differs from the exact integer result")
 
 
@@ -104,6 +121,7 @@ def _dense_linear_is_right(device: torch.device) -> None:
 CHECKS: dict[str, Callable[[torch.device], None]] = {
     "pack_tiles, unpack_tiles": _pack_is_right,
     "tile_linear": _linear_is_right,
+    "tile_experts": _experts_are_right,
     "dense_linear": _dense_linear_is_right,
     "masked_weight": _masked_weight_is_right,
     "adamw_step": _adamw_is_right,

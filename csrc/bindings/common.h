@@ -144,6 +144,55 @@ inline LinearCall linear_call(const Tensor& x_in, const Tensor& payload, const T
   return {x, bias, y, args};
 }
 
+// x (T, K) and the experts (P,) of its rows, all contiguous; y (P, parts*N).
+struct ExpertsCall {
+  Tensor x, experts;
+  OptionalTensor bias;  // (experts*parts*N)
+  Tensor y;
+  int64_t expert_count, tile_rows, tile_cols;
+  int64_t fan;  // rows of y for each row of x
+};
+
+inline ExpertsCall experts_call(const Tensor& x, const Tensor& experts, const Tensor& payload,
+                                const Tensor& tile_is_sparse, int64_t out_features, int64_t parts,
+                                const OptionalTensor& bias_in) {
+  const char* op = "tile_experts";
+  STD_TORCH_CHECK(is_packed(x.scalar_type()) && x.dim() == 2 && x.size(1) >= 1, op, ": x must be (T, K) ",
+                  packed_names());
+  STD_TORCH_CHECK(out_features >= 0 && parts >= 1, op, ": expected out_features >= 0 and parts >= 1, got ",
+                  out_features, " and ", parts);
+  STD_TORCH_CHECK(payload.scalar_type() == ScalarType::Byte && payload.dim() == 1 && payload.is_contiguous(), op,
+                  ": payload must be a contiguous 1-D uint8 tensor");
+  const int64_t tokens = x.size(0), tile_rows = ceil_div(out_features, kTile), tile_cols = ceil_div(x.size(1), kTile);
+  STD_TORCH_CHECK(tile_is_sparse.scalar_type() == ScalarType::Byte && tile_is_sparse.dim() == 3 &&
+                      tile_is_sparse.is_contiguous() && tile_is_sparse.size(0) % parts == 0 &&
+                      tile_is_sparse.size(1) == tile_rows && tile_is_sparse.size(2) == tile_cols,
+                  op, ": tile_is_sparse must be contiguous uint8 of shape (E*parts, ceil(N/128), ceil(K/128))");
+  STD_TORCH_CHECK(experts.scalar_type() == ScalarType::Long && experts.dim() == 1, op, ": experts must be (P,) int64");
+  const int64_t rows = experts.size(0), expert_count = tile_is_sparse.size(0) / parts;
+  STD_TORCH_CHECK(tokens == 0 ? rows == 0 : rows >= tokens && rows % tokens == 0, op, ": expected a multiple of ",
+                  tokens, " experts, as x has rows, got ", rows);
+  check_same_device(x, experts, op, "experts");
+  check_same_device(x, payload, op, "payload");
+  check_same_device(x, tile_is_sparse, op, "tile_is_sparse");
+  OptionalTensor bias;
+  if (bias_in.has_value()) {
+    STD_TORCH_CHECK(bias_in->scalar_type() == x.scalar_type() && bias_in->dim() == 2 &&
+                        bias_in->size(0) == expert_count && bias_in->size(1) == parts * out_features,
+                    op, ": bias must be (E, parts*N) of x's dtype");
+    check_same_device(x, *bias_in, op, "bias");
+    bias = torch::stable::view(as_contiguous(*bias_in), {bias_in->numel()});
+  }
+  return {as_contiguous(x),
+          as_contiguous(experts),
+          bias,
+          torch::stable::new_empty(x, {rows, parts * out_features}),
+          expert_count,
+          tile_rows,
+          tile_cols,
+          tokens == 0 ? 1 : rows / tokens};
+}
+
 // What the tile_linear_group schemas have of every weight, in their order.
 struct GroupItem {
   Tensor payload, tile_is_sparse;

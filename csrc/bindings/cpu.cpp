@@ -1,4 +1,5 @@
 // CPU implementations of the ops: check, allocate, call csrc/cpu with torch's threads.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <vector>
@@ -148,6 +149,94 @@ std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<Grou
   return results;
 }
 
+// Rows of y sorted by their expert: those of expert e are rows[begin[e]] to rows[begin[e + 1] - 1], in their order.
+struct SortedRows {
+  std::vector<int64_t> begin, of_y, of_x;
+
+  SortedRows(const int64_t* experts, int64_t count, int64_t expert_count, int64_t fan)
+      : begin(expert_count + 1), of_y(count), of_x(count) {
+    for (int64_t p = 0; p < count; ++p) {
+      STD_TORCH_CHECK(experts[p] >= 0 && experts[p] < expert_count, "tile_experts: experts must be 0 to ",
+                      expert_count - 1, ", got ", experts[p], " in row ", p);
+      ++begin[experts[p] + 1];
+    }
+    for (int64_t e = 0; e < expert_count; ++e) begin[e + 1] += begin[e];
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t at = next[experts[p]]++;
+      of_y[at] = p;
+      of_x[at] = p / fan;
+    }
+  }
+};
+
+// A call whose tokens are any rows, by a call on copies of them.
+void multiply_unpacked_rows(const TileLinearArgs& args, const Tensor& x, const OptionalTensor& bias) {
+  const int64_t cols = args.weight.cols, rows = args.weight.rows;
+  LinearCall call{torch::stable::new_empty(x, {args.tokens, cols}), bias,
+                  torch::stable::new_empty(x, {args.tokens, rows}), args};
+  auto* gathered = static_cast<uint16_t*>(call.x.mutable_data_ptr());
+  for (int64_t t = 0; t < args.tokens; ++t) {
+    std::copy_n(static_cast<const uint16_t*>(args.x) + args.x_rows[t] * cols, cols, gathered + t * cols);
+  }
+  multiply_unpacked(call);
+  const auto* y = static_cast<const uint16_t*>(call.y.const_data_ptr());
+  for (int64_t t = 0; t < args.tokens; ++t) {
+    std::copy_n(y + t * rows, rows, static_cast<uint16_t*>(args.y) + args.y_rows[t] * args.y_stride);
+  }
+}
+
+// Schedule and begins are for GPUs.
+Tensor tile_experts(const Tensor& x_in, const Tensor& experts_in, const Tensor& payload, const Tensor& tile_is_sparse,
+                    const OptionalTensor&, const OptionalTensor&, int64_t out_features, int64_t parts,
+                    const OptionalTensor& bias_in, bool batch_invariant) {
+  const ExpertsCall call = experts_call(x_in, experts_in, payload, tile_is_sparse, out_features, parts, bias_in);
+  const int64_t tiles = call.tile_rows * call.tile_cols;
+  const auto* flags = static_cast<const uint8_t*>(tile_is_sparse.const_data_ptr());
+  check_payload_on_host(payload, tile_is_sparse, "tile_experts");
+  const SortedRows rows(static_cast<const int64_t*>(call.experts.const_data_ptr()), call.experts.numel(),
+                        call.expert_count, call.fan);
+  TileLinearArgs args{call.x.const_data_ptr(),
+                      nullptr,
+                      nullptr,
+                      0,
+                      {static_cast<const uint8_t*>(payload.const_data_ptr()), flags, out_features, call.x.size(1)},
+                      to_dtype(call.x.scalar_type(), "tile_experts"),
+                      batch_invariant,
+                      static_cast<int>(torch::stable::get_num_threads())};
+  args.y_stride = parts * out_features;
+  const auto* bias = static_cast<const uint16_t*>(optional_pointer(call.bias));
+  auto* y = static_cast<uint16_t*>(call.y.mutable_data_ptr());
+  std::vector<TileLinearArgs> few, many;
+  for (int64_t e = 0; e < call.expert_count; ++e) {
+    args.tokens = rows.begin[e + 1] - rows.begin[e];
+    args.x_rows = rows.of_x.data() + rows.begin[e];
+    args.y_rows = rows.of_y.data() + rows.begin[e];
+    for (int64_t q = 0; q < parts; ++q) {
+      if (args.tokens > 0 && out_features > 0) {
+        const int64_t column = q * out_features;
+        args.y = y + column;
+        args.bias = bias ? bias + e * args.y_stride + column : nullptr;
+        switch (cpu::kernel_of(args)) {
+          case CpuKernel::kFew:
+            few.push_back(args);
+            break;
+          case CpuKernel::kMany:
+            many.push_back(args);
+            break;
+          case CpuKernel::kTorch:
+            multiply_unpacked_rows(args, call.x, narrow_rows(call.bias, e * args.y_stride + column, out_features));
+        }
+      }
+      args.weight.payload += cpu::payload_bytes(args.weight.tile_is_sparse, tiles);
+      args.weight.tile_is_sparse += tiles;
+    }
+  }
+  cpu::tile_linear(few.data(), static_cast<int>(few.size()), CpuKernel::kFew, torch_parallel);
+  cpu::tile_linear(many.data(), static_cast<int>(many.size()), CpuKernel::kMany, torch_parallel);
+  return call.y;
+}
+
 Tensor dense_linear(const Tensor& x_in, const Tensor& weight, const OptionalTensor& bias) {
   const ScalarType type = x_in.scalar_type();
   const int64_t dims = x_in.dim();
@@ -233,6 +322,8 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CPU, m) {
   m.impl("tile_linear", TORCH_BOX(&patch_kernels::tile_linear));
   m.impl("tile_linear_train", TORCH_BOX(&patch_kernels::tile_linear));
   patch_kernels::register_group<patch_kernels::tile_linear_group>(m);
+  m.impl("tile_experts", TORCH_BOX(&patch_kernels::tile_experts));
+  m.impl("tile_experts_train", TORCH_BOX(&patch_kernels::tile_experts));
   m.impl("dense_linear", TORCH_BOX(&patch_kernels::dense_linear));
   m.impl("masked_weight", TORCH_BOX(&patch_kernels::masked_weight));
   m.impl("masked_weight_backward", TORCH_BOX(&patch_kernels::masked_weight_backward));
@@ -245,7 +336,7 @@ STABLE_TORCH_LIBRARY_IMPL(patch_kernels, CompositeExplicitAutograd, m) {
 
 // Facts about this build for `patch-llm info`, read through ctypes: no op returns a string without leaking it.
 // Changes with the ops' arguments or meaning, so that Python files of another version refuse the library.
-#define PK_INTERFACE "2"
+#define PK_INTERFACE "3"
 
 extern "C" __attribute__((visibility("default"))) const char* patch_kernels_build_info() {
   static const std::string info =

@@ -237,8 +237,9 @@ std::vector<uint16_t> multiply_tile_row(TileLinearArgs args) {
   const ParallelFor serial = [](int64_t n, ParallelBody body, void* context) { body(0, n, context); };
   std::vector<uint16_t> y(args.tokens * args.weight.rows);
   args.y = y.data();
-  const Matrix matrix(args);
-  const Kernel kernel(Tokens(args.x, args.tokens, args.weight.cols), serial);
+  const Tokens x(args);
+  const Matrix matrix(args, x);
+  const Kernel kernel(x, serial);
   const auto worker = std::make_unique<typename Kernel::Worker>(kernel);
   worker->run({&matrix, 0, 0, kTile, 0, static_cast<int>(args.tokens)});
   return y;
@@ -273,7 +274,10 @@ inline bool all_finite(const Tokens& x, ParallelFor parallel) {
   std::atomic<bool> finite{true};
   parallel_over(parallel, x.count, [&](int64_t begin, int64_t end) {
     unsigned largest = 0;
-    for (int64_t i = begin * x.cols; i < end * x.cols; ++i) largest = std::max(largest, x.x[i] & 0x7FFFu);
+    for (int64_t t = begin; t < end; ++t) {
+      for (const uint16_t *at = x.row(t), *last = at + x.cols; at < last; ++at)
+        largest = std::max(largest, *at & 0x7FFFu);
+    }
     if (largest >= 0x7F80u) finite = false;
   });
   return finite;

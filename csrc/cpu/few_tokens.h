@@ -49,20 +49,13 @@ class FewTokens {
   using Sum = typename Lanes::Sum;
 
  public:
-  FewTokens(const Tokens& x, ParallelFor) : x_(x) {}
-
   class Worker {
    public:
-    explicit Worker(const FewTokens& kernel) : x_(kernel.x_) {}
-    void run(const Item& item) const { multiply(item, x_); }
-
-   private:
-    const Tokens& x_;
+    explicit Worker(const FewTokens&) {}
+    void run(const Item& item) const { multiply(item, *item.matrix->x); }
   };
 
  private:
-  const Tokens& x_;
-
   static void multiply(const Item& item, const Tokens& x) {
     constexpr int kSums = kFewTokensAtOnce * kBlockRows;
     static_assert(kSums >= kSumsInL1, "few_tokens_rows x tokens of any item");

@@ -101,7 +101,7 @@ inline void store_blocks(const Item& item, const float* sums) {
       for (int i = r * kVectorTokens; i < (r + 1) * kVectorTokens; ++i) store_as(sums[i] + added, rounded[i]);
     }
     for (int t = 0; t < kVectorTokens && first + t < item.tokens; ++t) {
-      BFloat16* y = static_cast<BFloat16*>(matrix.y) + (item.token + first + t) * matrix.rows + row0;
+      BFloat16* y = matrix.row_of_y<BFloat16>(item.token + first + t) + row0;
       for (int r = item.row; r < end; ++r) y[r] = rounded[r * kVectorTokens + t];
     }
   }

@@ -54,50 +54,41 @@ constexpr int64_t kItemsOfThread = 8;
 template <class T>
 constexpr bool kHasFew = !std::is_void_v<Few<T>>;
 
-// All items of the matrices: their tile rows cut into pieces of rows_of_item, the tokens into pieces of tokens_of_item.
+// All items of some matrices: the tile rows of each cut into pieces of so many rows, its tokens into pieces of so many.
 class Items {
  public:
-  Items(const std::vector<Matrix>& matrices, int64_t tokens, int rows_of_item, int tokens_of_item)
-      : matrices_(&matrices), tokens_(tokens), rows_(rows_of_item), tokens_of_item_(tokens_of_item) {
-    for (const Matrix& matrix : matrices) pieces_ += pieces(matrix);
+  void add(const Matrix& matrix, int rows, int tokens) {
+    const int64_t pieces = ceil_div(matrix.rows, rows);
+    count_ += pieces * ceil_div(matrix.x->count, tokens);
+    cuts_.push_back({&matrix, rows, tokens, pieces, count_});
   }
 
-  int64_t count() const { return pieces_ * ceil_div(tokens_, tokens_of_item_); }
+  int64_t count() const { return count_; }
 
   Item at(int64_t index) const {
-    const int64_t token = index / pieces_ * tokens_of_item_, left = tokens_ - token;
-    int64_t piece = index % pieces_;
-    const Matrix* matrix = matrices_->data();
-    for (; piece >= pieces(*matrix); ++matrix) piece -= pieces(*matrix);
-    const int64_t row = piece * rows_;
-    return {matrix, row / kTile, static_cast<int>(row % kTile),
-            rows_,  token,       static_cast<int>(left < tokens_of_item_ ? left : tokens_of_item_)};
+    auto cut = cuts_.begin();
+    int64_t first = 0;
+    for (; index >= cut->end; ++cut) first = cut->end;
+    index -= first;
+    const int64_t token = index / cut->pieces * cut->tokens, left = cut->matrix->x->count - token;
+    const int64_t row = index % cut->pieces * cut->rows;
+    return {cut->matrix, row / kTile, static_cast<int>(row % kTile),
+            cut->rows,   token,       static_cast<int>(left < cut->tokens ? left : cut->tokens)};
   }
 
  private:
-  int64_t pieces(const Matrix& matrix) const { return ceil_div(matrix.rows, rows_); }
-
-  const std::vector<Matrix>* matrices_;
-  int64_t tokens_, pieces_ = 0;
-  int rows_, tokens_of_item_;
+  struct Cut {
+    const Matrix* matrix;
+    int rows, tokens;  // of an item
+    int64_t pieces;    // of its tile rows
+    int64_t end;       // items of all matrices up to this one
+  };
+  std::vector<Cut> cuts_;
+  int64_t count_ = 0;
 };
 
-// Items of at most so many rows and tokens, halved down to the least while threads would be idle.
-Items items_for(const std::vector<Matrix>& matrices, int64_t tokens, int threads, int rows, int least_rows,
-                int tokens_of_item, int least_tokens) {
-  const int64_t wanted = threads > 1 ? kItemsOfThread * threads : 1;
-  for (;;) {
-    const Items items(matrices, tokens, rows, tokens_of_item);
-    if (items.count() >= wanted) return items;
-    if (tokens_of_item > least_tokens && tokens > tokens_of_item / 2) {
-      tokens_of_item /= 2;
-    } else if (rows > least_rows) {
-      rows /= 2;
-    } else {
-      return items;
-    }
-  }
-}
+// Items that keep all threads busy, if there are as many.
+constexpr int64_t wanted_items(int threads) { return threads > 1 ? kItemsOfThread * threads : 1; }
 
 // Threads take the next item when they are done with one: a busy core then costs its share and no more.
 template <class Kernel>
@@ -111,51 +102,91 @@ void run(const Kernel& kernel, const Items& items, ParallelFor parallel) {
 }
 
 template <class T>
-void run_few(const std::vector<Matrix>& matrices, const Tokens& x, int threads, ParallelFor parallel) {
-  const int tokens = static_cast<int>(x.count < kFewTokensAtOnce ? x.count : kFewTokensAtOnce);
-  const Items items =
-      items_for(matrices, x.count, threads, few_tokens_rows(tokens), kBlockRows, tokens, kFewTokensAtOnce);
-  run(Few<T>(x, parallel), items, parallel);
+void run_few(const TileLinearArgs* calls, int count, ParallelFor parallel) {
+  std::vector<Tokens> x;
+  std::vector<Matrix> matrices;
+  x.reserve(count);
+  matrices.reserve(count);
+  for (int i = 0; i < count; ++i) {
+    if (calls[i].tokens == 0) continue;
+    x.emplace_back(calls[i]);
+    matrices.emplace_back(calls[i], x.back());
+  }
+  // As many rows as caches like, halved down to a block while threads would be idle.
+  for (int most_rows = kTile;; most_rows /= 2) {
+    Items items;
+    for (const Matrix& matrix : matrices) {
+      const int tokens = static_cast<int>(matrix.x->count < kFewTokensAtOnce ? matrix.x->count : kFewTokensAtOnce);
+      const int rows = few_tokens_rows(tokens);
+      items.add(matrix, rows < most_rows ? rows : most_rows, tokens);
+    }
+    if (most_rows > kBlockRows && items.count() < wanted_items(calls[0].threads)) continue;
+    return run(Few<T>(), items, parallel);
+  }
 }
 
-template <class T>
-void run_many(const std::vector<Matrix>& matrices, const Tokens& x, int threads, ParallelFor parallel) {
-  using Many = typename ManyOf<T>::Kernel;
-  const Items items =
-      items_for(matrices, x.count, threads, kTile, Many::kLeastRows, Many::kTokensOfItem, Many::kLeastTokens);
-  run(Many(x, parallel), items, parallel);
+// Items of at most so many rows and tokens, halved down to the least while threads would be idle.
+template <class Many>
+Items items_of_many(const std::vector<Matrix>& matrices, int threads) {
+  int rows = kTile, tokens = Many::kTokensOfItem;
+  for (;;) {
+    Items items;
+    for (const Matrix& matrix : matrices) items.add(matrix, rows, tokens);
+    if (items.count() >= wanted_items(threads)) return items;
+    if (tokens > Many::kLeastTokens && matrices[0].x->count > tokens / 2) {
+      tokens /= 2;
+    } else if (rows > Many::kLeastRows) {
+      rows /= 2;
+    } else {
+      return items;
+    }
+  }
 }
 
 constexpr int64_t kScratchBytes = 4 << 20;  // for x in the order of a kernel
 
+// Calls that share their tokens.
 template <class T>
-void run(const TileLinearArgs* calls, int count, bool few, ParallelFor parallel) {
+void run_many(const TileLinearArgs* calls, int count, ParallelFor parallel) {
   using Many = typename ManyOf<T>::Kernel;
   const TileLinearArgs& first = calls[0];
-  const int64_t cols = first.weight.cols;
   constexpr int64_t kBlock = Many::kTokensOfItem;
-  int64_t at_once = first.tokens;
-  if (!few) {
-    at_once = kScratchBytes / (Many::kScratchOfValue * cols);
-    at_once = at_once > kBlock ? at_once / kBlock * kBlock : at_once < 64 ? 64 : at_once / 64 * 64;
-  }
+  int64_t at_once = kScratchBytes / (Many::kScratchOfValue * first.weight.cols);
+  at_once = at_once > kBlock ? at_once / kBlock * kBlock : at_once < 64 ? 64 : at_once / 64 * 64;
   for (int64_t token = 0; token < first.tokens; token += at_once) {
-    const int64_t tokens = first.tokens - token < at_once ? first.tokens - token : at_once;
+    const auto part_of = [&](TileLinearArgs part) {
+      part.tokens = part.tokens - token < at_once ? part.tokens - token : at_once;
+      const int64_t y_stride = part.y_stride ? part.y_stride : part.weight.rows;
+      if (part.x_rows) {
+        part.x_rows += token;
+      } else {
+        part.x = static_cast<const T*>(part.x) + token * part.weight.cols;
+      }
+      if (part.y_rows) {
+        part.y_rows += token;
+      } else {
+        part.y = static_cast<T*>(part.y) + token * y_stride;
+      }
+      return part;
+    };
+    const Tokens x(part_of(first));
     std::vector<Matrix> matrices;
     matrices.reserve(count);
-    for (int i = 0; i < count; ++i) {
-      TileLinearArgs part = calls[i];
-      part.y = static_cast<T*>(part.y) + token * part.weight.rows;
-      matrices.emplace_back(part);
-    }
-    const Tokens x(static_cast<const T*>(first.x) + token * cols, tokens, cols);
-    if constexpr (kHasFew<T>) {
-      if (few) {
-        run_few<T>(matrices, x, first.threads, parallel);
-        continue;
-      }
-    }
-    run_many<T>(matrices, x, first.threads, parallel);
+    for (int i = 0; i < count; ++i) matrices.emplace_back(part_of(calls[i]), x);
+    run(Many(x, parallel), items_of_many<Many>(matrices, first.threads), parallel);
+  }
+}
+
+template <class T>
+void run(const TileLinearArgs* calls, int count, bool few, ParallelFor parallel) {
+  if constexpr (kHasFew<T>) {
+    if (few) return run_few<T>(calls, count, parallel);
+  }
+  for (const TileLinearArgs *call = calls, *end = calls + count; call < end;) {
+    const TileLinearArgs* next = call;
+    while (next < end && next->x == call->x && next->x_rows == call->x_rows && next->tokens == call->tokens) ++next;
+    run_many<T>(call, static_cast<int>(next - call), parallel);
+    call = next;
   }
 }
 
@@ -198,7 +229,7 @@ void choose_kernel(const TileLinearArgs& call, CpuKernel& kernel) {
 
 // Where a dtype has no kernel for few tokens, the one for many takes all.
 void tile_linear(const TileLinearArgs* calls, int count, CpuKernel kernel, ParallelFor parallel) {
-  if (count == 0 || calls[0].tokens == 0) return;
+  if (count == 0) return;
   with_packed(calls[0].dtype, [&](auto packed) {
     run<typename decltype(packed)::Storage>(calls, count, kernel == CpuKernel::kFew, parallel);
   });

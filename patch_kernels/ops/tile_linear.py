@@ -215,11 +215,16 @@ def multiply(
 ) -> Tensor:
     """tile_linear where x and bias are known to be tensors. Of a small layer's time the host's part is most."""
     if forward_ad._current_level >= 0:
-        _refuse_forward_mode(x)
+        refuse_forward_mode("tile_linear", x)
     op = _tile_linear_train if is_grad_enabled() and needs_grad(x, bias) else _tile_linear
     if x.is_cuda and schedule is not None and not is_compiling() and x.get_device() not in _decided:
         return _first_calls(op, x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
     return op(x, payload, tile_is_sparse, schedule, out_features, bias, batch_invariant)
+
+
+def call_on_card(op: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """A call with a schedule on a CUDA device, whose kernels are checked before they are used."""
+    return _first_calls(op, x, *args) if x.get_device() not in _decided else op(x, *args)
 
 
 def _first_calls(op: Callable[..., Any], x: Tensor, *args: Any) -> Any:
@@ -236,10 +241,11 @@ def _first_calls(op: Callable[..., Any], x: Tensor, *args: Any) -> Any:
     return y
 
 
-def _refuse_forward_mode(x: Tensor) -> None:
+def refuse_forward_mode(op: str, x: Tensor) -> None:
+    """Refuse a dual tensor."""
     if forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(
-            "tile_linear, x: expected no forward-mode derivative, for which a packed weight has no formula, got a dual "
+            f"{op}, x: expected no forward-mode derivative, for which a packed weight has no formula, got a dual "
             "tensor. Use reverse mode, or unpack the weight."
         )
 

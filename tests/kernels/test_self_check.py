@@ -62,7 +62,7 @@ def test_library_that_does_not_load(monkeypatch, tmp_path):
 
 def test_library_of_another_version(monkeypatch):
     monkeypatch.setattr(_library, "_INTERFACE", "0")
-    with pytest.raises(ImportError, match=r"expected compiled ops with interface 0, got 2 at .*Rebuild them: pip"):
+    with pytest.raises(ImportError, match=r"expected compiled ops with interface 0, got 3 at .*Rebuild them: pip"):
         _library.load_library()
 
 

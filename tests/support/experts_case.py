@@ -1,0 +1,54 @@
+"""Mixtures of experts whose every product and sum is exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patch_kernels import TiledExperts
+from support.strategies import hybrid_mask
+
+
+@dataclass
+class ExpertsCase:
+    """Packed matrices, and the same ones dense: (E, parts * N, K), zeros where pruned."""
+
+    packed: TiledExperts
+    dense: Tensor
+    bias: Tensor | None
+
+    def op_arguments(self, x: Tensor, experts: Tensor, batch_invariant: bool = False) -> tuple:
+        """Of the op, in the order of its schema."""
+        packed = self.packed
+        of_weight = packed.weight, packed.tile_is_sparse, None, None, packed.out_features, packed.parts
+        return x, experts, *of_weight, self.bias, batch_invariant
+
+
+def whole_numbers(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+
+def real_numbers(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def experts_case(
+    experts: int,
+    parts: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    with_bias: bool = True,
+    sparse_share: float = 0.5,
+    seed: int = 0,
+    numbers=whole_numbers,
+) -> ExpertsCase:
+    generator = torch.Generator().manual_seed(seed)
+    masks = [hybrid_mask(*shape, sparse_share, generator) for _ in range(experts * parts)]
+    weights = [numbers(generator, dtype, *shape) for _ in masks]
+    bias = numbers(generator, dtype, experts, parts * shape[0]) if with_bias else None
+    keeps, flags = zip(*masks, strict=True)
+    packed = TiledExperts.pack(weights, keeps, flags, bias, parts=parts)
+    masked = [torch.where(keep, weight, 0) for weight, keep in zip(weights, keeps, strict=True)]
+    return ExpertsCase(packed, torch.stack(masked).reshape(experts, parts * shape[0], shape[1]), bias)
