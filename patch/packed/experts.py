@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from patch.models.mixtures import Experts, Form, arguments, between, form_of, weighted
-from patch_kernels import TiledExperts, tile_grid, tiles_that_are_two_of_four
+from patch_kernels import TiledExperts, tiles_that_are_two_of_four
 from patch_kernels.packed_dtype import BY_NAME
 
 DOWN = "down"
@@ -105,36 +105,30 @@ def pack_experts(experts: Experts, masks: Mapping[str, Tensor]) -> PackedExperts
 
     masks  {name of a layer from `experts` on: keep (N, K) bool}; layers without one are packed in dense tiles
     """
-    projections = {
-        name: TiledExperts.pack(*_matrices(experts, layers, masks), bias=_biases(experts, layers))
-        for name, layers in projection_names(experts.form).items()
-    }
+    projections = {}
+    for name, layers in projection_names(experts.form).items():
+        keeps = list(_keeps(experts, layers, masks))
+        projections[name] = TiledExperts.pack(
+            (weight.detach() for weight in _weights(experts, layers)),
+            keeps,
+            [tiles_that_are_two_of_four(keep) for keep in keeps],
+            _biases(experts, layers),
+            parts=len(layers),
+        )
     return PackedExperts(experts.original, experts.form, projections)
 
 
-def _matrices(
-    experts: Experts, layers: Sequence[str], masks: Mapping[str, Tensor]
-) -> tuple[int, int, Iterator[tuple[Tensor, Tensor, Tensor]]]:
-    """Experts, matrices of each, and (weight, keep, tile_is_sparse) of one matrix after the other."""
+def _weights(experts: Experts, layers: Sequence[str]) -> Iterator[Tensor]:
+    """Matrices of these layers, expert by expert."""
+    return (cast(Tensor, experts.layers(index)[layer].weight) for index in range(experts.experts) for layer in layers)
 
-    def each() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for index in range(experts.experts):
-            names = experts.layer_names(index)
-            for layer in layers:
-                weight = cast(Tensor, experts.get_submodule(names[layer]).weight).detach()
-                keep = masks.get(names[layer])
-                if keep is None:
-                    everything = torch.ones_like(weight, dtype=torch.bool)
-                    yield (
-                        weight,
-                        everything,
-                        torch.zeros(tile_grid(weight.shape), dtype=torch.bool, device=weight.device),
-                    )
-                else:
-                    keep = keep.to(weight.device)
-                    yield weight, keep, tiles_that_are_two_of_four(keep)
 
-    return experts.experts, len(layers), each()
+def _keeps(experts: Experts, layers: Sequence[str], masks: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Their keep masks; of a layer without one, one that keeps all."""
+    names = (experts.layer_names(index)[layer] for index in range(experts.experts) for layer in layers)
+    for name, weight in zip(names, _weights(experts, layers), strict=True):
+        keep = masks.get(name)
+        yield torch.ones_like(weight, dtype=torch.bool) if keep is None else keep.to(weight.device)
 
 
 def _biases(experts: Experts, layers: Sequence[str]) -> Tensor | None:
@@ -191,7 +185,8 @@ def packed_like(module: nn.Module, name: str, described: Mapping[str, Mapping[st
         )
     projections = {
         key: TiledExperts(
-            *got[key][:2],
+            layer["experts"],
+            layer["parts"],
             layer["in_features"],
             layer["out_features"],
             layer["bias"],
