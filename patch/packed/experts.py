@@ -176,9 +176,9 @@ def packed_like(module: nn.Module, name: str, described: Mapping[str, Mapping[st
     if dtypes[0] != dtypes[1]:
         fix = "Leave dtype out, or call model.dequantize()."
         raise ValueError(f"{name}: expected dtype {dtypes[1]} as packed, got {dtypes[0]}. {fix}")
-    expected = _sizes(module, form)
+    expected = dict(sorted(_sizes(module, form).items(), reverse=True))
     keys = ("experts", "parts", "out_features", "in_features", "bias")
-    got = {key: tuple(layer[size] for size in keys) for key, layer in described.items()}
+    got = {key: tuple(described[key][size] for size in keys) for key in sorted(described, reverse=True)}
     if expected != got:
         raise ValueError(
             f"{name}: expected matrices of (experts, parts, out, in, bias) {expected}, got {got}. {advice}"

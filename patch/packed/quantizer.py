@@ -206,11 +206,12 @@ def _check_module(model: nn.Module, name: str, layer: Mapping[str, Any]) -> None
 
 def _mixture(model: nn.Module, path: str, described: Mapping[str, Mapping[str, Any]]) -> PackedExperts:
     """The empty packed module of a mixture; refuses a model that has another one there."""
+    where = f"quantization_config: layer {path!r}"
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        module = nn.Identity()
-    return packed_like(module, f"quantization_config: layer {path!r}", described, _ADVICE)
+        raise ValueError(f"{where}: expected a mixture of experts as packed, found nothing. {_ADVICE}") from None
+    return packed_like(module, where, described, _ADVICE)
 
 
 def _check_loaded(name: str, layer: Mapping[str, Any], module: TiledLinear | TiledExperts | None) -> None:
