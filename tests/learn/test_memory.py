@@ -95,6 +95,24 @@ def test_estimate_is_the_measured_peak(arch, dtype, mode, accumulation, checkpoi
 
 
 @cpu_only
+@pytest.mark.parametrize(
+    ("config", "dtype", "mode", "checkpointing"),
+    [("MixtralConfig", torch.bfloat16, "joint", False), ("GptOssConfig", torch.bfloat16, "tile", True)],
+)
+def test_estimate_of_a_mixture(config, dtype, mode, checkpointing):
+    """Routes are not known before: as if all experts had as many tokens."""
+    sizes = SIZES | {"vocab_size": 260, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes), dtype=dtype)
+    settings = config_of(mode, grad_checkpoint=checkpointing)
+    expected = estimate(model, settings)
+    assert expected.masked_elems > 0.9 * sum(parameter.numel() for parameter in model.model.layers.parameters())
+    assert expected.peak == pytest.approx(measured_peak(model, settings), rel=0.05)
+
+
+@cpu_only
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_estimate_of_distillation(checkpointing):
     """The teacher is no second copy of the weights: what it adds is a few times the logits of a micro-batch."""

@@ -70,7 +70,7 @@ def test_an_opened_model_is_the_same_model(name):
 
 @pytest.mark.parametrize("name", ["Qwen3-MoE", "GPT-OSS", "Llama 4 (text)", "Nemotron-H", "JetMoE"])
 def test_layers_are_the_experts_own_matrices(name):
-    """Changed as layers, the model's own tensors change, wherever the layers lie by then; loading goes the other way."""
+    """Changed as layers, the model's own tensors change, wherever the layers lie; loading goes the other way."""
     model = build(FAMILIES[name])
     dense = {key: value.clone() for key, value in model.state_dict().items()}
     linears = maskable_linears(model)
@@ -201,8 +201,8 @@ def test_what_is_not_known_is_refused_with_its_share():
     model = Decoder(Unknown(), Unknown())
     share = 768 / (768 + 64 + 32)
     message = (
-        "expected the decoder's weights in nn.Linear layers, or in experts of a form that is known, got another form in "
-        rf"'layers\.\*\.experts' \({share:.1%}\)\. Leave them dense with exclude=\['layers\.\*\.experts'\]"
+        r"expected the decoder's weights in nn.Linear layers, or in experts of a form that is known, got another form "
+        rf"in 'layers\.\*\.experts' \({share:.1%}\)\. Leave them dense with exclude=\['layers\.\*\.experts'\]"
     )
     for make in (lambda: layers_to_mask(model), lambda: prune_model(model, "magnitude", progress=False)):
         with pytest.raises(ValueError, match=message):

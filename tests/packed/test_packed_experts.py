@@ -42,7 +42,9 @@ def masked(name, exclude=()):
         linear.weight.data.add_((linear.weight == 0) * 1e-3)  # what is kept is not zero by chance
         groups = torch.rand(linear.weight.numel() // 4, 4, generator=generator).argsort(1) < 2
         is_sparse = torch.rand(1, generator=generator) < 0.6
-        masks[layer] = groups.view(linear.weight.shape) if is_sparse else torch.ones_like(linear.weight, dtype=torch.bool)
+        masks[layer] = (
+            groups.view(linear.weight.shape) if is_sparse else torch.ones_like(linear.weight, dtype=torch.bool)
+        )
     apply_keep_masks(model, masks, exclude=exclude)
     return model, masks
 
@@ -220,12 +222,18 @@ def edit_layer(**values):
 
 
 DAMAGES = {
-    "other experts": (edit_layer(experts=8, payload_bytes=8 * 2 * 18432), r"expected matrices of .* got \{'gate_up': \(8,"),
+    "other experts": (
+        edit_layer(experts=8, payload_bytes=8 * 2 * 18432),
+        r"expected matrices of .* got \{'gate_up': \(8,",
+    ),
     "one of two": (edit_layer(experts=None), "expected experts and parts of a mixture, got one of them alone"),
     "three parts": (edit_layer(parts=3), "parts: expected 1, or 2 for gate and up, got 3"),
     "half a tile": (edit_layer(payload_bytes=18433), "for 1x1 tiles of 4 experts with 2 matrices, got 18433"),
     "another dtype": (edit_layer(dtype="float16"), "expected one dtype for all layers"),
-    "no payload": (edit_tensors(lambda t: t.pop(f"{EXPERTS}.gate_up.weight")), r"gate_up.weight: expected U8 .* got nothing"),
+    "no payload": (
+        edit_tensors(lambda t: t.pop(f"{EXPERTS}.gate_up.weight")),
+        r"gate_up.weight: expected U8 .* got nothing",
+    ),
     "no flags": (
         edit_tensors(lambda t: t.pop(f"{EXPERTS}.down.tile_is_sparse")),
         r"down.tile_is_sparse: expected U8 \(4, 1, 1\), got nothing",
@@ -260,14 +268,18 @@ def test_damaged_folders_are_refused(saved, name):
 
 
 def test_another_dtype_is_refused(saved):
-    with pytest.raises(ValueError, match=r"expected dtype torch.bfloat16 as packed, got torch.float32. Leave dtype out"):
+    with pytest.raises(
+        ValueError, match=r"expected dtype torch.bfloat16 as packed, got torch.float32. Leave dtype out"
+    ):
         load(saved, dtype=torch.float32)
 
 
 def test_description_of_a_mixture():
     layer = {"out_features": 16, "in_features": 32, "bias": False, "dtype": "bfloat16", "sha256": "0" * 64}
     layer |= {"payload_bytes": 8 * 18432, "experts": 4, "parts": 2}
-    config = PatchConfig(layers={"a.experts.gate_up": layer, "a.experts.down": layer | {"parts": 1, "payload_bytes": 73728}})
+    config = PatchConfig(
+        layers={"a.experts.gate_up": layer, "a.experts.down": layer | {"parts": 1, "payload_bytes": 73728}}
+    )
     assert list(config.mixtures) == ["a.experts"] and list(config.mixtures["a.experts"]) == ["gate_up", "down"]
     assert config.written_version == 3
 

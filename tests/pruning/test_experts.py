@@ -89,8 +89,8 @@ def test_experts_with_few_tokens_are_named_and_pruned_by_magnitude(model, method
     said = [record.getMessage() for record in caplog.records if "experts get fewer" in record.getMessage()]
     experts = len(few) // 3
     assert said == [
-        f"{experts} of 8 experts get fewer than {least} calibration tokens: {text_of(counts, least)}; pruned by magnitude; "
-        "few='route' (--few-experts route) gives them more, as does more text"
+        f"{experts} of 8 experts get fewer than {least} calibration tokens: {text_of(counts, least)}; "
+        "pruned by magnitude; few='route' (--few-experts route) gives them more, as does more text"
     ]
 
 
