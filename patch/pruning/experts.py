@@ -109,7 +109,7 @@ def few_tokens(
     }
     rules = []
     if alike:
-        rules.append("pruned by magnitude" if not routed else "the others are pruned by magnitude")
+        rules.append("they go by magnitude" if not routed else "the others go by magnitude")
     if routed:
         count = sum(len(experts) for experts in routed.values())
         rules.insert(0, f"{count} are called with more tokens, those that the router scores highest for them")
