@@ -302,8 +302,10 @@ def form_of(module: nn.Module) -> Form | None:
 def _possible_forms(module: nn.Module) -> Iterator[Form]:
     own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     matrices = {name for name, parameter in own.items() if parameter.dim() == 3}
+    if len({own[name].shape[0] for name in matrices}) != 1:
+        return
     takes = {3: "routed", 2: "sorted", 1: "batched"}.get(len(inspect.signature(type(module).forward).parameters) - 1)
-    if takes is None or len({own[name].shape[0] for name in matrices}) != 1:
+    if takes is None:
         return
     if takes == "sorted":
         if matrices == {"weight"} and own.keys() == {"weight"}:
