@@ -98,17 +98,18 @@ class Experts(nn.Module):
         self.__dict__["original"], self.form = original, form
         self.experts = _experts_of(original, form)
         self._signature = inspect.signature(type(original).forward)
-        whole = {name: getattr(original, name) for name in form.parameters}
         # What the layers' tensors are views of, until they are moved.
-        self.__dict__["_whole"] = {name: parameter.data for name, parameter in whole.items()}
-        parts = {name: form.split(name, parameter.data) for name, parameter in whole.items()}
+        self.__dict__["_whole"] = {name: _own(original, name).detach() for name in form.parameters}
+        parts = {name: form.split(name, whole) for name, whole in self._whole.items()}
+        is_trained = any(_own(original, name).requires_grad for name in form.parameters)
         for index in range(self.experts):
-            self.add_module(str(index), _expert(form, parts, index))
+            self.add_module(str(index), _expert(form, parts, index).requires_grad_(is_trained))
         for name in form.parameters:
             original._parameters[name] = None
         self._modules.update(original._modules)  # activations, norms
         self._parameters.update({name: own for name, own in original._parameters.items() if own is not None})
         self._buffers.update(original._buffers)
+        original._buffers = self._buffers  # the code that computes with them sees where they are moved
         self.train(original.training)
         self.register_state_dict_post_hook(_save_own_form)
         self.register_load_state_dict_pre_hook(_load_own_form)
@@ -120,7 +121,7 @@ class Experts(nn.Module):
             original = self.__dict__.get("original")
             if original is None or name.startswith("_"):
                 raise
-            return getattr(original, name)
+            return self.own_form(name) if name in self.form.parameters else getattr(original, name)
 
     def layers(self, index: int) -> dict[str, nn.Module]:
         """Layers of an expert by projection."""
@@ -240,9 +241,9 @@ def between(original: nn.Module, form: Form, y: Tensor) -> Tensor:
     if not hasattr(own, "_apply_gate"):
         gate, up = y.chunk(2, dim=-1)
         return cast(Tensor, own.act_fn(gate) * up)
-    return cast(
-        Tensor, own._apply_gate(y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if form.interleaved else y)
-    )
+    if form.interleaved:
+        y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return cast(Tensor, own._apply_gate(y))
 
 
 def weighted(y: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -252,26 +253,33 @@ def weighted(y: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 def open_mixtures(root: nn.Module) -> None:
     """Put an `Experts` module in the place of every module below `root` that keeps experts in a known form."""
-    for name, module in list(root.named_modules()):
+    for module in list(root.modules()):
         form = form_of(module)
-        if form is not None and name:
-            root.set_submodule(name, Experts(module, form))
+        if form is not None and module is not root:
+            replace(root, module, Experts(module, form))
 
 
 @torch.no_grad()
 def close_mixtures(root: nn.Module) -> None:
     """Put the model's own form back in the place of every `Experts` module, with the weights as they are now."""
-    for name, module in list(root.named_modules()):
-        if isinstance(module, Experts):
-            root.set_submodule(name, closed(module))
+    for _, experts in list(opened(root)):
+        replace(root, experts, closed(experts))
+
+
+def replace(root: nn.Module, module: nn.Module, other: nn.Module) -> None:
+    """Put another module in the place of one, under all of its names."""
+    for name, found in list(root.named_modules(remove_duplicate=False)):
+        if found is module:
+            root.set_submodule(name, other)
 
 
 @torch.no_grad()
 def closed(experts: Experts) -> nn.Module:
     """The model's own module with the weights of the opened one, which must not be used any more."""
     original: nn.Module = experts.original
+    is_trained = any(p.requires_grad for layer in experts.layers(0).values() for p in layer.parameters())
     for name in experts.form.parameters:
-        original.register_parameter(name, nn.Parameter(experts.own_form(name), requires_grad=False))
+        original.register_parameter(name, nn.Parameter(experts.own_form(name), requires_grad=is_trained))
     return original.train(experts.training)
 
 
@@ -284,7 +292,8 @@ def own_parameters(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """`named_parameters` as if no mixture were opened, in any order."""
     of_layers: set[int] = set()
     for path, experts in opened(root):
-        of_layers.update(id(p) for index in range(experts.experts) for p in experts._modules[str(index)].parameters())  # type: ignore[union-attr]
+        for index in range(experts.experts):
+            of_layers.update(id(p) for layer in experts.layers(index).values() for p in layer.parameters())
         yield from ((f"{path}.{name}" if path else name, experts.own_form(name)) for name in experts.form.parameters)
     yield from ((name, parameter) for name, parameter in root.named_parameters() if id(parameter) not in of_layers)
 

@@ -14,7 +14,7 @@ from patch.files.schema import listed
 from patch.models.adapted_linear import refuse_adapters
 from patch.models.checks import require_layer, require_mask
 from patch.models.keep_masks import check_masks_hold, keep_masks
-from patch.models.mixtures import closed, open_mixtures, opened
+from patch.models.mixtures import closed, open_mixtures, opened, replace
 from patch.models.stay_dense import directly_read_linears, is_plain_linear
 from patch.models.structure import decoder_of, linear_at
 from patch.packed.experts import pack_experts
@@ -63,7 +63,7 @@ def pack_model(model: Model, masks: Mapping[str, Tensor] | None = None, *, dtype
     for path, experts in list(opened(model)):
         own = {name.removeprefix(f"{path}."): masks.pop(name) for name in list(masks) if name.startswith(f"{path}.")}
         # One without masks is dense as it was.
-        model.set_submodule(path, pack_experts(experts, own) if own else closed(experts))
+        replace(model, experts, pack_experts(experts, own) if own else closed(experts))
     for name, keep in masks.items():
         linear = linear_at(model, name)
         keep = keep.to(linear.weight.device)

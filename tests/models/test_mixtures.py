@@ -154,6 +154,24 @@ def test_experts_of_other_devices_are_refused():
         experts(torch.zeros(1, 32), torch.tensor([[0, 4]]), torch.ones(1, 2))
 
 
+def test_what_a_module_had_stays():
+    """A module under two names, what is trained, and who reads the model's own tensors."""
+    model = Decoder(Times(), nn.Identity())
+    model.layers[1].experts = shared = model.layers[0].experts
+    shared.down_proj.requires_grad_(False)
+    own = shared.gate_up_proj
+    open_mixtures(model)
+    experts = model.layers[0].experts
+    assert isinstance(experts, Experts) and model.layers[1].experts is experts
+    assert experts.gate_up_proj.data_ptr() == own.data_ptr() and experts.act_fn is shared.act_fn
+    assert all(parameter.requires_grad for parameter in experts.parameters())
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = experts.no_such
+    close_mixtures(model)
+    assert model.layers[0].experts is model.layers[1].experts is shared
+    assert shared.gate_up_proj.requires_grad and shared.gate_up_proj.data_ptr() == own.data_ptr()
+
+
 class Unknown(nn.Module):
     """Experts that are multiplied in a way of their own."""
 
