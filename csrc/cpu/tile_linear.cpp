@@ -28,10 +28,14 @@ namespace {
 // The kernels of a packed dtype: for a few tokens (void: none) and for many.
 #if defined(__AVX512BW__) || defined(__AVX2__) || defined(PK_NEON)
 template <class T>
-using Few = FewTokens<typename LanesOf<T>::Lanes, T>;
+struct FewOf {
+  using Kernel = FewTokens<typename LanesOf<T>::Lanes, T>;
+};
 #else
 template <class T>
-using Few = void;
+struct FewOf {
+  using Kernel = void;
+};
 #endif
 
 template <class T>
@@ -52,7 +56,7 @@ struct ManyOf<BFloat16> {
 constexpr int64_t kItemsOfThread = 8;
 
 template <class T>
-constexpr bool kHasFew = !std::is_void_v<Few<T>>;
+constexpr bool kHasFew = !std::is_void_v<typename FewOf<T>::Kernel>;
 
 // All items of some matrices: the tile rows of each cut into pieces of so many rows, its tokens into pieces of so many.
 class Items {
@@ -91,15 +95,21 @@ class Items {
 constexpr int64_t wanted_items(int threads) { return threads > 1 ? kItemsOfThread * threads : 1; }
 
 // Threads take the next item when they are done with one: a busy core then costs its share and no more.
-template <class Kernel>
-void run(const Kernel& kernel, const Items& items, ParallelFor parallel) {
-  std::atomic<int64_t> next{0};
-  const int64_t count = items.count();
-  parallel_over(parallel, count, [&](int64_t, int64_t) {
-    typename Kernel::Worker worker(kernel);
-    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) worker.run(items.at(i));
-  });
-}
+class Queue {
+ public:
+  explicit Queue(const Items& items) : items_(items) {}
+
+  bool take(Item& item) {
+    const int64_t index = next_.fetch_add(1);
+    if (index >= items_.count()) return false;
+    item = items_.at(index);
+    return true;
+  }
+
+ private:
+  const Items& items_;
+  std::atomic<int64_t> next_{0};
+};
 
 template <class T>
 void run_few(const TileLinearArgs* calls, int count, ParallelFor parallel) {
@@ -121,7 +131,14 @@ void run_few(const TileLinearArgs* calls, int count, ParallelFor parallel) {
       items.add(matrix, rows < most_rows ? rows : most_rows, tokens);
     }
     if (most_rows > kBlockRows && items.count() < wanted_items(calls[0].threads)) continue;
-    return run(Few<T>(), items, parallel);
+    Queue queue(items);
+    return parallel_over(parallel, items.count(), [&](int64_t, int64_t) {
+      Item item, upcoming;
+      for (bool more = queue.take(item); more; item = upcoming) {
+        more = queue.take(upcoming);
+        FewOf<T>::Kernel::run(item, more ? &upcoming : nullptr);
+      }
+    });
   }
 }
 
@@ -173,7 +190,13 @@ void run_many(const TileLinearArgs* calls, int count, ParallelFor parallel) {
     std::vector<Matrix> matrices;
     matrices.reserve(count);
     for (int i = 0; i < count; ++i) matrices.emplace_back(part_of(calls[i]), x);
-    run(Many(x, parallel), items_of_many<Many>(matrices, first.threads), parallel);
+    const Many kernel(x, parallel);
+    const Items items = items_of_many<Many>(matrices, first.threads);
+    Queue queue(items);
+    parallel_over(parallel, items.count(), [&](int64_t, int64_t) {
+      typename Many::Worker worker(kernel);
+      for (Item item; queue.take(item);) worker.run(item);
+    });
   }
 }
 
