@@ -1,6 +1,7 @@
 // Checks cpu::tile_linear, with the kernels for few and for many tokens, and cpu::dense_linear without torch, on random
 // problems until the time is over:
 //   exact       integers, against the plain triple loop of integer_problem.h; several weights in one call
+//   rows        the same, when every weight has tokens of its own, any rows of x that go to any rows of y
 //   same bits   real x: from run to run, over any number of threads, and with batch_invariant for any number of tokens
 //   pruned      NaN in the columns that no row keeps does not reach y
 // Everything that the kernels are given lies against an inaccessible page, so that one byte beyond it ends the run.
@@ -8,6 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
@@ -142,6 +144,55 @@ std::vector<uint16_t> multiply(const std::vector<Part>& parts, const Fenced<uint
   return y;
 }
 
+// Every part times random rows of x, all in one call, into rows of its y in random order and with a gap behind each;
+// expected: y of all rows.
+std::string check_rows(std::mt19937& random, const std::vector<Part>& parts, const Fenced<uint16_t>& x, int tokens,
+                       const Options& options, const std::vector<uint16_t>& expected) {
+  constexpr uint16_t kUntouched = 0x7FFF;
+  const size_t all_rows = tokens == 0 ? 0 : expected.size() / tokens;
+  std::vector<std::vector<int64_t>> x_rows, y_rows;
+  std::vector<TileLinearArgs> calls;
+  std::vector<Fenced<uint16_t>> outputs;
+  for (const Part& part : parts) {
+    const int count = tokens == 0 ? 0 : between(random, 0, tokens + 3);
+    const int64_t stride = part.rows + between(random, 0, 9);
+    x_rows.emplace_back(count);
+    y_rows.emplace_back(count);
+    for (int t = 0; t < count; ++t) {
+      x_rows.back()[t] = between(random, 0, tokens - 1);
+      y_rows.back()[t] = t;
+    }
+    std::shuffle(y_rows.back().begin(), y_rows.back().end(), random);
+    outputs.emplace_back(static_cast<size_t>(count * stride), options.y_at_end);
+    std::fill(outputs.back().data, outputs.back().data + outputs.back().size, kUntouched);
+    calls.push_back({x.data,
+                     options.has_bias ? part.bias.data : nullptr,
+                     outputs.back().data,
+                     count,
+                     {part.payload.data, part.flags.data, part.rows, options.cols},
+                     options.dtype,
+                     options.batch_invariant,
+                     options.threads,
+                     x_rows.back().data(),
+                     y_rows.back().data(),
+                     stride});
+  }
+  threads = options.threads;
+  cpu::tile_linear(calls.data(), static_cast<int>(calls.size()), options.kernel, parallel_for);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const int64_t stride = calls[i].y_stride;
+    for (int64_t t = 0; t < calls[i].tokens; ++t) {
+      const uint16_t *y = outputs[i].data + y_rows[i][t] * stride,
+                     *right = expected.data() + x_rows[i][t] * all_rows + parts[i].first;
+      if (!std::equal(y, y + parts[i].rows, right)) return "rows: token " + std::to_string(t) + " is wrong";
+      if (std::any_of(y + parts[i].rows, y + stride, [](uint16_t value) { return value != kUntouched; })) {
+        return "rows: written behind a row of y";
+      }
+    }
+  }
+  return "";
+}
+
 constexpr int kThreads[] = {1, 2, 3, 5};
 
 CpuKernel random_kernel(std::mt19937& random) {
@@ -176,7 +227,8 @@ std::string check_random(std::mt19937& random, const Sizes& sizes) {
                   between(random, 0, 1) != 0};
   std::vector<uint16_t> y = multiply(parts, x, sizes.tokens, options);
   std::copy(y.begin(), y.end(), problem.y.data + problem.kCanaries);
-  const std::string complaint = problem.complaint();
+  std::string complaint = problem.complaint();
+  if (complaint.empty()) complaint = check_rows(random, parts, x, sizes.tokens, options, y);
   if (!complaint.empty()) return complaint;
 
   for (size_t i = 0; i < x.size; ++i) x.data[i] = random_real<Numbers>(random);

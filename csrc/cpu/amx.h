@@ -234,7 +234,6 @@ class Amx {
 // y of a matrix of one tile row.
 template <class Kernel>
 std::vector<uint16_t> multiply_tile_row(TileLinearArgs args) {
-  const ParallelFor serial = [](int64_t n, ParallelBody body, void* context) { body(0, n, context); };
   std::vector<uint16_t> y(args.tokens * args.weight.rows);
   args.y = y.data();
   const Tokens x(args);
@@ -263,7 +262,6 @@ inline bool amx_agrees_with_pairs() {
   for (size_t i = 0; i < x.size(); ++i) x[i] = whole(weight.size() + i);
   const uint8_t is_sparse[2] = {0, 1};
   std::vector<uint8_t> payload(payload_bytes(is_sparse, 2));
-  const ParallelFor serial = [](int64_t n, ParallelBody body, void* context) { body(0, n, context); };
   pack_tiles(weight.data(), keep.get(), is_sparse, kTile, kCols, payload.data(), serial);
   const TileLinearArgs args{x.data(),        nullptr, nullptr, kTokens, {payload.data(), is_sparse, kTile, kCols},
                             DType::kBFloat16};

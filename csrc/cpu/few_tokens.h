@@ -49,28 +49,27 @@ class FewTokens {
   using Sum = typename Lanes::Sum;
 
  public:
-  class Worker {
-   public:
-    explicit Worker(const FewTokens&) {}
-    void run(const Item& item) const { multiply(item, *item.matrix->x); }
-  };
-
- private:
-  static void multiply(const Item& item, const Tokens& x) {
+  // upcoming: the item after this one, whose first bytes are fetched by then, or null.
+  static void run(const Item& item, const Item* upcoming) {
     constexpr int kSums = kFewTokensAtOnce * kBlockRows;
     static_assert(kSums >= kSumsInL1, "few_tokens_rows x tokens of any item");
     alignas(64) Sum sums[kSums];
     memset(static_cast<void*>(sums), 0, sizeof(Sum) * item.rows * item.tokens);
     const Matrix& matrix = *item.matrix;
+    const Tokens& x = *matrix.x;
     TileCursor tile(matrix, item.tile_row);
     for (int64_t c = 0; c < matrix.tile_cols; ++c) {
-      TileCursor next = tile;
-      if (c + 1 < matrix.tile_cols) next.next();
+      Next next{tile, item.row};
+      if (c + 1 < matrix.tile_cols) {
+        next.tile.next();
+      } else if (upcoming) {
+        next = {TileCursor(*upcoming->matrix, upcoming->tile_row), upcoming->row};
+      }
       for (int t = 0; t < item.tokens; t += kTokensInRegisters) {
         const uint16_t* tokens[kTokensInRegisters];
         const int count = item.tokens - t < kTokensInRegisters ? item.tokens - t : kTokensInRegisters;
         for (int i = 0; i < count; ++i) tokens[i] = x.tile(item.token + t + i, c);
-        const TileCursor* ahead = t == 0 ? &next : nullptr;
+        const Next* ahead = t == 0 ? &next : nullptr;
         switch (count) {
           case 1:
             rows<1>(item, tile, ahead, tokens, sums + t);
@@ -96,9 +95,16 @@ class FewTokens {
     }
   }
 
+ private:
+  // The tile that follows and the row of it where the work goes on.
+  struct Next {
+    TileCursor tile;
+    int row;
+  };
+
   // All rows of the item times T tokens. next: the tile whose bytes are fetched when those of this one are, or null.
   template <int T>
-  static void rows(const Item& item, const TileCursor& tile, const TileCursor* next, const uint16_t* const* tokens,
+  static void rows(const Item& item, const TileCursor& tile, const Next* next, const uint16_t* const* tokens,
                    Sum* sums) {
     if (tile.is_sparse()) {
       rows<T, true>(item, tile, next, tokens, sums);
@@ -108,13 +114,14 @@ class FewTokens {
   }
 
   template <int T, bool kSparse>
-  static void rows(const Item& item, const TileCursor& tile, const TileCursor* next, const uint16_t* const* tokens,
+  static void rows(const Item& item, const TileCursor& tile, const Next* next, const uint16_t* const* tokens,
                    Sum* sums) {
     const typename Lanes::template XTile<T, kSparse> x(tokens);
     for (int row = 0; row < item.rows; row += kBlockRows) {
       // The block that is kBlocksAhead later in this walk: further down, or in the next tile.
       const int later = row + kBlocksAhead * kBlockRows;
-      const Ahead ahead(later < item.rows || !next ? tile : *next, item.row + later % item.rows);
+      const bool in_this = later < item.rows || !next;
+      const Ahead ahead(in_this ? tile : next->tile, (in_this ? item.row : next->row) + later % item.rows);
       block<T, kSparse>(tile.at, item.row + row, next != nullptr, ahead, x, sums + row * item.tokens, item.tokens);
     }
   }

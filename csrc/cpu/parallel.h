@@ -11,4 +11,7 @@ void parallel_over(ParallelFor parallel, int64_t n, F&& body) {
   parallel(n, [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &body);
 }
 
+// A ParallelFor of one thread.
+inline void serial(int64_t n, ParallelBody body, void* context) { body(0, n, context); }
+
 }  // namespace patch_kernels

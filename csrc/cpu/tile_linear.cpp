@@ -3,6 +3,8 @@
 #include "tile_linear.h"
 
 #include <atomic>
+#include <deque>
+#include <optional>
 
 #include "columns.h"
 #include "costs.h"
@@ -28,10 +30,14 @@ namespace {
 // The kernels of a packed dtype: for a few tokens (void: none) and for many.
 #if defined(__AVX512BW__) || defined(__AVX2__) || defined(PK_NEON)
 template <class T>
-using Few = FewTokens<typename LanesOf<T>::Lanes, T>;
+struct FewOf {
+  using Kernel = FewTokens<typename LanesOf<T>::Lanes, T>;
+};
 #else
 template <class T>
-using Few = void;
+struct FewOf {
+  using Kernel = void;
+};
 #endif
 
 template <class T>
@@ -52,7 +58,7 @@ struct ManyOf<BFloat16> {
 constexpr int64_t kItemsOfThread = 8;
 
 template <class T>
-constexpr bool kHasFew = !std::is_void_v<Few<T>>;
+constexpr bool kHasFew = !std::is_void_v<typename FewOf<T>::Kernel>;
 
 // All items of some matrices: the tile rows of each cut into pieces of so many rows, its tokens into pieces of so many.
 class Items {
@@ -91,15 +97,21 @@ class Items {
 constexpr int64_t wanted_items(int threads) { return threads > 1 ? kItemsOfThread * threads : 1; }
 
 // Threads take the next item when they are done with one: a busy core then costs its share and no more.
-template <class Kernel>
-void run(const Kernel& kernel, const Items& items, ParallelFor parallel) {
-  std::atomic<int64_t> next{0};
-  const int64_t count = items.count();
-  parallel_over(parallel, count, [&](int64_t, int64_t) {
-    typename Kernel::Worker worker(kernel);
-    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) worker.run(items.at(i));
-  });
-}
+class Queue {
+ public:
+  explicit Queue(const Items& items) : items_(items) {}
+
+  bool take(Item& item) {
+    const int64_t index = next_.fetch_add(1);
+    if (index >= items_.count()) return false;
+    item = items_.at(index);
+    return true;
+  }
+
+ private:
+  const Items& items_;
+  std::atomic<int64_t> next_{0};
+};
 
 template <class T>
 void run_few(const TileLinearArgs* calls, int count, ParallelFor parallel) {
@@ -121,19 +133,56 @@ void run_few(const TileLinearArgs* calls, int count, ParallelFor parallel) {
       items.add(matrix, rows < most_rows ? rows : most_rows, tokens);
     }
     if (most_rows > kBlockRows && items.count() < wanted_items(calls[0].threads)) continue;
-    return run(Few<T>(), items, parallel);
+    Queue queue(items);
+    return parallel_over(parallel, items.count(), [&](int64_t, int64_t) {
+      Item item, upcoming;
+      for (bool more = queue.take(item); more; item = upcoming) {
+        more = queue.take(upcoming);
+        FewOf<T>::Kernel::run(item, more ? &upcoming : nullptr);
+      }
+    });
   }
 }
 
+// The call for tokens [token, token + tokens).
+inline TileLinearArgs tokens_of(TileLinearArgs call, int64_t token, int64_t tokens) {
+  call.tokens = tokens;
+  if (call.x_rows) {
+    call.x_rows += token;
+  } else {
+    call.x = static_cast<const uint16_t*>(call.x) + token * call.weight.cols;
+  }
+  if (call.y_rows) {
+    call.y_rows += token;
+  } else {
+    call.y = static_cast<uint16_t*>(call.y) + token * (call.y_stride ? call.y_stride : call.weight.rows);
+  }
+  return call;
+}
+
+// Tokens, in the order of a kernel too, and the weights times them.
+template <class Many>
+struct Share {
+  Tokens x;
+  std::vector<Matrix> matrices;
+  std::optional<Many> kernel;
+
+  explicit Share(const TileLinearArgs& args) : x(args) {}
+};
+
 // Items of at most so many rows and tokens, halved down to the least while threads would be idle.
 template <class Many>
-Items items_of_many(const std::vector<Matrix>& matrices, int threads) {
+Items items_of_many(const std::deque<Share<Many>>& shares, int threads) {
   int rows = kTile, tokens = Many::kTokensOfItem;
+  int64_t most_tokens = 0;
+  for (const Share<Many>& share : shares) most_tokens = share.x.count > most_tokens ? share.x.count : most_tokens;
   for (;;) {
     Items items;
-    for (const Matrix& matrix : matrices) items.add(matrix, rows, tokens);
+    for (const Share<Many>& share : shares) {
+      for (const Matrix& matrix : share.matrices) items.add(matrix, rows, tokens);
+    }
     if (items.count() >= wanted_items(threads)) return items;
-    if (tokens > Many::kLeastTokens && matrices[0].x->count > tokens / 2) {
+    if (tokens > Many::kLeastTokens && most_tokens > tokens / 2) {
       tokens /= 2;
     } else if (rows > Many::kLeastRows) {
       rows /= 2;
@@ -143,38 +192,61 @@ Items items_of_many(const std::vector<Matrix>& matrices, int threads) {
   }
 }
 
+template <class Many>
+void multiply(std::deque<Share<Many>>& shares, int threads, ParallelFor parallel) {
+  if (shares.size() == 1) {
+    shares[0].kernel.emplace(shares[0].x, parallel);
+  } else {
+    parallel_over(parallel, static_cast<int64_t>(shares.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) shares[i].kernel.emplace(shares[i].x, serial);
+    });
+  }
+  const Items items = items_of_many(shares, threads);
+  Queue queue(items);
+  parallel_over(parallel, items.count(), [&](int64_t, int64_t) {
+    auto share = shares.begin();  // of the worker; items come in the order of the shares
+    std::optional<typename Many::Worker> worker;
+    for (Item item; queue.take(item);) {
+      if (!worker || item.matrix->x != &share->x) {
+        while (item.matrix->x != &share->x) ++share;
+        worker.emplace(*share->kernel);
+      }
+      worker->run(item);
+    }
+  });
+}
+
 constexpr int64_t kScratchBytes = 4 << 20;  // for x in the order of a kernel
 
-// Calls that share their tokens.
+// Tokens that fit the scratch share parallel regions, those of several calls too.
 template <class T>
 void run_many(const TileLinearArgs* calls, int count, ParallelFor parallel) {
   using Many = typename ManyOf<T>::Kernel;
-  const TileLinearArgs& first = calls[0];
   constexpr int64_t kBlock = Many::kTokensOfItem;
-  int64_t at_once = kScratchBytes / (Many::kScratchOfValue * first.weight.cols);
+  int64_t at_once = kScratchBytes / (Many::kScratchOfValue * calls[0].weight.cols);
   at_once = at_once > kBlock ? at_once / kBlock * kBlock : at_once < 64 ? 64 : at_once / 64 * 64;
-  for (int64_t token = 0; token < first.tokens; token += at_once) {
-    const auto part_of = [&](TileLinearArgs part) {
-      part.tokens = part.tokens - token < at_once ? part.tokens - token : at_once;
-      const int64_t y_stride = part.y_stride ? part.y_stride : part.weight.rows;
-      if (part.x_rows) {
-        part.x_rows += token;
-      } else {
-        part.x = static_cast<const T*>(part.x) + token * part.weight.cols;
+  std::deque<Share<Many>> shares;
+  int64_t in_shares = 0;
+  const auto multiply_shares = [&] {
+    if (!shares.empty()) multiply(shares, calls[0].threads, parallel);
+    shares.clear();
+    in_shares = 0;
+  };
+  for (const TileLinearArgs *first = calls, *last, *end = calls + count; first < end; first = last) {
+    for (last = first; last < end; ++last) {
+      if (last->x != first->x || last->x_rows != first->x_rows || last->tokens != first->tokens) break;
+    }
+    for (int64_t token = 0, tokens; token < first->tokens; token += tokens) {
+      tokens = first->tokens - token < at_once ? first->tokens - token : at_once;
+      if (in_shares + tokens > at_once) multiply_shares();
+      shares.emplace_back(tokens_of(*first, token, tokens));
+      for (const TileLinearArgs* call = first; call < last; ++call) {
+        shares.back().matrices.emplace_back(tokens_of(*call, token, tokens), shares.back().x);
       }
-      if (part.y_rows) {
-        part.y_rows += token;
-      } else {
-        part.y = static_cast<T*>(part.y) + token * y_stride;
-      }
-      return part;
-    };
-    const Tokens x(part_of(first));
-    std::vector<Matrix> matrices;
-    matrices.reserve(count);
-    for (int i = 0; i < count; ++i) matrices.emplace_back(part_of(calls[i]), x);
-    run(Many(x, parallel), items_of_many<Many>(matrices, first.threads), parallel);
+      in_shares += tokens;
+    }
   }
+  multiply_shares();
 }
 
 template <class T>
@@ -182,12 +254,7 @@ void run(const TileLinearArgs* calls, int count, bool few, ParallelFor parallel)
   if constexpr (kHasFew<T>) {
     if (few) return run_few<T>(calls, count, parallel);
   }
-  for (const TileLinearArgs *call = calls, *end = calls + count; call < end;) {
-    const TileLinearArgs* next = call;
-    while (next < end && next->x == call->x && next->x_rows == call->x_rows && next->tokens == call->tokens) ++next;
-    run_many<T>(call, static_cast<int>(next - call), parallel);
-    call = next;
-  }
+  run_many<T>(calls, count, parallel);
 }
 
 float time(const TileCost& cost, CpuKernel kernel, int64_t tokens) {

@@ -30,6 +30,7 @@ from benchmarks.ops import (
     bench_learn_step,
     bench_masked_weight,
     bench_plans,
+    bench_tile_experts,
     bench_tile_linear,
     bench_tile_linear_cpu,
 )
@@ -287,6 +288,49 @@ def test_compiled_rival_is_measured(capfd):
     (row,) = [row for row in run.rows if row["method"] == "torch.compile"]
     assert "torch.compile" not in run.missing and run.wrong == [] and row["copies"] == 2
     assert "AUTOTUNE" not in capfd.readouterr().err
+
+
+TINY_EXPERTS = bench_tile_experts.layers_of("tiny", 4, 2, 256, 128)
+
+
+def test_experts_rows_by_hand(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(bench_tile_experts.MODELS, "tiny", TINY_EXPERTS)
+    flags = ["--models", "tiny", "--tokens", "1", "3", "--sparsity", "0", "0.5", "--repeats", "1", "--l3-mib", "0.1"]
+    bench_tile_experts.main([*flags, "--csv", str(tmp_path / "e.csv")])
+    assert "slower than the faster rival in " in capsys.readouterr().out
+    with (tmp_path / "e.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["tiles 0%", "tiles 50%", "grouped_mm", "F.linear loop"] * 4
+    assert [(row["layer"], row["tokens"]) for row in rows[::4]] == [
+        (layer, tokens) for layer in ("gate_up", "down") for tokens in ("1", "3")
+    ]
+    assert {row["experts_hit"] for row in rows if row["tokens"] == "1"} == {"2"}
+    dense, packed = rows[2], rows[1]
+    # Two experts of gate and up, 128 x 256, or two tiles of 18432 bytes each; one row of x, two of y with 256 values.
+    for row, weights in ((dense, 2 * 2 * 2 * 128 * 256), (packed, 2 * 2 * 2 * 18432)):
+        moved = weights + 2 * (256 + 2 * 256)
+        assert float(row["GB_per_s"]) == pytest.approx(1e-6 * moved / float(row["median_ms"]))
+    fastest = min(float(row["median_ms"]) for row in rows[2:4])
+    assert float(packed["over_torch"]) == pytest.approx(fastest / float(packed["median_ms"]))
+
+
+def test_experts_run_names_what_is_wrong_and_what_is_lost(monkeypatch):
+    monkeypatch.setitem(bench_tile_experts.MODELS, "tiny", TINY_EXPERTS)
+    right = bench_tile_experts.TiledExperts.forward
+    monkeypatch.setattr(bench_tile_experts.TiledExperts, "forward", lambda *a: right(*a).flip(0))
+    with pytest.raises(SystemExit, match=r"^wrong, not timed: tiny gate_up M=1: tiles 45% misses the two-times rule; "):
+        bench_tile_experts.main(
+            ["--models", "tiny", "--tokens", "1", "--sparsity", "0.45", "--repeats", "1", "--l3-mib", "0.1"]
+        )
+    rows = [dict(model="a", layer="down", tokens=8, method=m, over_torch=r) for m, r in (("tiles 0%", 0.9), ("x", 0.5))]
+    assert bench_tile_experts.losses([*rows, dict(rows[0], over_torch=1.1)]) == ["a down M=8 tiles 0%: 0.90"]
+
+
+def test_experts_run_ends_with_its_budget(capsys):
+    bench_tile_experts.main(["--models", "Mixtral-8x7B", "--tokens", "1", "--budget-seconds", "0", "--l3-mib", "0.1"])
+    assert capsys.readouterr().out.splitlines() == [
+        f"not run for lack of time: Mixtral-8x7B {layer} M=1" for layer in ("gate_up", "down")
+    ]
 
 
 def test_cpu_tables_by_hand(tmp_path, capsys):
@@ -1174,6 +1218,7 @@ def test_gguf_names_and_order_of_rotary_rows():
         (bench_tile_linear_cpu.main, ["--sparsity", "45"], "--sparsity: expected numbers of 0 to 0.5, got 45.0"),
         (bench_tile_linear_cpu.main, ["--sparsity", "nan"], "--sparsity: expected numbers of 0 to 0.5, got nan"),
         (bench_tile_linear_cpu.main, ["--repeats", "0"], "--repeats: expected numbers of 1 or more, got 0"),
+        (bench_tile_experts.main, ["--tokens", "0"], "--tokens: expected numbers of 1 or more, got 0"),
         (bench_tile_linear_cpu.main, ["--csv", "."], "argument --csv: expected the path of a file to write, got ."),
         (bench_tile_linear_cpu.main, ["--plot", "a.xyz"], "argument --plot: expected a name that ends in .png"),
         (generate.main, ["--weights-gb", "0"], "--weights-gb: expected numbers of 1 or more, got 0.0"),
