@@ -74,7 +74,7 @@ class Description:
         int,
         Field(ge=min(PAYLOAD_NAMES), le=max(PAYLOAD_NAMES)),
         Says(
-            " or ".join(map(str, PAYLOAD_NAMES)),
+            f"{min(PAYLOAD_NAMES)} to {max(PAYLOAD_NAMES)}",
             "It was written by another version of patch-llm, install that one or export again.",
         ),
     ]

@@ -35,13 +35,17 @@ def all_are_exact() -> bool:
     return True
 
 
-@pytest.mark.parametrize("kernel", ["few", "many", "torch"])
-def test_each_kernel_takes_any_call(kernel):
+@pytest.mark.parametrize(("kernel", "isa"), [("few", None), ("many", None), ("torch", None), ("few", "generic")])
+def test_each_kernel_takes_any_call(kernel, isa):
+    """Layers and mixtures; the last is a set without a kernel for few tokens."""
     paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/kernels")]
-    script = f"import sys; sys.path[:0] = {paths!r}; import test_cpu_kernels as t; print(t.all_are_exact())"
-    environment = dict(os.environ, PATCH_KERNELS_CPU_KERNEL=kernel)
+    script = (
+        f"import sys; sys.path[:0] = {paths!r}; import test_cpu_kernels as t; from support import experts_case as e; "
+    )
+    script += "print(t.all_are_exact(), e.experts_are_exact())"
+    environment = dict(os.environ, PATCH_KERNELS_CPU_KERNEL=kernel) | ({"PATCH_KERNELS_CPU_ISA": isa} if isa else {})
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert run.stdout.split() == ["True"], run.stderr
+    assert run.stdout.split() == ["True", "True"], run.stderr
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 40])

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT
-from support.experts_case import experts_case, real_numbers, whole_numbers
+from support.experts_case import experts_case, real_numbers, some_experts, whole_numbers
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from patch_kernels import _library, by_torch, reference, tile_experts
-from patch_kernels.ops import LIBRARY_PATH, tile_linear
+from patch_kernels import by_torch, reference, tile_experts
 from patch_kernels.ops import tile_experts as experts_op
+from patch_kernels.ops import tile_linear
 
 DTYPES = [torch.float16, torch.bfloat16]
-
-
-def some_experts(rows: int, count: int, seed: int) -> torch.Tensor:
-    """Half of the rows go to expert 1, none to the last, the others anywhere: experts of few and of many tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    anywhere = torch.randint(0, max(1, count - 1), (rows,), generator=generator)
-    return torch.where(torch.rand(rows, generator=generator) < 0.5, min(1, count - 1), anywhere)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,45 +46,6 @@ def test_any_mixture_is_exact(shape, experts, parts, tokens, fan, dtype, with_bi
     x = whole_numbers(generator, dtype, tokens, shape[1])
     chosen = torch.randint(0, experts, (tokens * fan,), generator=generator)
     assert torch.equal(case.packed(x, chosen), reference.tile_experts(x, chosen, case.dense, case.bias))
-
-
-def all_are_exact() -> bool:
-    """For processes with other kernels and instruction sets.
-
-    Of the wide cases one unpacks more than one block, and in one the tokens of an expert exceed the scratch.
-    """
-    cases = [((130, 260), 2, 1), ((130, 260), 2, 40), ((130, 260), 1, 300), ((130, 25000), 1, 2), ((20, 25000), 1, 70)]
-    for dtype in DTYPES:
-        for shape, parts, tokens in cases:
-            case = experts_case(3, parts, shape, dtype)
-            x = whole_numbers(torch.Generator().manual_seed(tokens), dtype, tokens, shape[1])
-            experts = some_experts(2 * tokens, 3, tokens)
-            if not torch.equal(case.packed(x, experts), reference.tile_experts(x, experts, case.dense, case.bias)):
-                return False
-    return True
-
-
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        *(("PATCH_KERNELS_CPU_KERNEL", kernel) for kernel in ("few", "many", "torch")),
-        *(("PATCH_KERNELS_CPU_ISA", isa) for isa in _library.build_info(LIBRARY_PATH)["cpu_instruction_sets"].split()),
-    ],
-)
-def test_each_kernel_and_instruction_set_takes_any_call(variable, value):
-    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/kernels")]
-    script = f"import sys; sys.path[:0] = {paths!r}; import test_tile_experts as t; print(t.all_are_exact())"
-    environment = {**os.environ, variable: value}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert run.stdout.split() == ["True"], run.stderr
-
-
-def test_few_tokens_by_a_set_without_a_kernel_for_them():
-    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/kernels")]
-    script = f"import sys; sys.path[:0] = {paths!r}; import test_tile_experts as t; print(t.all_are_exact())"
-    environment = {**os.environ, "PATCH_KERNELS_CPU_ISA": "generic", "PATCH_KERNELS_CPU_KERNEL": "few"}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert run.stdout.split() == ["True"], run.stderr
 
 
 def one_by_one(case, x, experts, batch_invariant=False):

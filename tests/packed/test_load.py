@@ -257,10 +257,10 @@ def add_tensor(name, value):
 # up_proj is 192x128: 2x1 tiles, 36864 to 65536 bytes.
 DAMAGES = [
     (
-        edit_config(lambda q: q.update(format_version=3)),
-        "quantization_config: format_version: expected 1 or 2, got 3. It was written by another version",
+        edit_config(lambda q: q.update(format_version=4)),
+        "quantization_config: format_version: expected 1 to 3, got 4. It was written by another version",
     ),
-    (edit_config(lambda q: q.update(format_version="1")), "format_version: expected 1 or 2, got '1'"),
+    (edit_config(lambda q: q.update(format_version="1")), "format_version: expected 1 to 3, got '1'"),
     (edit_config(lambda q: q.update(tile=[64, 64])), r"tile: expected \[128, 128\], got \[64, 64\]. Export"),
     (edit_config(lambda q: q.update(tile=128)), r"tile: expected \[128, 128\], got 128. Export"),
     (
