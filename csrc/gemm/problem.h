@@ -24,10 +24,10 @@ struct GemmLayer {
   void* y;                 // (tokens, rows), row stride y_stride elements
   int rows;
   int first_unit;  // units of the launch before its own; 0 for the first
-  // The layer's own rows of x: all of them, or those that are sent to an expert. sm_90 alone; elsewhere all.
-  int first_token, tokens;
-  int y_stride;
   Schedule schedule;
+  // The layer's own rows of x: all of them, or those that are sent to an expert. sm_90 alone; elsewhere all.
+  int first_token = 0, tokens = 0;
+  int y_stride = 0;
 };
 
 struct GemmProblem {
