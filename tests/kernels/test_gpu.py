@@ -11,6 +11,8 @@ import pytest
 import torch
 from support import ROOT
 from support.adamw import adamw_state, random_gradient, same_bits
+from support.experts_case import experts_case, some_experts, whole_numbers
+from support.families import FAMILIES, build
 from support.integer_case import integer_case
 from support.masked_weight import MODES, NOISE, make_case, run
 from support.models import build_tiny_model
@@ -20,6 +22,8 @@ from patch.learn.config import LearnConfig
 from patch.learn.memory import learning_memory
 from patch.learn.run import learn
 from patch.models.structure import maskable_linears
+from patch.packed.convert import pack_model
+from patch.packed.swap import cast_model
 from patch.pruning import COMPENSATIONS, METHODS, ProxSparseConfig, compensate, prune_model
 from patch_kernels import TiledLinear, TiledWeight, adamw_step, mask_sampling, masked_weight, reference
 from patch_kernels._library import gemm_status
@@ -61,6 +65,42 @@ def test_a_group_is_its_weights_one_by_one():
         results = tile_linear.tile_linear_group(x, [value for w in weights for value in w], batch_invariant)
         for y, weight in zip(results, weights, strict=True):
             assert torch.equal(y, torch.ops.patch_kernels.tile_linear(x, *weight, batch_invariant))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 8, 70, 700])
+@pytest.mark.parametrize("shape", [(256, 384), (136, 264), (130, 260)])
+def test_experts_are_exact_on_integers(shape, tokens, dtype):
+    case = experts_case(12, 2, shape, dtype)
+    x = whole_numbers(torch.Generator().manual_seed(tokens), dtype, tokens, shape[1])
+    experts = some_experts(2 * tokens, 12, tokens)
+    expected = reference.tile_experts(x, experts, case.dense, case.bias)
+    module = case.packed.cuda()
+    for module.batch_invariant in (False, True):
+        assert torch.equal(module(x.cuda(), experts.cuda()).cpu(), expected)
+
+
+def test_gradients_of_experts_are_those_of_the_cpu():
+    case = experts_case(4, 1, (256, 384))
+    x, experts = torch.randn(6, 384, generator=torch.Generator().manual_seed(0)).bfloat16(), some_experts(12, 4, 0)
+    grads = []
+    for device in ("cpu", "cuda"):
+        leaf = x.to(device).requires_grad_()
+        case.packed.to(device)(leaf, experts.to(device)).sum().backward()
+        grads.append(leaf.grad.cpu().float())
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-3)
+
+
+def test_packed_experts_have_the_logits_of_the_cpu():
+    model = build(FAMILIES["Mixtral"])
+    cast_model(model, torch.bfloat16)
+    prune_model(model, "magnitude", progress=False)
+    pack_model(model)
+    ids = torch.arange(3, 51).reshape(2, 24)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits.float()
+        found = model.cuda()(ids.cuda(), use_cache=False).logits.float().cpu()
+    assert (found - expected).abs().median() < 0.02 * expected.std()
 
 
 def test_sparse_kernels_passed_their_self_check():
