@@ -35,7 +35,7 @@ from benchmarks.ops import (
     bench_tile_linear_cpu,
 )
 from benchmarks.rivals import eager_masks, peer_ggml, peer_llama_cpp
-from benchmarks.studies import generate, generate_report, generate_worker, memory_table
+from benchmarks.studies import generate, generate_report, generate_worker, memory_table, mixture_decode
 from patch.learn.masked_linear import MaskedLinear
 from patch_kernels import TiledLinear, masked_weight, payload_bytes
 from patch_kernels.ops import tile_linear
@@ -1240,3 +1240,47 @@ def test_an_earlier_csv_must_be_one(text, tmp_path):
     for main in (bench_tile_linear_cpu.main, generate.main):
         with pytest.raises(SystemExit, match=r"--from-csv: expected (a file|rows) that --csv wrote, got"):
             main(["--from-csv", str(path)])
+
+
+TINY_MIXTURE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_decoding_of_a_mixture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mixture_decode, "MODELS", {"tiny": ("MixtralConfig", TINY_MIXTURE, 2)})
+    flags = ["--batches", "1", "3", "--prompts", "5", "--rounds", "2", "--csv", str(tmp_path / "m.csv")]
+    mixture_decode.main(flags)
+    rows = harness.read_rows(tmp_path / "m.csv")
+    cells = {(row["measure"], row["batch"], row["tokens"]) for row in rows}
+    assert cells == {("decode", "1", "1"), ("decode", "3", "1"), ("prompt", "1", "5")}
+    for row in rows:
+        assert float(row["tokens_per_s"]) == pytest.approx(
+            1e3 * int(row["batch"]) * int(row["tokens"]) / float(row["median_ms"]), rel=0.02, abs=0.1
+        )
+    dense, packed = (next(r for r in rows if r["method"] == name) for name in ("dense, grouped_mm", "packed"))
+    assert packed["sparsity"] == "0.45" and int(packed["weight_bytes"]) < int(dense["weight_bytes"])
+    methods = {row["method"] for row in rows if row["batch"] == "1" and row["measure"] == "decode"}
+    assert methods == {"dense, eager", "dense, grouped_mm", "dense, batched_mm", "packed"}
+    assert "tiny: 2 layers" in capsys.readouterr().out
+
+
+def test_a_mixture_that_is_packed_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(mixture_decode, "MODELS", {"tiny": ("MixtralConfig", TINY_MIXTURE, 1)})
+    right = mixture_decode.packed_copy
+
+    def wrong(dense, sparsity):
+        packed = right(dense, sparsity)
+        packed.model.layers[0].mlp.experts.down.weight.bitwise_xor_(8)
+        return packed
+
+    monkeypatch.setattr(mixture_decode, "packed_copy", wrong)
+    with pytest.raises(SystemExit, match=r"expected the logits of the dense model with the same zeros, got others"):
+        mixture_decode.main(["--batches", "1", "--prompts", "--rounds", "2"])
+    with pytest.raises(SystemExit):
+        mixture_decode.main(["--sparsity", "0.6"])
