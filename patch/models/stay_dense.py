@@ -62,8 +62,9 @@ def _experts(root: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, Experts):
             found[path] = module
         for key, child in module.named_children():
-            others = [other for name, other in module.named_children() if name != key]
-            if (count := _expert_count(child)) > 1 and any(_chooses(other, count) for other in others):
+            count = _expert_count(child)
+            others = (other for name, other in module.named_children() if name != key)
+            if count > 1 and any(_chooses(other, count) for other in others):
                 found[f"{path}.{key}" if path else key] = child
     return found
 

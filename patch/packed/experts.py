@@ -64,7 +64,7 @@ class PackedExperts(nn.Module):
     def _batched(self, hidden: Tensor) -> Tensor:
         # An expert without biases makes zeros of zeros: tokens that were not sent to it are left out.
         rows = hidden.ne(0).any(-1).nonzero()[:, 0]
-        y = self._experts(hidden[rows], rows // (len(hidden) // self.experts))
+        y = self._experts(hidden[rows], rows // max(1, len(hidden) // self.experts))
         return hidden.new_zeros(len(hidden), y.shape[-1]).index_copy(0, rows, y)
 
     def _sorted(self, rows: Tensor, sizes: Sequence[int] | Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,17 +96,14 @@ def few_tokens(
             "exclude (--exclude)."
         )
     routed: dict[Experts, dict[int, int]] = {}
-    if options.few == "route":
-        for member in members.values():
-            key, module = (member.path, member.index), member.module
-            if key in few and isinstance(module, Experts) and module.form.takes == "routed":
-                lacking = options.tokens - few[key]
-                routed.setdefault(module, {})[member.index] = -(-lacking // samples)
-    alike = {
-        name
-        for name, member in members.items()
-        if (member.path, member.index) in few and member.index not in routed.get(member.module, ())  # type: ignore[call-overload]
-    }
+    alike = set()
+    for name, member in members.items():
+        key, module = (member.path, member.index), member.module
+        can_route = isinstance(module, Experts) and module.form.takes == "routed"
+        if key in few and options.few == "route" and can_route:
+            routed.setdefault(cast(Experts, module), {})[member.index] = -(-(options.tokens - few[key]) // samples)
+        elif key in few:
+            alike.add(name)
     rules = []
     if alike:
         rules.append("they go by magnitude" if not routed else "the others go by magnitude")
