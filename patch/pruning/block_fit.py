@@ -68,6 +68,8 @@ def fit_block(
                 for part in samples.split(size if forward.batched else 1):
                     wanted = torch.cat([targets[int(sample)] for sample in part]).to(device).float()
                     error = (forward(part.tolist(), weights) - wanted).square().mean()
+                    if not error.requires_grad:  # all that is fitted are experts that no token was sent to
+                        continue
                     # Parts share the graph of the effective weights. Kept without need, it would hold the activations.
                     (error * (len(part) / len(samples))).backward(retain_graph=effective is not None)
                 for name, master in masters.items():

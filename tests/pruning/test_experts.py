@@ -180,6 +180,18 @@ def test_compensation_leaves_weights_of_unseen_experts(model, method):
     assert all(after <= before * (1 + 1e-6) for before, after in result.layer_errors.values())
 
 
+def test_blocks_of_which_only_unseen_experts_are_pruned(model):
+    """No sample gives their weights a gradient."""
+    dense = {name: layer.weight.clone() for name, layer in maskable_linears(model).items()}
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
+    unseen = "model.layers.0.mlp.experts.3.up_proj"
+    masks[unseen].view(-1)[::2] = False
+    result = compensate(model, masks, calibration=IDS, blocks=BlockOptions(epochs=1), progress=False)
+    assert list(result.block_errors) == [0]
+    linears = maskable_linears(model)
+    assert all(torch.equal(linears[name].weight, dense[name] * masks[name]) for name in dense)
+
+
 class Listed(nn.Module):
     """A mixture as a list, of which a token reaches the expert of its number."""
 
