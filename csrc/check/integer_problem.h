@@ -95,8 +95,12 @@ class IntegerProblem {
 
  public:
   // A layer: some tile rows of the weight. Its y (tokens, rows) lies where those rows would lie if y were transposed.
+  // Of the tokens it has `tokens` from first_token on, its other rows of y stay as they were.
   struct Part {
     int first_row, rows, tile_rows;
+    int first_token = 0, tokens = 0;
+    int y_stride = 0;
+    bool beside = false;  // y lies between the rows of the part before it
     int64_t payload_offset;
     std::vector<int32_t> words;  // its schedule
   };
@@ -128,11 +132,29 @@ class IntegerProblem {
       part.first_row = kTile * first;
       part.rows = std::min(sizes.rows, kTile * last) - part.first_row;
       part.tile_rows = last - first;
+      part.tokens = sizes.tokens, part.y_stride = part.rows;
       const uint8_t* flags = is_sparse.data() + static_cast<size_t>(first) * tile_cols;
       part.payload_offset = cpu::payload_bytes(is_sparse.data(), flags - is_sparse.data());
       part.words.resize(schedule_words(part.tile_rows, tile_cols));
       make_schedule(flags, part.tile_rows, tile_cols, part.words.data());
       parts.push_back(std::move(part));
+    }
+  }
+
+  // Layers as of experts: each has some rows of x, none at times. Of two beside each other that have as many rows the
+  // second writes its y between the rows of the first, as gate and up of an expert do.
+  void send_tokens() {
+    std::mt19937 random(sizes.seed + 1);
+    for (Part& part : parts) {
+      part.first_token = between(random, 0, sizes.tokens);
+      part.tokens = between(random, 0, sizes.tokens - part.first_token);
+    }
+    for (size_t i = 0; i + 1 < parts.size(); ++i) {
+      Part &one = parts[i], &other = parts[i + 1];
+      if (one.rows != other.rows || one.y_stride != one.rows) continue;
+      other.first_token = one.first_token, other.tokens = one.tokens;
+      one.y_stride = other.y_stride = 2 * one.rows;
+      other.beside = true;
     }
   }
 
@@ -165,6 +187,7 @@ class IntegerProblem {
       layer.bias = sizes.bias ? at.bias + part.first_row : nullptr;
       layer.y = at.y + y_offset(part);
       layer.rows = part.rows;
+      layer.first_token = part.first_token, layer.tokens = part.tokens, layer.y_stride = part.y_stride;
       layer.schedule = schedule_view(at.words[p.layer_count - 1], part.tile_rows, tile_cols);
     }
     return p;
@@ -175,24 +198,33 @@ class IntegerProblem {
     for (size_t i = 0; i < kCanaries; ++i) {
       if (y.data[i] != kCanary || y.data[y.size - 1 - i] != kCanary) return "write outside y";
     }
+    std::vector<bool> written(y.size);
     for (const Part& part : parts) {
-      const uint16_t* got = y.data + y_offset(part);
-      for (int token = 0; token < sizes.tokens; ++token) {
-        for (int r = 0; r < part.rows; ++r, ++got) {
-          const uint16_t wanted = expected[static_cast<size_t>(token) * sizes.rows + part.first_row + r];
-          if (*got == wanted) continue;
+      for (int token = 0; token < part.tokens; ++token) {
+        for (int r = 0; r < part.rows; ++r) {
+          const size_t at = y_offset(part) + static_cast<size_t>(token) * part.y_stride + r;
+          const size_t of_token = static_cast<size_t>(part.first_token + token) * sizes.rows;
+          const uint16_t wanted = expected[of_token + part.first_row + r];
+          written[at] = true;
+          if (y.data[at] == wanted) continue;
           char text[128];
           snprintf(text, sizeof(text), "y[token %d][row %d] is %g, expected %g", token, part.first_row + r,
-                   static_cast<double>(Element::widen(*got)), static_cast<double>(Element::widen(wanted)));
+                   static_cast<double>(Element::widen(y.data[at])), static_cast<double>(Element::widen(wanted)));
           return text;
         }
       }
+    }
+    for (size_t i = kCanaries; i < y.size - kCanaries; ++i) {
+      if (!written[i] && y.data[i] != kNaN) return "write beyond the tokens of a layer";
     }
     return "";
   }
 
   // Elements before a layer's y.
-  size_t y_offset(const Part& part) const { return kCanaries + static_cast<size_t>(sizes.tokens) * part.first_row; }
+  size_t y_offset(const Part& part) const {
+    const int beside = part.beside ? part.rows : 0;
+    return kCanaries + static_cast<size_t>(sizes.tokens) * (part.first_row - beside) + beside;
+  }
 
   // Canaries around y, NaN in it: as before any kernel ran.
   void poison() {

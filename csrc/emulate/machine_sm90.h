@@ -49,6 +49,8 @@ enum class Fault {
   kMissingProxyFence,   // staged y, or sums to push, are not made visible to the copy engine
   kNotReturned,         // a CTA does not wait for the last arrivals of its peers
   kCutShort,            // a split ends one tile early
+  kOtherTokens,         // a layer takes the rows of x of another
+  kMoreTokens,          // a layer stores one row of y too many
 };
 
 struct FaultPlan {

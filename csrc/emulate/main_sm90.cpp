@@ -18,6 +18,7 @@ struct Case {
   int bn = 8, token_ctas = 1, row_ctas = 1, splits = 1, workers = 1, groups_per_block = 1;
   bool cut_by_pair = false;
   int layers = 1;
+  bool own_tokens = false;  // layers have rows of x of their own, as experts do
 };
 
 std::string describe(const Case& c) {
@@ -25,9 +26,9 @@ std::string describe(const Case& c) {
   snprintf(
       text, sizeof(text),
       " %s pairs %d bn %d token_ctas %d row_ctas %d splits %d workers %d groups_per_block %d cut_by_pair %d layers "
-      "%d",
+      "%d own_tokens %d",
       with_packed(c.dtype, [](auto packed) { return packed.kShortName; }), c.pairs, c.bn, c.token_ctas, c.row_ctas,
-      c.splits, c.workers, c.groups_per_block, c.cut_by_pair, c.layers);
+      c.splits, c.workers, c.groups_per_block, c.cut_by_pair, c.layers, c.own_tokens);
   return describe(c.sizes) + text;
 }
 
@@ -39,7 +40,7 @@ std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
   typename M::TensorMap y_maps[kMaxLayers];
   for (int i = 0; i < p.layer_count; ++i) {
     const GemmLayer& layer = p.layers[i];
-    y_maps[i] = {static_cast<uint16_t*>(layer.y), p.tokens, layer.rows, layer.rows};
+    y_maps[i] = {static_cast<uint16_t*>(layer.y), layer.tokens, layer.rows, layer.y_stride};
   }
   const int roles = sm90::kConsumers + 1 + Config::kRings, ctas = p.token_ctas * p.row_ctas * p.splits;
   for (int index = 0; index < p.items.workers; ++index) {
@@ -89,13 +90,18 @@ template <class Element>
 std::string run_typed(const Case& c, const FaultPlan& faults) {
   IntegerProblem<Element> problem(c.sizes);
   problem.cut(c.layers);
+  if (c.own_tokens) problem.send_tokens();
   if (faults.fault == Fault::kCutShort) {
     // The last split ends one tile early. (Moving a cut between splits would be no fault.)
     GemmProblem p = problem.view();
     const Schedule& schedule = p.layers[0].schedule;
     const_cast<int32_t*>(c.pairs ? schedule.pair_cuts : schedule.row_cuts)[kMaxSplits] -= 1;
   }
-  const std::string complaint = run_plan<Element>(c, problem.view(), faults);
+  GemmProblem p = problem.view();
+  // What a card would do that takes a layer's rows of x from elsewhere, or one too many.
+  if (faults.fault == Fault::kOtherTokens) p.layers[1].first_token = 0;
+  if (faults.fault == Fault::kMoreTokens) ++p.layers[0].tokens;
+  const std::string complaint = run_plan<Element>(c, p, faults);
   return complaint.empty() ? problem.complaint() : complaint;
 }
 
@@ -122,6 +128,7 @@ Case random_case(std::mt19937& random) {
   c.groups_per_block = between(random, 1, 4);
   c.cut_by_pair = between(random, 0, 1) != 0;
   c.layers = between(random, 0, 2) == 0 ? between(random, 2, kMaxLayers) : 1;
+  c.own_tokens = between(random, 0, 1) != 0;
   return c;
 }
 
@@ -139,7 +146,7 @@ int run_exact(int cases, uint32_t seed) {
 int run_invariant(int cases, uint32_t seed) {
   return run_cases(cases, seed, [](std::mt19937& random) {
     Case wide = random_case(random);
-    wide.layers = 1;
+    wide.layers = 1, wide.own_tokens = false;
     wide.dtype = DType::kBFloat16;
     wide.sizes.tokens = between(random, 33, 130);
     wide.pairs = true, wide.cut_by_pair = true;
@@ -160,6 +167,7 @@ int run_invariant(int cases, uint32_t seed) {
     const auto* y = static_cast<const uint16_t*>(p.layers[0].y);
     const std::vector<uint16_t> first(y, y + static_cast<size_t>(narrow.sizes.tokens) * p.layers[0].rows);
     p.tokens = narrow.sizes.tokens;
+    share_tokens(p);
     if (complaint.empty()) complaint = run_plan<Brain>(narrow, p, {});
     if (complaint.empty() && !std::equal(first.begin(), first.end(), y)) complaint = "rows differ";
     return complaint.empty() ? "" : describe(wide) + " and " + describe(narrow) + ": " + complaint;
@@ -184,6 +192,7 @@ struct Planted {
   bool pairs;
   int bn, token_ctas, row_ctas, splits;
   bool delay;
+  int layers = 1;  // more: each with rows of x of its own
 };
 
 const std::map<std::string, Planted> kFaults = {
@@ -208,6 +217,8 @@ const std::map<std::string, Planted> kFaults = {
     {"missing_proxy_fence", {Fault::kMissingProxyFence, true, 64, 1, 1, 1, false}},
     {"cut_short", {Fault::kCutShort, false, 8, 1, 1, 2, false}},
     {"not_returned", {Fault::kNotReturned, true, 64, 2, 1, 1, false}},
+    {"other_tokens", {Fault::kOtherTokens, false, 8, 1, 1, 1, false, 4}},
+    {"more_tokens", {Fault::kMoreTokens, true, 64, 1, 1, 1, false, 4}},
     {"not_returned_x", {Fault::kNotReturned, true, 64, 1, 2, 1, false}},
     {"not_returned_sums", {Fault::kNotReturned, false, 8, 1, 1, 4, false}},
     {"unicast_x", {Fault::kUnicast, true, 64, 1, 2, 1, false}},
@@ -222,6 +233,7 @@ int run_fault(const char* name, const Planted& planted) {
   c.sizes.seed = 7;
   c.pairs = planted.pairs, c.bn = planted.bn, c.token_ctas = planted.token_ctas, c.row_ctas = planted.row_ctas,
   c.splits = planted.splits;
+  c.layers = planted.layers, c.own_tokens = planted.layers > 1;
   c.dtype = DType::kBFloat16;
   FaultPlan plan;
   plan.late_arrivals = planted.fault == Fault::kNotReturned || planted.fault == Fault::kMissingSumsWait ||

@@ -15,20 +15,23 @@
 
 namespace patch_kernels {
 
-constexpr int kMaxLayers = 4;  // that one launch computes: q, k and v, or gate and up
+constexpr int kMaxLayers = 8;  // that one launch computes: q, k and v, gate and up, or matrices of experts
 
 // A layer of a launch.
 struct GemmLayer {
   const uint8_t* payload;  // packed tiles
   const void* bias;        // (rows) or null
-  void* y;                 // (tokens, rows), contiguous
+  void* y;                 // (tokens, rows), row stride y_stride elements
   int rows;
   int first_unit;  // units of the launch before its own; 0 for the first
+  // The layer's own rows of x: all of them, or those that are sent to an expert. sm_90 alone; elsewhere all.
+  int first_token, tokens;
+  int y_stride;
   Schedule schedule;
 };
 
 struct GemmProblem {
-  const void* x;  // (tokens, cols), row stride x_stride elements; 16-byte aligned rows
+  const void* x;  // (tokens, cols), row stride x_stride elements; 16-byte aligned rows. Of all layers
   int tokens, cols;
   int x_stride;
   ItemSpace items;
@@ -37,6 +40,14 @@ struct GemmProblem {
   int layer_count;   // layers of the same x; the sm_80 family takes one
   GemmLayer layers[kMaxLayers];
 };
+
+// Gives every layer all tokens, and rows of y that lie one after the other.
+inline void share_tokens(GemmProblem& problem) {
+  for (int i = 0; i < problem.layer_count; ++i) {
+    GemmLayer& layer = problem.layers[i];
+    layer.first_token = 0, layer.tokens = problem.tokens, layer.y_stride = layer.rows;
+  }
+}
 
 // Numbers the layers' units one after the other; a unit takes `rows_per_unit` tile rows.
 inline void place_layers(GemmProblem& problem, int rows_per_unit) {

@@ -175,7 +175,7 @@ struct Work {
   int layer;
   int position;             // of the tile row in the layer's order, -1: none (the last pair of an odd number of rows)
   const uint32_t* entries;  // of its tiles
-  int token0;               // first token of this CTA
+  int token0;               // first of the layer's tokens for this CTA
   Range k;                  // tile columns
 };
 
@@ -203,7 +203,7 @@ PK_BODY Work work_of(const GemmProblem& p, const Item& item, const Place& place,
 
 // Whether this CTA has any token of the item. In a cluster along tokens the last CTAs may have none: they pass on their
 // share of the weights and do nothing else.
-PK_BODY bool has_tokens(const GemmProblem& p, const Work& work) { return work.token0 < p.tokens; }
+PK_BODY bool has_tokens(const GemmProblem& p, const Work& work) { return work.token0 < p.layers[work.layer].tokens; }
 
 // Runs f(item) over the items of this cluster.
 template <class M, class F>
@@ -228,13 +228,15 @@ PK_BODY void load_x(M& m, const GemmProblem& p, const typename M::TensorMap& x_m
   for_each_item(m, p, [&](const Item& item) {
     const Work work = work_of<C>(p, item, place, 0);
     if (!has_tokens(p, work)) return;
+    // Beyond the layer's tokens lie those of another, or zeros: what they make is not stored.
+    const int token = p.layers[work.layer].first_token + work.token0;
 #pragma unroll 1
     for (int step = 2 * work.k.begin; step < 2 * work.k.end; ++step) {
       // The slot of every CTA that shares x must be free: their consumers arrive here as well.
       m.wait(smem.x_empty(ring.slot), ring.parity ^ 1);
       m.arrive_expect(smem.x_full(ring.slot), C::kXSlotBytes);  // counts zero-filled bytes too
       if (turn == place.row_cta) {
-        m.copy_x(x_map, smem.x(ring.slot), 64 * step, work.token0, C::kBn, smem.x_full(ring.slot), ranks);
+        m.copy_x(x_map, smem.x(ring.slot), 64 * step, token, C::kBn, smem.x_full(ring.slot), ranks);
       }
       if (++turn == p.row_ctas) turn = 0;
       ring.advance();
@@ -446,8 +448,8 @@ struct Consumer {
     return row < to.layer.rows ? M::load_element(to.layer.bias, row) : 0.0f;
   }
   PK_BODY void store_element(const Target& to, int token, int row, float sum) {
-    if (token >= p.tokens || row >= to.layer.rows) return;
-    M::store_element(to.layer.y, static_cast<int64_t>(token) * to.layer.rows + row, sum);
+    if (token >= to.layer.tokens || row >= to.layer.rows) return;
+    M::store_element(to.layer.y, static_cast<int64_t>(token) * to.layer.y_stride + row, sum);
   }
 
   PK_BODY void add_bias(const Target& to) {
@@ -507,9 +509,9 @@ struct Consumer {
         const uint32_t from = stage + t / 64 * kBlockBytes;
         if (row0 + t >= rows) return;
 #pragma unroll 1
-        for (int i = 0; i < C::kStageTokens && first + i < p.tokens; ++i) {
+        for (int i = 0; i < C::kStageTokens && first + i < to.layer.tokens; ++i) {
           const uint16_t bits = m.load_half(from + swizzle128(i, kValueBytes * (t % 64)));
-          M::store_bits(to.layer.y, static_cast<int64_t>(first + i) * rows + row0 + t, bits);
+          M::store_bits(to.layer.y, static_cast<int64_t>(first + i) * to.layer.y_stride + row0 + t, bits);
         }
       });
     }
@@ -575,7 +577,8 @@ struct Consumer {
     const uint32_t number = chunks + chunk, buffer = number & 1, parity = number >> 1 & 1;
     const uint32_t own = smem.send(index, buffer), received = smem.received(index, buffer);
     const int first_row = to.row0 + e.rows * place.split, first_token = to.token0 + chunk * C::kExchangeTokens;
-    const bool whole = to.layer.rows % 4 == 0;  // rows of y are multiples of eight bytes
+    // Rows of y are multiples of eight bytes: y_stride is a multiple of the layer's rows.
+    const bool whole = to.layer.rows % 4 == 0;
     m.wait(smem.sums_full(index, buffer), parity);
     m.each_thread([&](int t) {
 #pragma unroll 1
@@ -599,8 +602,8 @@ struct Consumer {
         if (!whole) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) store_element(to, token, row + j, sum[j]);
-        } else if (token < p.tokens && row < to.layer.rows) {
-          M::store_four(to.layer.y, static_cast<int64_t>(token) * to.layer.rows + row, M::pack(sum[0], sum[1]),
+        } else if (token < to.layer.tokens && row < to.layer.rows) {
+          M::store_four(to.layer.y, static_cast<int64_t>(token) * to.layer.y_stride + row, M::pack(sum[0], sum[1]),
                         M::pack(sum[2], sum[3]));
         }
       }
