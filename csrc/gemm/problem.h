@@ -15,16 +15,17 @@
 
 namespace patch_kernels {
 
-constexpr int kMaxLayers = 8;  // that one launch computes: q, k and v, gate and up, or matrices of experts
+// That one launch computes: q, k and v; gate and up; gate and up of eight experts. With a tensor map for each the
+// kernel's parameters fill their 4 KB.
+constexpr int kMaxLayers = 16;
 
 // A layer of a launch.
 struct GemmLayer {
   const uint8_t* payload;  // packed tiles
   const void* bias;        // (rows) or null
-  void* y;                 // (tokens, rows), row stride y_stride elements
+  void* y;                 // (tokens, rows), row stride y_stride elements, a multiple of rows
   int rows;
-  int first_unit;  // units of the launch before its own; 0 for the first
-  // The layer's own rows of x: all of them, or those that are sent to an expert. sm_90 alone; elsewhere all.
+  // The layer's own rows of x: all of them, or those that are sent to an expert. The sm_80 family takes all.
   int first_token, tokens;
   int y_stride;
   Schedule schedule;
@@ -38,6 +39,7 @@ struct GemmProblem {
   int token_ctas, row_ctas, splits;  // see LaunchPlan
   bool cut_by_pair;  // units of one row are cut along K like their pair: the same sums from every kernel
   int layer_count;   // layers of the same x; the sm_80 family takes one
+  int first_unit[kMaxLayers];  // of each layer: units of those before it. INT32_MAX where there is no layer
   GemmLayer layers[kMaxLayers];
 };
 
@@ -52,9 +54,10 @@ inline void share_tokens(GemmProblem& problem) {
 // Numbers the layers' units one after the other; a unit takes `rows_per_unit` tile rows.
 inline void place_layers(GemmProblem& problem, int rows_per_unit) {
   int units = 0;
-  for (int i = 0; i < problem.layer_count; ++i) {
-    problem.layers[i].first_unit = units;
-    units += static_cast<int>(ceil_div(problem.layers[i].schedule.tile_rows, rows_per_unit));
+  for (int i = 0; i < kMaxLayers; ++i) {
+    const bool is_there = i < problem.layer_count;
+    problem.first_unit[i] = is_there ? units : INT32_MAX;
+    if (is_there) units += static_cast<int>(ceil_div(problem.layers[i].schedule.tile_rows, rows_per_unit));
   }
   problem.items.units = units;
 }

@@ -90,7 +90,8 @@ PK_EXPORT int fake_last_layers(int64_t* out) {
                                 static_cast<const void*>(layer.schedule.tiles)}) {
       *out++ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer));
     }
-    *out++ = layer.rows, *out++ = layer.first_unit;
+    *out++ = layer.rows, *out++ = p.first_unit[i];
+    *out++ = layer.first_token, *out++ = layer.tokens, *out++ = layer.y_stride;
     for (int word = 0; word < 2; ++word) *out++ = static_cast<int64_t>(map[word]);
   }
   return p.layer_count;
