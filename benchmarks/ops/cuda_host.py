@@ -59,7 +59,11 @@ LAUNCH = (
 )
 
 # What fake_last_layers writes of each layer.
-LAYER = ("payload", "bias", "y", "schedule_tiles", "rows", "first_unit", "y_map_base", "y_map_cols")
+LAYER = (
+    *("payload", "bias", "y", "schedule_tiles", "rows", "first_unit", "first_token", "tokens", "y_stride"),
+    *("y_map_base", "y_map_cols"),
+)
+MOST_LAYERS = 8  # kMaxLayers of csrc/gemm/problem.h
 
 
 class CudaHost:
@@ -76,7 +80,7 @@ class CudaHost:
         return SimpleNamespace(**dict(zip(LAUNCH, numbers, strict=True)))
 
     def last_layers(self) -> list[SimpleNamespace]:
-        numbers = (ctypes.c_int64 * (4 * len(LAYER)))()
+        numbers = (ctypes.c_int64 * (MOST_LAYERS * len(LAYER)))()
         count, width = self.library.fake_last_layers(numbers), len(LAYER)
         rows = (numbers[width * i : width * (i + 1)] for i in range(count))
         return [SimpleNamespace(**dict(zip(LAYER, row, strict=True))) for row in rows]

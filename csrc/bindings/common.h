@@ -193,6 +193,27 @@ inline ExpertsCall experts_call(const Tensor& x, const Tensor& experts, const Te
           tokens == 0 ? 1 : rows / tokens};
 }
 
+// Rows of y sorted by their expert: those of expert e are rows[begin[e]] to rows[begin[e + 1] - 1], in their order.
+struct SortedRows {
+  std::vector<int64_t> begin, of_y, of_x;
+
+  SortedRows(const int64_t* experts, int64_t count, int64_t expert_count, int64_t fan)
+      : begin(expert_count + 1), of_y(count), of_x(count) {
+    for (int64_t p = 0; p < count; ++p) {
+      STD_TORCH_CHECK(experts[p] >= 0 && experts[p] < expert_count, "tile_experts: experts must be 0 to ",
+                      expert_count - 1, ", got ", experts[p], " in row ", p);
+      ++begin[experts[p] + 1];
+    }
+    for (int64_t e = 0; e < expert_count; ++e) begin[e + 1] += begin[e];
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t at = next[experts[p]]++;
+      of_y[at] = p;
+      of_x[at] = p / fan;
+    }
+  }
+};
+
 // What the tile_linear_group schemas have of every weight, in their order.
 struct GroupItem {
   Tensor payload, tile_is_sparse;

@@ -35,4 +35,16 @@ void allow_shared_memory(Kernel* kernel, int bytes, std::atomic<uint64_t>& allow
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
+// Another thread's capture in global mode forbids this one to allocate and to wait, and would be spoilt by it; relaxed
+// mode lifts that (CUDA Runtime API, cudaThreadExchangeStreamCaptureMode).
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "relaxed capture"); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // of this object first, then the thread's own
+};
+
 }  // namespace patch_kernels::cuda

@@ -10,18 +10,6 @@
 namespace patch_kernels::cuda {
 namespace {
 
-// Another thread's capture in global mode forbids this one to allocate and to wait, and would be spoilt by it; relaxed
-// mode lifts that (CUDA Runtime API, cudaThreadExchangeStreamCaptureMode).
-class RelaxedCapture {
- public:
-  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "self-check"); }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // of this object first, then the thread's own
-};
-
 // A stream and memory of the check's own. On the user's stream it would wait for his work; were that the legacy stream,
 // it would also fall in with every blocking stream, a captured one included. And memory of torch's allocator belongs to
 // the order of the user's stream.

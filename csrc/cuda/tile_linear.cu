@@ -163,6 +163,29 @@ CardCheck check_card(int device, Family family) {
   return result;
 }
 
+std::vector<int64_t> read_on_host(const int64_t* numbers, int64_t count, void* stream, const char* op) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(cuda_stream, &capture), op);
+  if (capture != cudaStreamCaptureStatusNone) {
+    throw std::runtime_error(std::string(op) +
+                             ": expected a stream that is not captured, got one that is: the experts of the tokens are "
+                             "read on the host. Leave mixtures out of the CUDA graph.");
+  }
+  std::vector<int64_t> result(count);
+  check(cudaMemcpyAsync(result.data(), numbers, count * sizeof(int64_t), cudaMemcpyDeviceToHost, cuda_stream), op);
+  const RelaxedCapture relaxed;  // another thread may be capturing
+  check(cudaStreamSynchronize(cuda_stream), op);
+  return result;
+}
+
+void write_on_device(const std::vector<int64_t>& numbers, int64_t* to, void* stream, const char* op) {
+  // From pageable memory the call returns once the numbers have left it (CUDA Runtime API, "API synchronization").
+  check(cudaMemcpyAsync(to, numbers.data(), numbers.size() * sizeof(int64_t), cudaMemcpyHostToDevice,
+                        static_cast<cudaStream_t>(stream)),
+        op);
+}
+
 int64_t gemm_partial_floats(const GemmProblem& problem, const LaunchPlan& plan) {
   return plan.family == Family::kSm80 ? sm80_partial_floats(problem, plan) : 0;
 }

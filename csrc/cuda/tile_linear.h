@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "../gemm/problem.h"
 #include "../ops.h"
@@ -40,6 +41,12 @@ bool limit_family(int device, Family best, const std::string& reason);
 
 // The self-check of one family, by a process that does nothing else: it does not touch the state above.
 CardCheck check_card(int device, Family family);
+
+// Whole numbers of the device on the host, once all before them on the stream is done. Throws while it is captured:
+// what is decided by them could not be decided again when a graph is replayed.
+std::vector<int64_t> read_on_host(const int64_t* numbers, int64_t count, void* stream, const char* op);
+// The other way; the host's memory is free afterwards.
+void write_on_device(const std::vector<int64_t>& numbers, int64_t* to, void* stream, const char* op);
 
 // fp32 numbers of workspace that run_gemm needs; they need no initialisation.
 int64_t gemm_partial_floats(const GemmProblem& problem, const LaunchPlan& plan);

@@ -146,8 +146,8 @@ void launch(const GemmProblem& p, const LaunchPlan& plan, cudaStream_t stream) {
     const GemmLayer& layer = p.layers[i];
     // Prefetched even where it is not used, so it must be a map.
     const bool is_used = C::kPairs && layer.rows % 8 == 0 && layer.tokens > 0;
-    y_of.layer[i] = is_used ? y_maps().get({layer.y, layer.tokens, layer.rows, layer.y_stride, C::kStageTokens, kType})
-                            : x_map;
+    y_of.layer[i] =
+        is_used ? y_maps().get({layer.y, layer.tokens, layer.rows, layer.y_stride, C::kStageTokens, kType}) : x_map;
   }
   const int ctas = p.token_ctas * p.row_ctas * p.splits;
   Launch launch(C::kThreads, C::kSmemBytes, p.items.workers, ctas, stream);

@@ -25,10 +25,10 @@ struct GemmLayer {
   const void* bias;        // (rows) or null
   void* y;                 // (tokens, rows), row stride y_stride elements, a multiple of rows
   int rows;
-  // The layer's own rows of x: all of them, or those that are sent to an expert. The sm_80 family takes all.
-  int first_token, tokens;
-  int y_stride;
   Schedule schedule;
+  // The layer's own rows of x: all of them, or those that are sent to an expert. The sm_80 family takes all.
+  int first_token = 0, tokens = 0;
+  int y_stride = 0;
 };
 
 struct GemmProblem {

@@ -19,7 +19,8 @@ from torch import nn
 
 import patch_kernels.ops.tile_linear as tile_linear
 from benchmarks.ops.cuda_host import CudaHost, tensors_are_on_cuda
-from patch_kernels import TiledLinear
+from patch_kernels import TiledExperts, TiledLinear
+from patch_kernels.ops import tile_experts
 from support.strategies import hybrid_mask
 
 OP = torch.ops.patch_kernels.tile_linear.default
@@ -284,6 +285,115 @@ def a_group_is_one_launch_for_each_split(host):
     assert host.last_launch().y == results[-1].data_ptr()
 
 
+def experts_module(experts, parts, rows, cols, bias, seed=0):
+    """Matrices of small whole numbers, some of their tiles sparse."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = [hybrid_mask(rows, cols, 0.5, generator) for _ in range(experts * parts)]
+    weights = [torch.randint(-3, 4, (rows, cols), generator=generator).bfloat16() for _ in masks]
+    biases = torch.randint(-3, 4, (experts, parts * rows), generator=generator).bfloat16() if bias else None
+    keeps, flags = zip(*masks, strict=True)
+    return TiledExperts.pack(weights, keeps, flags, biases, parts=parts)
+
+
+def by_hand(module, x, experts):
+    """y of TiledExperts in float64, from the unpacked matrices."""
+    fan = len(experts) // len(x)
+    rows = []
+    for row, expert in enumerate(experts.tolist()):
+        y = torch.cat(
+            [module.tiled_weight(expert, q).unpack().double() @ x[row // fan].double() for q in range(module.parts)]
+        )
+        rows.append(y if module.bias is None else y + module.bias[expert].double())
+    return torch.stack(rows).bfloat16()
+
+
+def experts_get_their_tokens(host):
+    """The launches compute here, in plain loops: every row of y is that of its token and expert, on every card."""
+    generator = torch.Generator().manual_seed(0)
+    host.library.fake_computes(True)
+    for device in (0, 2):
+        host.library.fake_set_device(device)
+        for experts, parts, rows, cols, bias in (
+            (6, 2, 136, 264, True),
+            (12, 1, 130, 260, False),
+            (3, 2, 128, 128, True),
+        ):
+            module = experts_module(experts, parts, rows, cols, bias, seed=rows)
+            for tokens, fan in ((1, 1), (1, 3), (5, 2), (40, 1), (70, 2)):
+                x = torch.randint(-2, 3, (tokens, cols), generator=generator).bfloat16()
+                chosen = torch.randint(0, experts, (tokens * fan,), generator=generator)
+                for module.batch_invariant in (False, True):
+                    y = call_experts(module, x, chosen)
+                    assert torch.equal(y, by_hand(module, x, chosen)), (device, experts, tokens, fan)
+    host.library.fake_computes(False)
+    host.library.fake_set_device(0)
+
+
+@torch.no_grad()
+def call_experts(module, x, chosen):
+    with tensors_are_on_cuda():
+        return module(x, chosen)
+
+
+def experts_are_launched_in_groups(host):
+    """Eight matrices a launch, each with its own rows of one x, its place in y, its bytes, bias and schedule."""
+    module = experts_module(40, 2, 128, 256, True)
+    begins = tile_experts.matrix_begins(module.tile_is_sparse).tolist()
+    chosen = torch.tensor([7, 3, 7, 39, 0, 3, 7, 0])
+    x = inputs(8, 256)
+    syncs, launches = host.counts()["syncs"], host.counts()["launches"]
+    call_experts(module, x, chosen)
+    assert host.counts()["launches"] == launches + 1 and host.counts()["syncs"] == syncs + 1
+    launch, layers = host.last_launch(), host.last_layers()
+    assert (launch.layers, launch.tokens, launch.x_map_rows, launch.overlaps) == (8, 8, 8, 1)
+    expected = {}
+    for expert, (begin, count) in {0: (0, 2), 3: (2, 2), 7: (4, 3), 39: (7, 1)}.items():
+        for part in (0, 1):
+            expected[module.weight.data_ptr() + begins[2 * expert + part]] = (expert, part, begin, count)
+    y = min(got.y for got in layers)
+    for got in layers:
+        expert, part, begin, count = expected.pop(got.payload)
+        assert (got.first_token, got.tokens, got.rows, got.y_stride) == (begin, count, 128, 256)
+        assert got.y == y + 2 * (begin * 256 + part * 128)
+        assert got.bias == module.bias.data_ptr() + 2 * (expert * 256 + part * 128)
+        words = tile_linear.make_schedule(module.tile_is_sparse[2 * expert + part])
+        assert words_at(got.schedule_tiles - 12, words.numel()) == words.tolist()
+    assert not expected
+    call_experts(module, inputs(10, 256), torch.arange(10))
+    assert host.counts()["launches"] == launches + 1 + 3  # 20 matrices
+    host.library.fake_set_device(2)  # an A100: a launch for each
+    launches = host.counts()["launches"]
+    call_experts(module, x, chosen)
+    assert host.counts()["launches"] >= launches + 8
+    host.library.fake_set_device(0)
+    with tensors_are_on_cuda():
+        module(x.requires_grad_(), chosen)
+    assert host.last_launch().overlaps == 0
+
+
+def experts_are_not_captured(host):
+    module = experts_module(4, 1, 128, 128, False)
+    call_experts(module, inputs(2, 128), torch.tensor([0, 3]))
+    host.library.fake_capturing(True)
+    try:
+        call_experts(module, inputs(2, 128), torch.tensor([0, 3]))
+    except RuntimeError as error:
+        assert "expected a stream that is not captured, got one that is: the experts of the tokens are read" in str(
+            error
+        )
+    else:
+        raise AssertionError("a captured call was taken")
+    finally:
+        host.library.fake_capturing(False)
+    for chosen in ([0, 4], [-1, 0]):
+        try:
+            call_experts(module, inputs(2, 128), torch.tensor(chosen))
+        except RuntimeError as error:
+            assert "tile_experts: experts must be 0 to 3, got" in str(error)
+        else:
+            raise AssertionError("an expert that is not there was taken")
+
+
 def refused(host, module, x):
     """Whether the call took the way without our kernels, which ends here in this error."""
     try:
@@ -420,6 +530,9 @@ CASES = [
     shapes_of_x,
     training_does_not_overlap_what_is_before,
     a_group_is_one_launch_for_each_split,
+    experts_get_their_tokens,
+    experts_are_launched_in_groups,
+    experts_are_not_captured,
     a_check_that_finds_no_memory_is_repeated,
     a_check_works_while_another_thread_captures,
     a_launch_that_fails_in_the_check_leaves_the_mode_as_it_was,

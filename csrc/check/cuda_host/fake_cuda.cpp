@@ -1,6 +1,6 @@
 // A CUDA runtime that launches nothing: the host side of the GPU ops runs on a machine without a GPU, where its time
 // can be measured (benchmarks/ops/bench_host_cost.py) and what it would launch can be seen
-// (tests/kernels/test_cuda_host.py).
+// (tests/kernels/test_cuda_host.py). Where it is asked to, it computes what the launch would (bf16, plain loops).
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -9,9 +9,11 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../../cuda/driver.h"
 #include "../../cuda/tile_linear.h"
+#include "../../math/elements.h"
 #include "../../ops.h"
 
 #define PK_EXPORT extern "C" __attribute__((visibility("default")))
@@ -29,6 +31,7 @@ constexpr int kMapWords = 6;  // of a CUtensorMap that encode() fills
 FakeLaunch last_launch;
 int launches, encodes, syncs;
 bool checks_card;     // else every family passes
+bool computes;        // launches have results
 std::string failing;  // the function that fails,
 cudaError_t failure;  // and how
 thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
@@ -48,9 +51,49 @@ CUresult CUDAAPI encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t, 
   return CUDA_SUCCESS;
 }
 
+// The packed weight of a layer, by what kernels read of it.
+std::vector<uint16_t> weight_of(const patch_kernels::GemmLayer& layer, int cols) {
+  const patch_kernels::Schedule& schedule = layer.schedule;
+  std::vector<uint8_t> flags(static_cast<size_t>(schedule.tile_rows) * schedule.tile_cols);
+  for (int position = 0; position < schedule.tile_rows; ++position) {
+    const uint32_t* entries = patch_kernels::row_tiles(schedule, position);
+    for (int k = 0; k < schedule.tile_cols; ++k) {
+      flags[schedule.order[position] * schedule.tile_cols + k] = patch_kernels::entry_is_sparse(entries[k]);
+    }
+  }
+  std::vector<uint16_t> weight(static_cast<size_t>(layer.rows) * cols);
+  patch_kernels::cpu::unpack_tiles(
+      {layer.payload, flags.data(), layer.rows, cols}, weight.data(),
+      [](int64_t n, patch_kernels::ParallelBody body, void* context) { body(0, n, context); });
+  return weight;
+}
+
+void compute(const patch_kernels::GemmProblem& p) {
+  using Value = patch_kernels::BFloat16;
+  const auto value = [](const uint16_t* at) {
+    Value bits;
+    memcpy(&bits, at, sizeof(bits));
+    return patch_kernels::load_as<float>(bits);
+  };
+  for (int i = 0; i < p.layer_count; ++i) {
+    const patch_kernels::GemmLayer& layer = p.layers[i];
+    const std::vector<uint16_t> weight = weight_of(layer, p.cols);
+    const auto* bias = static_cast<const uint16_t*>(layer.bias);
+    for (int64_t token = 0; token < layer.tokens; ++token) {
+      const uint16_t* x = static_cast<const uint16_t*>(p.x) + (layer.first_token + token) * p.x_stride;
+      for (int64_t row = 0; row < layer.rows; ++row) {
+        float sum = bias ? value(bias + row) : 0.0f;
+        for (int64_t k = 0; k < p.cols; ++k) sum += value(weight.data() + row * p.cols + k) * value(x + k);
+        patch_kernels::store_as(sum, static_cast<Value*>(layer.y)[token * layer.y_stride + row]);
+      }
+    }
+  }
+}
+
 void record(void** args, bool with_maps) {
   ++launches;
   memcpy(&last_launch.problem, args[0], sizeof(last_launch.problem));
+  if (computes) compute(last_launch.problem);
   if (!with_maps) return;
   memcpy(&last_launch.x_map, args[1], sizeof(CUtensorMap));
   memcpy(last_launch.y_maps, args[2], sizeof(last_launch.y_maps));
@@ -98,6 +141,7 @@ PK_EXPORT int fake_last_layers(int64_t* out) {
 }
 PK_EXPORT void fake_counts(int* counts) { counts[0] = launches, counts[1] = encodes, counts[2] = syncs; }
 PK_EXPORT void fake_checks_card(bool does) { checks_card = does; }
+PK_EXPORT void fake_computes(bool does) { computes = does; }
 PK_EXPORT void fake_capturing(bool is) { is_capturing = is; }
 PK_EXPORT int fake_capture_mode() { return mode; }
 PK_EXPORT void fake_failure(const char* function, int error) {
