@@ -60,6 +60,7 @@ std::string run_self_check(const SelfCheck& self_check, Workspace& workspace) {
   using Problem = IntegerProblem<Element<Packed>>;
   Problem problem(self_check.sizes);
   problem.cut(self_check.layers);
+  if (self_check.own_tokens) problem.send_tokens();
   workspace.give_back_to(0);
   typename Problem::Places on_card{workspace.upload(problem.x.data, problem.x.size),
                                    workspace.upload(problem.payload->data, problem.payload->size),

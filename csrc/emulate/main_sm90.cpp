@@ -178,7 +178,7 @@ int run_self_check(int, uint32_t) {
   return run_self_checks(Family::kSm90, [](const SelfCheck& check, const LaunchPlan& plan, DType dtype) {
     Case c;
     c.sizes = check.sizes;
-    c.layers = check.layers, c.cut_by_pair = check.cut_by_pair;
+    c.layers = check.layers, c.cut_by_pair = check.cut_by_pair, c.own_tokens = check.own_tokens;
     c.dtype = dtype;
     c.pairs = plan.pairs, c.bn = plan.bn;
     c.token_ctas = plan.token_ctas, c.row_ctas = plan.row_ctas, c.splits = plan.splits;
