@@ -37,8 +37,8 @@ struct GemmProblem {
   int x_stride;
   ItemSpace items;
   int token_ctas, row_ctas, splits;  // see LaunchPlan
-  bool cut_by_pair;  // units of one row are cut along K like their pair: the same sums from every kernel
-  int layer_count;   // layers of the same x; the sm_80 family takes one
+  bool cut_by_pair;            // units of one row are cut along K like their pair: the same sums from every kernel
+  int layer_count;             // layers of the same x; the sm_80 family takes one
   int first_unit[kMaxLayers];  // of each layer: units of those before it. INT32_MAX where there is no layer
   GemmLayer layers[kMaxLayers];
 };
@@ -49,6 +49,17 @@ inline void share_tokens(GemmProblem& problem) {
     GemmLayer& layer = problem.layers[i];
     layer.first_token = 0, layer.tokens = problem.tokens, layer.y_stride = layer.rows;
   }
+}
+
+// A launch of one of the layers, whose rows of x are all there are.
+inline GemmProblem alone(const GemmProblem& problem, int index) {
+  GemmProblem one = problem;
+  GemmLayer& layer = one.layers[0] = problem.layers[index];
+  one.layer_count = 1;
+  one.tokens = layer.tokens;
+  one.x = static_cast<const uint16_t*>(problem.x) + static_cast<int64_t>(layer.first_token) * problem.x_stride;
+  layer.first_token = 0;
+  return one;
 }
 
 // Numbers the layers' units one after the other; a unit takes `rows_per_unit` tile rows.
