@@ -61,9 +61,9 @@ LAUNCH = (
 # What fake_last_layers writes of each layer.
 LAYER = (
     *("payload", "bias", "y", "schedule_tiles", "rows", "first_unit", "first_token", "tokens", "y_stride"),
-    *("y_map_base", "y_map_cols"),
+    *(f"y_map_{name}" for name in _MAP[:4]),
 )
-MOST_LAYERS = 8  # kMaxLayers of csrc/gemm/problem.h
+MOST_LAYERS = 16  # kMaxLayers of csrc/gemm/problem.h
 
 
 class CudaHost:

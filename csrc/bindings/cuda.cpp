@@ -108,11 +108,7 @@ LayerCall layer_call(const DeviceLimits& limits, int device, const Tensor& x, co
                   ": payload must start at a multiple of 16 bytes; clone it");
   LayerCall layer{linear_call(x, payload, tile_is_sparse, out_features, bias, kTileLinear), {}, payload.numel(), {}};
   const TileLinearArgs& args = layer.call.args;
-  layer.layer = {args.weight.payload,
-                 args.bias,
-                 args.y,
-                 static_cast<int>(out_features),
-                 0,
+  layer.layer = {args.weight.payload, args.bias, args.y, static_cast<int>(out_features),
                  schedule_of(schedule, payload, tile_is_sparse, kTileLinear)};
   if (args.tokens == 0 || out_features == 0) return layer;
   const int64_t cols = args.weight.cols;
@@ -241,29 +237,10 @@ std::vector<Tensor> tile_linear_group(const Tensor& x_in, const std::vector<Grou
 
 constexpr const char* kTileExperts = "tile_experts";
 
-// A matrix of an expert that tokens are sent to: where it lies, and its rows of x and of y.
+// A matrix of an expert that tokens are sent to, and its rows of the sorted x and y.
 struct ExpertMatrix {
-  int64_t index, begin, tokens;  // e*parts + q; rows of the sorted x
-  LaunchPlan plan;               // that it has alone
+  int64_t index, begin, tokens;  // index: expert * parts + part
 };
-
-// Byte at which each matrix begins in the payload, and its end.
-std::vector<int64_t> matrix_begins(const OptionalTensor& begins, const Tensor& payload, int64_t matrices) {
-  STD_TORCH_CHECK(begins.has_value() && begins->is_cpu() && begins->scalar_type() == ScalarType::Long &&
-                      begins->is_contiguous() && begins->numel() == matrices + 1,
-                  kTileExperts, ": begins must be matrix_begins(tile_is_sparse), on the CPU");
-  const auto* data = static_cast<const int64_t*>(begins->const_data_ptr());
-  STD_TORCH_CHECK(data[matrices] == payload.numel(), kTileExperts, ": payload has ", payload.numel(),
-                  " bytes, but its tile flags need ", data[matrices]);
-  return {data, data + matrices + 1};
-}
-
-Tensor select_rows(const Tensor& from, const Tensor& rows) {
-  StableIValue stack[3] = {torch::stable::detail::from(from), torch::stable::detail::from(int64_t{0}),
-                           torch::stable::detail::from(rows)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // What all matrices of a call share. x and y are sorted by expert.
 struct ExpertsOnCard {
@@ -272,81 +249,120 @@ struct ExpertsOnCard {
   void* stream;
   Tensor x, y, payload, tile_is_sparse;
   OptionalTensor schedule, bias;
-  std::vector<int64_t> begins;
-  int64_t rows, cols, parts;  // rows = N
+  const int64_t* begins;  // byte of the payload at which each matrix begins, and its end
+  int64_t rows, cols, parts;
   bool batch_invariant, overlaps_previous;
 
-  int64_t payload_bytes(const ExpertMatrix& matrix) const { return begins[matrix.index + 1] - begins[matrix.index]; }
+  int64_t matrices() const { return tile_is_sparse.size(0); }
+  // Matrices that one launch takes.
+  int64_t at_once() const { return limits->family == Family::kSm90 ? std::min<int64_t>(kMaxLayers, matrices()) : 1; }
 
-  // As a layer of its own, by the way that tile_linear takes.
-  void run_alone(const ExpertMatrix& matrix) const {
+  // The plan for `count` matrices with at most `tokens` each. Of all their bytes it takes an average matrix's: so the
+  // plans of a model are few, and kept.
+  LaunchPlan plan_for(int64_t count, int64_t tokens, int splits) const {
+    const int64_t padded = kTile * tile_is_sparse.size(1), bytes = payload.numel() / matrices();
+    return cached_plan(*limits, {device, batch_invariant, splits, count * padded, cols, tokens, count * bytes});
+  }
+  // Splits that follow from the layer alone, or 0. A matrix alone would be split to fill the card, which its neighbours
+  // in a launch do.
+  int fixed_splits() const {
+    if (!batch_invariant) return 0;
+    return plan_for(at_once(), 1, 0).splits;
+  }
+
+  GemmLayer layer_of(const ExpertMatrix& matrix) const {
+    const int64_t words = schedule->size(1), column = matrix.index % parts * rows;
+    GemmLayer layer;
+    layer.payload = static_cast<const uint8_t*>(payload.const_data_ptr()) + begins[matrix.index];
+    layer.bias =
+        bias.has_value() ? static_cast<const uint16_t*>(bias->const_data_ptr()) + matrix.index * rows : nullptr;
+    layer.y = static_cast<uint16_t*>(y.mutable_data_ptr()) + matrix.begin * parts * rows + column;
+    layer.rows = static_cast<int>(rows);
+    layer.schedule = schedule_view(static_cast<const int32_t*>(schedule->const_data_ptr()) + matrix.index * words,
+                                   static_cast<int>(tile_is_sparse.size(1)), static_cast<int>(tile_is_sparse.size(2)));
+    layer.first_token = static_cast<int>(matrix.begin);
+    layer.tokens = static_cast<int>(matrix.tokens);
+    layer.y_stride = static_cast<int>(parts * rows);
+    return layer;
+  }
+
+  // Unpack, then torch's own linear.
+  void run_unpacked(const ExpertMatrix& matrix) const {
     using torch::stable::narrow;
-    const auto of_matrix = [&](const Tensor& all, std::vector<int64_t> sizes) {
-      return torch::stable::view(narrow(const_cast<Tensor&>(all), 0, matrix.index, 1), std::move(sizes));
+    const auto of_matrix = [&](Tensor all, std::vector<int64_t> sizes) {
+      return torch::stable::view(narrow(all, 0, matrix.index, 1), std::move(sizes));
     };
-    const Tensor flags = of_matrix(tile_is_sparse, {tile_is_sparse.size(1), tile_is_sparse.size(2)});
-    const OptionalTensor words =
-        schedule.has_value() ? OptionalTensor(of_matrix(*schedule, {schedule->size(1)})) : std::nullopt;
-    const OptionalTensor own_bias =
-        bias.has_value() ? OptionalTensor(narrow(const_cast<Tensor&>(*bias), 0, matrix.index * rows, rows))
-                         : std::nullopt;
-    Tensor own_x = narrow(const_cast<Tensor&>(x), 0, matrix.begin, matrix.tokens);
-    Tensor bytes = narrow(const_cast<Tensor&>(payload), 0, begins[matrix.index], payload_bytes(matrix));
-    const Tensor result = gemm(own_x, bytes, flags, words, rows, own_bias, batch_invariant, overlaps_previous);
-    Tensor of_expert = narrow(const_cast<Tensor&>(y), 0, matrix.begin, matrix.tokens);
-    Tensor place = narrow(of_expert, 1, matrix.index % parts * rows, rows);
+    OptionalTensor words, own_bias;
+    if (schedule.has_value()) words = of_matrix(*schedule, {schedule->size(1)});
+    if (bias.has_value()) own_bias = of_matrix(torch::stable::view(*bias, {matrices(), rows}), {rows});
+    Tensor all_x = x, all_y = y, all_bytes = payload;
+    const Tensor result = unpacked_linear(
+        narrow(all_x, 0, matrix.begin, matrix.tokens),
+        narrow(all_bytes, 0, begins[matrix.index], begins[matrix.index + 1] - begins[matrix.index]),
+        of_matrix(tile_is_sparse, {tile_is_sparse.size(1), tile_is_sparse.size(2)}), words, rows, own_bias);
+    Tensor rows_of_y = narrow(all_y, 0, matrix.begin, matrix.tokens);
+    Tensor place = narrow(rows_of_y, 1, matrix.index % parts * rows, rows);
     torch::stable::copy_(place, result);
   }
 
-  // In one launch: at most kMaxLayers matrices whose own plans have as many splits.
-  void run_together(const AlignedRows& rows_of_x, const ExpertMatrix* matrices, int count) const {
-    PlanKey key{device, batch_invariant, matrices[0].plan.splits, 0, cols, 0, 0};
+  void run(const AlignedRows& rows_of_x, const ExpertMatrix* first, int64_t count, int splits) const {
+    int64_t most_tokens = 0;
+    for (int64_t i = 0; i < count; ++i) most_tokens = std::max(most_tokens, first[i].tokens);
+    LaunchPlan plan = plan_for(count, most_tokens, splits);
+    if (plan.family == Family::kUnpack) {  // too many items for one launch
+      if (count == 1) return run_unpacked(*first);
+      for (int64_t i = 0; i < count; ++i) run(rows_of_x, first + i, 1, splits);
+      return;
+    }
     GemmProblem problem{};
     problem.x = rows_of_x.owner.const_data_ptr();
     problem.tokens = static_cast<int>(x.size(0));
     problem.cols = static_cast<int>(cols);
     problem.x_stride = static_cast<int>(rows_of_x.stride);
     problem.cut_by_pair = batch_invariant;
-    problem.layer_count = count;
-    for (int i = 0; i < count; ++i) {
-      const ExpertMatrix& matrix = matrices[i];
-      const int64_t words = schedule->size(1), column = matrix.index % parts * rows;
-      GemmLayer& layer = problem.layers[i];
-      layer.payload = static_cast<const uint8_t*>(payload.const_data_ptr()) + begins[matrix.index];
-      layer.bias =
-          bias.has_value() ? static_cast<const uint16_t*>(bias->const_data_ptr()) + matrix.index * rows : nullptr;
-      layer.y = static_cast<uint16_t*>(y.mutable_data_ptr()) + matrix.begin * parts * rows + column;
-      layer.rows = static_cast<int>(rows);
-      layer.first_token = static_cast<int>(matrix.begin);
-      layer.tokens = static_cast<int>(matrix.tokens);
-      layer.y_stride = static_cast<int>(parts * rows);
-      layer.schedule =
-          schedule_view(static_cast<const int32_t*>(schedule->const_data_ptr()) + matrix.index * words,
-                        static_cast<int>(tile_is_sparse.size(1)), static_cast<int>(tile_is_sparse.size(2)));
-      key.rows += int64_t{kTile} * layer.schedule.tile_rows;
-      key.payload_bytes += payload_bytes(matrix);
-      key.tokens = std::max(key.tokens, matrix.tokens);
-    }
-    LaunchPlan plan = count == 1 ? matrices[0].plan : cached_plan(*limits, key);
-    if (plan.family == Family::kUnpack) {  // too many items for one launch
-      for (int i = 0; i < count; ++i) run_alone(matrices[i]);
-      return;
-    }
+    problem.layer_count = static_cast<int>(count);
+    for (int64_t i = 0; i < count; ++i) problem.layers[i] = layer_of(first[i]);
+    if (plan.family == Family::kSm80) problem = alone(problem, 0);
     plan.overlaps_previous = overlaps_previous;
     launch(problem, plan, x, stream);
   }
 };
 
-// Rows of x are gathered by expert. On Hopper, kMaxLayers matrices a launch, those with like numbers of tokens
-// together; elsewhere each as a layer of its own.
+Tensor select_rows(const Tensor& from, const Tensor& rows) {
+  StableIValue stack[3] = {torch::stable::detail::from(from), torch::stable::detail::from(int64_t{0}),
+                           torch::stable::detail::from(rows)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+void check_experts_on_card(const ExpertsCall& call, const Tensor& payload, const OptionalTensor& schedule,
+                           const OptionalTensor& begins, int64_t matrices) {
+  STD_TORCH_CHECK(begins.has_value() && begins->is_cpu() && begins->scalar_type() == ScalarType::Long &&
+                      begins->dim() == 1 && begins->is_contiguous() && begins->numel() == matrices + 1,
+                  kTileExperts, ": begins must be matrix_begins(tile_is_sparse), on the CPU");
+  const int64_t end = static_cast<const int64_t*>(begins->const_data_ptr())[matrices];
+  STD_TORCH_CHECK(end == payload.numel(), kTileExperts, ": payload has ", payload.numel(),
+                  " bytes, but its tile flags need ", end);
+  STD_TORCH_CHECK(is_aligned(payload.const_data_ptr()), kTileExperts,
+                  ": payload must start at a multiple of 16 bytes; clone it");
+  if (!schedule.has_value()) return;
+  STD_TORCH_CHECK(schedule->scalar_type() == ScalarType::Int && schedule->dim() == 2 && schedule->is_contiguous() &&
+                      schedule->size(0) == matrices &&
+                      schedule->size(1) == schedule_words(call.tile_rows, call.tile_cols),
+                  kTileExperts, ": schedule must be make_schedules(tile_is_sparse)");
+  check_same_device(payload, *schedule, kTileExperts, "schedule");
+}
+
+// Rows of x are gathered by expert, and those of y put back. On Hopper kMaxLayers matrices are one launch, those with
+// like numbers of tokens together; elsewhere each is one.
 Tensor experts_on_card(const Tensor& x_in, const Tensor& experts_in, const Tensor& payload,
                        const Tensor& tile_is_sparse, const OptionalTensor& schedule, const OptionalTensor& begins,
                        int64_t out_features, int64_t parts, const OptionalTensor& bias_in, bool batch_invariant,
                        bool overlaps_previous) {
   cuda::require_driver(kTileExperts);
   const ExpertsCall call = experts_call(x_in, experts_in, payload, tile_is_sparse, out_features, parts, bias_in);
-  const int64_t count = call.experts.numel(), matrices = call.expert_count * parts;
-  std::vector<int64_t> begin_of = matrix_begins(begins, payload, matrices);
+  check_experts_on_card(call, payload, schedule, begins, tile_is_sparse.size(0));
+  const int64_t count = call.experts.numel();
   if (count == 0 || out_features == 0) return call.y;
   const int device = payload.get_device();
   const DeviceGuard guard(device);
@@ -354,13 +370,13 @@ Tensor experts_on_card(const Tensor& x_in, const Tensor& experts_in, const Tenso
   const std::vector<int64_t> experts =
       cuda::read_on_host(static_cast<const int64_t*>(call.experts.const_data_ptr()), count, stream, kTileExperts);
   const SortedRows sorted(experts.data(), count, call.expert_count, call.fan);
-  // Row i of the sorted x is row routes[0][i] of x, row p of y is row routes[1][p] of the sorted y.
+  // Row i of the sorted x is row routes[i] of x, and row p of y is row routes[count + p] of the sorted y.
   std::vector<int64_t> routes = sorted.of_x;
   routes.resize(2 * count);
   for (int64_t i = 0; i < count; ++i) routes[count + sorted.of_y[i]] = i;
-  Tensor routes_there = torch::stable::new_empty(call.experts, {2 * count});
-  cuda::write_on_device(routes, static_cast<int64_t*>(routes_there.mutable_data_ptr()), stream, kTileExperts);
-  const Tensor x = select_rows(call.x, torch::stable::narrow(routes_there, 0, 0, count));
+  Tensor on_device = torch::stable::new_empty(call.experts, {2 * count});
+  cuda::write_on_device(routes, static_cast<int64_t*>(on_device.mutable_data_ptr()), stream, kTileExperts);
+  const Tensor x = select_rows(call.x, torch::stable::narrow(on_device, 0, 0, count));
   const ExpertsOnCard on_card{schedule.has_value() ? cuda::usable_device(device, stream) : nullptr,
                               device,
                               stream,
@@ -370,53 +386,31 @@ Tensor experts_on_card(const Tensor& x_in, const Tensor& experts_in, const Tenso
                               tile_is_sparse,
                               schedule,
                               call.bias,
-                              std::move(begin_of),
+                              static_cast<const int64_t*>(begins->const_data_ptr()),
                               out_features,
                               x.size(1),
                               parts,
                               batch_invariant,
                               overlaps_previous};
-  const bool is_grouped = on_card.limits != nullptr && on_card.limits->family == Family::kSm90;
-  if (schedule.has_value()) {
-    STD_TORCH_CHECK(schedule->scalar_type() == ScalarType::Int && schedule->dim() == 2 && schedule->is_contiguous() &&
-                        schedule->size(0) == matrices &&
-                        schedule->size(1) == schedule_words(call.tile_rows, call.tile_cols),
-                    kTileExperts, ": schedule must be make_schedules(tile_is_sparse)");
-    check_same_device(payload, *schedule, kTileExperts, "schedule");
-  }
-  STD_TORCH_CHECK(is_aligned(payload.const_data_ptr()), kTileExperts,
-                  ": payload must start at a multiple of 16 bytes; clone it");
-  std::vector<ExpertMatrix> together;
-  for (int64_t index = 0; index < matrices; ++index) {
+  std::vector<ExpertMatrix> hit;
+  for (int64_t index = 0; index < on_card.matrices(); ++index) {
     const int64_t begin = sorted.begin[index / parts], tokens = sorted.begin[index / parts + 1] - begin;
-    if (tokens == 0) continue;
-    ExpertMatrix matrix{index, begin, tokens, {}};
-    if (is_grouped) {
-      matrix.plan = cached_plan(*on_card.limits, {device, batch_invariant, 0, out_features, on_card.cols, tokens,
-                                                  on_card.payload_bytes(matrix)});
-    }
-    if (matrix.plan.family == Family::kSm90) {
-      together.push_back(matrix);
-    } else {
-      on_card.run_alone(matrix);
-    }
+    if (tokens > 0) hit.push_back({index, begin, tokens});
   }
-  std::stable_sort(together.begin(), together.end(), [](const ExpertMatrix& a, const ExpertMatrix& b) {
-    return std::make_pair(a.plan.splits, a.tokens) < std::make_pair(b.plan.splits, b.tokens);
-  });
-  if (!together.empty()) {
+  if (on_card.limits == nullptr) {
+    for (const ExpertMatrix& matrix : hit) on_card.run_unpacked(matrix);
+  } else {
+    std::stable_sort(hit.begin(), hit.end(),
+                     [](const ExpertMatrix& a, const ExpertMatrix& b) { return a.tokens < b.tokens; });
     const AlignedRows rows_of_x = aligned_rows(x, count, on_card.cols);
-    for (size_t first = 0; first < together.size();) {
-      size_t last = first + 1;
-      while (last < together.size() && last - first < kMaxLayers &&
-             together[last].plan.splits == together[first].plan.splits) {
-        ++last;
-      }
-      on_card.run_together(rows_of_x, together.data() + first, static_cast<int>(last - first));
-      first = last;
+    const int splits = on_card.fixed_splits();
+    const int64_t matrices = static_cast<int64_t>(hit.size()), launches = ceil_div(matrices, on_card.at_once());
+    for (int64_t i = 0; i < launches; ++i) {
+      const int64_t first = matrices * i / launches, last = matrices * (i + 1) / launches;
+      on_card.run(rows_of_x, hit.data() + first, last - first, splits);
     }
   }
-  return select_rows(on_card.y, torch::stable::narrow(routes_there, 0, count, count));
+  return select_rows(on_card.y, torch::stable::narrow(on_device, 0, count, count));
 }
 
 Tensor tile_experts(const Tensor& x, const Tensor& experts, const Tensor& payload, const Tensor& tile_is_sparse,

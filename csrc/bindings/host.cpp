@@ -176,7 +176,7 @@ py::list self_checks(const pk::DeviceLimits& limits, bool is_half) {
     }
     py::dict problem;
     problem["rows"] = check.sizes.rows, problem["cols"] = check.sizes.cols, problem["tokens"] = check.sizes.tokens;
-    problem["layers"] = check.layers;
+    problem["layers"] = check.layers, problem["own_tokens"] = check.own_tokens;
     problem["launches"] = launches;
     all.append(problem);
   }

@@ -12,6 +12,7 @@ namespace {
 struct YMaps {
   CUtensorMap layer[kMaxLayers];
 };
+static_assert(sizeof(GemmProblem) + sizeof(CUtensorMap) + sizeof(YMaps) <= 4000, "4 KB of parameters, with padding");
 
 template <class C, class Element>
 __global__ void __launch_bounds__(C::kThreads, C::kPairs ? 1 : 2)

@@ -14,6 +14,7 @@ struct Case {
   Sizes sizes;
   DType dtype = DType::kFloat16;
   int bn = 8, depth = 2, splits = 1, workers = 1, groups_per_block = 1;
+  int layers = 1;  // more: each with rows of x of its own and a launch
   CopyTime copy_time = CopyTime::kAtWait;
 };
 
@@ -21,9 +22,9 @@ const char* name_of(CopyTime time) { return time == CopyTime::kAtWait ? "late" :
 
 std::string describe(const Case& c) {
   char text[192];
-  snprintf(text, sizeof(text), " %s bn %d depth %d splits %d workers %d groups_per_block %d copies %s",
+  snprintf(text, sizeof(text), " %s bn %d depth %d splits %d workers %d groups_per_block %d layers %d copies %s",
            with_packed(c.dtype, [](auto packed) { return packed.kShortName; }), c.bn, c.depth, c.splits, c.workers,
-           c.groups_per_block, name_of(c.copy_time));
+           c.groups_per_block, c.layers, name_of(c.copy_time));
   return describe(c.sizes) + text;
 }
 
@@ -76,17 +77,24 @@ Memory range(const Aligned<T>& memory) {
 template <class Config, class Element>
 std::string run_typed(const Case& c, const Planted& planted) {
   IntegerProblem<Element> problem(c.sizes);
-  GemmProblem p = problem.view();
-  p.items = {p.layers[0].schedule.tile_rows, static_cast<int>(ceil_div(p.tokens, c.bn)), c.groups_per_block, c.workers};
-  p.splits = c.splits;
-  int grid_x = c.workers;
-  mislead(planted.told, problem, p, grid_x);
-  Aligned<float> partials(static_cast<size_t>(sm80_partial_index(p, c.splits, 0, 0)));
-  memset(partials.data, 0xFF, partials.size * sizeof(float));
-  const Options options{c.copy_time, planted.machine, planted.index};
-  const std::string complaint =
-      run_sm80<Config, Element>(p, grid_x, partials.data, range(problem.x), range(*problem.payload), options);
-  return complaint.empty() ? problem.complaint() : complaint;
+  problem.cut(c.layers);
+  if (c.layers > 1) problem.send_tokens();
+  const GemmProblem all = problem.view();
+  for (int i = 0; i < all.layer_count; ++i) {
+    GemmProblem p = alone(all, i);
+    p.items = {p.layers[0].schedule.tile_rows, static_cast<int>(ceil_div(p.tokens, c.bn)), c.groups_per_block,
+               c.workers};
+    p.splits = c.splits;
+    int grid_x = c.workers;
+    mislead(planted.told, problem, p, grid_x);
+    Aligned<float> partials(static_cast<size_t>(sm80_partial_index(p, c.splits, 0, 0)));
+    memset(partials.data, 0xFF, partials.size * sizeof(float));
+    const Options options{c.copy_time, planted.machine, planted.index};
+    const std::string complaint =
+        run_sm80<Config, Element>(p, grid_x, partials.data, range(problem.x), range(*problem.payload), options);
+    if (!complaint.empty()) return complaint;
+  }
+  return problem.complaint();
 }
 
 template <class Config>
@@ -143,6 +151,7 @@ Case random_case(std::mt19937& random) {
   const int groups = std::max(1, static_cast<int>(ceil_div(c.sizes.tokens, c.bn)));
   c.workers = between(random, 1, groups * static_cast<int>(ceil_div(c.sizes.rows, kTile)));
   c.groups_per_block = between(random, 1, groups);
+  if (between(random, 0, 3) == 0) c.layers = 3;
   return c;
 }
 

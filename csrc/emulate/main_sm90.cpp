@@ -129,6 +129,11 @@ Case random_case(std::mt19937& random) {
   c.cut_by_pair = between(random, 0, 1) != 0;
   c.layers = between(random, 0, 2) == 0 ? between(random, 2, kMaxLayers) : 1;
   c.own_tokens = between(random, 0, 1) != 0;
+  if (c.own_tokens && between(random, 0, 7) == 0) {  // as many layers as a launch takes
+    c.layers = kMaxLayers;
+    c.sizes.rows = kTile * kMaxLayers - between(random, 0, kTile - 1);
+    c.sizes.cols = between(random, 1, 260);
+  }
   return c;
 }
 

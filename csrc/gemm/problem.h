@@ -15,17 +15,18 @@
 
 namespace patch_kernels {
 
-constexpr int kMaxLayers = 8;  // that one launch computes: q, k and v, gate and up, or matrices of experts
+// That one launch computes: q, k and v; gate and up; gate and up of eight experts. With a tensor map for each the
+// kernel's parameters fill their 4 KB.
+constexpr int kMaxLayers = 16;
 
 // A layer of a launch.
 struct GemmLayer {
   const uint8_t* payload;  // packed tiles
   const void* bias;        // (rows) or null
-  void* y;                 // (tokens, rows), row stride y_stride elements
+  void* y;                 // (tokens, rows), row stride y_stride elements, a multiple of rows
   int rows;
-  int first_unit;  // units of the launch before its own; 0 for the first
   Schedule schedule;
-  // The layer's own rows of x: all of them, or those that are sent to an expert. sm_90 alone; elsewhere all.
+  // The layer's own rows of x: all of them, or those that are sent to an expert. The sm_80 family takes all.
   int first_token = 0, tokens = 0;
   int y_stride = 0;
 };
@@ -36,8 +37,9 @@ struct GemmProblem {
   int x_stride;
   ItemSpace items;
   int token_ctas, row_ctas, splits;  // see LaunchPlan
-  bool cut_by_pair;  // units of one row are cut along K like their pair: the same sums from every kernel
-  int layer_count;   // layers of the same x; the sm_80 family takes one
+  bool cut_by_pair;            // units of one row are cut along K like their pair: the same sums from every kernel
+  int layer_count;             // layers of the same x; the sm_80 family takes one
+  int first_unit[kMaxLayers];  // of each layer: units of those before it. INT32_MAX where there is no layer
   GemmLayer layers[kMaxLayers];
 };
 
@@ -49,12 +51,24 @@ inline void share_tokens(GemmProblem& problem) {
   }
 }
 
+// A launch of one of the layers, whose rows of x are all there are.
+inline GemmProblem alone(const GemmProblem& problem, int index) {
+  GemmProblem one = problem;
+  GemmLayer& layer = one.layers[0] = problem.layers[index];
+  one.layer_count = 1;
+  one.tokens = layer.tokens;
+  one.x = static_cast<const uint16_t*>(problem.x) + static_cast<int64_t>(layer.first_token) * problem.x_stride;
+  layer.first_token = 0;
+  return one;
+}
+
 // Numbers the layers' units one after the other; a unit takes `rows_per_unit` tile rows.
 inline void place_layers(GemmProblem& problem, int rows_per_unit) {
   int units = 0;
-  for (int i = 0; i < problem.layer_count; ++i) {
-    problem.layers[i].first_unit = units;
-    units += static_cast<int>(ceil_div(problem.layers[i].schedule.tile_rows, rows_per_unit));
+  for (int i = 0; i < kMaxLayers; ++i) {
+    const bool is_there = i < problem.layer_count;
+    problem.first_unit[i] = is_there ? units : INT32_MAX;
+    if (is_there) units += static_cast<int>(ceil_div(problem.layers[i].schedule.tile_rows, rows_per_unit));
   }
   problem.items.units = units;
 }

@@ -241,7 +241,7 @@ PK_DEVICE void each_sum(M& m, Sums<Config, M>& sums, Store store) {
 }
 
 PK_DEVICE uint16_t* y_at(const GemmProblem& p, int token, int row) {
-  return static_cast<uint16_t*>(p.layers[0].y) + static_cast<int64_t>(token) * p.layers[0].rows + row;
+  return static_cast<uint16_t*>(p.layers[0].y) + static_cast<int64_t>(token) * p.layers[0].y_stride + row;
 }
 
 template <class Config, class M>

@@ -173,7 +173,7 @@ PK_BODY Ranks sharing_sums(const GemmProblem& p, const Place& place) {  // row_c
 // One item as a role sees it.
 struct Work {
   int layer;
-  int position;             // of the tile row in the layer's order, -1: none (the last pair of an odd number of rows)
+  int position;             // of the tile row in the layer's order; -1: there is nothing to multiply
   const uint32_t* entries;  // of its tiles
   int token0;               // first of the layer's tokens for this CTA
   Range k;                  // tile columns
@@ -184,16 +184,17 @@ PK_BODY Work work_of(const GemmProblem& p, const Item& item, const Place& place,
   Work work;
   work.layer = 0;
 #pragma unroll
-  for (int i = 1; i < kMaxLayers; ++i) {
-    if (i < p.layer_count && item.unit >= p.layers[i].first_unit) work.layer = i;
-  }
+  for (int i = 1; i < kMaxLayers; ++i) work.layer += item.unit >= p.first_unit[i];
   const GemmLayer& layer = p.layers[work.layer];
-  const int unit = item.unit - layer.first_unit;
+  const int unit = item.unit - p.first_unit[work.layer];
   const int pair = C::kPairs ? unit * p.row_ctas + place.row_cta : unit / 2;
   const int position = C::kPairs ? 2 * pair + row_of_pair : unit;
-  work.position = position < layer.schedule.tile_rows ? position : -1;
+  const int first_token = item.group * p.token_ctas * C::kBn;  // of the cluster
+  // The last pair of an odd number of rows has one row; a layer may have tokens in fewer groups than the launch.
+  const bool is_there = position < layer.schedule.tile_rows && first_token < layer.tokens;
+  work.position = is_there ? position : -1;
   work.entries = row_tiles(layer.schedule, position);
-  work.token0 = (item.group * p.token_ctas + place.token_cta) * C::kBn;
+  work.token0 = first_token + place.token_cta * C::kBn;
   const bool by_pair = C::kPairs || p.cut_by_pair;
   const int32_t* cuts = by_pair ? layer.schedule.pair_cuts + pair * kCuts : layer.schedule.row_cuts + unit * kCuts;
   // CTAs that share x walk all columns together, also one whose pair does not exist.

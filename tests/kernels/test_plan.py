@@ -330,8 +330,9 @@ def test_the_self_check_covers_every_plan(device):
     assert len(set(shapes)) == len(shapes)
     for is_half in (True, False):
         *complete, full = host.self_checks(limits, is_half)
-        layers = [check["layers"] for check in complete]
-        assert layers == ([1, 1, 3, 5] if DEVICES[device].get("compute_capability", 90) == 90 else [1, 1])
+        layers = [(check["layers"], check["own_tokens"]) for check in complete]
+        grouped = [(3, False), (5, True)] if DEVICES[device].get("compute_capability", 90) == 90 else []
+        assert layers == [(1, False), (1, False), *grouped]
         for check in complete:
             assert [shape for shape, _ in check["launches"]] == shapes
         assert {shape for shape, _ in full["launches"]} <= set(shapes)

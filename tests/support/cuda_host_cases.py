@@ -319,9 +319,13 @@ def experts_get_their_tokens(host):
             for tokens, fan in ((1, 1), (1, 3), (5, 2), (40, 1), (70, 2)):
                 x = torch.randint(-2, 3, (tokens, cols), generator=generator).bfloat16()
                 chosen = torch.randint(0, experts, (tokens * fan,), generator=generator)
+                expected = by_hand(module, dense, x, chosen)
                 for module.batch_invariant in (False, True):
                     y = call_experts(module, x, chosen)
-                    assert torch.equal(y, by_hand(module, dense, x, chosen)), (device, experts, tokens, fan)
+                    assert torch.equal(y, expected), (device, experts, tokens, fan)
+                begins = tile_experts.matrix_begins(module.tile_is_sparse)
+                args = module.weight, module.tile_is_sparse, None, begins, rows, parts, module.bias, False
+                assert torch.equal(torch.ops.patch_kernels.tile_experts(x, chosen, *args), expected)  # unpacked
     host.library.fake_computes(False)
     host.library.fake_set_device(0)
 
@@ -332,40 +336,122 @@ def call_experts(module, x, chosen):
         return module(x, chosen)
 
 
-def experts_are_launched_in_groups(host):
-    """Eight matrices a launch, each with its own rows of one x, its place in y, its bytes, bias and schedule."""
-    module, _ = experts_module(40, 2, 128, 256, True)
+def check_experts_launch(host, module, experts_of):
+    """The last launch is that of these (expert, first row of the sorted x, rows)."""
+    launch, layers = host.last_launch(), host.last_layers()
     begins = tile_experts.matrix_begins(module.tile_is_sparse).tolist()
+    rows, parts = module.out_features, module.parts
+    expected = {
+        module.weight.data_ptr() + begins[parts * expert + part]: (expert, part, begin, count)
+        for expert, begin, count in experts_of
+        for part in range(parts)
+    }
+    y = min(got.y - 2 * parts * rows * got.first_token for got in layers)
+    units = 0
+    for got in layers:
+        expert, part, begin, count = expected.pop(got.payload)
+        assert (got.first_token, got.tokens, got.rows, got.y_stride) == (begin, count, rows, parts * rows)
+        assert got.y == y + 2 * (begin * parts + part) * rows
+        bias = 0 if module.bias is None else module.bias.data_ptr() + 2 * (expert * parts + part) * rows
+        assert got.bias == bias
+        words = tile_linear.make_schedule(module.tile_is_sparse[parts * expert + part])
+        assert words_at(got.schedule_tiles - 12, words.numel()) == words.tolist()
+        assert got.first_unit == units
+        is_prefill = launch.x_map_box_rows > 32
+        units += -(-module.tile_is_sparse.shape[1] // (2 * launch.row_ctas if is_prefill else 1))
+        if is_prefill and rows % 8 == 0:
+            y_map = got.y_map_base, got.y_map_cols, got.y_map_rows, got.y_map_stride_bytes
+            assert y_map == (got.y, rows, count, 2 * parts * rows)
+    assert not expected and launch.units == units
+
+
+def experts_are_launched_in_groups(host):
+    """Sixteen matrices a launch, each with its own rows of one x, its place in y, its bytes, bias and schedule."""
+    module, _ = experts_module(40, 2, 136, 264, True)
     chosen = torch.tensor([7, 3, 7, 39, 0, 3, 7, 0])
-    x = inputs(8, 256)
+    x = inputs(8, 264)
     syncs, launches = host.counts()["syncs"], host.counts()["launches"]
     call_experts(module, x, chosen)
     assert host.counts()["launches"] == launches + 1 and host.counts()["syncs"] == syncs + 1
-    launch, layers = host.last_launch(), host.last_layers()
+    launch = host.last_launch()
     assert (launch.layers, launch.tokens, launch.x_map_rows, launch.overlaps) == (8, 8, 8, 1)
-    expected = {}
-    for expert, (begin, count) in {0: (0, 2), 3: (2, 2), 7: (4, 3), 39: (7, 1)}.items():
-        for part in (0, 1):
-            expected[module.weight.data_ptr() + begins[2 * expert + part]] = (expert, part, begin, count)
-    y = min(got.y for got in layers)
-    for got in layers:
-        expert, part, begin, count = expected.pop(got.payload)
-        assert (got.first_token, got.tokens, got.rows, got.y_stride) == (begin, count, 128, 256)
-        assert got.y == y + 2 * (begin * 256 + part * 128)
-        assert got.bias == module.bias.data_ptr() + 2 * (expert * 256 + part * 128)
-        words = tile_linear.make_schedule(module.tile_is_sparse[2 * expert + part])
-        assert words_at(got.schedule_tiles - 12, words.numel()) == words.tolist()
-    assert not expected
-    call_experts(module, inputs(10, 256), torch.arange(10))
-    assert host.counts()["launches"] == launches + 1 + 3  # 20 matrices
-    host.library.fake_set_device(2)  # an A100: a launch for each
-    launches = host.counts()["launches"]
-    call_experts(module, x, chosen)
-    assert host.counts()["launches"] >= launches + 8
-    host.library.fake_set_device(0)
+    check_experts_launch(host, module, [(0, 0, 2), (3, 2, 2), (7, 4, 3), (39, 7, 1)])
+    many = torch.cat([torch.full((50,), 9), torch.full((130,), 2)])  # of the sorted x expert 2 comes first
+    call_experts(module, inputs(180, 264), many)
+    assert host.last_launch().x_map_box_rows > 32
+    check_experts_launch(host, module, [(2, 0, 130), (9, 130, 50)])
+    for experts, per_launch in ((8, 16), (9, 9), (24, 16), (25, 13)):
+        launches = host.counts()["launches"]
+        call_experts(module, inputs(experts, 264), torch.arange(experts))
+        assert host.counts()["launches"] == launches + -(-2 * experts // 16)
+        assert host.last_launch().layers == per_launch
+    few_last = torch.cat([torch.arange(8).repeat_interleave(40), torch.arange(8, 16)])
+    call_experts(module, inputs(328, 264), few_last)  # those with like numbers of tokens are launched together
+    check_experts_launch(host, module, [(expert, 40 * expert, 40) for expert in range(8)])
     with tensors_are_on_cuda():
         module(x.requires_grad_(), chosen)
     assert host.last_launch().overlaps == 0
+
+
+def experts_are_launched_alone_elsewhere(host):
+    """On an A100 a launch for each matrix, which is told the rows of x and the place in y that are its own."""
+    module, _ = experts_module(40, 2, 136, 264, True)
+    host.library.fake_set_device(2)
+    launches = host.counts()["launches"]
+    call_experts(module, inputs(8, 264), torch.tensor([7, 3, 7, 39, 0, 3, 7, 0]))
+    launch, (got,) = host.last_launch(), host.last_layers()
+    # With a split each is followed by one that adds the sums.
+    assert host.counts()["launches"] == launches + 8 * (2 if launch.splits > 1 else 1)
+    begins = tile_experts.matrix_begins(module.tile_is_sparse).tolist()
+    assert got.payload == module.weight.data_ptr() + begins[2 * 7 + 1]  # has most tokens, so is the last
+    assert (launch.tokens, got.first_token, got.tokens, got.y_stride) == (3, 0, 3, 272)
+    host.library.fake_set_device(0)
+
+
+def experts_are_split_by_their_launch(host):
+    """As many splits as the planner has for the sum of the matrices; those of batch_invariant follow from the layer."""
+    module, _ = experts_module(16, 1, 128, 2048, False)
+    average = module.weight.numel() // 16
+    seen = set()
+    for experts in (1, 2, 3, 5, 8, 16):
+        for tokens in (1, 5, 40, 300):
+            x, chosen = inputs(experts * tokens, 2048), torch.arange(experts).repeat_interleave(tokens)
+            choice = (ctypes.c_int * 6)()
+            sizes = [ctypes.c_int64(n) for n in (128 * experts, 2048, tokens, average * experts)]
+            assert host.library.patch_kernels_plan_choices(0, *sizes, choice, 1) == 1
+            module.batch_invariant = False
+            call_experts(module, x, chosen)
+            launch = host.last_launch()
+            assert (launch.x_map_box_rows, launch.token_ctas, launch.row_ctas, launch.splits) == tuple(choice)[:4]
+            module.batch_invariant = True
+            call_experts(module, x, chosen)
+            seen.add((launch.splits, host.last_launch().splits))
+    assert len({free for free, _ in seen}) > 1 and len({fixed for _, fixed in seen}) == 1
+
+
+def experts_that_do_not_fit_are_refused(host):
+    module, _ = experts_module(4, 1, 128, 128, False)
+    x, chosen = inputs(2, 128), torch.tensor([0, 3])
+    schedule, begins = (
+        tile_experts.make_schedules(module.tile_is_sparse),
+        tile_experts.matrix_begins(module.tile_is_sparse),
+    )
+    good = [module.weight, module.tile_is_sparse, schedule, begins]
+    unaligned = torch.zeros(module.weight.numel() + 1, dtype=torch.uint8)[1:]
+    for index, other, message in (
+        (0, module.weight[:-128].clone(), f"payload has {module.weight.numel() - 128} bytes, but its tile flags need"),
+        (0, unaligned, "payload must start at a multiple of 16 bytes; clone it"),
+        (2, schedule[:, 1:].contiguous(), "schedule must be make_schedules(tile_is_sparse)"),
+        (3, None, "begins must be matrix_begins(tile_is_sparse), on the CPU"),
+        (3, begins[1:], "begins must be matrix_begins(tile_is_sparse), on the CPU"),
+    ):
+        args = [*good[:index], other, *good[index + 1 :]]
+        try:
+            torch.ops.patch_kernels.tile_experts(x, chosen, *args, 128, 1, None, False)
+        except RuntimeError as error:
+            assert f"tile_experts: {message}" in str(error)
+        else:
+            raise AssertionError(message)
 
 
 def experts_are_not_captured(host):
@@ -529,6 +615,9 @@ CASES = [
     a_group_is_one_launch_for_each_split,
     experts_get_their_tokens,
     experts_are_launched_in_groups,
+    experts_are_launched_alone_elsewhere,
+    experts_are_split_by_their_launch,
+    experts_that_do_not_fit_are_refused,
     experts_are_not_captured,
     a_check_that_finds_no_memory_is_repeated,
     a_check_works_while_another_thread_captures,

@@ -51,6 +51,8 @@ CUresult CUDAAPI encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t, 
   return CUDA_SUCCESS;
 }
 
+void serially(int64_t n, patch_kernels::ParallelBody body, void* context) { body(0, n, context); }
+
 // The packed weight of a layer, by what kernels read of it.
 std::vector<uint16_t> weight_of(const patch_kernels::GemmLayer& layer, int cols) {
   const patch_kernels::Schedule& schedule = layer.schedule;
@@ -62,9 +64,7 @@ std::vector<uint16_t> weight_of(const patch_kernels::GemmLayer& layer, int cols)
     }
   }
   std::vector<uint16_t> weight(static_cast<size_t>(layer.rows) * cols);
-  patch_kernels::cpu::unpack_tiles(
-      {layer.payload, flags.data(), layer.rows, cols}, weight.data(),
-      [](int64_t n, patch_kernels::ParallelBody body, void* context) { body(0, n, context); });
+  patch_kernels::cpu::unpack_tiles({layer.payload, flags.data(), layer.rows, cols}, weight.data(), serially);
   return weight;
 }
 
@@ -133,9 +133,9 @@ PK_EXPORT int fake_last_layers(int64_t* out) {
                                 static_cast<const void*>(layer.schedule.tiles)}) {
       *out++ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer));
     }
-    *out++ = layer.rows, *out++ = layer.first_unit;
+    *out++ = layer.rows, *out++ = p.first_unit[i];
     *out++ = layer.first_token, *out++ = layer.tokens, *out++ = layer.y_stride;
-    for (int word = 0; word < 2; ++word) *out++ = static_cast<int64_t>(map[word]);
+    for (int word = 0; word < 4; ++word) *out++ = static_cast<int64_t>(map[word]);
   }
   return p.layer_count;
 }
@@ -275,7 +275,10 @@ const std::string& driver_complaint() {
 }
 void require_driver(const char*) {}
 
-void unpack_tiles(const TiledMatrix&, const Schedule&, uint16_t*, void*) { throw std::runtime_error("unpacked"); }
+void unpack_tiles(const TiledMatrix& matrix, const Schedule&, uint16_t* weight, void*) {
+  if (!computes) throw std::runtime_error("unpacked");
+  cpu::unpack_tiles(matrix, weight, serially);
+}
 
 // Ops that are not looked at here.
 void masked_weight(const MaskedWeightArgs&, void*, double*, double*, void*) { abort(); }
