@@ -170,7 +170,7 @@ class Experts(nn.Module):
         y = torch.cat(self._call(rows.split(sizes), more))
         if (norm := self._modules.get("post_expert_norm")) is not None:
             y = norm(y)
-        return weighted(y[order.argsort()].view(tokens, choices, -1), weights, hidden.dtype)
+        return weighted(y[order.argsort()].view(tokens, choices, y.shape[-1]), weights, hidden.dtype)
 
     def _batched(self, hidden: Tensor) -> Tensor:
         of_expert = hidden.reshape(self.experts, -1, hidden.shape[-1])

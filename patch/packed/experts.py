@@ -59,7 +59,7 @@ class PackedExperts(nn.Module):
         y = self._experts(hidden, chosen.reshape(-1))
         if (norm := self._modules.get("post_expert_norm")) is not None:
             y = norm(y)
-        return weighted(y.view(*chosen.shape, -1), weights, hidden.dtype)
+        return weighted(y.view(*chosen.shape, y.shape[-1]), weights, hidden.dtype)
 
     def _batched(self, hidden: Tensor) -> Tensor:
         # An expert without biases makes zeros of zeros: tokens that were not sent to it are left out.

@@ -284,6 +284,16 @@ def test_description_of_a_mixture():
     assert config.written_version == 3
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "Llama 4 (text)"])
+def test_no_tokens_make_no_rows(name):
+    model, _ = masked(name)
+    path, experts = next(opened(model))
+    x = torch.zeros(0, 32, dtype=torch.bfloat16)
+    routes = () if experts.form.takes == "batched" else (torch.zeros(0, 2, dtype=torch.int64), x[:, :2])
+    assert experts(x, *routes).shape == (0, 32)
+    assert pack_model(model).get_submodule(path)(x, *routes).shape == (0, 32)
+
+
 def test_calls_that_do_not_fit_are_refused(packed):
     experts = packed.get_submodule(EXPERTS)
     x, share = torch.zeros(1, 32, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16)
