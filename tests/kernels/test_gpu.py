@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import ROOT
 from support.adamw import adamw_state, random_gradient, same_bits
+from support.experts_case import experts_case
 from support.integer_case import integer_case
 from support.masked_weight import MODES, NOISE, make_case, run
 from support.models import build_tiny_model
@@ -61,6 +62,34 @@ def test_a_group_is_its_weights_one_by_one():
         results = tile_linear.tile_linear_group(x, [value for w in weights for value in w], batch_invariant)
         for y, weight in zip(results, weights, strict=True):
             assert torch.equal(y, torch.ops.patch_kernels.tile_linear(x, *weight, batch_invariant))
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(("experts", "parts", "shape"), [(20, 2, (256, 512)), (5, 1, (130, 1000)), (8, 2, (768, 2048))])
+def test_experts_are_exact_on_integers(experts, parts, shape, batch_invariant):
+    case = experts_case(experts, parts, shape)
+    expected_of, generator = case.dense.double(), torch.Generator().manual_seed(0)
+    module = case.packed.cuda()
+    module.batch_invariant = batch_invariant
+    for tokens, fan in ((1, 1), (1, 4), (7, 2), (40, 1), (300, 2)):
+        x = torch.randint(-2, 3, (tokens, shape[1]), generator=generator).bfloat16()
+        chosen = torch.randint(0, experts, (tokens * fan,), generator=generator)
+        rows = x.double().repeat_interleave(fan, 0)
+        for expert in chosen.unique().tolist():
+            at = (chosen == expert).nonzero()[:, 0]
+            y = (rows[at] @ expected_of[expert].T + case.bias[expert].double()).bfloat16()
+            assert torch.equal(module(x.cuda(), chosen.cuda())[at.cuda()].cpu(), y)
+
+
+def test_experts_are_not_captured():
+    case = experts_case(4, 1, (128, 128))
+    module, x, chosen = case.packed.cuda(), torch.ones(2, 128).bfloat16().cuda(), torch.tensor([0, 3]).cuda()
+    module(x, chosen)
+    with (
+        pytest.raises(RuntimeError, match="expected a stream that is not captured, got one that is"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        module(x, chosen)
 
 
 def test_sparse_kernels_passed_their_self_check():

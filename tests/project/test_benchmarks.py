@@ -618,8 +618,29 @@ def test_a_wrong_layer_of_a_group_is_counted(monkeypatch):
     assert data["failed"] and data["bad"] == [{"case": "two M=3 batch invariant", "different": 2}]
 
 
+def test_wrong_experts_are_counted(monkeypatch):
+    mixtures, calls = {"two": (5, 2, 130, 72)}, [(1, 1), (6, 2)]
+    assert stages.tally(card_checks.expert_cases("cpu", mixtures, calls))["summary"] == "4 cases, 0 differ"
+    right = card_checks.TiledExperts.forward
+
+    def depends_on_rows(module, x, experts):  # batch-invariant calls of six rows alone, in one value
+        y = right(module, x, experts)
+        y[0, 0] += module.batch_invariant and len(x) == 6
+        return y
+
+    monkeypatch.setattr(card_checks.TiledExperts, "forward", depends_on_rows)
+    data = stages.tally(card_checks.expert_cases("cpu", mixtures, calls))
+    # From the exact value, and from a call of the first rows alone.
+    assert data["failed"] and data["bad"] == [{"case": "two M=6x2 batch invariant", "different": 2}]
+
+
 def test_what_the_sanitizer_watches_is_exact(monkeypatch):
     card_checks.sanitizer_cases("cpu")
+    forward = card_checks.TiledExperts.forward
+    with monkeypatch.context() as wrong:
+        wrong.setattr(card_checks.TiledExperts, "forward", lambda *args: forward(*args) + 1)
+        with pytest.raises(AssertionError, match=r"^wrong result of experts M=8x2$"):
+            card_checks.sanitizer_cases("cpu")
     right = tile_linear.tile_linear_group
     monkeypatch.setattr(tile_linear, "tile_linear_group", lambda *args: [y + 1 for y in right(*args)])
     with pytest.raises(AssertionError, match=r"^wrong result of a group at M=8$"):
