@@ -326,6 +326,25 @@ def test_experts_run_names_what_is_wrong_and_what_is_lost(monkeypatch):
     assert bench_tile_experts.losses([*rows, dict(rows[0], over_torch=1.1)]) == ["a down M=8 tiles 0%: 0.90"]
 
 
+def test_experts_on_a_gpu_need_one(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench_tile_experts.main(["--device", "cuda"])
+    assert "--device cuda: expected a GPU that torch sees, got none. Measure the CPU" in capsys.readouterr().err
+
+
+def test_experts_on_a_gpu_are_waited_for(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+    run = bench_tile_experts.ExpertsRun(TINY_EXPERTS[:1], [1], [0.5], 2, 100_000)
+    run.run()
+    assert waits == [] and len(run.rows) == 3
+    cell, methods = bench_tile_experts.Cell(TINY_EXPERTS[0], 1), bench_tile_experts.methods_of(TINY_EXPERTS[0], [0.5])
+    run.device = "cuda"
+    run._cell(cell, methods, bench_tile_experts.Reader(100_000))
+    assert len(waits) == 3 * (3 + 1)  # a warm-up round and two more of the methods and the read
+
+
 def test_experts_run_ends_with_its_budget(capsys):
     bench_tile_experts.main(["--models", "Mixtral-8x7B", "--tokens", "1", "--budget-seconds", "0", "--l3-mib", "0.1"])
     assert capsys.readouterr().out.splitlines() == [
