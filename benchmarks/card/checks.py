@@ -16,7 +16,7 @@ import torch
 from benchmarks import harness
 from benchmarks.card import mask_checks
 from benchmarks.ops.bench_tile_linear import packed_weight
-from patch_kernels import PATTERNS, TiledLinear, TiledWeight, reference, tile_grid
+from patch_kernels import PATTERNS, TiledExperts, TiledLinear, TiledWeight, reference, tile_grid
 from patch_kernels.ops import tile_linear
 
 # N, K: one tile, tails on both sides, an odd number of tile rows, several splits of K, more rows than SMs.
@@ -34,6 +34,14 @@ GROUPS = {
 }
 GROUP_TOKENS = [1, 8, 16, 17, 33, 64, 100, 256, 1024]
 DRY_GROUPS = {"q, k, v": (256, (384, 130, 64)), "gate, up": (130, (256, 256)), "four": (72, (128, 130, 64, 1))}
+# Mixtures: experts, parts, N, K. More matrices than a launch takes, one that fills it, and sizes without a whole tile.
+MIXTURES = {
+    "gate, up of Qwen3-30B-A3B, 32 experts": (32, 2, 768, 2048),
+    "down of Qwen3-30B-A3B, 32 experts": (32, 1, 2048, 768),
+    "ragged": (9, 2, 130, 1000),
+}
+MIXTURE_CALLS = [(1, 1), (1, 8), (8, 8), (40, 4), (300, 8), (2048, 2)]  # rows of x, and of y for each
+DRY_MIXTURES, DRY_CALLS = {"two parts": (9, 2, 130, 72), "one": (5, 1, 64, 130)}, [(1, 1), (3, 2), (40, 1)]
 DRY_SHAPES, DRY_TOKENS = [(129, 130), (256, 384)], [1, 9, 65]
 SANITIZER_CASES = [(256, 512, tokens) for tokens in (8, 64, 200)]
 PROFILES = {  # name: N, K, tokens, sparsity
@@ -156,6 +164,51 @@ def group_cases(
                 yield f"{name} M={tokens}{' batch invariant' if batch_invariant else ''}", different
 
 
+def integer_experts(experts: int, parts: int, rows: int, cols: int, generator: torch.Generator):
+    """TiledExperts of integers, each matrix with its own type map, and the dense weights (E, parts * N, K)."""
+    matrices = [
+        integer_weight(rows, cols, kind, torch.bfloat16, generator)
+        for kind, _ in zip(itertools.cycle(TYPE_MAPS), range(experts * parts), strict=False)
+    ]
+    payload = torch.cat([tiled.payload for tiled, _ in matrices])
+    module = TiledExperts(experts, parts, cols, rows, True, payload_bytes=payload.numel())
+    module.weight = payload
+    module.tile_is_sparse = torch.stack([tile_linear.tile_flags(tiled.tile_is_sparse) for tiled, _ in matrices])
+    bias = torch.randint(-8, 9, (experts, parts * rows), generator=generator).bfloat16()
+    module.bias = torch.nn.Parameter(bias, requires_grad=False)
+    dense = torch.stack([dense for _, dense in matrices])
+    return module, dense.reshape(experts, parts * rows, cols)
+
+
+def expert_cases(
+    device: str, mixtures: dict[str, tuple[int, int, int, int]], calls: list[tuple[int, int]]
+) -> Iterator[tuple[str, int]]:
+    """(case, values of y that differ from the exact ones) of random experts of random integers, bitwise.
+
+    Of a batch-invariant call also those that differ when its first rows are called alone.
+    """
+    for name, (experts, parts, rows, cols) in mixtures.items():
+        generator = torch.Generator().manual_seed(rows)
+        module, dense = integer_experts(experts, parts, rows, cols, generator)
+        module, dense = module.to(device), dense.to(device)
+        for tokens, fan in calls:
+            x = torch.randint(-4, 5, (tokens, cols), generator=generator).bfloat16().to(device)
+            chosen = torch.randint(0, experts, (tokens * fan,), generator=generator).to(device)
+            expected = torch.empty(tokens * fan, parts * rows, dtype=x.dtype, device=device)
+            for expert in chosen.unique().tolist():
+                at = (chosen == expert).nonzero()[:, 0]
+                expected[at] = exact_y(x[at // fan], dense[expert], module.bias[expert])
+            for module.batch_invariant in (False, True):
+                y = module(x, chosen)
+                different = int((y.view(torch.int16) != expected.view(torch.int16)).sum())
+                if module.batch_invariant:
+                    real = torch.randn(tokens, cols, generator=generator).bfloat16().to(device)
+                    first = module(real[: (tokens + 1) // 2], chosen[: (tokens + 1) // 2 * fan])
+                    whole = module(real, chosen)[: len(first)]
+                    different += int((first.view(torch.int16) != whole.view(torch.int16)).sum())
+                yield f"{name} M={tokens}x{fan}{' batch invariant' if module.batch_invariant else ''}", different
+
+
 def poisoned_matmul(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y, written where NaN lay before: freed memory of y's size is what the allocator hands out next."""
     poison = torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=x.dtype, device=x.device)
@@ -211,7 +264,7 @@ def graph_cases(sizes: list[tuple[int, int, int]]) -> Iterator[tuple[str, int]]:
 
 
 def sanitizer_cases(device: str) -> None:
-    """Small exact cases: everything is made on the CPU, so that only tile_linear runs under the tool."""
+    """Small exact cases: all but what experts need is made on the CPU, so that the tool sees tile_linear alone."""
     for rows, cols, tokens in SANITIZER_CASES:
         generator = torch.Generator().manual_seed(tokens)
         tiled, dense = integer_weight(rows, cols, "random", torch.bfloat16, generator)
@@ -224,6 +277,8 @@ def sanitizer_cases(device: str) -> None:
         operands = group_operands([on_device(tiled, device) for tiled, _ in layers], [None, None])
         for y, (_, dense) in zip(tile_linear.tile_linear_group(x.to(device), operands), layers, strict=True):
             assert torch.equal(y.cpu(), exact_y(x, dense, None)), f"wrong result of a group at M={tokens}"
+    for case, different in expert_cases(device, {"experts": (9, 2, 130, 512)}, [(8, 2), (70, 1)]):
+        assert different == 0, f"wrong result of {case}"
 
 
 def profile(name: str) -> None:

@@ -194,12 +194,14 @@ def exact(options) -> dict:
             cases = itertools.chain(
                 checks.exact_cases("cpu", checks.DRY_SHAPES, checks.DRY_TOKENS),
                 checks.group_cases("cpu", checks.DRY_GROUPS, checks.DRY_TOKENS),
+                checks.expert_cases("cpu", checks.DRY_MIXTURES, checks.DRY_CALLS),
             )
             return tally(cases)
         # Large weights last: packing them takes most of the time.
         cases = itertools.chain(
             checks.exact_cases("cuda", checks.EXACT_SHAPES, checks.EXACT_TOKENS),
             checks.group_cases("cuda", checks.GROUPS, checks.GROUP_TOKENS),
+            checks.expert_cases("cuda", checks.MIXTURES, checks.MIXTURE_CALLS),
             checks.exact_cases("cuda", checks.LARGE_EXACT_SHAPES, checks.EXACT_TOKENS),
         )
         data = tally(cases, options.stage_seconds)

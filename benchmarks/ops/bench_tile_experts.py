@@ -1,8 +1,10 @@
-"""tile_experts on a CPU against torch on dense weights, side by side in one run: every cell, wins and losses.
+"""tile_experts against torch on dense weights, side by side in one run: every cell, wins and losses.
 
 python -m benchmarks.ops.bench_tile_experts --csv benchmarks/results/tile_experts_cpu.csv
     rivals: torch's grouped_mm on dense bf16 weights (E, N, K) with rows sorted by expert and put back, as transformers
     calls it, and a loop of F.linear over the experts that were hit, its default
+
+On a GPU (--device cuda) a call ends when the GPU has: tile_experts waits for it anyhow, to read the experts.
 
 Routing is random, another one every round, so that little of the weights that a call needs is in L3. GB_per_s counts
 the weights of the experts that were hit, x and y once; of_read is its share of what reading a large buffer reaches in
@@ -127,6 +129,11 @@ def packed_method(layer: Layer, weights: Sequence[torch.Tensor], sparsity: float
     return Method(sparsity, module, matrix, module.weight.numel() / layer.experts)
 
 
+def ended(call: Callable[[], object]) -> None:
+    call()
+    torch.cuda.synchronize()
+
+
 def methods_of(layer: Layer, sparsities: Sequence[float]) -> dict[str, Method]:
     weights = [torch.randn(layer.rows, layer.cols).bfloat16() for _ in range(DISTINCT)]
     methods = {f"tiles {sparsity:.0%}": packed_method(layer, weights, sparsity) for sparsity in sparsities}
@@ -163,7 +170,8 @@ class ExpertsRun:
     tokens: Sequence[int]
     sparsities: Sequence[float]
     repeats: int
-    l3_bytes: int
+    l3_bytes: int  # or L2 of a GPU
+    device: str = "cpu"
     cell_seconds: float = math.inf
     budget_seconds: float = math.inf
     csv: Path | None = None  # saved after every cell: a run may be stopped
@@ -173,6 +181,10 @@ class ExpertsRun:
 
     @torch.no_grad()
     def run(self) -> None:
+        with torch.device(self.device):
+            self._run()
+
+    def _run(self) -> None:
         reader = Reader(self.l3_bytes)
         made: dict[Layer, dict[str, Method]] = {}
 
@@ -198,7 +210,10 @@ class ExpertsRun:
                 calls[name] = [functools.partial(method.call, x, experts) for experts in chosen]
             else:
                 self.wrong.append(f"{cell}: {name} misses the two-times rule")
-        times = harness.rotating_times(calls | {READ: [reader.call]}, self.repeats, self.cell_seconds)
+        calls[READ] = [reader.call]
+        if self.device == "cuda":
+            calls = {name: [functools.partial(ended, call) for call in of_name] for name, of_name in calls.items()}
+        times = harness.rotating_times(calls, self.repeats, self.cell_seconds)
         medians = {name: statistics.median(samples) for name, samples in times.items()}
         read_speed = reader.nbytes / medians.pop(READ)
         rivals = [medians[name] for name in (GROUPED, LOOP) if name in medians]
@@ -214,6 +229,11 @@ class ExpertsRun:
             row |= {"GB_per_s": 1e-9 * moved / median, "of_read": moved / median / read_speed}
             rows.append(row)
         return rows
+
+
+def cache_bytes(device: str) -> int:
+    """Of the last level before memory."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else harness.l3_bytes()
 
 
 def losses(rows: list[dict]) -> list[str]:
@@ -233,15 +253,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.add_argument("--sparsity", nargs="+", type=float, default=list(SPARSITIES))
     flags.add_argument("--cell-seconds", type=float, default=10, help="no more rounds after that, but a few")
     flags.add_argument("--budget-seconds", type=float, default=math.inf)
-    flags.add_argument("--l3-mib", type=float, help="size of the last-level caches; default what Linux says")
+    flags.add_argument("--l3-mib", type=float, help="size of the last-level caches; default what Linux or the GPU says")
+    flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = flags.parse_args(arguments)
     harness.in_range(options, flags, RANGES)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        flags.error(
+            "--device cuda: expected a GPU that torch sees, got none. Measure the CPU, or install a CUDA torch."
+        )
     run = ExpertsRun(
         [layer for model in options.models for layer in MODELS[model]],
         options.tokens,
         options.sparsity,
         options.repeats,
-        int(options.l3_mib * 2**20) if options.l3_mib else harness.l3_bytes(),
+        int(options.l3_mib * 2**20) if options.l3_mib else cache_bytes(options.device),
+        options.device,
         options.cell_seconds,
         options.budget_seconds,
         options.csv,

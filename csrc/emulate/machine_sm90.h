@@ -175,6 +175,7 @@ struct Cluster {
   std::deque<Cta> cta;
   Rendezvous everyone;
   Watchdog watchdog;
+  std::atomic<int64_t> weight_bytes{0};  // read from global memory
 
  private:
   std::mutex mutex_;
@@ -279,6 +280,7 @@ class Machine {
   }
   void copy_w(uint32_t to, const uint8_t* from, int bytes, uint32_t barrier, const sm90::Ranks& ranks) {
     require(to % 16 == 0 && bytes % 16 == 0, "bulk copies are made of aligned 16-byte units");
+    cluster_.weight_bytes += bytes;
     for_each_target(ranks, [&](Cta& cta) {
       memcpy(cta.at(to, bytes), from, bytes);
       cta.barrier(barrier).complete_bytes(bytes);

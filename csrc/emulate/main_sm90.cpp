@@ -32,6 +32,19 @@ std::string describe(const Case& c) {
   return describe(c.sizes) + text;
 }
 
+// What has to be read of the weights: a layer's once for each group of its tokens.
+int64_t weight_bytes(const GemmProblem& p, int tokens_of_group) {
+  int64_t bytes = 0;
+  for (int i = 0; i < p.layer_count; ++i) {
+    const GemmLayer& layer = p.layers[i];
+    const int64_t tiles = int64_t{layer.schedule.tile_rows} * layer.schedule.tile_cols;
+    for (int64_t t = 0; t < tiles; ++t) {
+      bytes += ceil_div(layer.tokens, tokens_of_group) * tile_bytes(entry_is_sparse(layer.schedule.tiles[t]));
+    }
+  }
+  return bytes;
+}
+
 // Runs the grid: clusters one after the other, the roles of a cluster's CTAs as threads. "" or what went wrong.
 template <class Config, class Element>
 std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
@@ -43,6 +56,7 @@ std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
     y_maps[i] = {static_cast<uint16_t*>(layer.y), layer.tokens, layer.rows, layer.y_stride};
   }
   const int roles = sm90::kConsumers + 1 + Config::kRings, ctas = p.token_ctas * p.row_ctas * p.splits;
+  int64_t read_bytes = 0;
   for (int index = 0; index < p.items.workers; ++index) {
     Cluster cluster(ctas, roles, Config::kBarrierOffset, Config::kBarriers, faults);
     for (Cta& cta : cluster.cta) {
@@ -66,7 +80,9 @@ std::string run_grid(const GemmProblem& p, const FaultPlan& faults) {
     for (std::thread& thread : threads) thread.join();
     const std::string complaint = cluster.verdict();
     if (!complaint.empty()) return complaint;
+    read_bytes += cluster.weight_bytes;
   }
+  if (read_bytes != weight_bytes(p, Config::kBn * p.token_ctas)) return "the tokens need other weights than are read";
   return "";
 }
 

@@ -49,11 +49,13 @@ def tile_experts(
     schedule        (E * parts, words) int32, make_schedule of each matrix; begins (E * parts + 1,) int64 on the CPU,
                     the byte of the payload at which each matrix begins and where the last one ends. Both are for GPUs.
     batch_invariant row p of y does not depend on the other rows, bit for bit, as in tile_linear
-    returns         (P, parts * N) in x's dtype: the bits that tile_linear gives for the rows of an expert together
-    raises          ValueError for what Python sees, RuntimeError for experts that there are not and for sizes of the
-                    packed weights that do not fit
+    returns         (P, parts * N) in x's dtype. On a CPU the bits that tile_linear gives for the rows of an expert
+                    together; on a GPU the sums are split as a launch for several experts is
+    raises          ValueError for what Python sees, RuntimeError for experts that there are not, for sizes of the packed
+                    weights that do not fit, and for a CUDA stream that is captured
 
-    Gradients reach x and bias; the weights are frozen.
+    Gradients reach x and bias; the weights are frozen. On a GPU a call waits for `experts`, so it is refused while a
+    CUDA graph is captured.
     """
     advice = "Flatten leading dimensions, and convert it to the dtype of the weights."
     require_tensor("tile_experts, x", x, dtypes=BY_TORCH, advice=advice)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import ROOT
 from support.adamw import adamw_state, random_gradient, same_bits
-from support.experts_case import experts_case, some_experts, whole_numbers
+from support.experts_case import experts_case, some_experts
 from support.families import FAMILIES, build
 from support.integer_case import integer_case
 from support.masked_weight import MODES, NOISE, make_case, run
@@ -67,17 +67,32 @@ def test_a_group_is_its_weights_one_by_one():
             assert torch.equal(y, torch.ops.patch_kernels.tile_linear(x, *weight, batch_invariant))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 8, 70, 700])
-@pytest.mark.parametrize("shape", [(256, 384), (136, 264), (130, 260)])
-def test_experts_are_exact_on_integers(shape, tokens, dtype):
-    case = experts_case(12, 2, shape, dtype)
-    x = whole_numbers(torch.Generator().manual_seed(tokens), dtype, tokens, shape[1])
-    experts = some_experts(2 * tokens, 12, tokens)
-    expected = reference.tile_experts(x, experts, case.dense, case.bias)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(("experts", "parts", "shape"), [(20, 2, (256, 512)), (5, 1, (130, 1000)), (8, 2, (768, 2048))])
+def test_experts_are_exact_on_integers(experts, parts, shape, batch_invariant):
+    case = experts_case(experts, parts, shape)
+    expected_of, generator = case.dense.double(), torch.Generator().manual_seed(0)
     module = case.packed.cuda()
-    for module.batch_invariant in (False, True):
-        assert torch.equal(module(x.cuda(), experts.cuda()).cpu(), expected)
+    module.batch_invariant = batch_invariant
+    for tokens, fan in ((1, 1), (1, 4), (7, 2), (40, 1), (300, 2)):
+        x = torch.randint(-2, 3, (tokens, shape[1]), generator=generator).bfloat16()
+        chosen = torch.randint(0, experts, (tokens * fan,), generator=generator)
+        rows = x.double().repeat_interleave(fan, 0)
+        for expert in chosen.unique().tolist():
+            at = (chosen == expert).nonzero()[:, 0]
+            y = (rows[at] @ expected_of[expert].T + case.bias[expert].double()).bfloat16()
+            assert torch.equal(module(x.cuda(), chosen.cuda())[at.cuda()].cpu(), y)
+
+
+def test_experts_are_not_captured():
+    case = experts_case(4, 1, (128, 128))
+    module, x, chosen = case.packed.cuda(), torch.ones(2, 128).bfloat16().cuda(), torch.tensor([0, 3]).cuda()
+    module(x, chosen)
+    with (
+        pytest.raises(RuntimeError, match="expected a stream that is not captured, got one that is"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        module(x, chosen)
 
 
 def test_gradients_of_experts_are_those_of_the_cpu():

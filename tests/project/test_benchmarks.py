@@ -326,6 +326,25 @@ def test_experts_run_names_what_is_wrong_and_what_is_lost(monkeypatch):
     assert bench_tile_experts.losses([*rows, dict(rows[0], over_torch=1.1)]) == ["a down M=8 tiles 0%: 0.90"]
 
 
+def test_experts_on_a_gpu_need_one(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench_tile_experts.main(["--device", "cuda"])
+    assert "--device cuda: expected a GPU that torch sees, got none. Measure the CPU" in capsys.readouterr().err
+
+
+def test_experts_on_a_gpu_are_waited_for(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+    run = bench_tile_experts.ExpertsRun(TINY_EXPERTS[:1], [1], [0.5], 2, 100_000)
+    run.run()
+    assert waits == [] and len(run.rows) == 3
+    cell, methods = bench_tile_experts.Cell(TINY_EXPERTS[0], 1), bench_tile_experts.methods_of(TINY_EXPERTS[0], [0.5])
+    run.device = "cuda"
+    run._cell(cell, methods, bench_tile_experts.Reader(100_000))
+    assert len(waits) == 3 * (3 + 1)  # a warm-up round and two more of the methods and the read
+
+
 def test_experts_run_ends_with_its_budget(capsys):
     bench_tile_experts.main(["--models", "Mixtral-8x7B", "--tokens", "1", "--budget-seconds", "0", "--l3-mib", "0.1"])
     assert capsys.readouterr().out.splitlines() == [
@@ -618,8 +637,29 @@ def test_a_wrong_layer_of_a_group_is_counted(monkeypatch):
     assert data["failed"] and data["bad"] == [{"case": "two M=3 batch invariant", "different": 2}]
 
 
+def test_wrong_experts_are_counted(monkeypatch):
+    mixtures, calls = {"two": (5, 2, 130, 72)}, [(1, 1), (6, 2)]
+    assert stages.tally(card_checks.expert_cases("cpu", mixtures, calls))["summary"] == "4 cases, 0 differ"
+    right = card_checks.TiledExperts.forward
+
+    def depends_on_rows(module, x, experts):  # batch-invariant calls of six rows alone, in one value
+        y = right(module, x, experts)
+        y[0, 0] += module.batch_invariant and len(x) == 6
+        return y
+
+    monkeypatch.setattr(card_checks.TiledExperts, "forward", depends_on_rows)
+    data = stages.tally(card_checks.expert_cases("cpu", mixtures, calls))
+    # From the exact value, and from a call of the first rows alone.
+    assert data["failed"] and data["bad"] == [{"case": "two M=6x2 batch invariant", "different": 2}]
+
+
 def test_what_the_sanitizer_watches_is_exact(monkeypatch):
     card_checks.sanitizer_cases("cpu")
+    forward = card_checks.TiledExperts.forward
+    with monkeypatch.context() as wrong:
+        wrong.setattr(card_checks.TiledExperts, "forward", lambda *args: forward(*args) + 1)
+        with pytest.raises(AssertionError, match=r"^wrong result of experts M=8x2$"):
+            card_checks.sanitizer_cases("cpu")
     right = tile_linear.tile_linear_group
     monkeypatch.setattr(tile_linear, "tile_linear_group", lambda *args: [y + 1 for y in right(*args)])
     with pytest.raises(AssertionError, match=r"^wrong result of a group at M=8$"):
