@@ -51,8 +51,8 @@ def tile_experts(
     batch_invariant row p of y does not depend on the other rows, bit for bit, as in tile_linear
     returns         (P, parts * N) in x's dtype. On a CPU the bits that tile_linear gives for the rows of an expert
                     together; on a GPU the sums are split as a launch for several experts is
-    raises          ValueError for what Python sees, RuntimeError for experts that there are not, for sizes of the packed
-                    weights that do not fit, and for a CUDA stream that is captured
+    raises          ValueError for what Python sees, RuntimeError for experts that there are not, for packed weights
+                    of sizes that do not fit, and for a CUDA stream that is captured
 
     Gradients reach x and bias; the weights are frozen. On a GPU a call waits for `experts`, so it is refused while a
     CUDA graph is captured.
