@@ -32,7 +32,7 @@ def all_cells(settings: Settings, ablations: Sequence[str] = ()) -> dict[str, Ce
             cells.append(_one_shot(settings, method, "2:4", 0.5))
     for method, row in METHODS.items():
         if "tiles" in row.patterns:
-            cells += [_tiles(settings, method, target) for target in settings.targets]
+            cells += [tiles_cell(settings, method, target) for target in settings.targets]
     for method, row in METHODS.items():
         if "unstructured" in row.patterns:
             cells += [_one_shot(settings, method, "unstructured", target) for target in settings.targets]
@@ -94,7 +94,7 @@ def _one_shot(settings: Settings, method: str, pattern: str, target: float) -> C
     return Cell(f"{method}-{_percent(target)}", label, f"{row.label} unstructured", target, make)
 
 
-def _tiles(settings: Settings, method: str, target: float, **fields: Any) -> Cell:
+def tiles_cell(settings: Settings, method: str, target: float, **fields: Any) -> Cell:
     """A hybrid in one shot; `fields` are those of TileOptions that differ from the default."""
     row = get_method(method)
     options = TileOptions(tile=settings.tile, **fields)
@@ -185,7 +185,7 @@ def _ablation(settings: Settings, ablation: str) -> list[Cell]:
     target = settings.targets[0]
     if ablation == "tiles":
         changes = ({"by": "error"}, {"by": "share"}, {"budget": "block"}, {"budget": "layer"})
-        return [_tiles(settings, PRIOR, target, **change) for change in changes]
+        return [tiles_cell(settings, PRIOR, target, **change) for change in changes]
     base, label = f"joint-{_percent(target)}", f"PATCH joint {_share(target)}"
     make = functools.partial(_learned, settings, group="ablation", mode="joint", target=target)
     if ablation == "learning":

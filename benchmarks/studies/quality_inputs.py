@@ -29,14 +29,18 @@ from patch.pruning.options import BlockOptions
 from patch.runs.stages import STAGE_FILE, digest, finished
 
 DEFAULT_WINDOW = 2048
-# No multiple of a tile's 128 rows and columns, so that nothing is tuned to one model; biases on q, k and v.
-RAGGED_QWEN2 = {"architecture": "qwen2", "hidden_size": 192, "intermediate_size": 456}
+# What differs from the demo's model.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    # No multiple of a tile's 128 rows and columns, so that nothing is tuned to one model; biases on q, k and v.
+    "qwen2": {"hidden_size": 192, "intermediate_size": 456},
+    "mixtral": {"intermediate_size": 256},
+}
 
 
 def model_settings(architecture: str) -> ModelSettings:
-    """The demo's model, or with "qwen2" a ragged one of that architecture."""
-    settings = DemoSettings().model
-    return settings if architecture == "llama" else dataclasses.replace(settings, **RAGGED_QWEN2)
+    """The demo's model; with "qwen2" a ragged one of that architecture, with "mixtral" a mixture of eight experts."""
+    return dataclasses.replace(DemoSettings().model, architecture=architecture, **MODELS[architecture])
 
 
 def demo_inputs(out: Path, architecture: str, say: Callable[[str], None]) -> tuple[str, str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from patch.models.mixtures import close_mixtures, open_mixtures
 from patch_kernels.checks import require_at_least
 
 if TYPE_CHECKING:
@@ -51,15 +52,19 @@ def build_model(
     heads: int,
     seed: int,
     architecture: Architecture = "llama",
+    experts: int = 8,
 ) -> PreTrainedModel:
     """Causal model with random weights in fp32; the token embedding is shared with the output head.
 
-    architecture  "llama", or "qwen2", which has biases on q, k and v
+    architecture  "llama"; "qwen2", which has biases on q, k and v; or "mixtral", whose MLPs are mixtures
+    experts       of a mixture, each of intermediate_size; the router sends a token to two
     """
     import transformers
 
     torch.manual_seed(seed)
-    prefix = {"llama": "Llama", "qwen2": "Qwen2"}[architecture]
+    prefix = {"llama": "Llama", "qwen2": "Qwen2", "mixtral": "Mixtral"}[architecture]
+    # Ten times transformers' default weight of the load-balancing loss: the default is for far longer training.
+    mixture = {"num_local_experts": experts, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
     config = getattr(transformers, f"{prefix}Config")(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -72,6 +77,7 @@ def build_model(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        **(mixture if architecture == "mixtral" else {}),
     )
     return getattr(transformers, f"{prefix}ForCausalLM")(config)
 
@@ -91,9 +97,14 @@ def train_dense(
 
     Muon for the linear layers and AdamW for embedding and norms: at this size Muon reaches a given loss in less than
     half of AdamW's time. 5 % linear warm-up and cosine decay to a hundredth; the order of the blocks is given by seed.
+    A mixture is opened meanwhile, so that Muon has every matrix of every expert; its loss includes the router's.
     on_step(step, loss) is called after each step. Raises ValueError on a loss that is not finite.
     """
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    open_mixtures(model)
+    model.requires_grad_(True)
+    balanced = {} if getattr(model.config, "router_aux_loss_coef", None) is None else {"output_router_logits": True}
+    linears = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    matrices = [p for name, p in model.named_parameters() if id(p) in linears and "embed" not in name]
     taken = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in taken]
     optimizers = (
@@ -110,7 +121,7 @@ def train_dense(
     losses = []
     for step in range(steps):
         batch = blocks[next(batches)]
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(input_ids=batch, labels=batch, **balanced).loss
         if not torch.isfinite(loss):
             advice = f"Lower matrix_lr {matrix_lr} and vector_lr {vector_lr}."
             raise ValueError(f"expected a finite loss, got {loss.item()} in step {step}. {advice}")
@@ -123,6 +134,7 @@ def train_dense(
         losses.append(loss.item())
         if on_step is not None:
             on_step(step, losses[-1])
+    close_mixtures(model)
     model.eval()
     return losses
 

@@ -261,6 +261,7 @@ def make_dense(
         heads=settings.heads,
         seed=settings.seed,
         architecture=settings.architecture,
+        experts=settings.experts,
     )
     elems = sum(linear.weight.numel() for linear in maskable_linears(model).values())
     tokens = settings.steps * settings.batch_size * settings.block_size

@@ -19,7 +19,7 @@ Targets = Annotated[
 ]
 
 
-Architecture = Literal["llama", "qwen2"]
+Architecture = Literal["llama", "qwen2", "mixtral"]
 
 
 @record
@@ -32,6 +32,7 @@ class ModelSettings:
     intermediate_size: AtLeastOne = 768
     layers: AtLeastOne = 2
     heads: AtLeastOne = 4
+    experts: AtLeastOne = 8  # of a mixture
     block_size: AtLeastOne = 128
     steps: AtLeastOne = 1000
     batch_size: AtLeastOne = 8

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from patch.files.progress import Progress
 from patch.mask import tile_sums
+from patch.models.mixtures import open_mixtures
 from patch.models.modes import block_device, calibration_mode, placed, streamed
 from patch.models.structure import decoder_blocks, input_embeddings, linear_at
 from patch.pruning.block_inputs import BlockCall, hidden_of, moved, split_call
@@ -48,7 +49,7 @@ def tile_losses(
     key: str = "",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Loss that masking a tile adds, {layer: (rows, cols) float64 on the CPU}; the model is not changed.
+    """Loss that masking a tile adds, {layer: (rows, cols) float64 on the CPU}; no weight of the model changes.
 
     masks        {layer name: keep (N, K) bool}: what would be pruned if no tile were dense
     calibration  (samples, tokens) int64 token ids; the gradient is that of a sample's loss, its mean over the tokens
@@ -61,6 +62,7 @@ def tile_losses(
     The value of a tile is the mean over samples of the sum over its pruned weights of (dL/dw * w)^2.
     """
     _, blocks = decoder_blocks(model)
+    open_mixtures(model)
     linears = {name: linear_at(model, name) for name in masks}
     members = [_members(block, linears) for block in blocks]
     losses = {name: torch.zeros(tile_grid(keep.shape, tile), dtype=torch.float64) for name, keep in masks.items()}

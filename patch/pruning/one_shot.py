@@ -98,7 +98,7 @@ def oneshot(
     progress     say on stderr what is done, and how far it is
     settings     of `OneShotSettings`: sparsity=0.45, method="sparsegpt", tiles_by="fisher", budget="model",
                  tile=(128, 128), reorder=False, reconstruct="blocks", epochs=None, batch_size=None,
-                 expert_tokens=32, few_experts="magnitude", exclude=()
+                 expert_tokens=256, few_experts="magnitude", exclude=()
     raises       ValueError or TypeError before any work
     """
     chosen = OneShotSettings(**settings)

@@ -18,6 +18,7 @@ from patch.demo import methods, packing, report
 from patch.demo import model as demo_model
 from patch.demo import run as demo_run
 from patch.demo.settings import DemoSettings
+from patch.models.mixtures import open_mixtures, opened
 from patch.packed.load import load
 from patch.packed.swap import packed_layers
 from patch.settings import load_config
@@ -83,7 +84,7 @@ def test_batches_visit_every_block_once_per_pass():
         next(demo_model.shuffled_batches(6, 8, seed=0))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral"])
 def test_training_lowers_the_loss_and_is_deterministic(architecture):
     blocks = torch.arange(64).remainder(7).view(8, 8)
     sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2}
@@ -95,6 +96,28 @@ def test_training_lowers_the_loss_and_is_deterministic(architecture):
         finals.append(losses)
     assert finals[0] == finals[1]
     assert finals[0][-1] < 0.8 * finals[0][0]
+
+
+def test_a_mixture_trains_all_experts_and_its_loss_has_the_balance_of_the_router():
+    blocks = torch.arange(64).remainder(7).view(8, 8)
+    sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 24, "layers": 1, "heads": 2, "experts": 3}
+    model, fresh = (demo_model.build_model(**sizes, seed=0, architecture="mixtral") for _ in range(2))
+    assert model.model.layers[0].mlp.experts.gate_up_proj.shape == (3, 48, 32)
+    (first, *_) = demo_model.train_dense(model, blocks, steps=4, batch_size=8, matrix_lr=0.01, vector_lr=0.01, seed=0)
+    open_mixtures(fresh)
+    batch = blocks[next(demo_model.shuffled_batches(8, 8, seed=0))]
+    with torch.no_grad():
+        plain = fresh(input_ids=batch, labels=batch).loss
+        full = fresh(input_ids=batch, labels=batch, output_router_logits=True)
+    assert first == full.loss.item()
+    # As even as it gets, transformers' balance is the experts of a token, 2.
+    assert full.loss == plain + 0.01 * full.aux_loss and full.aux_loss >= 2
+    assert not list(opened(model))
+    before, after = fresh.state_dict(), model.state_dict()
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        changed = (weight != before[name]).flatten(1 if "experts" in name else 0).any(-1)
+        assert changed.all(), name
 
 
 def test_a_loss_that_is_not_finite_stops_training():

@@ -13,6 +13,7 @@ from patch.models.mixtures import opened
 from patch.models.structure import maskable_linears
 from patch.pruning import BlockOptions, ExpertOptions, TileOptions, compensate, prune_model
 from patch.pruning.block_inputs import capture_block_inputs
+from patch.pruning.fisher import tile_losses
 from patch.pruning.hessian import Statistics
 
 IDS = torch.randint(3, 60, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -256,3 +257,11 @@ def test_tokens_of_an_expert_are_what_its_statistics_are_made_of(model, monkeypa
     first = {count for name, count in counts.items() if "layers.0" in name}
     prune_model(model, "sparsegpt", calibration=IDS, experts=ExpertOptions(1), progress=False)
     assert len(first - {0}) == 3 and first - {0} <= set(rows.values())
+
+
+def test_losses_of_tiles_are_found_in_a_mixture_that_is_not_opened():
+    opened_one, closed_one = build(FAMILIES["Mixtral"]), build(FAMILIES["Mixtral"])
+    masks = {name: torch.zeros_like(m.weight, dtype=torch.bool) for name, m in maskable_linears(opened_one).items()}
+    expected, got = (tile_losses(model, masks, IDS, (16, 16), progress=False) for model in (opened_one, closed_one))
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+    assert any(loss.any() for name, loss in got.items() if ".experts." in name)
