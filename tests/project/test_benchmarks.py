@@ -493,7 +493,7 @@ def test_dry_run_end_to_end(tmp_path):
     assert {stage for stage in results if results[stage]["status"] == "skipped"} == skipped
     assert results["micro"]["reason"] == results["selector"]["reason"] == "micro programs run on a GPU only"
     assert results["facts"]["data"]["device"] == "cpu"
-    assert results["exact"]["data"]["cases"] == 60 + 18 and results["exact"]["data"]["bad"] == []
+    assert results["exact"]["data"]["cases"] == 60 + 18 + 12 and results["exact"]["data"]["bad"] == []
     assert results["timing"]["data"]["rows"]
     table = done.stdout.splitlines()[-len(card_run.STAGES) - 1 :]
     assert table[0].split() == ["stage", "status", "seconds", "result"]
