@@ -100,7 +100,8 @@ class IntegerProblem {
     int first_row, rows, tile_rows;
     int first_token = 0, tokens = 0;
     int y_stride = 0;
-    bool beside = false;  // y lies between the rows of the part before it
+    // y begins where row y_row would, at a column where it lies between the rows of the part before.
+    int y_row = 0, y_column = 0;
     int64_t payload_offset;
     std::vector<int32_t> words;  // its schedule
   };
@@ -132,7 +133,7 @@ class IntegerProblem {
       part.first_row = kTile * first;
       part.rows = std::min(sizes.rows, kTile * last) - part.first_row;
       part.tile_rows = last - first;
-      part.tokens = sizes.tokens, part.y_stride = part.rows;
+      part.tokens = sizes.tokens, part.y_stride = part.rows, part.y_row = part.first_row;
       const uint8_t* flags = is_sparse.data() + static_cast<size_t>(first) * tile_cols;
       part.payload_offset = cpu::payload_bytes(is_sparse.data(), flags - is_sparse.data());
       part.words.resize(schedule_words(part.tile_rows, tile_cols));
@@ -145,7 +146,10 @@ class IntegerProblem {
   // second writes its y between the rows of the first, as gate and up of an expert do.
   void send_tokens() {
     std::mt19937 random(sizes.seed + 1);
+    const int fewer = between(random, 0, 7);  // rows: else all but the last part have whole tiles
     for (Part& part : parts) {
+      if (part.rows > fewer) part.rows -= fewer;
+      part.y_stride = part.rows;
       part.first_token = between(random, 0, sizes.tokens);
       part.tokens = between(random, 0, sizes.tokens - part.first_token);
     }
@@ -154,7 +158,7 @@ class IntegerProblem {
       if (one.rows != other.rows || one.y_stride != one.rows) continue;
       other.first_token = one.first_token, other.tokens = one.tokens;
       one.y_stride = other.y_stride = 2 * one.rows;
-      other.beside = true;
+      other.y_row = one.first_row, other.y_column = one.rows;
     }
   }
 
@@ -222,8 +226,7 @@ class IntegerProblem {
 
   // Elements before a layer's y.
   size_t y_offset(const Part& part) const {
-    const int beside = part.beside ? part.rows : 0;
-    return kCanaries + static_cast<size_t>(sizes.tokens) * (part.first_row - beside) + beside;
+    return kCanaries + static_cast<size_t>(sizes.tokens) * part.y_row + part.y_column;
   }
 
   // Canaries around y, NaN in it: as before any kernel ran.
